@@ -1,0 +1,174 @@
+"""Typed settings: dataclasses that tyro reads from the command line and that runs save as JSON.
+
+A command's settings are one frozen dataclass. A field made with `slot(kind, name)` holds the
+`Config` of a registered part: `--router cosine` picks the part, `--router.temperature 0.5` sets its
+options. A preset is a ready instance of the dataclass, chosen by `--preset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dynmoe import registry
+from dynmoe.errors import UserError
+from dynmoe.registry import PartConfig
+
+C = TypeVar("C")
+
+PLACE_FIELDS = ("runs_dir", "name", "resume", "debug")
+"""Settings that say where and how a run is kept, and so never change its numbers."""
+
+
+def slot(kind: str, name: str) -> Any:
+    """A dataclass field that holds the Config of a part of `kind`; `name` is the default part."""
+    return dataclasses.field(
+        default_factory=lambda: registry.get(kind, name).Config(), metadata={"kind": kind}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every command has."""
+
+    seed: int = 0
+    """every random number of the run flows from it"""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N"""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice"""
+    runs_dir: Path = Path("runs")
+    """where run folders are made"""
+    name: str | None = None
+    """the run's name; by default the preset and a hash of the settings"""
+    resume: bool = False
+    """go on from the newest checkpoint of this run"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def slots(config: Any) -> dict[str, str]:
+    """Field name -> kind, for each slot of a settings dataclass (class or instance)."""
+    return {f.name: f.metadata["kind"] for f in dataclasses.fields(config) if "kind" in f.metadata}
+
+
+def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -> tuple[str, C]:
+    """Read a command line. The first preset is the default one.
+
+    Returns the preset's name and the settings. tyro prints its own message and exits with 2 for an
+    unknown flag or a value of the wrong type.
+
+    Raises:
+        UserError: unknown preset or part name.
+    """
+    import tyro
+
+    args = list(argv)
+    preset = _pop(args, "preset") or next(iter(presets))
+    if preset not in presets:
+        raise UserError(_unknown("preset", preset, list(presets)))
+    config = presets[preset]
+    for field, kind in slots(config).items():
+        name = _pop(args, field.replace("_", "-"))
+        if name is not None and name != getattr(config, field).part.name:
+            part_config = registry.get(kind, name).Config()
+            config = dataclasses.replace(config, **{field: part_config})  # type: ignore[type-var]
+    if "-h" in args or "--help" in args:
+        description = f"{description}\n\n{_part_help(config, list(presets), preset)}"
+    parsed = tyro.cli(
+        type(config), default=config, args=args, prog=prog, description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )  # fmt: skip
+    return preset, parsed
+
+
+def run_command(main: Any, argv: list[str] | None = None) -> None:
+    """Run `main(argv)` as a process: report a dynmoe error as one line and exit with its code."""
+    from dynmoe.errors import DynmoeError
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except DynmoeError as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Settings as plain JSON values; a part becomes `{"part": its name, its options...}`."""
+    out: dict[str, Any] = {}
+    if isinstance(config, PartConfig):
+        out["part"] = config.part.name
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[field.name] = value
+    return out
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that decide a run's numbers: all but the place fields."""
+    return {k: v for k, v in to_dict(config).items() if k not in PLACE_FIELDS}
+
+
+def digest(config: Any) -> str:
+    """8 hex digits over the settings, the seed left out: one name for all seeds of a setting."""
+    values = {k: v for k, v in identity(config).items() if k != "seed"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for each setting that differs between two `to_dict` results."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _pop(args: list[str], flag: str) -> str | None:
+    """Take `--flag value` or `--flag=value` out of args; the last one given wins."""
+    value, i = None, 0
+    while i < len(args):
+        if args[i] == f"--{flag}":
+            if i + 1 == len(args):
+                raise UserError(f"--{flag} needs a value")
+            value = args[i + 1]
+            del args[i : i + 2]
+        elif args[i].startswith(f"--{flag}="):
+            value = args.pop(i).split("=", 1)[1]
+        else:
+            i += 1
+    return value
+
+
+def _unknown(what: str, value: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {value!r}; known: {', '.join(known)}.{hint}"
+
+
+def _part_help(config: Any, presets: list[str], preset: str) -> str:
+    """The help text's list of presets and of the parts that each slot takes."""
+    lines = [f"--preset {{{','.join(presets)}}} (now: {preset})", "", "Parts, chosen by name:"]
+    for field, kind in slots(config).items():
+        chosen = getattr(config, field).part.name
+        lines.append(f"  --{field.replace('_', '-')} (default: {chosen})")
+        lines += [f"      {n}: {registry.summary(kind, n)}" for n in registry.names(kind)]
+    return "\n".join(lines)

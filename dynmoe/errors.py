@@ -1,0 +1,37 @@
+"""The ways a command may end early, each with its exit code.
+
+A command never shows a traceback for something the user can mend: it raises one of these with a
+single line that names the bad value, what is allowed and how to fix it.
+"""
+
+
+class DynmoeError(Exception):
+    """Base of every error that a command reports as one line. `exit_code` is the process's status."""
+
+    exit_code = 1
+
+
+class UserError(DynmoeError):
+    """Bad input: an unknown name, a wrong folder, a setting that cannot work."""
+
+    exit_code = 2
+
+
+class NumericError(DynmoeError):
+    """The loss or a gradient is no longer finite; the last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class ResourceError(DynmoeError):
+    """Out of disk or memory; what was written before is intact."""
+
+    exit_code = 4
+
+
+class Interrupted(DynmoeError):
+    """Stopped by a signal after saving; the run can be resumed. Exit code 128 + signal number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,6 @@
+"""Growth: when to add experts, how many units they get, and the surgery that puts them in."""
+
+from dynmoe.growth.budget import Budget as Budget
+from dynmoe.growth.controller import GrowthController as GrowthController
+from dynmoe.growth.controller import GrowthEvent as GrowthEvent
+from dynmoe.growth.trigger import Signals as Signals

@@ -1,0 +1,36 @@
+"""How many hidden units each expert has after a growth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import even_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What growth may spend, in hidden units of one layer."""
+
+    mode: Literal["constant", "per-growth"] = "constant"
+    """constant: the pool keeps its size and is shared out anew (DynamicMoE's continual learning);
+    per-growth: each new expert brings units of its own (its reinforcement learning)"""
+    units: int = 0
+    """per-growth: hidden units of each new expert; 0 for as many as the first expert has"""
+
+    def sizes_after(self, sizes: list[int], new: int) -> list[int]:
+        """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].
+
+        Raises:
+            UserError: an expert would be left without units.
+        """
+        if self.mode == "per-growth":
+            return sizes + [self.units or sizes[0]] * new
+        total, experts = sum(sizes), len(sizes) + new
+        if total < experts:
+            raise UserError(
+                f"growing to {experts} experts would leave some without hidden units: the constant "
+                f"budget holds {total}; use a smaller granularity, fewer growths or more units"
+            )
+        return even_sizes(total, experts)

@@ -1,0 +1,189 @@
+"""The growth controller: asks the trigger, plans each layer's growth, and reports the shock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynmoe.growth.budget import Budget
+from dynmoe.growth.cut import Cut
+from dynmoe.growth.cuts.utility import UtilityCut
+from dynmoe.growth.init import Init, Request
+from dynmoe.growth.inits.random import RandomInit
+from dynmoe.growth.surgery import Moments, grow_layer
+from dynmoe.growth.trigger import Signals, Trigger
+from dynmoe.growth.triggers.task import TaskTrigger
+from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.registry import PartConfig
+
+Probe = tuple[Tensor, Tensor | None]
+"""Inputs [N, ...] and class labels [N] (or None) on which a growth is measured."""
+
+
+@dataclass(frozen=True)
+class GrowthEvent:
+    """What one growth did."""
+
+    step: int
+    """optimizer steps taken before it"""
+    count: int
+    """1 for the first growth"""
+    experts: int
+    """experts per layer after it"""
+    hidden_sizes: dict[str, list[int]]
+    """layer name -> hidden units of each expert after it"""
+    parameters: int
+    """parameters of the model after it"""
+    shock: dict[str, float]
+    """probe batch before and after: `output_change` (norm of the difference over norm of the
+    outputs), `loss_before`, `loss_after` (nats), `accuracy_before`, `accuracy_after`"""
+
+
+class GrowthController:
+    """Grows every MoE layer of a model by `granularity` experts whenever the trigger fires.
+
+    Args:
+        model: a model with at least one MoELayer.
+        optimizer: its state is carried over; None outside training.
+        granularity: experts added per growth (the paper's g).
+        trigger, cut, init: Configs of registered parts; defaults: at tasks, utility, random.
+        budget: constant, or units per growth.
+        moments: optimizer state of fresh entries, see `surgery.neutral_state`.
+        generator: draws fresh weights and random choices; default one seeded with 0.
+
+    Attributes:
+        events: every growth so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        granularity: int = 1,
+        trigger: PartConfig | None = None,
+        budget: Budget | None = None,
+        cut: PartConfig | None = None,
+        init: PartConfig | None = None,
+        moments: Moments = "mean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.granularity = granularity
+        self.budget = budget or Budget()
+        self.trigger: Trigger = (trigger or TaskTrigger.Config()).build()
+        self.cut: Cut = (cut or UtilityCut.Config()).build()
+        self.init: Init = (init or RandomInit.Config()).build()
+        self.moments: Moments = moments
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.events: list[GrowthEvent] = []
+
+    def step(self, signals: Signals, probe: Probe | None = None) -> GrowthEvent | None:
+        """Grow if the trigger says so. Call at each task start and after each optimizer step."""
+        return self.grow(signals.step, probe) if self.trigger.fires(signals) else None
+
+    def grow(self, step: int, probe: Probe | None = None) -> GrowthEvent:
+        """Grow now.
+
+        Args:
+            step: optimizer steps taken so far, for the record.
+            probe: batch on the model's device for utilities and the growth shock.
+
+        Raises:
+            UserError: the layers cannot hold more experts, or an expert would have no units.
+        """
+        count = len(self.events) + 1
+        before, activations = self._observe(probe)
+        for name, layer in moe_layers(self.model):
+            plan = self.init.plan(self._request(layer, activations.get(name)))
+            grow_layer(layer, plan, count, self.generator, self.optimizer, self.moments)
+        after, _ = self._observe(probe)
+        layers = dict(moe_layers(self.model))
+        event = GrowthEvent(
+            step=step,
+            count=count,
+            experts=max(layer.num_experts for layer in layers.values()),
+            hidden_sizes={name: layer.bank.hidden_sizes() for name, layer in layers.items()},
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            shock=_shock(before, after, None if probe is None else probe[1]),
+        )
+        self.events.append(event)
+        return event
+
+    def _request(self, layer: MoELayer, mean_activation: Tensor | None) -> Request:
+        sizes = layer.bank.hidden_sizes()
+        target = self.budget.sizes_after(sizes, self.granularity)
+        return Request(
+            sizes=sizes,
+            target=target,
+            scores=self.cut.scores(layer.bank, mean_activation, self.generator),
+            scale=len(sizes) / len(target) if layer.gate_scale == "experts" else 1.0,
+            generator=self.generator,
+        )
+
+    @torch.no_grad()
+    def _observe(self, probe: Probe | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Outputs on the probe, and mean |activation| [H] of each MoE layer's units there."""
+        if probe is None:
+            return None, {}
+        activations: dict[str, Tensor] = {}
+
+        def watch(name: str, layer: MoELayer) -> Any:
+            def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                activations[name] = layer.bank.hidden(x).abs().mean(dim=0)
+
+            return layer.register_forward_pre_hook(hook)
+
+        handles = [watch(name, layer) for name, layer in moe_layers(self.model)]
+        try:
+            with evaluating(self.model):
+                return self.model(probe[0]), activations
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values to resume from: events, generator and trigger state."""
+        return {
+            "events": [asdict(event) for event in self.events],
+            "generator": self.generator.get_state(),
+            "trigger": self.trigger.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`; the layers themselves come back with the model's state."""
+        self.events = [GrowthEvent(**event) for event in state["events"]]
+        self.generator.set_state(state["generator"])
+        self.trigger.load_state_dict(state["trigger"])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own training flag comes back."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _shock(before: Tensor | None, after: Tensor | None, labels: Tensor | None) -> dict[str, float]:
+    if before is None or after is None:
+        return {}
+    shock = {"output_change": float((after - before).norm() / before.norm())}
+    if labels is not None:
+        for when, outputs in (("before", before), ("after", after)):
+            shock[f"loss_{when}"] = float(F.cross_entropy(outputs, labels))
+            shock[f"accuracy_{when}"] = float((outputs.argmax(1) == labels).float().mean())
+    return shock

@@ -1,0 +1,1 @@
+"""Cuts, one file each."""

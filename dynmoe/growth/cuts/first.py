@@ -1,0 +1,19 @@
+"""Keep the first units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.growth.cut import Cut
+from dynmoe.moe.bank import ExpertBank
+
+
+class FirstCut(Cut, name="first"):
+    """Keeps each expert's first units: slicing its weight matrices."""
+
+    def scores(
+        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """Falling with the position in the pool [H]."""
+        return -torch.arange(len(bank.segment), dtype=torch.float32)

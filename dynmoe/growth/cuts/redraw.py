@@ -1,0 +1,19 @@
+"""Keep nothing: every expert starts again at its new size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.growth.cut import Cut
+from dynmoe.moe.bank import ExpertBank
+
+
+class RedrawCut(Cut, name="redraw"):
+    """Keeps no unit: old experts are drawn afresh at their new size, too."""
+
+    def scores(
+        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """-inf [H] throughout."""
+        return torch.full((len(bank.segment),), float("-inf"))

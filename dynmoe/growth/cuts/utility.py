@@ -1,0 +1,26 @@
+"""Keep the units that contribute most."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.growth.cut import Cut
+from dynmoe.moe.bank import ExpertBank
+
+
+class UtilityCut(Cut, name="utility"):
+    """Keeps the units of largest contribution utility, mean |h| * sum |w_out|.
+
+    Source: Dohare et al. 2024 (Nature 632, continual backpropagation), contribution utility, with
+    the mean over one probe batch instead of a running one.
+    """
+
+    def scores(
+        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        """Contribution utility [H]; needs a probe batch."""
+        if mean_activation is None:
+            raise UserError("the utility cut needs a probe batch: pass probe= to the growth step")
+        return (mean_activation * bank.output_weight().detach().abs().sum(dim=0)).cpu()

@@ -1,0 +1,126 @@
+"""How new experts start: the init contract and the `Plan` that surgery carries out.
+
+Shapes: E experts before, n new ones, H hidden units before and H' after.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.registry import Part, PartConfig
+
+FRESH = -1
+"""Source of a unit, or parent of an expert, that is drawn anew."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a growth asks of an init."""
+
+    sizes: list[int]
+    """[E] hidden sizes now"""
+    target: list[int]
+    """[E + n] hidden sizes that the budget asks for"""
+    scores: Tensor
+    """[H] the cut's scores; experts keep their highest, and nothing scored -inf"""
+    scale: float
+    """gate scale before growth / after it: E / (E + n) where gates are scaled by E, else 1"""
+    generator: torch.Generator
+
+    @property
+    def new(self) -> int:
+        """How many experts are added."""
+        return len(self.target) - len(self.sizes)
+
+
+@dataclass
+class Plan:
+    """Where each unit and expert of the grown layer comes from."""
+
+    sizes: list[int]
+    """[E + n] hidden sizes after growth"""
+    source: Tensor
+    """[H'] the old unit that each unit takes over, or FRESH"""
+    factor: Tensor
+    """[H'] multiplies the output weights of units taken over; 0 silences a fresh one"""
+    parents: list[int]
+    """[n] the old expert whose router row each new expert copies, or FRESH"""
+    bias_factor: Tensor
+    """[E + n] multiplies each expert's output bias; new experts copy their parent's bias first"""
+    logit_shift: Tensor
+    """[E + n] added to the router's logit shift; new experts copy their parent's shift first"""
+    redraw_router: bool = False
+    """draw the router rows of the old experts afresh, too"""
+
+
+class Init(Part, ABC, kind="init"):
+    """Base of all inits."""
+
+    def __init__(self, config: PartConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def plan(self, request: Request) -> Plan:
+        """Decide where the grown layer's units and experts come from."""
+
+
+def cut_plan(request: Request) -> Plan:
+    """Every old expert keeps its best units up to its target size; everything else is fresh."""
+    owned = torch.arange(len(request.scores)).split(request.sizes)
+    source = []
+    for expert, target in enumerate(request.target):
+        kept = torch.empty(0, dtype=torch.long)
+        if expert < len(request.sizes):
+            units = owned[expert]
+            best = units[request.scores[units].argsort(descending=True, stable=True)[:target]]
+            kept = best[request.scores[best] > float("-inf")].sort().values
+        source.append(torch.cat([kept, kept.new_full((target - len(kept),), FRESH)]))
+    experts = len(request.target)
+    return Plan(
+        sizes=list(request.target),
+        source=torch.cat(source),
+        factor=torch.ones(sum(request.target)),
+        parents=[FRESH] * request.new,
+        bias_factor=torch.ones(experts),
+        logit_shift=torch.zeros(experts),
+    )
+
+
+def choose_parents(sizes: list[int], new: int) -> list[int]:
+    """[n] parents for new experts: the largest experts first, each once before any twice.
+
+    Raises:
+        UserError: a parent has fewer units than the experts that would share them.
+    """
+    ranked = sorted(range(len(sizes)), key=lambda e: (-sizes[e], e))
+    parents = [ranked[i % len(ranked)] for i in range(new)]
+    for parent, children in Counter(parents).items():
+        if sizes[parent] <= children:
+            raise UserError(
+                f"expert {parent} has {sizes[parent]} hidden units and cannot be shared with "
+                f"{children} new experts; use a smaller granularity or more units"
+            )
+    return parents
+
+
+def share_gates(plan: Plan, parents: list[int]) -> None:
+    """Let each new expert take an equal part of its parent's gate.
+
+    Parent and children get the parent's router row and logits shifted by -log(family size), which
+    leaves every other expert's softmax gate as it was (Net2Net's idea, Chen et al. 2016
+    (arXiv 1511.05641), moved from units to gates).
+    """
+    plan.parents = list(parents)
+    first_new = len(plan.sizes) - len(parents)
+    for parent, children in Counter(parents).items():
+        shift = -torch.log(torch.tensor(children + 1.0))
+        plan.logit_shift[parent] = shift
+        for child, its_parent in enumerate(parents):
+            if its_parent == parent:
+                plan.logit_shift[first_new + child] = shift

@@ -1,0 +1,1 @@
+"""How new experts start, one file each."""

@@ -1,0 +1,1 @@
+"""Growth triggers, one file each."""

@@ -1,0 +1,8 @@
+"""The mixture-of-experts core: routers, expert banks and the layer that joins them."""
+
+from dynmoe.moe.bank import ExpertBank as ExpertBank
+from dynmoe.moe.layer import MoELayer as MoELayer
+from dynmoe.moe.layer import collect_aux_losses as collect_aux_losses
+from dynmoe.moe.layer import moe_layers as moe_layers
+from dynmoe.moe.router import Router as Router
+from dynmoe.moe.routing import Routing as Routing

@@ -1,0 +1,1 @@
+"""Expert banks, one file each."""

@@ -1,0 +1,45 @@
+"""A bounded soft router: cosine similarity to one prototype per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import Routing
+from dynmoe.registry import PartConfig
+
+
+class CosineRouter(Router, name="cosine"):
+    """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
+
+    Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
+    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so newborn
+    experts keep receiving gradient.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the cosine router."""
+
+        temperature: float = 0.2
+        """divides the similarities; smaller is sharper"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.temperature = config.temperature
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route x [N, D]: `softmax(cos(x, w_e) / temperature)`."""
+        similarity = F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        return self.dense(similarity / self.temperature)

@@ -1,0 +1,59 @@
+"""Sparse routing: each sample uses its K best experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import Routing
+from dynmoe.registry import PartConfig
+
+
+class TopKRouter(Router, name="topk"):
+    """The K experts with the largest linear score, weighted by their softmax probability.
+
+    Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, without noise. Chosen probabilities are
+    renormalised for K >= 2 only: a renormalised single gate is 1 whatever the logits, and its
+    router gradient exactly zero.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the top-k router."""
+
+        k: int = 2
+        """experts per sample; all of them while fewer exist"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        if not 1 <= config.k <= max_experts:
+            raise UserError(f"topk router: k={config.k} must be between 1 and {max_experts}")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.k = config.k
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route x [N, D] to its min(K, E) best experts."""
+        logits = self.mask(F.linear(x, self.weight))
+        probabilities = logits.softmax(dim=1)
+        k = min(self.k, int(self.alive.sum()))
+        weights, indices = probabilities.topk(k, dim=1)
+        if self.k > 1:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        return Routing(
+            gates=torch.zeros_like(probabilities).scatter(1, indices, weights),
+            logits=logits,
+            probabilities=probabilities,
+            alive=self.alive,
+            indices=indices,
+        )

@@ -1,0 +1,111 @@
+"""Named parts (routers, cuts, datasets, ...) found by scanning one folder per kind.
+
+To add a part, put a file into its kind's folder with a class that names itself:
+
+    class Cosine(Router, name="cosine"):
+        '''One line that `--help` shows. Source.'''
+
+        @dataclass(frozen=True, kw_only=True)
+        class Config(Router.Config):
+            temperature: float = 0.2
+            '''divides the cosine similarities'''
+
+Nothing else changes: the command line offers `--router cosine --router.temperature 0.5`, and the
+tests that run over all registered names pick it up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dynmoe.errors import UserError
+
+FOLDERS = {
+    "router": "dynmoe.moe.routers",
+    "bank": "dynmoe.moe.experts",
+    "trigger": "dynmoe.growth.triggers",
+    "cut": "dynmoe.growth.cuts",
+    "init": "dynmoe.growth.inits",
+    "metric": "dynmoe.plasticity.metrics",
+    "network": "dynmoe.nets",
+    "dataset": "cl_benchmarks.datasets",
+    "protocol": "cl_benchmarks.protocols",
+    "method": "cl_benchmarks.strategies",
+}
+"""Kind of part -> the package whose modules define it."""
+
+_PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in FOLDERS}
+_scanned: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """Options of one part. Subclassed inside each part as `Config`."""
+
+    part: ClassVar[type[Part]]
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the part: `part(config, *args, **kwargs)`."""
+        return self.part(self, *args, **kwargs)  # type: ignore[call-arg]
+
+
+class Part:
+    """Base of everything that is chosen by name. `kind` and `name` are set when a class is defined.
+
+    Raises:
+        TypeError: when two classes of a kind take the same name.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    Config: ClassVar[type[PartConfig]] = PartConfig
+
+    def __init_subclass__(
+        cls, *, kind: str | None = None, name: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is not None:
+            cls.kind = kind
+        if name is None:
+            return
+        if "Config" not in cls.__dict__:  # a part without options still needs a Config of its own
+            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), {}))
+        other = _PARTS[cls.kind].get(name)
+        if other is not None and other.__module__ != cls.__module__:
+            raise TypeError(f"{cls.kind} {name!r} is defined by {other} and again by {cls}")
+        cls.name = name
+        cls.Config.part = cls
+        _PARTS[cls.kind][name] = cls
+
+
+def names(kind: str) -> list[str]:
+    """All registered names of a kind, sorted. The first call imports every module of its folder."""
+    if kind not in _scanned:
+        package = importlib.import_module(FOLDERS[kind])
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+            importlib.import_module(f"{FOLDERS[kind]}.{module.name}")
+        _scanned.add(kind)
+    return sorted(_PARTS[kind])
+
+
+def get(kind: str, name: str) -> type[Any]:
+    """The part class of that kind and name.
+
+    Raises:
+        UserError: unknown name; the message lists the known ones and suggests the nearest.
+    """
+    known = names(kind)
+    if name in known:
+        return _PARTS[kind][name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"unknown {kind} {name!r}; known: {', '.join(known)}.{hint}")
+
+
+def summary(kind: str, name: str) -> str:
+    """First line of a part's docstring."""
+    return (get(kind, name).__doc__ or "").strip().split("\n")[0]
