@@ -22,15 +22,17 @@ from dynmoe.registry import PartConfig
 
 C = TypeVar("C")
 
-PLACE_FIELDS = ("runs_dir", "name", "resume", "debug")
-"""Settings that say where and how a run is kept, and so never change its numbers."""
-
 
 def slot(kind: str, name: str) -> Any:
     """A dataclass field that holds the Config of a part of `kind`; `name` is the default part."""
     return dataclasses.field(
         default_factory=lambda: registry.get(kind, name).Config(), metadata={"kind": kind}
     )
+
+
+def place(default: Any) -> Any:
+    """A field that says where or how a run is kept, and so is no part of its identity."""
+    return dataclasses.field(default=default, metadata={"place": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,13 @@ class RunConfig:
     """auto (CUDA where there is one), cpu, cuda or cuda:N"""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice"""
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = place(Path("runs"))
     """where run folders are made"""
-    name: str | None = None
+    name: str | None = place(None)
     """the run's name; by default the preset and a hash of the settings"""
-    resume: bool = False
+    resume: bool = place(False)
     """go on from the newest checkpoint of this run"""
-    debug: bool = False
+    debug: bool = place(False)
     """show the traceback of an error"""
 
 
@@ -120,8 +122,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The settings that decide a run's numbers: all but the place fields."""
-    return {k: v for k, v in to_dict(config).items() if k not in PLACE_FIELDS}
+    """The settings that decide a run's numbers: all but those made with `place`."""
+    placed = {f.name for f in dataclasses.fields(config) if f.metadata.get("place")}
+    return {k: v for k, v in to_dict(config).items() if k not in placed}
 
 
 def digest(config: Any) -> str:

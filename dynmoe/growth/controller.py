@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,9 +86,16 @@ class GrowthController:
         self.generator = generator or torch.Generator().manual_seed(0)
         self.events: list[GrowthEvent] = []
 
-    def step(self, signals: Signals, probe: Probe | None = None) -> GrowthEvent | None:
-        """Grow if the trigger says so. Call at each task start and after each optimizer step."""
-        return self.grow(signals.step, probe) if self.trigger.fires(signals) else None
+    def step(
+        self, signals: Signals, make_probe: Callable[[], Probe] | None = None
+    ) -> GrowthEvent | None:
+        """Grow if the trigger says so. Call at each task start and after each optimizer step.
+
+        `make_probe` gives the probe batch; it is called only when the layers grow.
+        """
+        if not self.trigger.fires(signals):
+            return None
+        return self.grow(signals.step, make_probe() if make_probe else None)
 
     def grow(self, step: int, probe: Probe | None = None) -> GrowthEvent:
         """Grow now.

@@ -1,0 +1,1 @@
+"""Data sets, protocols and streams for continual learning. Knows no model."""

@@ -1,0 +1,171 @@
+"""One continual-learning experiment: a method, and those it is compared with, on one stream."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.images import ImageData
+from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.stream import chunk_datasets, make_benchmark
+from dynmoe import registry, seeding
+from dynmoe.errors import UserError
+from dynmoe.figures import plasticity_figure
+from dynmoe.network import Network, build_network
+from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.progress import ProgressLine
+from dynmoe.run import Run
+from dynmoe.tables import print_methods, print_tasks
+
+if TYPE_CHECKING:
+    from cl_benchmarks.strategy import StreamStrategy
+    from dynmoe.cl import Config
+
+DATA_SEED = 0
+"""Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
+
+
+def run_all(preset: str, config: Config) -> None:
+    """Run `config.method`, then each of `config.compare`; print a table and draw one figure."""
+    configs = [config] + [_compared(config, name) for name in config.compare]
+    data = config.dataset.build().load(DATA_SEED)
+    summaries = {}
+    for one in configs:
+        folder, summaries[one.method.part.name] = run_method(preset, one, data)
+        if one is config:
+            main_folder = folder
+    if len(summaries) > 1:
+        curves = {name: summary["tasks"] for name, summary in summaries.items()}
+        plasticity_figure(main_folder / "comparison.png", curves, _title(config, data))
+        print_methods(summaries, _title(config, data))
+    print(f"results: {main_folder}")
+
+
+def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict[str, Any]]:
+    """Train one method on the stream, or read what an earlier run of the same settings found.
+
+    Returns:
+        the run's folder and its summary.
+    """
+    with Run("cl", preset, config, label=config.method.part.name) as run:
+        if run.summary is None:
+            run.finish(_train(run, config, data))
+            print_tasks(run.summary, f"{config.method.part.name}: {_title(config, data)}")
+        assert run.summary is not None
+        curves = {config.method.part.name: run.summary["tasks"]}
+        plasticity_figure(run.folder / "plasticity.png", curves, _title(config, data))
+        return run.folder, run.summary
+
+
+def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
+    """All tasks, from the start or from the run's checkpoint; returns the summary."""
+    protocol = config.protocol.build()
+    chunks = protocol.stream(data, config.chunks, config.access, config.seed)
+    train, test = chunk_datasets(data, chunks)
+    steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
+    outputs = protocol.num_outputs(data, config.chunks)
+    training = _prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
+    plugins = config.method.build().plugins(config, training)
+    growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
+    with ProgressLine(config.method.part.name, steps) as progress:
+        recorder = Recorder(run, config, train, test, training.model, growth, progress)
+        strategy = _strategy(config, training, plugins, recorder, run.device)
+        if run.restored is not None:
+            recorder.load_state_dict(run.restored["recorder"])
+            strategy.resume(run.restored["strategy"])
+            progress.start_at(run.restored["strategy"]["clock"]["train_iterations"])
+        for experience in list(make_benchmark(data, chunks).train_stream)[strategy.position.task :]:
+            strategy.train(experience, eval_streams=[])
+    return _summary(config, data, recorder)
+
+
+def _prepare(
+    config: Config, data: ImageData, outputs: int, horizon: Horizon, device: torch.device
+) -> Training:
+    """Network and optimizer. Network `draw` is the same in every run of this seed."""
+    method: Method = config.method.build()
+
+    def new_model(draw: int) -> Network:
+        make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
+        with seeding.seeded(config.seed, "network", draw):
+            return build_network(config.network, data.shape, outputs, make)
+
+    model = new_model(0).to(device)
+    generator = seeding.generator(config.seed, "method")
+    return Training(model, _optimizer(config, model), generator, new_model)
+
+
+def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the settings name."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
+
+
+def _strategy(
+    config: Config,
+    training: Training,
+    plugins: list[Any],
+    recorder: Recorder,
+    device: torch.device,
+) -> StreamStrategy:
+    with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
+        warnings.simplefilter("ignore")
+        from cl_benchmarks.strategy import StreamStrategy
+
+        return StreamStrategy(
+            model=training.model,
+            optimizer=training.optimizer,
+            plugins=plugins,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=device,
+            augment=config.augment,
+            clip=config.clip,
+            reset_optimizer=config.reset_optimizer,
+            observer=recorder,
+        )
+
+
+def _summary(config: Config, data: ImageData, recorder: Recorder) -> dict[str, Any]:
+    """What summary.json holds: final figures, nothing that changes from run to run."""
+    rows = [asdict(row) for row in recorder.rows]
+    growth = recorder.growth
+    return {
+        "method": config.method.part.name,
+        "dataset": data.name,
+        "protocol": config.protocol.part.name,
+        "access": config.access,
+        "seed": config.seed,
+        "tasks": rows,
+        "plasticity": {
+            key: plasticity_summary([row[key] for row in rows])
+            for key in ("train_accuracy", "test_accuracy", "online_accuracy")
+        },
+        "growth": [asdict(event) for event in growth.controller.events] if growth else [],
+    }
+
+
+def _compared(config: Config, name: str) -> Config:
+    """The same settings with another method; a run of its own, next to the main one."""
+    if name == config.method.part.name:
+        raise UserError(f"--compare {name}: that is the method itself; name others")
+    own_name = f"{config.name}-{name}" if config.name else None
+    method = registry.get("method", name).Config()
+    return replace(config, method=method, name=own_name)
+
+
+def _title(config: Config, data: ImageData) -> str:
+    access = "" if config.access == "limited" else f", {config.access}"
+    return f"{data.name}, {config.protocol.part.name} stream{access}, {config.network.part.name}"

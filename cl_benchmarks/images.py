@@ -1,0 +1,196 @@
+"""Images and labels of a data set, held in memory as tensors, and reading them from folders.
+
+Shapes: N images, C channels, H rows, W columns; a value of 255 is white.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+
+SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp"}
+STATS_IMAGES = 10_000
+"""Images that `channel_stats` looks at, at most."""
+DECODERS = 4
+"""Threads that decode images, at most; PIL lets them run side by side."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set in memory.
+
+    Raises:
+        ValueError: tensors whose types or shapes do not fit together.
+    """
+
+    name: str
+    """what the numbers of a run are about; stands in its folder, plots and tables"""
+    train_images: Tensor
+    """uint8 `[N, C, H, W]`"""
+    train_labels: Tensor
+    """int64 `[N]`, each in 0 .. num_classes-1"""
+    test_images: Tensor
+    """uint8 `[N_test, C, H, W]`"""
+    test_labels: Tensor
+    """int64 `[N_test]`"""
+    num_classes: int
+    """classes of the data set, also those that happen to have no image"""
+
+    def __post_init__(self) -> None:
+        for split, images, labels in (
+            ("train", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            if images.dtype != torch.uint8 or images.dim() != 4:
+                raise ValueError(f"{split} images must be uint8 [N, C, H, W], got {images.dtype} "
+                                 f"{list(images.shape)}")  # fmt: skip
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(f"{split} labels must be int64 [{len(images)}], got "
+                                 f"{labels.dtype} {list(labels.shape)}")  # fmt: skip
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+                raise ValueError(f"{split} labels must lie in 0 .. {self.num_classes - 1}")
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(f"train images are {list(self.train_images.shape[1:])}, test images "
+                             f"{list(self.test_images.shape[1:])}")  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of one image."""
+        c, h, w = self.train_images.shape[1:]
+        return c, h, w
+
+
+def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of each channel, for values scaled to 0 .. 1.
+
+    Summed in float64 over at most STATS_IMAGES images, evenly spaced over uint8 `[N, C, H, W]`.
+    A deviation is at least 1/255, one gray level, so that a constant channel can be divided by it.
+
+    Returns:
+        mean `[C]`, std `[C]`, float32.
+    """
+    count = min(len(images), STATS_IMAGES)
+    index = torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares, pixels = torch.zeros_like(total), 0
+    for part in index.split(512):  # keeps the float64 copy small
+        values = images[part].double() / 255
+        total += values.sum((0, 2, 3))
+        squares += values.square().sum((0, 2, 3))
+        pixels += values.numel() // values.shape[1]
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return mean.float(), std.float()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files right inside a folder, sorted by name; other and hidden files are left out."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES]
+    return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def class_files(folder: Path) -> list[Path]:
+    """Images of one class: those in `folder/images` where there are any, else in `folder`."""
+    return image_files(folder / "images") or image_files(folder)
+
+
+def class_folders(root: Path) -> list[Path]:
+    """Folders right inside `root`, sorted by name, hidden ones left out."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def check_class_folders(root: Path, split: str, expected: int) -> list[Path]:
+    """The class folders in `root/split`.
+
+    Raises:
+        UserError: not `expected` many; names a folder beside, above or below that has them.
+    """
+    found = class_folders(root / split)
+    if len(found) == expected:
+        return found
+    near = [root.parent, root.parent.parent, *class_folders(root)]
+    right = [p for p in near if len(class_folders(p / split)) == expected]
+    hint = f"Did you mean {right[0]}?" if right else f"Give the folder that holds {split}."
+    raise UserError(
+        f"expected {expected} class folders in {root / split}, found {len(found)}. {hint}"
+    )
+
+
+def read_class_tree(
+    root: Path, split: str, expected: int, size: int, names: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Read `root/split/<class>/*` or `root/split/<class>/images/*` as RGB.
+
+    `names` gives the classes' order; without it they are sorted. All images must be `size` square.
+
+    Returns:
+        images uint8 `[N, 3, size, size]`, labels int64 `[N]`, class names.
+
+    Raises:
+        UserError: wrong number of classes, a class that is missing or empty, an unreadable image.
+    """
+    check_class_folders(root, split, expected)
+    order = list(names) if names else [p.name for p in class_folders(root / split)]
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(order):
+        own = class_files(root / split / name)
+        if not own:
+            raise UserError(f"no images in {root / split / name}; unpack the data set again")
+        files += own
+        labels += [label] * len(own)
+    return decode(files, size), torch.tensor(labels), order
+
+
+def decode(files: Sequence[Path], size: int) -> Tensor:
+    """Decode image files to uint8 `[N, 3, size, size]`; gray ones are repeated in each channel.
+
+    Raises:
+        UserError: names the file that is missing, truncated, no image or of another size.
+    """
+    out = torch.empty((len(files), 3, size, size), dtype=torch.uint8)
+
+    def read(start: int) -> None:
+        for i in range(start, min(start + 256, len(files))):
+            out[i] = _decode_one(files[i], size)
+
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(read, start) for start in range(0, len(files), 256)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return out
+
+
+def _decode_one(path: Path, size: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            found = image.size
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of them
+        reason = str(error).split("\n")[0].replace(f" '{path}'", "")
+        raise UserError(f"cannot read image {path}: {reason}; restore or delete the file") from None
+    if found != (size, size):
+        raise UserError(
+            f"image {path} is {found[0]}x{found[1]}, expected {size}x{size}; restore the file"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)

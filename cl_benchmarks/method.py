@@ -1,0 +1,70 @@
+"""The method contract: what stands in the hidden blocks, and what happens to the network as it
+learns a stream. `--method NAME`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dynmoe.growth.settings import GrowthSettings
+from dynmoe.network import MakeBlock, dense_block
+from dynmoe.registry import Part, PartConfig
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is; layers that grow are made for it."""
+
+    steps: int
+    """optimizer steps in all"""
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method's plugins may work with."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    generator: torch.Generator
+    """for the method's own random choices"""
+    new_model: Callable[[int], nn.Module]
+    """a freshly drawn network of the same make, by task number"""
+
+
+class Method(Part, ABC, kind="method"):
+    """Base of all methods.
+
+    A plugin is any object with Avalanche callbacks (`before_training_exp(self, strategy)`, ...)
+    and `state_dict` / `load_state_dict`, so it works with any Avalanche strategy and can resume.
+    """
+
+    def __init__(self, config: PartConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """The maker of the hidden blocks, (width, hidden) -> module.
+
+        Raises:
+            UserError: the settings cannot work, found before any training.
+        """
+
+    @abstractmethod
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """Avalanche plugins, in the order they act."""
+
+
+class DenseMethod(Method):
+    """Base of the methods on a dense network: its blocks are two-layer MLPs."""
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """A dense block of the same size as the MoE layer."""
+        return dense_block

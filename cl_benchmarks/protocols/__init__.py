@@ -1,0 +1,1 @@
+"""One protocol per module; `dynmoe.registry` scans this folder."""

@@ -1,0 +1,200 @@
+"""Writes a run down: online accuracy each step, plasticity metrics each epoch, a row each task."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_benchmarks.batches import accuracy
+from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe.growth.controller import evaluating
+from dynmoe.moe import moe_layers
+from dynmoe.plasticity.entk import entk_effective_rank
+from dynmoe.plasticity.metric import measure_all
+from dynmoe.plasticity.probes import copy_parameters, take_probe
+from dynmoe.plasticity.routing import expert_task_information, gate_shares, routing_drift
+from dynmoe.progress import ProgressLine
+from dynmoe.run import Run
+
+if TYPE_CHECKING:
+    from cl_benchmarks.strategy import StreamStrategy
+    from dynmoe.cl import Config
+
+
+@dataclass
+class TaskRow:
+    """What is known of one task once it has been trained on. Accuracies are shares in 0..1."""
+
+    train_accuracy: float
+    """on all its training images, in evaluation mode, after its last epoch: trainability"""
+    test_accuracy: float
+    """on its test images: generalisation"""
+    online_accuracy: float
+    """mean accuracy of the batches before each update (Kumar et al. 2023, arXiv 2308.11958)"""
+    num_experts: int
+    """experts per MoE layer; 1 for a dense network"""
+    parameters: int
+    """of the whole network"""
+    steps: int
+    """optimizer steps taken by the end of this task"""
+
+
+class Recorder:
+    """Observer of a `StreamStrategy`.
+
+    Args:
+        run: where metrics, events and checkpoints go.
+        config: how many images the per-epoch accuracies and metrics look at.
+        train, test: the chunks of the stream.
+        model: the network at its start, for the distance from there.
+        growth: the growth plugin, whose events are logged; None without growth.
+        progress: shown to the user.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        train: list[ChunkDataset],
+        test: list[ChunkDataset],
+        model: nn.Module,
+        growth: GrowthPlugin | None,
+        progress: ProgressLine,
+    ) -> None:
+        self.run, self.train, self.test = run, train, test
+        self.growth, self.progress = growth, progress
+        self.eval_samples = config.eval_samples
+        self.probes = [_probe(chunk, config.probe_samples, run.device) for chunk in train]
+        self.initial = _outside_experts(model)
+        self.rows: list[TaskRow] = []
+        self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
+        self.events_logged = 0
+        self._restart_counts()
+
+    def step_done(self, strategy: StreamStrategy) -> None:
+        """Count the batch's accuracy before its update; save when it is time."""
+        right = (strategy.mb_output.argmax(dim=1) == strategy.mb_y).float().mean()
+        self.online_sum = self.online_sum + right.detach()
+        self.online_batches += 1
+        step = strategy.clock.train_iterations
+        self._log_growth()
+        self.progress.update(step, task=strategy.position.task + 1, experts=self._experts(strategy))
+        if self.run.checkpoint_due():
+            self.run.checkpoint(step, self._checkpoint(strategy))
+
+    def epoch_done(self, strategy: StreamStrategy) -> None:
+        """Log accuracies on samples of the task and every plasticity metric on its probe."""
+        task, device = strategy.position.task, self.run.device
+        values = {
+            "epoch/train_accuracy": accuracy(
+                strategy.model, self.train[task], device, self.eval_samples
+            ),
+            "epoch/test_accuracy": accuracy(
+                strategy.model, self.test[task], device, self.eval_samples
+            ),
+            "epoch/loss": float(strategy.loss.detach()),
+        }
+        probe = take_probe(strategy.model, *self.probes[task], initial=self.initial)
+        values |= measure_all(probe)
+        step = strategy.clock.train_iterations
+        self.run.log.scalars(step, values)
+        if strategy.position.epoch == strategy.train_epochs:
+            self.run.checkpoint(step, self._checkpoint(strategy))
+
+    def task_done(self, strategy: StreamStrategy) -> None:
+        """Log and keep the task's row, and what its router and kernel look like."""
+        task, model, device = strategy.position.task, strategy.model, self.run.device
+        row = TaskRow(
+            train_accuracy=accuracy(model, self.train[task], device),
+            test_accuracy=accuracy(model, self.test[task], device),
+            online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
+            num_experts=self._experts(strategy),
+            parameters=sum(p.numel() for p in model.parameters()),
+            steps=strategy.clock.train_iterations,
+        )
+        self.rows.append(row)
+        values = {f"task/{name}": float(value) for name, value in asdict(row).items()}
+        values["task/entk_effective_rank"] = entk_effective_rank(model, self.probes[task][0][:64])
+        values |= self._router_values(model)
+        self.run.log.scalars(row.steps, values)
+        self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
+        self._restart_counts()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `_checkpoint` saved of this recorder."""
+        self.rows = [TaskRow(**row) for row in state["rows"]]
+        self.gates = state["gates"]
+        self.events_logged = state["events_logged"]
+        self.online_sum = state["online_sum"]
+        self.online_batches = state["online_batches"]
+
+    def _checkpoint(self, strategy: StreamStrategy) -> dict[str, Any]:
+        recorder = {
+            "rows": [asdict(row) for row in self.rows],
+            "gates": self.gates,
+            "events_logged": self.events_logged,
+            "online_sum": self.online_sum,
+            "online_batches": self.online_batches,
+        }
+        return {"strategy": strategy.state_dict(), "recorder": recorder}
+
+    def _restart_counts(self) -> None:
+        self.online_sum = torch.zeros((), device=self.run.device)
+        self.online_batches = 0
+
+    def _experts(self, strategy: StreamStrategy) -> int:
+        return max((layer.num_experts for _, layer in moe_layers(strategy.model)), default=1)
+
+    def _log_growth(self) -> None:
+        """Log the growths that happened since the last step."""
+        if self.growth is None:
+            return
+        for event in self.growth.controller.events[self.events_logged :]:
+            self.run.log.event(event.step, "growth", asdict(event))
+            shock = {f"growth/{name}": value for name, value in event.shock.items()}
+            self.run.log.scalars(event.step, shock | {"growth/experts": float(event.experts)})
+            self.events_logged += 1
+
+    def _router_values(self, model: nn.Module) -> dict[str, float]:
+        """Drift on past tasks' probes, and what experts tell of the task, over tasks so far."""
+        now = [_gates(model, images) for images, _ in self.probes[: len(self.rows)]]
+        values: dict[str, float] = {}
+        for name in now[0]:
+            past = [routing_drift(g[name], n[name]) for g, n in zip(self.gates, now, strict=False)]
+            if past:
+                values[f"router/drift/{name}"] = sum(past) / len(past)
+            means = torch.stack([gate_shares(gates[name]).mean(dim=0) for gates in now])
+            nats, share = expert_task_information(means)
+            values[f"router/task_information/{name}"] = nats
+            values[f"router/task_information_share/{name}"] = share
+        self.gates.append(now[-1])
+        return values
+
+
+def _probe(chunk: ChunkDataset, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Evenly spaced training images of a chunk: float32 [N, C, H, W], labels [N]."""
+    index = torch.linspace(0, len(chunk) - 1, min(samples, len(chunk))).long()
+    images = standardise(chunk.images[chunk.index[index]], chunk.mean, chunk.std)
+    return images.to(device), chunk.labels[index].to(device)
+
+
+def _outside_experts(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
+    layers = tuple(f"{name}." for name, _ in moe_layers(model))
+    return {n: p for n, p in copy_parameters(model).items() if not n.startswith(layers)}
+
+
+@torch.no_grad()
+def _gates(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Gates [N, E] of each MoE layer for a batch of images, by layer name."""
+    with evaluating(model):
+        model(images)
+    return {
+        name: layer.last_routing.gates[:, : layer.num_experts].cpu()
+        for name, layer in moe_layers(model)
+        if layer.last_routing is not None
+    }

@@ -1,0 +1,193 @@
+"""Avalanche's supervised strategy with fast batches, exact resume and a stop at bad losses.
+
+This is the one file where we build on Avalanche's training templates; it imports Avalanche at the
+top, so import it only once training is about to begin.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_benchmarks.batches import Augment, Batches, Position
+from cl_benchmarks.stream import chunk_of
+from dynmoe.errors import NumericError
+from dynmoe.growth.surgery import match_shapes
+from dynmoe.moe import collect_aux_losses
+
+CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
+         "train_epoch_iterations", "total_iterations")  # fmt: skip
+
+
+class Observer(Protocol):
+    """Looks on and writes down; sees the strategy after plugins and clock have moved on."""
+
+    def step_done(self, strategy: StreamStrategy) -> None:
+        """An optimizer step is done."""
+
+    def epoch_done(self, strategy: StreamStrategy) -> None:
+        """An epoch is done; the position stands at the next one."""
+
+    def task_done(self, strategy: StreamStrategy) -> None:
+        """All epochs of an experience are done."""
+
+
+class StreamStrategy(SupervisedTemplate):
+    """Trains one network on one experience after another.
+
+    Args:
+        model, optimizer, plugins, device: as Avalanche's.
+        epochs: per experience.
+        batch_size: samples per step.
+        seed: decides the order of samples and their augmentation.
+        augment: see `Batches`.
+        clip: largest global gradient norm; 0 for no clipping.
+        reset_optimizer: clear the optimizer's state at each experience.
+        observer: told of each step, epoch and task once all plugins have acted on it.
+
+    Attributes:
+        position: task, epoch and batch that training has reached.
+        resuming: true between `resume` and the point where the saved state is put back; plugins
+            must not act on a task start meanwhile, as it has happened before.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plugins: list[Any],
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        augment: Augment = "none",
+        clip: float = 0.0,
+        reset_optimizer: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=batch_size,
+            train_epochs=epochs,
+            device=device,
+            plugins=plugins,
+            evaluator=None,
+        )
+        self.own_plugins = plugins
+        self.seed, self.augment, self.clip = seed, augment, clip
+        self.reset_optimizer = reset_optimizer
+        self.observer = observer
+        self.position = Position()
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a saved state waits to be put back."""
+        return self._saved is not None
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`: the next `train` must get the experience it was saved in."""
+        self._saved = state
+        self.position.task = state["position"][0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything training depends on, the global random generators excepted."""
+        return {
+            "position": [self.position.task, self.position.epoch, self.position.batch],
+            "clock": {name: getattr(self.clock, name) for name in CLOCK},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "plugins": [plugin.state_dict() for plugin in self.own_plugins],
+        }
+
+    def criterion(self) -> Tensor:
+        """Cross entropy plus the MoE layers' auxiliary losses, nats.
+
+        Raises:
+            NumericError: the loss is not finite; nothing has been updated with it.
+        """
+        loss = super().criterion() + sum(collect_aux_losses(self.model).values())
+        if self.is_training and not torch.isfinite(loss):
+            raise NumericError(
+                f"the loss is {loss.item()} in task {self.position.task + 1}, epoch "
+                f"{self.position.epoch + 1}, batch {self.position.batch}; the last checkpoint is "
+                "kept; a smaller --lr or --clip 1 may help"
+            )
+        return loss
+
+    def optimizer_step(self) -> None:
+        """Clip, if asked to, and step."""
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Our batches in place of Avalanche's loader."""
+        self.position.task = self.clock.train_exp_counter
+        if self.resuming:
+            self.position.task = self._saved_state["position"][0]
+        self.dataloader = Batches(
+            chunk_of(self.experience),
+            self.train_mb_size,
+            self.seed,
+            self.position,
+            self.device,
+            self.augment,
+        )
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Keep Avalanche's record of the optimizer; reset its state where the protocol says so."""
+        if self.reset_optimizer and not self.resuming:
+            kwargs["reset_optimizer_state"] = True
+        super().make_optimizer(**kwargs)
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        """Epochs of one experience, from the position that training has reached."""
+        self.position.epoch, self.position.batch = 0, 0
+        if self.resuming:
+            self._put_back(self._saved_state)
+        while self.position.epoch < self.train_epochs:
+            self._before_training_epoch(**kwargs)
+            self.training_epoch(**kwargs)
+            self.position.epoch += 1
+            self.position.batch = 0
+            self._after_training_epoch(**kwargs)
+
+    def _after_training_iteration(self, **kwargs: Any) -> None:
+        super()._after_training_iteration(**kwargs)
+        if self.observer is not None:
+            self.observer.step_done(self)
+
+    def _after_training_epoch(self, **kwargs: Any) -> None:
+        super()._after_training_epoch(**kwargs)
+        if self.observer is not None:
+            self.observer.epoch_done(self)
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        if self.observer is not None:
+            self.observer.task_done(self)
+        super()._after_training_exp(**kwargs)
+
+    @property
+    def _saved_state(self) -> dict[str, Any]:
+        assert self._saved is not None
+        return self._saved
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        self._saved = None
+        match_shapes(self.model, state["model"], self.optimizer)
+        self.optimized_param_id = dict(self.model.named_parameters())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for plugin, saved in zip(self.own_plugins, state["plugins"], strict=True):
+            plugin.load_state_dict(saved)
+        for name, value in state["clock"].items():
+            setattr(self.clock, name, value)
+        self.position.task, self.position.epoch, self.position.batch = state["position"]

@@ -1,0 +1,90 @@
+"""Chunks as an Avalanche benchmark that any Avalanche strategy can train on.
+
+Avalanche 0.6 reads items one by one; a loader of ours can instead take all tensors of an experience
+at once from `chunk_of(experience)`. Importing Avalanche costs seconds, so it happens inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cl_benchmarks.images import ImageData, channel_stats
+from cl_benchmarks.protocol import Chunk
+
+
+def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 `[..., C, H, W]` to float32 with mean 0 and deviation 1 per channel (`[C]` each)."""
+    return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+class ChunkDataset(Dataset[tuple[Tensor, int]]):
+    """Images of one chunk. Copies none: it holds the data set's tensor and an index.
+
+    `targets` is the list of labels that Avalanche looks for.
+    """
+
+    def __init__(
+        self, images: Tensor, index: Tensor, labels: Tensor, mean: Tensor, std: Tensor
+    ) -> None:
+        """Args: uint8 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, float `[C]`, `[C]`."""
+        self.images, self.index, self.labels = images, index, labels
+        self.mean, self.std = mean, std
+        self.targets: list[int] = labels.tolist()
+
+    def __len__(self) -> int:
+        """Number of images n."""
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        """One standardised image, float32 `[C, H, W]`, and its label."""
+        image = self.images[self.index[item]]
+        return standardise(image, self.mean, self.std), self.targets[item]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All images, uint8 `[n, C, H, W]` (a copy), and labels, int64 `[n]`."""
+        return self.images[self.index], self.labels
+
+
+def chunk_datasets(
+    data: ImageData, chunks: list[Chunk]
+) -> tuple[list[ChunkDataset], list[ChunkDataset]]:
+    """Training and test sets of all chunks; standardised by the statistics of all training images.
+
+    One standardisation for the whole stream keeps an image the same in every chunk.
+    """
+    mean, std = channel_stats(data.train_images)
+    train = [
+        ChunkDataset(data.train_images, c.train_index, c.train_labels, mean, std) for c in chunks
+    ]
+    test = [ChunkDataset(data.test_images, c.test_index, c.test_labels, mean, std) for c in chunks]
+    return train, test
+
+
+def make_benchmark(data: ImageData, chunks: list[Chunk]) -> Any:
+    """An Avalanche benchmark with `train_stream` and `test_stream`, one experience per chunk.
+
+    Batches are (x, y): x float32 `[B, C, H, W]`, y int64 `[B]`. Each experience carries
+    `classes_in_this_experience`, the sorted labels it contains, and what `chunk_of` returns.
+    """
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import as_classification_dataset
+
+    train, test = chunk_datasets(data, chunks)
+    benchmark = benchmark_from_datasets(
+        train=[as_classification_dataset(d) for d in train],
+        test=[as_classification_dataset(d) for d in test],
+    )
+    for stream, parts in ((benchmark.train_stream, train), (benchmark.test_stream, test)):
+        for experience, part in zip(stream, parts, strict=True):
+            experience.classes_in_this_experience = torch.unique(part.labels).tolist()
+            experience.chunk_dataset = part
+    return benchmark
+
+
+def chunk_of(experience: Any) -> ChunkDataset:
+    """The images behind an experience of `make_benchmark`, for a loader that takes them at once."""
+    return experience.chunk_dataset

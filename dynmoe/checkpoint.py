@@ -1,0 +1,96 @@
+"""Checkpoints: plain dicts of tensors and values, written atomically, with a checksum each.
+
+`step-000000123.pt` can be read with `torch.load(path, weights_only=True)`; the file beside it,
+`.pt.sha256`, is written last, so a checkpoint without one is incomplete. The newest two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynmoe.errors import ResourceError
+from dynmoe.files import remove_leftovers, write_atomic
+
+KEEP = 2
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write a checkpoint and delete all but the newest `KEEP`.
+
+    Raises:
+        ResourceError: disk full, also after the oldest checkpoint made room; the newest stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    path = folder / f"step-{step:09d}.pt"
+    try:
+        _write(path, data)
+    except ResourceError:
+        older = [p for p in _complete(folder) if p != path]
+        if len(older) < 2:
+            raise
+        _remove(older[0])
+        _write(path, data)
+    for old in _complete(folder)[:-KEEP]:
+        _remove(old)
+    return path
+
+
+def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, or None if there is none.
+
+    A damaged one is named on stderr and passed over for the one before it.
+
+    Raises:
+        ResourceError: there are checkpoints and none of them can be read.
+    """
+    if not folder.is_dir():
+        return None
+    remove_leftovers(folder)
+    paths = sorted(folder.glob("step-*.pt"))
+    for path in reversed(paths):
+        data = path.read_bytes()
+        if _checksum_file(path).is_file() and _checksum_file(path).read_text() == _checksum(data):
+            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        print(f"warning: checkpoint {path} is damaged; trying the one before", file=sys.stderr)
+    if paths:
+        raise ResourceError(
+            f"no checkpoint in {folder} can be read; delete that folder to start afresh"
+        )
+    return None
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder holds any checkpoint, damaged or not."""
+    return folder.is_dir() and any(folder.glob("step-*.pt"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    _checksum_file(path).unlink(missing_ok=True)  # a rewrite of a step is incomplete until the end
+    write_atomic(path, data)
+    write_atomic(_checksum_file(path), _checksum(data).encode())
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.glob("step-*.pt")) if _checksum_file(p).is_file()]
+
+
+def _remove(path: Path) -> None:
+    _checksum_file(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""`python -m dynmoe.cl`: a growing mixture of experts, or what it is compared with, on a stream.
+
+This file holds the settings and presets; the work is in `cl_benchmarks.experiment`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dynmoe.config import RunConfig, parse, place, run_command, slot
+from dynmoe.growth.settings import GrowthSettings
+from dynmoe.registry import PartConfig, get
+
+DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
+watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
+runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
+
+Cost: laptop, about 2 minutes on 2 CPU cores with its two comparisons; smoke, under a minute; paper
+(VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs, 55 million images), see docs/cl.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig, GrowthSettings):
+    """Settings of a continual-learning run."""
+
+    method: PartConfig = slot("method", "dynamicmoe")
+    compare: tuple[str, ...] = place(("dense", "fresh"))
+    """methods to run as well, for the figure and the table; none if nothing follows the flag"""
+    dataset: PartConfig = slot("dataset", "auto")
+    protocol: PartConfig = slot("protocol", "class")
+    access: Literal["limited", "cumulative"] = "limited"
+    """limited: a task's own chunk; cumulative: all chunks so far"""
+    chunks: int = 10
+    """tasks in the stream"""
+    network: PartConfig = slot("network", "mlp")
+    epochs: int = 20
+    """passes over each chunk"""
+    batch_size: int = 64
+    """images per optimizer step"""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    """learning rate"""
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    """of sgd"""
+    clip: float = 0.0
+    """largest global gradient norm; 0 for none"""
+    reset_optimizer: bool = False
+    """clear the optimizer's state at each task"""
+    augment: Literal["none", "crop-flip"] = "none"
+    eval_samples: int = 500
+    """images for each epoch's accuracies; a task's end looks at all"""
+    probe_samples: int = 256
+    """images for the plasticity metrics"""
+
+
+def presets() -> dict[str, Config]:
+    """Ready settings by name; the first is the default."""
+    laptop = Config(threads=1)  # networks this small are slower on two threads than on one
+    smoke = replace(
+        laptop,
+        chunks=3,
+        epochs=2,
+        dataset=get("dataset", "digits").Config(),
+        protocol=get("protocol", "shuffle").Config(images=300),
+    )
+    paper = replace(
+        laptop,
+        threads=0,
+        dataset=get("dataset", "tiny-imagenet").Config(),
+        protocol=get("protocol", "iid").Config(),
+        access="cumulative",
+        network=get("network", "vgg16").Config(),
+        epochs=100,
+        batch_size=256,
+        clip=0.5,
+        reset_optimizer=True,
+        augment="crop-flip",
+        eval_samples=2000,
+        probe_samples=1024,
+    )
+    return {"laptop": laptop, "smoke": smoke, "paper": paper}
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line, run the method and its comparisons, show and draw the results."""
+    preset, config = parse(presets(), argv, "python -m dynmoe.cl", DESCRIPTION)
+    from cl_benchmarks.experiment import run_all
+
+    run_all(preset, config)
+
+
+if __name__ == "__main__":
+    run_command(main)

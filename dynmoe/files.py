@@ -1,0 +1,62 @@
+"""Writing files so that a crash at any moment leaves the old or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dynmoe.errors import ResourceError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write to a temporary file beside `path`, flush it to disk, rename it, flush the folder.
+
+    Raises:
+        ResourceError: the disk is full; the temporary file is gone and the old file intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path, len(data)) from error
+        raise
+
+
+def disk_full(path: Path, size: int) -> ResourceError:
+    """The error for a full disk, with what is needed and what is free (bytes in, MB out)."""
+    free = shutil.disk_usage(path.parent).free
+    return ResourceError(
+        f"disk full: writing {path.name} needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in "
+        f"{path.parent}; free some space and go on with --resume"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically. Non-finite floats are refused (ValueError)."""
+    text = json.dumps(value, indent=2, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""The growth settings that every experiment shares, as flags of its command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dynmoe.config import slot
+from dynmoe.errors import UserError
+from dynmoe.growth.budget import Budget
+from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.surgery import Moments
+from dynmoe.growth.trigger import Trigger
+from dynmoe.moe.layer import GateScale, MoELayer
+from dynmoe.registry import PartConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthSettings:
+    """What MoE layers look like and how they grow. Commands' settings inherit these."""
+
+    granularity: int = 2
+    """experts at the start, and experts added by each growth (the paper's g)"""
+    router: PartConfig = slot("router", "cosine")
+    bank: PartConfig = slot("bank", "pool")
+    gate_scale: GateScale = "experts"
+    """experts: gates times the number of experts; one: as the router gives them (the paper)"""
+    balance_weight: float = 0.0
+    """factor of the Switch load-balancing loss; the paper has none"""
+    trigger: PartConfig = slot("trigger", "task")
+    budget: Budget = field(default_factory=Budget)
+    cut: PartConfig = slot("cut", "utility")
+    init: PartConfig = slot("init", "random")
+    moments: Moments = "mean"
+    """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
+
+    def most_experts(self, steps: int, tasks: int) -> int:
+        """Experts at the end of a run of that many optimizer steps and tasks.
+
+        Raises:
+            UserError: granularity below 1.
+        """
+        if self.granularity < 1:
+            raise UserError(f"granularity {self.granularity} must be at least 1")
+        trigger: Trigger = self.trigger.build()
+        return self.granularity * (1 + trigger.planned(steps, tasks))
+
+    def check_budget(self, hidden: int, experts: int) -> None:
+        """Refuse, before any work, a plan that ends with experts without units.
+
+        Raises:
+            UserError: the constant budget of `hidden` units cannot feed `experts` experts.
+        """
+        if self.budget.mode == "constant" and experts > hidden:
+            raise UserError(
+                f"granularity {self.granularity} grows to {experts} experts, but the constant "
+                f"budget holds {hidden} hidden units and each expert needs at least one; use a "
+                "smaller --granularity, fewer growths or more --network.hidden"
+            )
+
+    def make_layer(
+        self,
+        dim_in: int,
+        dim_out: int,
+        hidden: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> MoELayer:
+        """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]."""
+        return MoELayer(
+            dim_in,
+            dim_out,
+            hidden,
+            num_experts=num_experts,
+            max_experts=max_experts,
+            router=self.router,
+            bank=self.bank,
+            gate_scale=self.gate_scale,
+            balance_weight=self.balance_weight,
+            generator=generator,
+        )
+
+    def make_controller(
+        self, model: nn.Module, optimizer: Optimizer, generator: torch.Generator
+    ) -> GrowthController:
+        """A controller that grows the model's MoE layers with these settings."""
+        return GrowthController(
+            model,
+            optimizer,
+            granularity=self.granularity,
+            trigger=self.trigger,
+            budget=self.budget,
+            cut=self.cut,
+            init=self.init,
+            moments=self.moments,
+            generator=generator,
+        )

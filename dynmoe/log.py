@@ -1,0 +1,71 @@
+"""What a run writes down: TensorBoard for people, `log.jsonl` for programs.
+
+`log.jsonl` has one JSON object per line: `{"step": 120, "loss": 0.3, ...}` for metrics and
+`{"step": 120, "event": "growth", ...}` for events. It holds no times, so a resumed run's file is
+byte for byte the uninterrupted one's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from dynmoe.files import disk_full
+
+
+class Logger:
+    """Writes metrics and events of one run.
+
+    Args:
+        folder: the run's folder.
+        position: bytes of `log.jsonl` to keep, when resuming; the rest is cut off.
+        step: the step resumed from (TensorBoard hides what was written after it), or None to start
+            afresh.
+    """
+
+    def __init__(self, folder: Path, position: int = 0, step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if step is None:  # what an attempt without any checkpoint left behind
+            for stale in folder.glob("events.out.tfevents.*"):
+                stale.unlink()
+        self.path = folder / "log.jsonl"
+        self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
+        self._file.truncate(position)
+        purge = None if step is None else step + 1
+        self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics, and one TensorBoard point per tag."""
+        self._write({"step": step, **values})
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        """One line for something that happened once (a growth, a new task)."""
+        self._write({"step": step, "event": name, **values})
+        self.tensorboard.add_text(f"events/{name}", f"`{json.dumps(values)}`", step)
+
+    def sync(self) -> int:
+        """Flush to disk; returns the length of `log.jsonl` in bytes."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.tensorboard.flush()
+        except OSError as error:
+            raise disk_full(self.path, 0) from error
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.sync()
+        self._file.close()
+        self.tensorboard.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write((json.dumps(line, allow_nan=True) + "\n").encode())
+        except OSError as error:
+            raise disk_full(self.path, 0) from error

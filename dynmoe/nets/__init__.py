@@ -1,0 +1,1 @@
+"""Networks, one file each: trunks under a head of hidden blocks."""

@@ -1,0 +1,1 @@
+"""Measures of how well a network can still learn: activations, gradients, weights, routing."""

@@ -1,0 +1,1 @@
+"""Plasticity metrics, one file each."""

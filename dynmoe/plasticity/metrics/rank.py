@@ -1,0 +1,98 @@
+"""Ranks of a representation. Four definitions share loose names in papers; tags keep them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmoe.plasticity.metric import Metric
+from dynmoe.plasticity.probes import Probe
+from dynmoe.plasticity.routing import entropy
+from dynmoe.registry import PartConfig
+
+
+class Rank(Metric, name="rank"):
+    """Ranks of the features and of the experts' hidden units: srank, stable, effective, feature.
+
+    Tags, for the features that enter the classifier and, with `/<layer>.hidden` appended, for the
+    whole pool of each MoE layer:
+        rank/srank99, rank/stable_rank_fro, rank/effective_rank, rank/feature_rank
+    and `rank/effective_rank/<layer>/expert_<e>` for each expert's own units.
+
+    All are computed from the singular values of H [N, d], neither centred nor scaled, in float64,
+    and are at most min(N, d): take N >= d probes, else the batch and not the network bounds them.
+    They are 0 for all-zero features.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the rank metric."""
+
+        eps: float = 0.01
+        """feature_rank counts singular values / sqrt(N) above this"""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def measure(self, probe: Probe) -> dict[str, float]:
+        """Four ranks of the features and of each pool, one of each expert."""
+        values = self._ranks(probe.features, "")
+        for name, expert in probe.experts.items():
+            values |= self._ranks(expert.hidden, f"/{name}.hidden")
+            for e in range(expert.gates.shape[1]):
+                sigma = singular_values(expert.hidden[:, expert.segment == e])
+                values[f"rank/effective_rank/{name}/expert_{e}"] = effective_rank(sigma)
+        return values
+
+    def _ranks(self, h: Tensor, suffix: str) -> dict[str, float]:
+        sigma = singular_values(h)
+        return {
+            f"rank/srank99{suffix}": srank99(sigma),
+            f"rank/stable_rank_fro{suffix}": stable_rank_fro(sigma),
+            f"rank/effective_rank{suffix}": effective_rank(sigma),
+            f"rank/feature_rank{suffix}": feature_rank(sigma, len(h), self.config.eps),
+        }
+
+
+def singular_values(h: Tensor) -> Tensor:
+    """Singular values of h [N, d], descending, [min(N, d)] float64."""
+    return torch.linalg.svdvals(h.double())
+
+
+def srank99(sigma: Tensor) -> float:
+    """Smallest k with sum_{i<=k} sigma_i >= .99 sum sigma; 0 if all are 0.
+
+    Source: srank_delta with delta = .01, Kumar et al. 2021 (arXiv 2010.14498). Code of
+    loss-of-plasticity papers calls it "stable rank". A slack of 1e-12 settles ties.
+    """
+    total = sigma.sum()
+    below = sigma.cumsum(0) < (0.99 - 1e-12) * total
+    return float(below.sum() + 1) if total > 0 else 0.0
+
+
+def stable_rank_fro(sigma: Tensor) -> float:
+    """The classical stable rank |H|_F^2 / |H|_2^2, within 1..min(N, d); 0 if all are 0.
+
+    Source: Rudelson and Vershynin 2007 (arXiv math/0503442), "numerical rank".
+    """
+    relative = sigma / sigma.max() if sigma.numel() and sigma.max() > 0 else torch.zeros_like(sigma)
+    return float(relative.square().sum())
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """exp(-sum p log p) with p = sigma / sum sigma, within 1..min(N, d); 0 if all are 0.
+
+    Source: Roy and Vetterli 2007 (EUSIPCO), "The effective rank".
+    """
+    total = sigma.sum()
+    return float(entropy(sigma / total).exp()) if total > 0 else 0.0
+
+
+def feature_rank(sigma: Tensor, samples: int, eps: float = 0.01) -> float:
+    """Number of sigma_i(H) / sqrt(N) above eps. Not scale-free.
+
+    Source: Lyle et al. 2022 (arXiv 2204.09560), "feature rank".
+    """
+    return float((sigma / samples**0.5 > eps).sum())

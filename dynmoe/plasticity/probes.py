@@ -1,0 +1,298 @@
+"""One pass over a fixed probe batch: everything that the plasticity metrics read.
+
+Shapes: N probe samples, C classes, d features, H hidden units of an expert bank, E living experts.
+A probe is taken on the same samples each time, so that its numbers compare across training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.errors import NumericError
+from dynmoe.moe.layer import MoELayer, moe_layers
+
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
+    nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Tanh,
+    nn.Hardtanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold,
+)  # fmt: skip
+"""Module types whose outputs count as hidden units. Functional calls (`F.relu`) are not seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertProbe:
+    """One MoE layer in a probe. N is the number of rows it routed (samples or tokens)."""
+
+    gates: Tensor
+    """[N, E] gates of the living experts; rows sum to 1 for softmax routers"""
+    hidden: Tensor
+    """[N, H] activation of every hidden unit of the pool, whatever the routing"""
+    segment: Tensor
+    """[H] int, the expert that owns each hidden unit"""
+    birth: Tensor
+    """[E] int, the growth count at which each expert was born"""
+    weight_in: Tensor | None
+    """[H, D_in] incoming weights (a reference, detached), or None for a bank without `w_in`"""
+    weight_out: Tensor
+    """[D_out, H] outgoing weights (a reference, detached)"""
+    weight_in_grad: Tensor | None
+    """[H, D_in] gradient of the mean loss, or None where there is none"""
+    weight_out_grad: Tensor | None
+    """[D_out, H] gradient of the mean loss, or None where there is none"""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a network did on the probe batch, in eval mode. No tensor here carries a graph.
+
+    Parameters with one row per expert (router rows, output biases) stand here without the rows
+    reserved for experts to come: those neither act nor learn, and would blur norms and zero counts.
+    """
+
+    activations: dict[str, Tensor]
+    """module name -> output of that activation function: [N, units], [N, T, units] for tokens or
+    [N, C, height, width]; the k-th call of a shared module is `name#k`, and the hidden units of an
+    MoE layer stand under `<layer>.hidden`"""
+    features: Tensor
+    """[N, d] what enters the classifier"""
+    logits: Tensor
+    """[N, C]"""
+    loss: float
+    """mean cross entropy, nats"""
+    gradients: dict[str, Tensor]
+    """parameter name -> gradient of the mean loss; parameters without one are absent"""
+    parameters: dict[str, Tensor]
+    """parameter name -> its value: a reference, which later training changes"""
+    initial: dict[str, Tensor] | None
+    """parameter name -> its value at birth, or None when that was not kept"""
+    experts: dict[str, ExpertProbe]
+    """MoE layer name -> its experts"""
+
+
+@dataclass(eq=False)
+class _Record:
+    """What the hooks saw during one forward pass."""
+
+    activations: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters by name, to be kept as a probe's `initial`."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def take_probe(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    initial: dict[str, Tensor] | None = None,
+    classifier: nn.Module | None = None,
+) -> Probe:
+    """Run `model` once, forward and backward, in eval mode, and record what the metrics need.
+
+    The model is left as it was: training flags, `.grad`, buffers, each MoE layer's last routing,
+    torch's random state and hooks. Pass the plain module, not a DDP or compiled wrapper of it.
+
+    Args:
+        model: maps inputs to logits [N, C].
+        inputs: [N, ...], on the model's device.
+        labels: [N] int class indices.
+        initial: values at birth by parameter name (see `copy_parameters`). Parameters it lacks are
+            left out of the distance; growth must keep the shapes of the others in step.
+        classifier: the module whose input is `features`; by default the last `nn.Linear` in module
+            order that is not part of an MoE layer.
+
+    Raises:
+        ValueError: empty batch, logits not [N, C], no classifier to be found or one that was not
+            called, or an initial value of another shape than its parameter.
+        NumericError: the loss is not finite.
+    """
+    if len(inputs) == 0:
+        raise ValueError("the probe batch is empty")
+    parameters = dict(model.named_parameters())
+    _check_initial(parameters, initial)
+    classifier = classifier or last_linear(model)
+    with undisturbed(model), torch.enable_grad():
+        with _hooked(model, classifier) as record:
+            logits = model(inputs)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
+            raise ValueError("a probe needs a model that maps N inputs to logits [N, C]")
+        loss = F.cross_entropy(logits, labels)
+        if not torch.isfinite(loss):
+            raise NumericError(f"the loss on the probe batch is {loss.item()}")
+        gradients = _gradients(loss, parameters)
+        experts = _expert_probes(model, record, gradients)
+    if classifier not in record.inputs:
+        raise ValueError("the classifier was not called in the model's forward pass")
+    hidden = {f"{name}.hidden": e.hidden for name, e in experts.items()}
+    living = _living_rows(model)
+    return Probe(
+        activations={**record.activations, **hidden},
+        features=record.inputs[classifier].flatten(0, -2),
+        logits=logits.detach(),
+        loss=loss.item(),
+        gradients=_cut(gradients, living),
+        parameters=_cut({name: p.detach() for name, p in parameters.items()}, living),
+        initial=None if initial is None else _cut(initial, living),
+        experts=experts,
+    )
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The last `nn.Linear` in module order that is not part of an MoE layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inside = _inside_moe(model)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]
+    if not linear:
+        raise ValueError("the model has no nn.Linear to take as its classifier; pass classifier=")
+    return linear[-1]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards everything a forward pass may change is put back.
+
+    That is: training flags, buffers, the last routing of MoE layers, torch's random state (CPU and
+    the model's CUDA devices).
+    """
+    modules = list(model.modules())
+    training = [m.training for m in modules]
+    buffers = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
+    routing = [(layer, layer.last_routing) for _, layer in moe_layers(model)]
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for module, name, buffer, before in buffers:
+                _restore_buffer(module, name, buffer, before)
+            for layer, last in routing:
+                layer.last_routing = last
+
+
+@torch.no_grad()
+def _restore_buffer(module: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
+    """Put the buffer's object and values back."""
+    setattr(module, name, buffer)
+    # Written only on a change: a write would invalidate graphs that saved the buffer for backward.
+    if not torch.equal(buffer, before):
+        buffer.copy_(before)
+
+
+@contextmanager
+def _hooked(model: nn.Module, classifier: nn.Module) -> Iterator[_Record]:
+    """Hooks on activations, MoE layers and the classifier; removed when the block ends, however."""
+    record = _Record()
+    inside = _inside_moe(model)
+    handles: list[Any] = []
+    try:
+        for name, module in model.named_modules():
+            if module is classifier or (isinstance(module, MoELayer) and module not in inside):
+                handles.append(_on_input(module, record.inputs))
+            if isinstance(module, ACTIVATIONS) and module not in inside:
+                handles.append(_on_output(module, record.activations, name or "model"))
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_input(module: nn.Module, store: dict[nn.Module, Tensor]) -> Any:
+    """Keep the module's first argument; the last call wins."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Cloned: a later in-place operation may overwrite it.
+        store[module] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module: nn.Module, store: dict[str, Tensor], name: str) -> Any:
+    """Keep the module's output under `name`, those of its further calls under `name#2`, ..."""
+    calls = 0
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        store[name if calls == 1 else f"{name}#{calls}"] = output.detach().clone()
+
+    return module.register_forward_hook(hook)
+
+
+def _inside_moe(model: nn.Module) -> set[nn.Module]:
+    """The modules that are parts of MoE layers: their units are read from the bank itself."""
+    layers = [layer for _, layer in moe_layers(model)]
+    return {part for layer in layers for part in layer.modules() if part is not layer}
+
+
+def _gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gradients by name, without touching `.grad`; parameters that get none are left out."""
+    learning = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not learning:
+        return {}
+    found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    return {n: g.detach() for n, g in zip(learning, found, strict=True) if g is not None}
+
+
+@torch.no_grad()
+def _expert_probes(
+    model: nn.Module, record: _Record, gradients: dict[str, Tensor]
+) -> dict[str, ExpertProbe]:
+    """Read each MoE layer that ran, in module order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    probes = {}
+    for name, layer in moe_layers(model):
+        if layer not in record.inputs:
+            continue
+        bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
+        assert routing is not None  # the layer ran: its input was seen
+        w_in, w_out = dict(bank.named_parameters()).get("w_in"), bank.output_weight()
+        probes[name or "model"] = ExpertProbe(
+            gates=routing.gates.detach()[:, :living].clone(),
+            hidden=bank.hidden(record.inputs[layer].flatten(0, -2)),
+            segment=bank.segment.clone(),
+            birth=layer.birth[:living].clone(),
+            weight_in=None if w_in is None else w_in.detach(),
+            weight_out=w_out.detach(),
+            weight_in_grad=None if w_in is None else gradients.get(names[id(w_in)]),
+            weight_out_grad=gradients.get(names[id(w_out)]),
+        )
+    return probes
+
+
+def _living_rows(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> number of living experts, for parameters with one row per expert."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    rows = {}
+    for _, layer in moe_layers(model):
+        for parameter in (*layer.router.expert_rows(), *layer.bank.expert_rows()):
+            rows[names[id(parameter)]] = layer.num_experts
+    return rows
+
+
+def _cut(tensors: dict[str, Tensor], rows: dict[str, int]) -> dict[str, Tensor]:
+    """The tensors, those named in `rows` as views of that many first rows."""
+    return {n: t[: rows[n]] if n in rows else t for n, t in tensors.items()}
+
+
+def _check_initial(parameters: dict[str, nn.Parameter], initial: dict[str, Tensor] | None) -> None:
+    for name, value in (initial or {}).items():
+        if name in parameters and parameters[name].shape != value.shape:
+            raise ValueError(
+                f"initial value of {name!r} has shape {tuple(value.shape)}, the parameter "
+                f"{tuple(parameters[name].shape)}: growth must carry the initial values along"
+            )

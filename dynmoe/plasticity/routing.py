@@ -1,0 +1,85 @@
+"""How routing changes over time and what experts specialise in.
+
+Shapes: N samples, E experts, T tasks (or classes).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-12
+"""Smallest gate in the drift's denominator; bounds a sample's drift by log 1e12 = 27.6 nats."""
+
+
+def gate_shares(gates: Tensor) -> Tensor:
+    """Gates [N, E] >= 0 as shares that sum to 1 per row, float64.
+
+    Softmax gates come back unchanged; sparse and sigmoid gates are divided by their row's sum. A
+    row of zeros (no expert took the sample) says nothing about any expert and becomes uniform.
+
+    Raises:
+        ValueError: not a matrix, or a gate below 0.
+    """
+    if gates.ndim != 2 or gates.numel() == 0:
+        raise ValueError(f"gates must be a non-empty [N, E], got shape {tuple(gates.shape)}")
+    if bool((gates < 0).any()):
+        raise ValueError("gates must not be negative")
+    gates = gates.double()
+    total = gates.sum(dim=1, keepdim=True)
+    uniform = torch.full_like(gates, 1.0 / gates.shape[1])
+    return torch.where(total > 0, gates / total.clamp_min(torch.finfo(torch.double).tiny), uniform)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Shannon entropy over the last axis, nats, with 0 log 0 = 0: `[..., E] -> [...]`."""
+    return -torch.special.xlogy(p, p).sum(dim=-1)
+
+
+def routing_drift(gates_before: Tensor, gates_after: Tensor) -> float:
+    """Mean KL(before || after) of the routing of the same N samples, nats, >= 0 and finite.
+
+    Args:
+        gates_before: [N, E].
+        gates_after: [N, E'] with E' >= E; experts born in between have share 0 in `before`.
+
+    Raises:
+        ValueError: other samples, or fewer experts than before.
+
+    The idea of watching old samples' routing after expansion: StaR-MoE (arXiv 2605.17571). Gates in
+    `after` are floored at 1e-12, so that an expert that went silent costs much but not infinity.
+    """
+    before, after = gate_shares(gates_before), gate_shares(gates_after)
+    if len(before) != len(after) or after.shape[1] < before.shape[1]:
+        raise ValueError(
+            f"drift compares [N, E] with [N, E'], E' >= E; got {tuple(before.shape)} and "
+            f"{tuple(after.shape)}"
+        )
+    before = torch.nn.functional.pad(before, (0, after.shape[1] - before.shape[1]))
+    cross = -torch.special.xlogy(before, after.clamp_min(FLOOR)).sum(dim=1)
+    # The floor and rounding can push equal rows below 0 by about 1e-12.
+    return max(0.0, float((cross - entropy(before)).mean()))
+
+
+def expert_task_information(mean_gates: Tensor) -> tuple[float, float]:
+    """Mutual information of expert and task: `H(mean_t p_t) - mean_t H(p_t)`.
+
+    Args:
+        mean_gates: [T, E], row t the mean gate (or histogram of largest gates) p_t on task t, from
+            probes of equal size per task. The same with classes as rows tells class specialists.
+
+    Returns:
+        The information in nats, within 0..min(log T, log E), and its share in 0..1 of the most it
+        could be, min(log T, H(mean_t p_t)). With one task or one used expert both are 0.
+
+    Raises:
+        ValueError: not a matrix, or a gate below 0.
+    """
+    shares = gate_shares(mean_gates)
+    marginal = float(entropy(shares.mean(dim=0)))
+    information = max(0.0, marginal - float(entropy(shares).mean()))
+    most = min(math.log(len(shares)), marginal)
+    # Below 1e-12 nats both are rounding, and their ratio means nothing.
+    return information, min(1.0, information / most) if most > 1e-12 else 0.0

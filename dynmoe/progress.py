@@ -1,0 +1,74 @@
+"""One line of progress: step, rate, time left and a few figures; plain lines where no terminal is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class ProgressLine:
+    """Progress of `total` steps on stderr. Use as a context manager.
+
+    Args:
+        label: what is running.
+        total: steps in all.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.start = label, total, 0
+        self.began = self.printed = time.monotonic()
+        console = Console(stderr=True)
+        self._live = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(label, total=total, rate="", figures="")
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def start_at(self, step: int) -> None:
+        """Steps already done when resuming, which the rate must not count."""
+        self.start = step
+
+    def update(self, step: int, **figures: Any) -> None:
+        """Show that `step` steps are done; figures are shown as given, floats with 3 digits."""
+        now = time.monotonic()
+        if now - self.printed < (0.2 if self._live else PLAIN_INTERVAL_S) and step < self.total:
+            return
+        self.printed = now
+        rate = (step - self.start) / max(now - self.began, 1e-9)
+        shown = " ".join(
+            f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()
+        )
+        if self._live:
+            self._bar.update(
+                self._task, completed=step, rate=f"{rate:.0f} steps/s", figures=shown
+            )
+        else:
+            left = (self.total - step) / max(rate, 1e-9)
+            line = f"{self.label}: {step}/{self.total} steps, {rate:.0f}/s, {left:.0f} s left {shown}"
+            print(line.rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,193 @@
+"""`python -m dynmoe.sweep`: run a command over variants and seeds, and compare them with intervals.
+
+    python -m dynmoe.sweep cl --seeds 5 --flags "--protocol class" \\
+        --variants "dense: --method dense" "g2: --granularity 2"
+
+Each run is a run of the command itself, in a folder of its own; finished ones are read, unfinished
+ones resumed, so a sweep can be stopped and started again at will.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dynmoe.config import run_command
+from dynmoe.errors import DynmoeError, UserError
+from dynmoe.files import write_json
+
+METRICS = ("train_accuracy", "test_accuracy", "online_accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a sweep."""
+
+    command: Annotated[Literal["cl"], tyro.conf.Positional] = "cl"
+    """the command to run"""
+    variants: tuple[str, ...] = ("dense: --method dense", "g2: --granularity 2")
+    """what is compared, each as "label: flags" """
+    flags: str = ""
+    """flags of every run"""
+    name: str = "sweep"
+    """names the sweep's folder and its runs"""
+    seeds: int = 5
+    """seeds 0 .. N-1 of each variant"""
+    jobs: int = os.cpu_count() or 1
+    """runs at a time, each a process"""
+    runs_dir: Path = Path("runs")
+    """where run folders are made"""
+    debug: bool = False
+    """show the traceback of an error"""
+
+
+def main(argv: list[str]) -> None:
+    """Run what is not finished yet, then write results.json and the figure, and print the table."""
+    config = tyro.cli(Config, args=argv, prog="python -m dynmoe.sweep", description=__doc__)
+    variants = dict(_parse(text) for text in config.variants)
+    jobs = {
+        (label, seed): _argv(config, label, flags, seed)
+        for seed in range(config.seeds)
+        for label, flags in variants.items()
+    }
+    _run_all(config, jobs)
+    tasks = {
+        label: [_summary(config, label, seed)["tasks"] for seed in range(config.seeds)]
+        for label in variants
+    }
+    _report(config, variants, tasks)
+
+
+def _parse(text: str) -> tuple[str, list[str]]:
+    label, colon, flags = text.partition(":")
+    if not colon or not label.strip():
+        raise UserError(f'variant {text!r} must read "label: flags", such as "g2: --granularity 2"')
+    return label.strip(), shlex.split(flags)
+
+
+def _argv(config: Config, label: str, flags: list[str], seed: int) -> list[str]:
+    place = ["--name", f"{config.name}/{label}", "--runs-dir", str(config.runs_dir)]
+    return [*shlex.split(config.flags), *flags, *place, "--seed", str(seed), "--resume"]
+
+
+def _folder(config: Config, label: str, seed: int) -> Path:
+    return config.runs_dir / config.command / config.name / label / f"seed-{seed}"
+
+
+def _summary(config: Config, label: str, seed: int) -> Any:
+    return json.loads((_folder(config, label, seed) / "summary.json").read_text())
+
+
+def _run_all(config: Config, jobs: dict[tuple[str, int], list[str]]) -> None:
+    """Run all jobs in worker processes; the first failure stops those not begun.
+
+    Raises:
+        DynmoeError: a run failed; its message and exit code are passed on.
+    """
+    todo = {
+        key: argv
+        for key, argv in jobs.items()
+        if not (_folder(config, *key) / "summary.json").is_file()
+    }
+    if not todo:
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(config.jobs, mp_context=context) as pool,
+    ):
+        bar = progress.add_task(config.name, total=len(jobs), completed=len(jobs) - len(todo))
+        futures = {
+            pool.submit(_run_one, config.command, argv, _folder(config, *key)): key
+            for key, argv in todo.items()
+        }
+        for future in as_completed(futures):
+            label, seed = futures[future]
+            error = future.result()
+            if error is not None:
+                pool.shutdown(cancel_futures=True)
+                raise DynmoeError(f"{label}, seed {seed}: {error}")
+            progress.update(bar, advance=1)
+            if not progress.console.is_terminal:
+                print(f"{config.name}: {label}, seed {seed} done", file=sys.stderr, flush=True)
+
+
+def _run_one(command: str, argv: list[str], folder: Path) -> str | None:
+    """In a worker: run the command, its output into the run's folder. Returns an error's text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            importlib.import_module(f"dynmoe.{command}").main(argv)
+        except DynmoeError as error:
+            return str(error)
+        except SystemExit as exit_:  # tyro, on a bad flag
+            return f"exit {exit_.code}, see {folder / 'output.txt'}" if exit_.code else None
+    return None
+
+
+def _report(
+    config: Config, variants: dict[str, list[str]], tasks: dict[str, list[list[dict[str, Any]]]]
+) -> None:
+    """Write results.json and plasticity.png to runs_dir/sweep/name; print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dynmoe.figures import band_figure
+    from dynmoe.stats import bootstrap_interval
+
+    folder = config.runs_dir / "sweep" / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"flags": config.flags, "seeds": config.seeds, "variants": {}}
+    columns = ("first task", "last task", "mean over tasks")
+    table = Table(title=f"{config.name}: train accuracy at task end, {config.seeds} seeds",
+                  caption="mean over seeds [95 % bootstrap interval], in %")  # fmt: skip
+    for column in ("variant", *columns, "test, last task"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for label, seeds in tasks.items():
+        entry: dict[str, Any] = {"flags": shlex.join(variants[label])}
+        for metric in METRICS:
+            values = [[task[metric] for task in run] for run in seeds]
+            entry[metric] = values
+            entry[f"{metric}_summary"] = {
+                "first task": _interval(bootstrap_interval([v[0] for v in values], "mean")),
+                "last task": _interval(bootstrap_interval([v[-1] for v in values], "mean")),
+                "mean over tasks": _interval(
+                    bootstrap_interval([sum(v) / len(v) for v in values], "mean")
+                ),
+            }
+        results["variants"][label] = entry
+        cells = [_cell(entry["train_accuracy_summary"][column]) for column in columns]
+        table.add_row(label, *cells, _cell(entry["test_accuracy_summary"]["last task"]))
+    write_json(folder / "results.json", results)
+    band_figure(folder / "plasticity.png", results, config.name)
+    Console(width=120).print(table)
+    print(f"results: {folder}")
+
+
+def _interval(interval: Any) -> list[float | None]:
+    """(point, low, high) for JSON; ends that are not known, with a single seed, become null."""
+    return [None if x != x else float(x) for x in interval]
+
+
+def _cell(interval: list[float | None]) -> str:
+    point, low, high = (None if x is None else 100 * x for x in interval)
+    ends = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    return f"{point:.1f}{ends}"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,151 @@
+"""Interquartile mean, bootstrap intervals and comparisons against scipy and plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu, trim_mean
+
+from dynmoe.stats import (
+    bootstrap_interval,
+    iqm,
+    paired_difference,
+    probability_of_improvement,
+)
+
+numbers = st.floats(-1e3, 1e3)
+rows = st.lists(numbers, min_size=1, max_size=15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows)
+def test_iqm_is_scipys_trimmed_mean(values):
+    assert iqm(values) == pytest.approx(trim_mean(values, 0.25), abs=1e-9)
+
+
+def test_iqm_pools_tasks_and_ignores_tails():
+    assert iqm([0, 1, 2, 100]) == 1.5
+    assert iqm([[0, 1], [2, 100]]) == 1.5
+    assert iqm([[0.0, 1], [100]]) == pytest.approx(101 / 3)  # floor(3/4) = 0 are cut
+    assert iqm(np.arange(8.0)) == 3.5
+
+
+def loop_interval(tasks: np.ndarray, statistic, resamples: int = 4000) -> tuple[float, float]:
+    """Stratified percentile bootstrap, one resample at a time."""
+    rng = np.random.default_rng(99)
+    draws = [
+        statistic(np.concatenate([rng.choice(row, len(row)) for row in tasks]))
+        for _ in range(resamples)
+    ]
+    return tuple(np.percentile(draws, [2.5, 97.5]))
+
+
+@pytest.mark.parametrize("statistic", ["iqm", "mean"])
+def test_interval_agrees_with_a_plain_loop(statistic):
+    tasks = np.random.default_rng(1).normal([[0.0], [5.0], [9.0]], 1.0, (3, 10))
+    plain = {"iqm": lambda v: trim_mean(v, 0.25), "mean": np.mean}[statistic]
+    point, low, high = bootstrap_interval(tasks, statistic, resamples=4000)
+    assert point == pytest.approx(plain(tasks.ravel()))
+    expected = loop_interval(tasks, plain)
+    assert (low, high) == pytest.approx(expected, abs=0.06 * (expected[1] - expected[0]))
+    # Strata: tasks 9 apart would make an unstratified interval several times as wide.
+    pooled = bootstrap_interval(tasks.ravel(), "mean")
+    assert high - low < 0.5 * (pooled.high - pooled.low)
+
+
+def test_interval_is_reproducible_and_widens_with_confidence():
+    values = np.random.default_rng(2).random(12)
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    narrow = bootstrap_interval(values, confidence=0.5)
+    wide = bootstrap_interval(values, confidence=0.99)
+    assert wide.low < narrow.low < wide.point < narrow.high < wide.high
+
+
+def test_coverage_of_the_mean():
+    """Of 150 intervals at 20 seeds about 93 % should hold the true mean."""
+    rng = np.random.default_rng(5)
+    hits = 0
+    for i in range(150):
+        _, low, high = bootstrap_interval(rng.normal(size=20), "mean", resamples=400, seed=i)
+        hits += low <= 0 <= high
+    assert 0.86 <= hits / 150 <= 0.99
+
+
+def test_ragged_tasks():
+    point, low, high = bootstrap_interval([[1.0, 2, 3], [10.0, 11]], "mean")
+    assert point == pytest.approx(27 / 5) and low < point < high
+
+
+def test_one_seed_has_no_interval():
+    for values in ([0.7], [[0.7], [0.8]], [[0.7, 0.8], [0.9]]):
+        point, low, high = bootstrap_interval(values, "mean")
+        assert math.isfinite(point) and math.isnan(low) and math.isnan(high)
+    improvement = probability_of_improvement([0.9], [0.1, 0.2])
+    assert improvement.point == 1 and math.isnan(improvement.low)
+
+
+def test_constant_values_have_zero_width():
+    assert bootstrap_interval([0.1] * 7, "mean") == pytest.approx((0.1, 0.1, 0.1))
+    for count in range(2, 12):  # exactly, though sums of another order differ in the last bit
+        tasks = np.random.default_rng(count).random(5)[:, None].repeat(count, axis=1)
+        for statistic in ("mean", "iqm"):
+            point, low, high = bootstrap_interval(tasks, statistic, resamples=50)
+            assert low == high == point
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_are_named(bad):
+    with pytest.raises(ValueError, match=r"\[task 0, seed 2\] is (nan|inf)"):
+        iqm([1.0, 2.0, bad])
+    with pytest.raises(ValueError, match=r"\[task 1, seed 0\]"):
+        bootstrap_interval([[1.0, 2.0], [bad, 1.0]])
+    with pytest.raises(ValueError, match=r"\[task 0, seed 1\]"):
+        paired_difference([1.0, 2.0], [1.0, bad])
+    with pytest.raises(ValueError, match=r"\[task 0, seed 0\]"):
+        probability_of_improvement([bad, 2.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("empty", [[], [[]], [[1.0], []], 3.0, [[[1.0]]]])
+def test_wrong_shapes_are_refused(empty):
+    with pytest.raises(ValueError, match="row"):
+        bootstrap_interval(empty)
+
+
+def test_unknown_statistic_is_refused():
+    with pytest.raises(ValueError, match="known: iqm, mean"):
+        bootstrap_interval([1.0, 2.0], "median")  # type: ignore[arg-type]
+
+
+def test_pairing_removes_what_seeds_share():
+    rng = np.random.default_rng(0)
+    seed_effect = rng.normal(0, 10, 8)
+    a, b = seed_effect + 1 + rng.normal(0, 0.1, 8), seed_effect + rng.normal(0, 0.1, 8)
+    point, low, high = paired_difference(a, b)
+    assert point == pytest.approx(np.mean(a - b)) and 0.5 < low < point < high < 1.5
+    assert paired_difference(a, a) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"\[8\] and \[7\]"):
+        paired_difference(a, b[1:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows, rows)
+def test_improvement_is_mann_whitney(a, b):
+    expected = mannwhitneyu(a, b).statistic / (len(a) * len(b))
+    assert probability_of_improvement(a, b, resamples=20).point == pytest.approx(expected)
+
+
+def test_improvement_over_tasks():
+    a, b = [[2.0, 3.0, 4.0], [0.0, 0.0, 1.0]], [[0.0, 1.0, 1.0], [0.0, 1.0, 2.0]]
+    point, low, high = probability_of_improvement(a, b)
+    # Task 1: always better. Task 2: of 9 pairs 1 better, 3 ties.
+    assert point == pytest.approx((1 + (1 + 3 / 2) / 9) / 2)
+    assert 0.5 <= low < point < high <= 1
+    assert probability_of_improvement(a, a).point == pytest.approx(0.5)
+    assert probability_of_improvement([5.0, 6, 7], [1.0, 2, 3]) == (1, 1, 1)
+    with pytest.raises(ValueError, match="2 tasks and b 1"):
+        probability_of_improvement(a, [1.0, 2.0])
