@@ -1,9 +1,9 @@
 """`python -m dynmoe.sweep`: run a command over variants and seeds, and compare them with intervals.
 
-    python -m dynmoe.sweep cl --seeds 5 --flags "--protocol class" \\
-        --variants "dense: --method dense" "g2: --granularity 2"
+    python -m dynmoe.sweep cl --name class --seeds 5 \\
+        --variants "dense: --method dense" "g2: --granularity 2" -- --protocol class
 
-Each run is a run of the command itself, in a folder of its own; finished ones are read, unfinished
+What follows `--` are flags of every run. Each run is a run of the command itself, in a folder of its own; finished ones are read, unfinished
 ones resumed, so a sweep can be stopped and started again at will.
 """
 
@@ -17,7 +17,7 @@ import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,8 +38,7 @@ class Config:
     """the command to run"""
     variants: tuple[str, ...] = ("dense: --method dense", "g2: --granularity 2")
     """what is compared, each as "label: flags" """
-    flags: str = ""
-    """flags of every run"""
+    flags: tyro.conf.Suppress[tuple[str, ...]] = ()
     name: str = "sweep"
     """names the sweep's folder and its runs"""
     seeds: int = 5
@@ -54,7 +53,9 @@ class Config:
 
 def main(argv: list[str]) -> None:
     """Run what is not finished yet, then write results.json and the figure, and print the table."""
-    config = tyro.cli(Config, args=argv, prog="python -m dynmoe.sweep", description=__doc__)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    config = tyro.cli(Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__)
+    config = replace(config, flags=tuple(argv[cut + 1 :]))
     variants = dict(_parse(text) for text in config.variants)
     jobs = {
         (label, seed): _argv(config, label, flags, seed)
@@ -78,7 +79,7 @@ def _parse(text: str) -> tuple[str, list[str]]:
 
 def _argv(config: Config, label: str, flags: list[str], seed: int) -> list[str]:
     place = ["--name", f"{config.name}/{label}", "--runs-dir", str(config.runs_dir)]
-    return [*shlex.split(config.flags), *flags, *place, "--seed", str(seed), "--resume"]
+    return [*config.flags, *flags, *place, "--seed", str(seed), "--resume"]
 
 
 def _folder(config: Config, label: str, seed: int) -> Path:
@@ -151,7 +152,7 @@ def _report(
 
     folder = config.runs_dir / "sweep" / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"flags": config.flags, "seeds": config.seeds, "variants": {}}
+    results: dict[str, Any] = {"flags": shlex.join(config.flags), "seeds": config.seeds, "variants": {}}
     columns = ("first task", "last task", "mean over tasks")
     table = Table(title=f"{config.name}: train accuracy at task end, {config.seeds} seeds",
                   caption="mean over seeds [95 % bootstrap interval], in %")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Effective rank of the empirical neural tangent kernel: how many directions can still be learnt."""
+"""Effective rank of the empirical neural tangent kernel: how many ways it can still learn."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def take_probe(
         raise ValueError("the probe batch is empty")
     parameters = dict(model.named_parameters())
     _check_initial(parameters, initial)
-    classifier = classifier or last_linear(model)
+    classifier = last_linear(model) if classifier is None else classifier
     with undisturbed(model), torch.enable_grad():
         with _hooked(model, classifier) as record:
             logits = model(inputs)

@@ -57,8 +57,12 @@ class Rank(Metric, name="rank"):
 
 
 def singular_values(h: Tensor) -> Tensor:
-    """Singular values of h [N, d], descending, [min(N, d)] float64."""
-    return torch.linalg.svdvals(h.double())
+    """Singular values of h [N, d], descending, [min(N, d)] float64 on the CPU.
+
+    Decomposed on h's device, read back once: the ranks then cost no further synchronisation, and
+    need no cumulative sum on CUDA, which torch refuses in deterministic mode.
+    """
+    return torch.linalg.svdvals(h.double()).cpu()
 
 
 def srank99(sigma: Tensor) -> float:

@@ -42,7 +42,7 @@ def test_norms_against_numpy(moe_case):
     born = copy_parameters(model)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
+            p.add_(torch.randn_like(p), alpha=0.1)
     probe = take_probe(model, x, y, initial=born)
     values = measure_all(probe, ["norms"])
 
