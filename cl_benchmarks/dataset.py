@@ -22,6 +22,7 @@ class Dataset(Part, ABC, kind="dataset"):
 
         Raises:
             UserError: an option that cannot work.
+
         """
 
     @abstractmethod
@@ -30,4 +31,5 @@ class Dataset(Part, ABC, kind="dataset"):
 
         Raises:
             UserError: the data cannot be found or read; says where it was looked for.
+
         """

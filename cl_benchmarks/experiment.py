@@ -53,15 +53,17 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
 
     Returns:
         the run's folder and its summary.
+
     """
     with Run("cl", preset, config, label=config.method.part.name) as run:
-        if run.summary is None:
-            run.finish(_train(run, config, data))
-            print_tasks(run.summary, f"{config.method.part.name}: {_title(config, data)}")
-        assert run.summary is not None
-        curves = {config.method.part.name: run.summary["tasks"]}
+        method, summary = config.method.part.name, run.summary
+        if summary is None:
+            summary = _train(run, config, data)
+            run.finish(summary)
+            print_tasks(summary, f"{method}: {_title(config, data)}")
+        curves = {method: summary["tasks"]}
         plasticity_figure(run.folder / "plasticity.png", curves, _title(config, data))
-        return run.folder, run.summary
+        return run.folder, summary
 
 
 def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:

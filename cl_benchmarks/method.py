@@ -1,5 +1,6 @@
-"""The method contract: what stands in the hidden blocks, and what happens to the network as it
-learns a stream. `--method NAME`.
+"""The kind of part that learns a stream: `--method NAME`.
+
+A method says what stands in the hidden blocks, and what happens to the network between tasks.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Method(Part, ABC, kind="method"):
 
         Raises:
             UserError: the settings cannot work, found before any training.
+
         """
 
     @abstractmethod

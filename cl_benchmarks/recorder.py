@@ -53,6 +53,7 @@ class Recorder:
         model: the network at its start, for the distance from there.
         growth: the growth plugin, whose events are logged; None without growth.
         progress: shown to the user.
+
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Recorder:
         self.rows: list[TaskRow] = []
         self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
         self.events_logged = 0
+        self.online_sum: Tensor
+        self.online_batches: int
         self._restart_counts()
 
     def step_done(self, strategy: StreamStrategy) -> None:

@@ -53,6 +53,7 @@ class StreamStrategy(SupervisedTemplate):
         position: task, epoch and batch that training has reached.
         resuming: true between `resume` and the point where the saved state is put back; plugins
             must not act on a task start meanwhile, as it has happened before.
+
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class StreamStrategy(SupervisedTemplate):
 
         Raises:
             NumericError: the loss is not finite; nothing has been updated with it.
+
         """
         loss = super().criterion() + sum(collect_aux_losses(self.model).values())
         if self.is_training and not torch.isfinite(loss):

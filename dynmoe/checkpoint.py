@@ -25,6 +25,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
     Raises:
         ResourceError: disk full, also after the oldest checkpoint made room; the newest stays.
+
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -51,6 +52,7 @@ def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, A
 
     Raises:
         ResourceError: there are checkpoints and none of them can be read.
+
     """
     if not folder.is_dir():
         return None

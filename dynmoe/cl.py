@@ -10,6 +10,7 @@ from typing import Literal
 
 from dynmoe.config import RunConfig, parse, place, run_command, slot
 from dynmoe.growth.settings import GrowthSettings
+from dynmoe.network import Trunk
 from dynmoe.registry import PartConfig, get
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
@@ -33,7 +34,7 @@ class Config(RunConfig, GrowthSettings):
     """limited: a task's own chunk; cumulative: all chunks so far"""
     chunks: int = 10
     """tasks in the stream"""
-    network: PartConfig = slot("network", "mlp")
+    network: Trunk.Config = slot("network", "mlp")
     epochs: int = 20
     """passes over each chunk"""
     batch_size: int = 64

@@ -6,7 +6,7 @@ single line that names the bad value, what is allowed and how to fix it.
 
 
 class DynmoeError(Exception):
-    """Base of every error that a command reports as one line. `exit_code` is the process's status."""
+    """Base of every error that a command reports as one line; `exit_code` is its status."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class ResourceError(DynmoeError):
     exit_code = 4
 
 
-class Interrupted(DynmoeError):
+class Interrupted(DynmoeError):  # noqa: N818 - not an error
     """Stopped by a signal after saving; the run can be resumed. Exit code 128 + signal number."""
 
     def __init__(self, message: str, signal_number: int) -> None:

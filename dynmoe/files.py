@@ -17,6 +17,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises:
         ResourceError: the disk is full; the temporary file is gone and the old file intact.
+
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,8 +38,8 @@ def disk_full(path: Path, size: int) -> ResourceError:
     """The error for a full disk, with what is needed and what is free (bytes in, MB out)."""
     free = shutil.disk_usage(path.parent).free
     return ResourceError(
-        f"disk full: writing {path.name} needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in "
-        f"{path.parent}; free some space and go on with --resume"
+        f"disk full: writing {path.name} needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
+        f"in {path.parent}; free some space and go on with --resume"
     )
 
 

@@ -48,9 +48,7 @@ class Trunk(nn.Module, Part, kind="network"):
 
 def dense_block(width: int, hidden: int) -> nn.Module:
     """The dense counterpart of an MoELayer: a two-layer ReLU MLP, [B, W] -> [B, W]."""
-    first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
-    nn.init.kaiming_uniform_(first.weight, nonlinearity="relu")
-    return nn.Sequential(first, nn.ReLU(), second)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
 
 
 class Network(nn.Module):
@@ -61,6 +59,7 @@ class Network(nn.Module):
         config: the head's sizes.
         classes: outputs.
         make_block: makes the blocks at `config.place`; the others are dense.
+
     """
 
     def __init__(

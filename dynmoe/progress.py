@@ -1,4 +1,4 @@
-"""One line of progress: step, rate, time left and a few figures; plain lines where no terminal is."""
+"""One line of progress: step, rate, time left, a few figures; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class ProgressLine:
     Args:
         label: what is running.
         total: steps in all.
+
     """
 
     def __init__(self, label: str, total: int) -> None:
@@ -65,10 +66,10 @@ class ProgressLine:
             f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()
         )
         if self._live:
-            self._bar.update(
-                self._task, completed=step, rate=f"{rate:.0f} steps/s", figures=shown
-            )
+            self._bar.update(self._task, completed=step, rate=f"{rate:.0f} steps/s", figures=shown)
         else:
             left = (self.total - step) / max(rate, 1e-9)
-            line = f"{self.label}: {step}/{self.total} steps, {rate:.0f}/s, {left:.0f} s left {shown}"
+            line = (
+                f"{self.label}: {step}/{self.total} steps, {rate:.0f}/s, {left:.0f} s left {shown}"
+            )
             print(line.rstrip(), file=sys.stderr, flush=True)

@@ -58,6 +58,7 @@ class Part:
 
     Raises:
         TypeError: when two classes of a kind take the same name.
+
     """
 
     kind: ClassVar[str]
@@ -97,6 +98,7 @@ def get(kind: str, name: str) -> type[Any]:
 
     Raises:
         UserError: unknown name; the message lists the known ones and suggests the nearest.
+
     """
     known = names(kind)
     if name in known:

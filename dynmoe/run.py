@@ -1,12 +1,12 @@
 """The run context: one folder, one lock, one seed, one log. Every command works inside one.
 
-    with Run("cl", preset, config) as run:
-        if run.summary is None:                      # not finished earlier
-            state = run.restored                     # None, or the checkpoint to go on from
-            ...
-            if run.checkpoint_due():                 # after each step: time, or a signal
-                run.checkpoint(step, make_state())   # raises Interrupted after a signal
-            run.finish({...})                        # writes summary.json
+with Run("cl", preset, config) as run:
+    if run.summary is None:                      # not finished earlier
+        state = run.restored                     # None, or the checkpoint to go on from
+        ...
+        if run.checkpoint_due():                 # after each step: time, or a signal
+            run.checkpoint(step, make_state())   # raises Interrupted after a signal
+        run.finish({...})                        # writes summary.json
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Run:
     Raises (on entering):
         UserError: the folder is in use, holds other settings, or holds an unfinished run and
             `--resume` was not given; the device is not there.
+
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Run:
         Raises:
             Interrupted: a signal came; the run can be resumed from here.
             ResourceError: disk full; the checkpoint before this one is intact.
+
         """
         saved = {
             "step": step,

@@ -20,9 +20,7 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(
-    seed: int, *keys: str | int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator(seed: int, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator seeded by `derive`."""
     return torch.Generator(device).manual_seed(derive(seed, *keys))
 
@@ -49,10 +47,16 @@ def global_state() -> dict[str, Any]:
     import numpy as np
 
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -1,10 +1,11 @@
-"""`python -m dynmoe.sweep`: run a command over variants and seeds, and compare them with intervals.
+"""`python -m dynmoe.sweep`: a command over variants and seeds, compared with intervals.
 
-    python -m dynmoe.sweep cl --name class --seeds 5 \\
+    python -m dynmoe.sweep cl --name class --seeds 5
         --variants "dense: --method dense" "g2: --granularity 2" -- --protocol class
 
-What follows `--` are flags of every run. Each run is a run of the command itself, in a folder of its own; finished ones are read, unfinished
-ones resumed, so a sweep can be stopped and started again at will.
+What follows `--` are flags of every run. Each run is a run of the command itself, in a folder of
+its own; finished ones are read, unfinished ones resumed, so a sweep can be stopped and started
+again at will.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def _run_all(config: Config, jobs: dict[tuple[str, int], list[str]]) -> None:
 
     Raises:
         DynmoeError: a run failed; its message and exit code are passed on.
+
     """
     todo = {
         key: argv
@@ -152,7 +154,11 @@ def _report(
 
     folder = config.runs_dir / "sweep" / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"flags": shlex.join(config.flags), "seeds": config.seeds, "variants": {}}
+    results: dict[str, Any] = {
+        "flags": shlex.join(config.flags),
+        "seeds": config.seeds,
+        "variants": {},
+    }
     columns = ("first task", "last task", "mean over tasks")
     table = Table(title=f"{config.name}: train accuracy at task end, {config.seeds} seeds",
                   caption="mean over seeds [95 % bootstrap interval], in %")  # fmt: skip

@@ -33,6 +33,7 @@ class Auto(Dataset, name="auto"):
 
         Raises:
             UserError: a Tiny ImageNet is there but cannot be read; no silent change of data then.
+
         """
         tree, places = find_tree(self.config.data_dir)
         if tree is not None:

@@ -31,5 +31,3 @@ class DynamicMoE(Method, name="dynamicmoe"):
         """The growth plugin."""
         controller = growth.make_controller(training.model, training.optimizer, training.generator)
         return [GrowthPlugin(controller)]
-
-

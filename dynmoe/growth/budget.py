@@ -24,6 +24,7 @@ class Budget:
 
         Raises:
             UserError: an expert would be left without units.
+
         """
         if self.mode == "per-growth":
             return sizes + [self.units or sizes[0]] * new

@@ -60,6 +60,7 @@ class GrowthController:
 
     Attributes:
         events: every growth so far.
+
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class GrowthController:
 
         Raises:
             UserError: the layers cannot hold more experts, or an expert would have no units.
+
         """
         count = len(self.events) + 1
         before, activations = self._observe(probe)

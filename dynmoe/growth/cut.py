@@ -29,4 +29,5 @@ class Cut(Part, ABC, kind="cut"):
             generator: for random rules.
 
         A unit scored -inf is never kept.
+
         """

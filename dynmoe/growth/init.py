@@ -97,6 +97,7 @@ def choose_parents(sizes: list[int], new: int) -> list[int]:
 
     Raises:
         UserError: a parent has fewer units than the experts that would share them.
+
     """
     ranked = sorted(range(len(sizes)), key=lambda e: (-sizes[e], e))
     parents = [ranked[i % len(ranked)] for i in range(new)]

@@ -46,6 +46,7 @@ def grow_layer(
 
     Raises:
         UserError: the layer cannot hold that many experts.
+
     """
     old = layer.num_experts
     if len(plan.sizes) > layer.max_experts:
@@ -139,7 +140,7 @@ def neutral_state(
     correction has long faded, and the first update is (1 - b1) / sqrt(1 - b2) = 3.2 learning rates
     whatever the gradient; the mean gives fresh entries the step size of their neighbours.
     """
-    state = {} if optimizer is None else optimizer.state.get(parameter, {})  # type: ignore[arg-type]
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
     if not len(index):
         return
     for key, value in state.items():
@@ -181,16 +182,14 @@ def _gather_state(
     """Gather the optimizer state of `old` along `axis` and file it under `new`."""
     if optimizer is None or old not in optimizer.state:
         return
-    state = optimizer.state.pop(old)  # type: ignore[arg-type]
+    state = optimizer.state.pop(old)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == old.shape:
             state[key] = value.index_select(axis, source)
-    optimizer.state[new] = state  # type: ignore[index]
+    optimizer.state[new] = state
 
 
-def _replace_parameter(
-    optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter
-) -> None:
+def _replace_parameter(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> None:
     """Put `new` where `old` stands in the optimizer's parameter groups."""
     for group in [] if optimizer is None else optimizer.param_groups:
         group["params"] = [new if p is old else p for p in group["params"]]

@@ -41,6 +41,7 @@ class MoELayer(nn.Module):
 
     Raises:
         UserError: an expert would be left without hidden units.
+
     """
 
     birth: Tensor

@@ -23,6 +23,7 @@ class Router(nn.Module, Part, kind="router"):
         alive: buffer [M] bool, which experts exist.
         logit_shift: buffer [M], added to the logits; function-preserving growth splits an expert's
             gate among its copies with it (log 2 each for two).
+
     """
 
     alive: Tensor

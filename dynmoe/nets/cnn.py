@@ -11,8 +11,9 @@ from dynmoe.network import Trunk
 
 
 class SmallCNN(Trunk, name="cnn"):
-    """Two strided ReLU convolutions: 4x4 stride 4, then 3x3 stride 2. Small, and quick to forget
-    how to learn, as it has no normalisation.
+    """Two strided ReLU convolutions, 4x4 stride 4 and 3x3 stride 2.
+
+    Without normalisation it is quick to lose its plasticity.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from dynmoe.network import Trunk
 
 
 class ResNet18(Trunk, name="resnet18"):
-    """ResNet-18 (He et al. 2016, arXiv 1512.03385) with a 3x3 stem and no max-pooling, the usual
-    form for images of 32 to 64 pixels.
+    """ResNet-18 (He et al. 2016, arXiv 1512.03385) for small images.
+
+    Its stem is a 3x3 convolution without max-pooling, as usual for images of 32 to 64 pixels.
     """
 
     @dataclass(frozen=True, kw_only=True)

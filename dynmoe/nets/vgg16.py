@@ -11,8 +11,9 @@ from dynmoe.network import Trunk
 
 
 class VGG16(Trunk, name="vgg16"):
-    """VGG-16-BN (Simonyan & Zisserman 2015, arXiv 1409.1556) under an MLP head, as used for
-    continual Tiny ImageNet by Lee et al. 2024 (Hare & Tortoise, arXiv 2406.02596).
+    """VGG-16-BN (Simonyan & Zisserman 2015, arXiv 1409.1556) under an MLP head.
+
+    Used for continual Tiny ImageNet by Lee et al. 2024 (Hare & Tortoise, arXiv 2406.02596).
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ def gate_shares(gates: Tensor) -> Tensor:
 
     Raises:
         ValueError: not a matrix, or a gate below 0.
+
     """
     if gates.ndim != 2 or gates.numel() == 0:
         raise ValueError(f"gates must be a non-empty [N, E], got shape {tuple(gates.shape)}")
@@ -50,6 +51,7 @@ def routing_drift(gates_before: Tensor, gates_after: Tensor) -> float:
 
     The idea of watching old samples' routing after expansion: StaR-MoE (arXiv 2605.17571). Gates in
     `after` are floored at 1e-12, so that an expert that went silent costs much but not infinity.
+
     """
     before, after = gate_shares(gates_before), gate_shares(gates_after)
     if len(before) != len(after) or after.shape[1] < before.shape[1]:
@@ -76,6 +78,7 @@ def expert_task_information(mean_gates: Tensor) -> tuple[float, float]:
 
     Raises:
         ValueError: not a matrix, or a gate below 0.
+
     """
     shares = gate_shares(mean_gates)
     marginal = float(entropy(shares.mean(dim=0)))

@@ -35,9 +35,7 @@ class DuplicateInit(Init, name="duplicate"):
         plan = Plan(
             sizes=[len(u) for u in units],
             source=torch.cat(units),
-            factor=torch.cat(
-                [s * f * request.scale for s, f in zip(shares, family, strict=True)]
-            ),
+            factor=torch.cat([s * f * request.scale for s, f in zip(shares, family, strict=True)]),
             parents=[],
             bias_factor=torch.full((experts,), request.scale),
             logit_shift=torch.zeros(experts),

@@ -26,6 +26,7 @@ class HiddenPool(ExpertBank, name="pool"):
     Attributes:
         w_in: Parameter [H, D_in]; b_in: Parameter [H].
         w_out: Parameter [D_out, H]; b_out: Parameter [M, D_out].
+
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -112,15 +113,15 @@ class HiddenPool(ExpertBank, name="pool"):
 
     @torch.no_grad()
     def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
-        """Draw the units `index` [n] afresh: Kaiming uniform for w_in (He et al. 2015, Eq. 10),
-        uniform in +-1/sqrt(fan_in) for the rest, as torch's linear layers.
+        """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in), as torch's linear layers.
+
+        Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
+        in the ReLU behind the layer, and a growing network loses its trainability.
         """
         dim_in, (dim_out, hidden), n = self.w_in.shape[1], self.w_out.shape, len(index)
         fan_in = hidden if self.output_init == "pool" else hidden / self._num_experts()
         bound_in, bound_out = dim_in**-0.5, fan_in**-0.5
-        w_in = torch.empty(n, dim_in).uniform_(
-            -(6**0.5) * bound_in, 6**0.5 * bound_in, generator=generator
-        )
+        w_in = torch.empty(n, dim_in).uniform_(-bound_in, bound_in, generator=generator)
         b_in = torch.empty(n).uniform_(-bound_in, bound_in, generator=generator)
         w_out = torch.empty(dim_out, n).uniform_(-bound_out, bound_out, generator=generator)
         self.w_in[index] = w_in.to(self.w_in)

@@ -37,5 +37,3 @@ class SoftmaxRouter(Router, name="softmax"):
     def forward(self, x: Tensor) -> Routing:
         """Route x [N, D]: `softmax((x W^T) / temperature)`."""
         return self.dense(F.linear(x, self.weight) / self.temperature)
-
-

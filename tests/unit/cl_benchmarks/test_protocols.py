@@ -31,7 +31,7 @@ def _same(a: list[Chunk], b: list[Chunk]) -> bool:
         (x, y)
         for c, d in zip(a, b, strict=True)
         for x, y in zip(_tensors(c), _tensors(d), strict=True)
-    ]  # noqa: E501
+    ]
     return all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -50,10 +50,10 @@ def test_chunks_are_well_formed_and_follow_the_seed(name: str, data: ImageData) 
         assert len(c.train_index) == len(c.train_labels) > 0
         assert len(c.test_index) == len(c.test_labels) > 0
         assert len(c.train_index.unique()) == len(c.train_index)
-        assert 0 <= c.train_index.min() and c.train_index.max() < len(data.train_labels)
-        assert 0 <= c.test_index.min() and c.test_index.max() < len(data.test_labels)
-        assert 0 <= c.train_labels.min() and c.train_labels.max() < outputs
-        assert 0 <= c.test_labels.min() and c.test_labels.max() < outputs
+        assert c.train_index.min() >= 0 and c.train_index.max() < len(data.train_labels)
+        assert c.test_index.min() >= 0 and c.test_index.max() < len(data.test_labels)
+        assert c.train_labels.min() >= 0 and c.train_labels.max() < outputs
+        assert c.test_labels.min() >= 0 and c.test_labels.max() < outputs
     assert _same(chunks, protocol.split(data, 4, seed=0))
     assert not _same(chunks, protocol.split(data, 4, seed=1))
     assert _same(chunks, protocol.stream(data, 4, "limited", seed=0))

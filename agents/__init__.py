@@ -1,0 +1,1 @@
+"""Agents that grow experts while they learn to act."""

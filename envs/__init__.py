@@ -1,0 +1,1 @@
+"""Environments that hand out torch tensors."""
