@@ -73,12 +73,12 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     train, test = chunk_datasets(data, chunks)
     steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
     outputs = protocol.num_outputs(data, config.chunks)
-    training = _prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
+    training = prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
     plugins = config.method.build().plugins(config, training)
     growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
     with ProgressLine(config.method.part.name, steps) as progress:
         recorder = Recorder(run, config, train, test, training.model, growth, progress)
-        strategy = _strategy(config, training, plugins, recorder, run.device)
+        strategy = make_strategy(config, training, plugins, recorder, run.device)
         if run.restored is not None:
             recorder.load_state_dict(run.restored["recorder"])
             strategy.resume(run.restored["strategy"])
@@ -88,7 +88,7 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     return _summary(config, data, recorder)
 
 
-def _prepare(
+def prepare(
     config: Config, data: ImageData, outputs: int, horizon: Horizon, device: torch.device
 ) -> Training:
     """Network and optimizer. Network `draw` is the same in every run of this seed."""
@@ -114,7 +114,7 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
 
 
-def _strategy(
+def make_strategy(
     config: Config,
     training: Training,
     plugins: list[Any],

@@ -13,9 +13,11 @@ PROBE_SAMPLES = 512
 
 
 class GrowthPlugin:
-    """Asks a `GrowthController` at each task start and after each optimizer step.
+    """Asks a `GrowthController` at each task start and before each optimizer step.
 
-    The probe batch, for unit utilities and the growth shock, is drawn from the task trained last.
+    Not after the step: experts that come after a task's last step would be judged untrained, and
+    after the run's last step for nothing. The probe batch, for unit utilities and the growth shock,
+    is drawn from the present task; at a task start, from the one before.
     Avalanche has synchronised its optimizer by the time `before_training_exp` runs; growth keeps
     the optimizer in step itself, and refreshes Avalanche's record of it afterwards.
 
@@ -39,9 +41,9 @@ class GrowthPlugin:
         signals = Signals(step=strategy.clock.train_iterations, task_starts=starts)
         self._step(strategy, signals, previous or self._dataset)
 
-    def after_training_iteration(self, strategy: Any, **_: Any) -> None:
-        """An optimizer step is done; the clock counts it after all plugins have run."""
-        self._step(strategy, Signals(step=strategy.clock.train_iterations + 1), self._dataset)
+    def before_training_iteration(self, strategy: Any, **_: Any) -> None:
+        """An optimizer step comes, after those that the clock has counted."""
+        self._step(strategy, Signals(step=strategy.clock.train_iterations), self._dataset)
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state."""

@@ -76,6 +76,7 @@ class Recorder:
         self.events_logged = 0
         self.online_sum: Tensor
         self.online_batches: int
+        self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
 
     def step_done(self, strategy: StreamStrategy) -> None:
@@ -83,25 +84,27 @@ class Recorder:
         right = (strategy.mb_output.argmax(dim=1) == strategy.mb_y).float().mean()
         self.online_sum = self.online_sum + right.detach()
         self.online_batches += 1
+        self.loss = strategy.loss.detach()
         step = strategy.clock.train_iterations
         self._log_growth()
-        self.progress.update(step, task=strategy.position.task + 1, experts=self._experts(strategy))
+        if self.progress.due(step):
+            experts = self._experts(strategy)
+            self.progress.update(step, task=strategy.position.task + 1, experts=experts)
         if self.run.checkpoint_due():
             self.run.checkpoint(step, self._checkpoint(strategy))
 
     def epoch_done(self, strategy: StreamStrategy) -> None:
-        """Log accuracies on samples of the task and every plasticity metric on its probe."""
+        """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
         task, device = strategy.position.task, self.run.device
+        probe = take_probe(strategy.model, *self.probes[task], initial=self.initial)
+        right = probe.logits.argmax(dim=1) == self.probes[task][1]
         values = {
-            "epoch/train_accuracy": accuracy(
-                strategy.model, self.train[task], device, self.eval_samples
-            ),
+            "epoch/train_accuracy": float(right.float().mean()),
             "epoch/test_accuracy": accuracy(
                 strategy.model, self.test[task], device, self.eval_samples
             ),
-            "epoch/loss": float(strategy.loss.detach()),
+            "epoch/loss": float(self.loss),
         }
-        probe = take_probe(strategy.model, *self.probes[task], initial=self.initial)
         values |= measure_all(probe)
         step = strategy.clock.train_iterations
         self.run.log.scalars(step, values)
@@ -134,6 +137,7 @@ class Recorder:
         self.events_logged = state["events_logged"]
         self.online_sum = state["online_sum"]
         self.online_batches = state["online_batches"]
+        self.loss = state["loss"]
 
     def _checkpoint(self, strategy: StreamStrategy) -> dict[str, Any]:
         recorder = {
@@ -142,6 +146,7 @@ class Recorder:
             "events_logged": self.events_logged,
             "online_sum": self.online_sum,
             "online_batches": self.online_batches,
+            "loss": self.loss,
         }
         return {"strategy": strategy.state_dict(), "recorder": recorder}
 

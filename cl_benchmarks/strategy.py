@@ -6,6 +6,7 @@ top, so import it only once training is about to begin.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from cl_benchmarks.batches import Augment, Batches, Position
 from cl_benchmarks.stream import chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.growth.surgery import match_shapes
-from dynmoe.moe import collect_aux_losses
+from dynmoe.moe import collect_aux_losses, moe_layers
 
 CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
          "train_epoch_iterations", "total_iterations")  # fmt: skip
@@ -81,10 +82,13 @@ class StreamStrategy(SupervisedTemplate):
             plugins=plugins,
             evaluator=None,
         )
+        # Without metrics or periodic evaluation Avalanche's own plugins do nothing, at every hook.
+        self.plugins = [*plugins, self.clock]
         self.own_plugins = plugins
         self.seed, self.augment, self.clip = seed, augment, clip
         self.reset_optimizer = reset_optimizer
         self.observer = observer
+        self.has_aux_losses = any(layer.balance_weight for _, layer in moe_layers(model))
         self.position = Position()
         self._saved: dict[str, Any] | None = None
 
@@ -115,10 +119,12 @@ class StreamStrategy(SupervisedTemplate):
             NumericError: the loss is not finite; nothing has been updated with it.
 
         """
-        loss = super().criterion() + sum(collect_aux_losses(self.model).values())
-        if self.is_training and not torch.isfinite(loss):
+        loss = super().criterion()
+        if self.has_aux_losses:
+            loss = loss + sum(collect_aux_losses(self.model).values())
+        if self.is_training and not math.isfinite(value := loss.item()):
             raise NumericError(
-                f"the loss is {loss.item()} in task {self.position.task + 1}, epoch "
+                f"the loss is {value} in task {self.position.task + 1}, epoch "
                 f"{self.position.epoch + 1}, batch {self.position.batch}; the last checkpoint is "
                 "kept; a smaller --lr or --clip 1 may help"
             )
@@ -157,6 +163,7 @@ class StreamStrategy(SupervisedTemplate):
             self._put_back(self._saved_state)
         while self.position.epoch < self.train_epochs:
             self._before_training_epoch(**kwargs)
+            self.clock.train_epoch_iterations = self.position.batch  # not 0 in a resumed epoch
             self.training_epoch(**kwargs)
             self.position.epoch += 1
             self.position.batch = 0

@@ -1,7 +1,8 @@
 """Checkpoints: plain dicts of tensors and values, written atomically, with a checksum each.
 
-`step-000000123.pt` can be read with `torch.load(path, weights_only=True)`; the file beside it,
-`.pt.sha256`, is written last, so a checkpoint without one is incomplete. The newest two are kept.
+`step-000000123.pt` can be read with `torch.load(path, weights_only=True)`. The file beside it,
+`.pt.sha256`, is written first, and while a checkpoint is replaced it holds the checksums of both:
+a process killed at any moment leaves only whole checkpoints. The newest two are kept.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ KEEP = 2
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write a checkpoint and delete all but the newest `KEEP`.
 
+    A later step than this one can only be damaged, passed over by `load_latest`: it goes first.
+
     Raises:
         ResourceError: disk full, also after the oldest checkpoint made room; the newest stays.
 
@@ -32,6 +35,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     torch.save(state, buffer)
     data = buffer.getvalue()
     path = folder / f"step-{step:09d}.pt"
+    for later in folder.glob("step-*.pt"):
+        if later.name > path.name:
+            _remove(later)
     try:
         _write(path, data)
     except ResourceError:
@@ -45,8 +51,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None if there is none.
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, its tensors on the CPU, or None if there is none.
 
     A damaged one is named on stderr and passed over for the one before it.
 
@@ -60,8 +66,8 @@ def load_latest(folder: Path, device: torch.device | str = "cpu") -> dict[str, A
     paths = sorted(folder.glob("step-*.pt"))
     for path in reversed(paths):
         data = path.read_bytes()
-        if _checksum_file(path).is_file() and _checksum_file(path).read_text() == _checksum(data):
-            return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        if _checksum(data) in _known_checksums(path):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         print(f"warning: checkpoint {path} is damaged; trying the one before", file=sys.stderr)
     if paths:
         raise ResourceError(
@@ -76,9 +82,11 @@ def exists(folder: Path) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    _checksum_file(path).unlink(missing_ok=True)  # a rewrite of a step is incomplete until the end
+    checksum, replaced = _checksum(data), _known_checksums(path)
+    write_atomic(_checksum_file(path), "\n".join([*replaced, checksum]).encode())
     write_atomic(path, data)
-    write_atomic(_checksum_file(path), _checksum(data).encode())
+    if replaced:
+        write_atomic(_checksum_file(path), checksum.encode())
 
 
 def _checksum(data: bytes) -> str:
@@ -89,10 +97,16 @@ def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+def _known_checksums(path: Path) -> list[str]:
+    """What the checksum of a checkpoint may be; none if the file for it is missing."""
+    file = _checksum_file(path)
+    return file.read_text(errors="replace").split() if file.is_file() else []
+
+
 def _complete(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.glob("step-*.pt")) if _checksum_file(p).is_file()]
 
 
 def _remove(path: Path) -> None:
-    _checksum_file(path).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+    _checksum_file(path).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class Config(RunConfig, GrowthSettings):
     """limited: a task's own chunk; cumulative: all chunks so far"""
     chunks: int = 10
     """tasks in the stream"""
-    network: Trunk.Config = slot("network", "mlp")
+    network: Trunk.Config = slot("network", "cnn")
     epochs: int = 20
     """passes over each chunk"""
     batch_size: int = 64
@@ -50,10 +50,10 @@ class Config(RunConfig, GrowthSettings):
     reset_optimizer: bool = False
     """clear the optimizer's state at each task"""
     augment: Literal["none", "crop-flip"] = "none"
-    eval_samples: int = 500
-    """images for each epoch's accuracies; a task's end looks at all"""
+    eval_samples: int = 256
+    """test images for each epoch's accuracy; a task's end looks at all"""
     probe_samples: int = 256
-    """images for the plasticity metrics"""
+    """training images for each epoch's accuracy and plasticity metrics"""
 
 
 def presets() -> dict[str, Config]:
@@ -65,9 +65,16 @@ def presets() -> dict[str, Config]:
         epochs=2,
         dataset=get("dataset", "digits").Config(),
         protocol=get("protocol", "shuffle").Config(images=300),
+        network=get("network", "mlp").Config(),
+    )
+    plain = replace(
+        laptop,
+        router=get("router", "softmax").Config(),
+        gate_scale="one",
+        init=get("init", "random").Config(router="new"),
     )
     paper = replace(
-        laptop,
+        plain,
         threads=0,
         dataset=get("dataset", "tiny-imagenet").Config(),
         protocol=get("protocol", "iid").Config(),
@@ -81,7 +88,7 @@ def presets() -> dict[str, Config]:
         eval_samples=2000,
         probe_samples=1024,
     )
-    return {"laptop": laptop, "smoke": smoke, "paper": paper}
+    return {"laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper}
 
 
 def main(argv: list[str]) -> None:

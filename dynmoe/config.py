@@ -51,6 +51,8 @@ class RunConfig:
     """the run's name; by default the preset and a hash of the settings"""
     resume: bool = place(False)
     """go on from the newest checkpoint of this run"""
+    checkpoint_every_s: float = place(60.0)
+    """seconds between checkpoints"""
     debug: bool = place(False)
     """show the traceback of an error"""
 

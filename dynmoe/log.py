@@ -35,6 +35,7 @@ class Logger:
         self.path = folder / "log.jsonl"
         self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
         self._file.truncate(position)
+        self._file.seek(position)  # else `tell` counts what was cut off until the next write
         purge = None if step is None else step + 1
         self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
 

@@ -52,7 +52,10 @@ def dense_block(width: int, hidden: int) -> nn.Module:
 
 
 class Network(nn.Module):
-    """Trunk, neck, hidden blocks (each followed by a ReLU) and classifier.
+    """Trunk, neck, hidden blocks with a ReLU between two of them, and classifier.
+
+    The last block feeds the classifier without a ReLU: units of a ReLU there die in the shock of a
+    growth, and no growth of the block before can bring them back.
 
     Args:
         trunk: [B, C, H, W] -> [B, F].
@@ -76,9 +79,10 @@ class Network(nn.Module):
         self.trunk = trunk
         self.neck = nn.Sequential(nn.Linear(trunk.out_features, config.width), nn.ReLU())
         self.blocks = nn.Sequential()
-        for make in makers:
+        for number, make in enumerate(makers):
+            if number:
+                self.blocks.append(nn.ReLU())
             self.blocks.append(make(config.width, config.hidden))
-            self.blocks.append(nn.ReLU())
         self.classifier = nn.Linear(config.width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

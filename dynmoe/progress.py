@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_INTERVAL_S = 10.0
+LIVE_INTERVAL_S, PLAIN_INTERVAL_S = 0.2, 10.0
+"""Seconds between two updates, on a terminal and elsewhere."""
 
 
 class ProgressLine:
@@ -55,12 +56,14 @@ class ProgressLine:
         """Steps already done when resuming, which the rate must not count."""
         self.start = step
 
+    def due(self, step: int) -> bool:
+        """Whether it is time to show something; ask before working out the figures."""
+        interval = LIVE_INTERVAL_S if self._live else PLAIN_INTERVAL_S
+        return time.monotonic() - self.printed >= interval or step >= self.total
+
     def update(self, step: int, **figures: Any) -> None:
         """Show that `step` steps are done; figures are shown as given, floats with 3 digits."""
-        now = time.monotonic()
-        if now - self.printed < (0.2 if self._live else PLAIN_INTERVAL_S) and step < self.total:
-            return
-        self.printed = now
+        now = self.printed = time.monotonic()
         rate = (step - self.start) / max(now - self.began, 1e-9)
         shown = " ".join(
             f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()

@@ -76,7 +76,8 @@ class Part:
         if "Config" not in cls.__dict__:  # a part without options still needs a Config of its own
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), {}))
         other = _PARTS[cls.kind].get(name)
-        if other is not None and other.__module__ != cls.__module__:
+        same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
+        if other is not None and (other.__module__, other.__qualname__) != same:
             raise TypeError(f"{cls.kind} {name!r} is defined by {other} and again by {cls}")
         cls.name = name
         cls.Config.part = cls

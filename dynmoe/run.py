@@ -45,7 +45,6 @@ class Run:
         preset: name of the preset, part of the default run name.
         config: the settings.
         label: put into the default run name, e.g. the method.
-        checkpoint_every_s: seconds between checkpoints.
 
     Attributes:
         folder: the run's folder.
@@ -60,21 +59,13 @@ class Run:
 
     """
 
-    def __init__(
-        self,
-        command: str,
-        preset: str,
-        config: RunConfig,
-        label: str = "",
-        checkpoint_every_s: float = 60.0,
-    ) -> None:
+    def __init__(self, command: str, preset: str, config: RunConfig, label: str = "") -> None:
         self.config = config
         parts = [preset, label, digest(config)]
         self.name = config.name or "-".join(part for part in parts if part)
         self.folder = Path(config.runs_dir) / command / self.name / f"seed-{config.seed}"
         self.checkpoints = self.folder / "checkpoints"
         self.device = resolve(config.device)
-        self.checkpoint_every_s = checkpoint_every_s
         self.summary: dict[str, Any] | None = None
         self.restored: dict[str, Any] | None = None
         self._log: Logger | None = None
@@ -105,14 +96,23 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._log is not None:
-            self._log.close()
-        self._release()
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            self._release()
+        if kind is None and self._signal is not None:  # it came after the last checkpoint
+            name = signal.Signals(self._signal).name
+            raise Interrupted(
+                f"stopped by {name} after the end of {self.folder}; go on with: "
+                f"{_command_line()} --resume",
+                self._signal,
+            )
 
     def checkpoint_due(self) -> bool:
         """Whether to save now: the interval has passed, or a signal asks the run to stop."""
         passed = time.monotonic() - self._saved_at
-        return self._signal is not None or passed > self.checkpoint_every_s
+        return self._signal is not None or passed > self.config.checkpoint_every_s
 
     def checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Save `state` (plain values and tensors), the global generators and the log's position.
@@ -188,7 +188,7 @@ class Run:
                 f"{self.folder} holds an unfinished run; go on with --resume, or start another "
                 "with --name"
             )
-        return checkpoint.load_latest(self.checkpoints, self.device)
+        return checkpoint.load_latest(self.checkpoints)
 
     def _take_lock(self) -> None:
         """Lock the folder; the kernel frees the lock however this process ends."""

@@ -19,6 +19,10 @@ class Budget:
     units: int = 0
     """per-growth: hidden units of each new expert; 0 for as many as the first expert has"""
 
+    def __post_init__(self) -> None:
+        if self.units < 0:
+            raise UserError(f"budget: units={self.units} must be at least 0")
+
     def sizes_after(self, sizes: list[int], new: int) -> list[int]:
         """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].
 

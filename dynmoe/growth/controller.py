@@ -17,7 +17,7 @@ from dynmoe.growth.cut import Cut
 from dynmoe.growth.cuts.utility import UtilityCut
 from dynmoe.growth.init import Init, Request
 from dynmoe.growth.inits.random import RandomInit
-from dynmoe.growth.surgery import Moments, grow_layer
+from dynmoe.growth.surgery import Moments, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
 from dynmoe.moe.layer import MoELayer, moe_layers
@@ -55,7 +55,7 @@ class GrowthController:
         granularity: experts added per growth (the paper's g).
         trigger, cut, init: Configs of registered parts; defaults: at tasks, utility, random.
         budget: constant, or units per growth.
-        moments: optimizer state of fresh entries, see `surgery.neutral_state`.
+        moments: optimizer state of fresh entries, see `surgery.mean_moments`.
         generator: draws fresh weights and random choices; default one seeded with 0.
 
     Attributes:
@@ -90,7 +90,7 @@ class GrowthController:
     def step(
         self, signals: Signals, make_probe: Callable[[], Probe] | None = None
     ) -> GrowthEvent | None:
-        """Grow if the trigger says so. Call at each task start and after each optimizer step.
+        """Grow if the trigger says so. Call at each task start and before each optimizer step.
 
         `make_probe` gives the probe batch; it is called only when the layers grow.
         """
@@ -106,16 +106,21 @@ class GrowthController:
             probe: batch on the model's device for utilities and the growth shock.
 
         Raises:
-            UserError: the layers cannot hold more experts, or an expert would have no units.
+            UserError: a layer cannot hold more experts, or an expert would have no units; no layer
+                has been touched.
 
         """
-        count = len(self.events) + 1
+        count, layers = len(self.events) + 1, dict(moe_layers(self.model))
+        for layer in layers.values():
+            check_room(layer, layer.num_experts + self.granularity)
         before, activations = self._observe(probe)
-        for name, layer in moe_layers(self.model):
-            plan = self.init.plan(self._request(layer, activations.get(name)))
-            grow_layer(layer, plan, count, self.generator, self.optimizer, self.moments)
+        plans = {
+            name: self.init.plan(self._request(layer, activations.get(name)))
+            for name, layer in layers.items()
+        }
+        for name, layer in layers.items():
+            grow_layer(layer, plans[name], count, self.generator, self.optimizer, self.moments)
         after, _ = self._observe(probe)
-        layers = dict(moe_layers(self.model))
         event = GrowthEvent(
             step=step,
             count=count,
@@ -134,7 +139,7 @@ class GrowthController:
             sizes=sizes,
             target=target,
             scores=self.cut.scores(layer.bank, mean_activation, self.generator),
-            scale=len(sizes) / len(target) if layer.gate_scale == "experts" else 1.0,
+            scale=layer.gate_factor(len(sizes)) / layer.gate_factor(len(target)),
             generator=self.generator,
         )
 

@@ -5,6 +5,7 @@ Shapes: E experts before, n new ones, H hidden units before and H' after.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 
 FRESH = -1
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass
 class Plan:
-    """Where each unit and expert of the grown layer comes from."""
+    """Where each unit and expert of the grown layer comes from; factors and shifts in float64."""
 
     sizes: list[int]
     """[E + n] hidden sizes after growth"""
@@ -85,29 +85,17 @@ def cut_plan(request: Request) -> Plan:
     return Plan(
         sizes=list(request.target),
         source=torch.cat(source),
-        factor=torch.ones(sum(request.target)),
+        factor=torch.ones(sum(request.target), dtype=torch.float64),
         parents=[FRESH] * request.new,
-        bias_factor=torch.ones(experts),
-        logit_shift=torch.zeros(experts),
+        bias_factor=torch.ones(experts, dtype=torch.float64),
+        logit_shift=torch.zeros(experts, dtype=torch.float64),
     )
 
 
 def choose_parents(sizes: list[int], new: int) -> list[int]:
-    """[n] parents for new experts: the largest experts first, each once before any twice.
-
-    Raises:
-        UserError: a parent has fewer units than the experts that would share them.
-
-    """
+    """[n] parents for new experts: the largest experts first, each once before any twice."""
     ranked = sorted(range(len(sizes)), key=lambda e: (-sizes[e], e))
-    parents = [ranked[i % len(ranked)] for i in range(new)]
-    for parent, children in Counter(parents).items():
-        if sizes[parent] <= children:
-            raise UserError(
-                f"expert {parent} has {sizes[parent]} hidden units and cannot be shared with "
-                f"{children} new experts; use a smaller granularity or more units"
-            )
-    return parents
+    return [ranked[i % len(ranked)] for i in range(new)]
 
 
 def share_gates(plan: Plan, parents: list[int]) -> None:
@@ -120,7 +108,7 @@ def share_gates(plan: Plan, parents: list[int]) -> None:
     plan.parents = list(parents)
     first_new = len(plan.sizes) - len(parents)
     for parent, children in Counter(parents).items():
-        shift = -torch.log(torch.tensor(children + 1.0))
+        shift = -math.log(children + 1)
         plan.logit_shift[parent] = shift
         for child, its_parent in enumerate(parents):
             if its_parent == parent:

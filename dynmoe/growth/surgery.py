@@ -33,8 +33,7 @@ def grow_layer(
     """Carry out a plan on one layer.
 
     Units that are taken over keep their weights (output weights times the plan's factor) and their
-    optimizer state; fresh ones, and second copies of a unit, start with neutral state (see
-    `neutral_state`).
+    optimizer state; fresh ones, and second copies of a unit, restart theirs (see `neutral_state`).
 
     Args:
         layer: the layer to grow.
@@ -42,23 +41,32 @@ def grow_layer(
         birth: growth count, noted as the new experts' birth.
         generator: draws the fresh weights.
         optimizer: its state follows the parameters; may have no state yet.
-        moments: neutral second moments of fresh entries.
+        moments: second moments of fresh entries, see `mean_moments`.
 
     Raises:
         UserError: the layer cannot hold that many experts.
 
     """
-    old = layer.num_experts
-    if len(plan.sizes) > layer.max_experts:
-        raise UserError(
-            f"cannot grow to {len(plan.sizes)} experts: the layer was made for at most "
-            f"{layer.max_experts} (max_experts)"
-        )
-    new = torch.arange(old, len(plan.sizes))
+    check_room(layer, len(plan.sizes))
+    new = torch.arange(layer.num_experts, len(plan.sizes))
     layer.router.alive[new] = True
     layer.birth[new] = birth
     _place_units(layer, plan, generator, optimizer, moments)
     _place_experts(layer, plan, new, generator, optimizer, moments)
+
+
+def check_room(layer: MoELayer, experts: int) -> None:
+    """Refuse more experts than the layer was made for.
+
+    Raises:
+        UserError: the layer cannot hold that many experts.
+
+    """
+    if experts > layer.max_experts:
+        raise UserError(
+            f"cannot grow to {experts} experts: the layer was made for at most "
+            f"{layer.max_experts} (max_experts)"
+        )
 
 
 def _place_units(
@@ -71,6 +79,9 @@ def _place_units(
     """Gather, draw and scale the hidden units, and re-partition the pool."""
     bank, device = layer.bank, layer.bank.segment.device
     fresh = plan.source == FRESH
+    means = {
+        name: mean_moments(optimizer, getattr(bank, name), moments) for name, _ in bank.unit_axes()
+    }
     resize_units(bank, plan.source.clamp(min=0).to(device), optimizer)
     bank.set_hidden_sizes(plan.sizes)
     bank.draw_units(fresh.nonzero().flatten().to(device), generator)
@@ -78,7 +89,7 @@ def _place_units(
     weight.mul_(plan.factor.to(weight))
     restart = (fresh | _repeats(plan.source)).nonzero().flatten().to(device)
     for name, axis in bank.unit_axes():
-        neutral_state(optimizer, getattr(bank, name), axis, restart, moments)
+        neutral_state(optimizer, getattr(bank, name), axis, restart, means[name])
 
 
 def _place_experts(
@@ -91,6 +102,7 @@ def _place_experts(
 ) -> None:
     """Give the new experts their router rows and output biases."""
     router, experts = layer.router, len(plan.sizes)
+    old = experts - len(new)
     new = new.to(layer.birth.device)
     redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
     router.draw_rows(redrawn, generator)
@@ -104,9 +116,9 @@ def _place_experts(
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
     for rows in layer.bank.expert_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-        neutral_state(optimizer, rows, 0, new, moments)
+        neutral_state(optimizer, rows, 0, new, mean_moments(optimizer, rows, moments, old))
     for rows in router.expert_rows():
-        neutral_state(optimizer, rows, 0, redrawn, moments)
+        neutral_state(optimizer, rows, 0, redrawn, mean_moments(optimizer, rows, moments, old))
 
 
 def resize_units(bank: nn.Module, source: Tensor, optimizer: Optimizer | None) -> None:
@@ -130,28 +142,37 @@ def resize_units(bank: nn.Module, source: Tensor, optimizer: Optimizer | None) -
         bank.segment = torch.zeros_like(source)
 
 
+def mean_moments(
+    optimizer: Optimizer | None, parameter: Tensor, moments: Moments, rows: int | None = None
+) -> dict[str, float]:
+    """The second moments that fresh entries start with, by state key; none of them for "zero".
+
+    With 0 under an old step count, Adam's bias correction has long faded, and the first update is
+    (1 - b1) / sqrt(1 - b2) = 3.2 learning rates whatever the gradient; the mean over the entries in
+    use before the growth (the first `rows`) gives fresh ones the step size of their neighbours.
+    """
+    if optimizer is None or moments == "zero":
+        return {}
+    state = optimizer.state.get(parameter, {})
+    return {key: float(state[key][:rows].mean()) for key in SECOND_MOMENTS if key in state}
+
+
 def neutral_state(
-    optimizer: Optimizer | None, parameter: Tensor, axis: int, index: Tensor, moments: Moments
+    optimizer: Optimizer | None,
+    parameter: Tensor,
+    axis: int,
+    index: Tensor,
+    second: dict[str, float],
 ) -> None:
     """Restart the optimizer state of the entries `index` along `axis`.
 
-    First moments (Adam's exp_avg, SGD's momentum) become 0. Second moments become the mean of the
-    tensor's other entries ("mean") or 0 ("zero"). With 0 under an old step count, Adam's bias
-    correction has long faded, and the first update is (1 - b1) / sqrt(1 - b2) = 3.2 learning rates
-    whatever the gradient; the mean gives fresh entries the step size of their neighbours.
+    First moments (Adam's exp_avg, SGD's momentum) become 0, second moments what `second` says (see
+    `mean_moments`), or 0.
     """
     state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    if not len(index):
-        return
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        fill = 0.0
-        if key in SECOND_MOMENTS and moments == "mean" and len(index) < value.shape[axis]:
-            others = torch.ones(value.shape[axis], dtype=torch.bool, device=value.device)
-            others[index] = False
-            fill = float(value.index_select(axis, others.nonzero().flatten()).mean())
-        value.index_fill_(axis, index, fill)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.index_fill_(axis, index, second.get(key, 0.0))
 
 
 @torch.no_grad()

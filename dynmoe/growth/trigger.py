@@ -22,7 +22,7 @@ class Signals:
 
 
 class Trigger(Part, ABC, kind="trigger"):
-    """Base of all triggers. A loop asks `fires` once at each task start and after each step."""
+    """Base of all triggers. A loop asks `fires` at each task start and before each step."""
 
     def __init__(self, config: PartConfig) -> None:
         self.config = config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,14 @@ class MoELayer(nn.Module):
         if self.gate_scale == "one":
             return 1.0
         return routing.alive.sum() if routing.indices is None else float(routing.indices.shape[1])
+
+    def gate_factor(self, experts: int) -> int:
+        """What gates are multiplied by while that many experts exist."""
+        return 1 if self.gate_scale == "one" else min(experts, self.router.k or experts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last routing out: its tensors belong to a graph."""
+        return {**self.__dict__, "last_routing": None}
 
     @property
     def num_experts(self) -> int:

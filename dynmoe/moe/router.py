@@ -23,11 +23,13 @@ class Router(nn.Module, Part, kind="router"):
         alive: buffer [M] bool, which experts exist.
         logit_shift: buffer [M], added to the logits; function-preserving growth splits an expert's
             gate among its copies with it (log 2 each for two).
+        k: most experts that a sample uses; None for all.
 
     """
 
     alive: Tensor
     logit_shift: Tensor
+    k: int | None = None
 
     def __init__(
         self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator

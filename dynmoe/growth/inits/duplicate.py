@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from dynmoe.errors import UserError
 from dynmoe.growth.init import FRESH, Init, Plan, Request, choose_parents, share_gates
 
 
@@ -37,8 +38,8 @@ class DuplicateInit(Init, name="duplicate"):
             source=torch.cat(units),
             factor=torch.cat([s * f * request.scale for s, f in zip(shares, family, strict=True)]),
             parents=[],
-            bias_factor=torch.full((experts,), request.scale),
-            logit_shift=torch.zeros(experts),
+            bias_factor=torch.full((experts,), request.scale, dtype=torch.float64),
+            logit_shift=torch.zeros(experts, dtype=torch.float64),
         )
         share_gates(plan, parents)
         return plan
@@ -47,14 +48,24 @@ class DuplicateInit(Init, name="duplicate"):
 def _deal(
     owned: list[Tensor], parents: list[int], scores: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Deal each parent's units, best first, in turn to its family. Returns units and shares."""
+    """Deal each parent's units, best first, in turn to its family. Returns units and shares.
+
+    Raises:
+        UserError: a parent has fewer units than the experts that would share them.
+
+    """
     units = list(owned) + [torch.empty(0, dtype=torch.long) for _ in parents]
     for parent in sorted(set(parents)):
         family = [parent] + [len(owned) + c for c, p in enumerate(parents) if p == parent]
+        if len(owned[parent]) < len(family):
+            raise UserError(
+                f"expert {parent} has {len(owned[parent])} hidden units and cannot share them with "
+                f"{len(family) - 1} new experts; use a smaller granularity or more units"
+            )
         ranked = owned[parent][scores[owned[parent]].argsort(descending=True, stable=True)]
         for turn, member in enumerate(family):
             units[member] = ranked[turn :: len(family)].sort().values
-    return units, [torch.ones(len(u)) for u in units]
+    return units, [torch.ones(len(u), dtype=torch.float64) for u in units]
 
 
 def _copy(
@@ -65,14 +76,17 @@ def _copy(
     A child with room for more units than its parent has gets silent fresh ones (share 0); one with
     room for fewer copies the first and leaves the rest to the others.
     """
-    units, weights = list(owned), [torch.rand(len(u), generator=request.generator) for u in owned]
+
+    def draw(size: int) -> Tensor:
+        return torch.rand(size, generator=request.generator, dtype=torch.float64)
+
+    units, weights = list(owned), [draw(len(u)) for u in owned]
     for child, parent in enumerate(parents):
         size = request.target[len(owned) + child]
         copied = owned[parent][:size]
         units.append(torch.cat([copied, copied.new_full((size - len(copied),), FRESH)]))
-        weight = torch.rand(size, generator=request.generator)
-        weights.append(weight.where(units[-1] != FRESH, torch.zeros(())))
-    total = torch.zeros(sum(request.sizes))
+        weights.append(draw(size) * (units[-1] != FRESH))
+    total = torch.zeros(sum(request.sizes), dtype=torch.float64)
     for unit, weight in zip(units, weights, strict=True):
         weight += 0.5 * (unit != FRESH)  # keeps every share well away from 0
         total.index_add_(0, unit[unit != FRESH], weight[unit != FRESH])

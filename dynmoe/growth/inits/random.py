@@ -19,8 +19,9 @@ class RandomInit(Init, name="random"):
     class Config(PartConfig):
         """Options of the random init."""
 
-        router: Literal["new", "all"] = "new"
-        """which router rows are drawn: the new experts', or every expert's"""
+        router: Literal["new", "all"] = "all"
+        """which router rows are drawn: the new experts' (the paper), or every expert's, which lets
+        a router that has settled share its samples out anew"""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

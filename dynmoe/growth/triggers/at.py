@@ -33,5 +33,5 @@ class AtTrigger(Trigger, name="at"):
         return not signals.task_starts and signals.step in self.steps
 
     def planned(self, steps: int, tasks: int) -> int:
-        """How many of the given steps come before the last one."""
+        """How many of the given steps come before the run's last one."""
         return sum(s < steps for s in self.steps)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
@@ -31,6 +32,8 @@ class SoftmaxRouter(Router, name="softmax"):
         max_experts: int,
         generator: torch.Generator,
     ) -> None:
+        if config.temperature <= 0:
+            raise UserError(f"softmax router: temperature={config.temperature} must be above 0")
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 

@@ -22,6 +22,8 @@ class TopKRouter(Router, name="topk"):
     router gradient exactly zero.
     """
 
+    k: int
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the top-k router."""
