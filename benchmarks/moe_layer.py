@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class LoopMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Softly mix all experts for x [N, D]."""
         gates = self.router(x).softmax(dim=1)
-        return torch.stack([g[:, None] * e(x) for g, e in zip(gates.T, self.experts)]).sum(0)
+        mixed = [gates[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]
+        return torch.stack(mixed).sum(dim=0)
 
 
 def steps(n: int, dim: int, experts: int, rounds: int, device: torch.device) -> list[str]:
@@ -64,7 +66,7 @@ def steps(n: int, dim: int, experts: int, rounds: int, device: torch.device) -> 
         x.grad = None
         module(x).backward(gradient)
 
-    calls = {k: (lambda m=m.to(device): step(m)) for k, m in modules.items()}
+    calls = {name: partial(step, module.to(device)) for name, module in modules.items()}
     seconds = alternate(calls, rounds, device)
     milliseconds = 1e3 * statistics.median(seconds["dense"])
     ratios = [f"{ratio(seconds, k, 'dense'):.2f}" for k in ("soft", "top-2", "loop")]

@@ -121,6 +121,7 @@ def make_strategy(
     recorder: Recorder,
     device: torch.device,
 ) -> StreamStrategy:
+    """Avalanche's strategy over all that."""
     with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
         warnings.simplefilter("ignore")
         from cl_benchmarks.strategy import StreamStrategy
