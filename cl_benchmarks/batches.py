@@ -44,7 +44,6 @@ class Batches:
 
     Yields:
         images float32 [B, C, H, W] standardised, labels int64 [B].
-
     """
 
     def __init__(
@@ -100,7 +99,6 @@ def accuracy(
 
     Args:
         samples: look at that many evenly spaced images only; 0 for all.
-
     """
     from dynmoe.growth.controller import evaluating
 

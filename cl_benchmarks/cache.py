@@ -41,7 +41,6 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], compress: bool = Fal
 
     Raises:
         OSError: the folder cannot be written or the disk is full; no partial file stays.
-
     """
     save: Any = np.savez_compressed if compress else np.savez
     path.parent.mkdir(parents=True, exist_ok=True)

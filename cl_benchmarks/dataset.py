@@ -22,7 +22,6 @@ class Dataset(Part, ABC, kind="dataset"):
 
         Raises:
             UserError: an option that cannot work.
-
         """
 
     @abstractmethod
@@ -31,5 +30,4 @@ class Dataset(Part, ABC, kind="dataset"):
 
         Raises:
             UserError: the data cannot be found or read; says where it was looked for.
-
         """

@@ -53,7 +53,6 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
 
     Returns:
         the run's folder and its summary.
-
     """
     with Run("cl", preset, config, label=config.method.part.name) as run:
         method, summary = config.method.part.name, run.summary

@@ -88,7 +88,6 @@ def render(
 
     Raises:
         UserError: a class that the table does not hold, an unknown view, a negative seed.
-
     """
     check(classes, size, views, seed)
     table = load_table()

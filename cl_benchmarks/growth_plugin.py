@@ -24,7 +24,6 @@ class GrowthPlugin:
     Args:
         controller: grows `strategy.model` and its optimizer.
         probe_samples: most samples in the probe batch.
-
     """
 
     def __init__(self, controller: GrowthController, probe_samples: int = PROBE_SAMPLES) -> None:

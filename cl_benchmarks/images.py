@@ -30,7 +30,6 @@ class ImageData:
 
     Raises:
         ValueError: tensors whose types or shapes do not fit together.
-
     """
 
     name: str
@@ -78,7 +77,6 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         mean `[C]`, std `[C]`, float32.
-
     """
     count = min(len(images), STATS_IMAGES)
     index = torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()
@@ -120,7 +118,6 @@ def check_class_folders(root: Path, split: str, expected: int) -> list[Path]:
 
     Raises:
         UserError: not `expected` many; names a folder beside, above or below that has them.
-
     """
     found = class_folders(root / split)
     if len(found) == expected:
@@ -145,7 +142,6 @@ def read_class_tree(
 
     Raises:
         UserError: wrong number of classes, a class that is missing or empty, an unreadable image.
-
     """
     check_class_folders(root, split, expected)
     order = list(names) if names else [p.name for p in class_folders(root / split)]
@@ -165,7 +161,6 @@ def decode(files: Sequence[Path], size: int) -> Tensor:
 
     Raises:
         UserError: names the file that is missing, truncated, no image or of another size.
-
     """
     out = torch.empty((len(files), 3, size, size), dtype=torch.uint8)
 

@@ -56,7 +56,6 @@ class Method(Part, ABC, kind="method"):
 
         Raises:
             UserError: the settings cannot work, found before any training.
-
         """
 
     @abstractmethod

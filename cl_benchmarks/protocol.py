@@ -49,7 +49,6 @@ class Protocol(Part, ABC, kind="protocol"):
 
         Raises:
             UserError: an option that cannot work.
-
         """
 
     @abstractmethod
@@ -58,7 +57,6 @@ class Protocol(Part, ABC, kind="protocol"):
 
         Raises:
             UserError: the data does not divide into that many; names numbers near it that work.
-
         """
 
     @abstractmethod
@@ -78,7 +76,6 @@ class Protocol(Part, ABC, kind="protocol"):
 
         Raises:
             UserError: as `split`; or joined chunks would contradict themselves.
-
         """
         reason = self.no_cumulative() if access == "cumulative" else None
         if reason:
@@ -93,7 +90,6 @@ def cumulative(chunks: list[Chunk]) -> list[Chunk]:
     Raises:
         ValueError: an image comes again with another label. `Protocol.stream` refuses, before,
             the protocols whose labels mean something else in each chunk.
-
     """
     return [
         Chunk(
@@ -119,7 +115,6 @@ def generator(seed: int, *stream: str | int) -> np.random.Generator:
 
     Raises:
         UserError: a negative seed.
-
     """
     if seed < 0:
         raise UserError(f"seed {seed} is negative; use 0 or more")

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.batches import accuracy
+from cl_benchmarks.charts import LAYOUT
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.growth.controller import evaluating
 from dynmoe.moe import moe_layers
+from dynmoe.moe.stats import gate_shares
 from dynmoe.plasticity.entk import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import copy_parameters, take_probe
-from dynmoe.plasticity.routing import expert_task_information, gate_shares, routing_drift
+from dynmoe.plasticity.routing import expert_task_information, routing_drift
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 
@@ -53,7 +55,6 @@ class Recorder:
         model: the network at its start, for the distance from there.
         growth: the growth plugin, whose events are logged; None without growth.
         progress: shown to the user.
-
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Recorder:
         self.rows: list[TaskRow] = []
         self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
         self.events_logged = 0
+        run.log.tensorboard.add_custom_scalars(LAYOUT)
         self.online_sum: Tensor
         self.online_batches: int
         self.loss = torch.zeros(())  # of the latest batch, nats

@@ -54,7 +54,6 @@ class StreamStrategy(SupervisedTemplate):
         position: task, epoch and batch that training has reached.
         resuming: true between `resume` and the point where the saved state is put back; plugins
             must not act on a task start meanwhile, as it has happened before.
-
     """
 
     def __init__(
@@ -117,7 +116,6 @@ class StreamStrategy(SupervisedTemplate):
 
         Raises:
             NumericError: the loss is not finite; nothing has been updated with it.
-
         """
         loss = super().criterion()
         if self.has_aux_losses:

@@ -28,7 +28,6 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
     Raises:
         ResourceError: disk full, also after the oldest checkpoint made room; the newest stays.
-
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -58,7 +57,6 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         ResourceError: there are checkpoints and none of them can be read.
-
     """
     if not folder.is_dir():
         return None

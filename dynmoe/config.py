@@ -70,7 +70,6 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
 
     Raises:
         UserError: unknown preset or part name.
-
     """
     import tyro
 

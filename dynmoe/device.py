@@ -14,7 +14,6 @@ def resolve(name: str) -> torch.device:
 
     Raises:
         UserError: no such device here.
-
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

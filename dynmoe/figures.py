@@ -24,7 +24,6 @@ def plasticity_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title
         path: the PNG file, written atomically.
         curves: method name -> the `tasks` of its summary.
         title: data set, protocol and network: what the numbers are about.
-
     """
     series = {
         name: {key: [[task[key] for task in tasks]] for key, _ in PANELS}
@@ -40,7 +39,6 @@ def band_figure(path: Path, results: dict[str, Any], title: str) -> None:
         path: the PNG file, written atomically.
         results: what `dynmoe.sweep` writes; per variant and metric [seeds][tasks] shares in 0..1.
         title: what the numbers are about.
-
     """
     _draw(path, results["variants"], f"{title} ({results['seeds']} seeds)")
 

@@ -17,7 +17,6 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises:
         ResourceError: the disk is full; the temporary file is gone and the old file intact.
-
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

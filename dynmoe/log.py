@@ -23,7 +23,6 @@ class Logger:
         position: bytes of `log.jsonl` to keep, when resuming; the rest is cut off.
         step: the step resumed from (TensorBoard hides what was written after it), or None to start
             afresh.
-
     """
 
     def __init__(self, folder: Path, position: int = 0, step: int | None = None) -> None:

@@ -62,7 +62,6 @@ class Network(nn.Module):
         config: the head's sizes.
         classes: outputs.
         make_block: makes the blocks at `config.place`; the others are dense.
-
     """
 
     def __init__(

@@ -20,7 +20,6 @@ class ProgressLine:
     Args:
         label: what is running.
         total: steps in all.
-
     """
 
     def __init__(self, label: str, total: int) -> None:

@@ -58,7 +58,6 @@ class Part:
 
     Raises:
         TypeError: when two classes of a kind take the same name.
-
     """
 
     kind: ClassVar[str]
@@ -99,7 +98,6 @@ def get(kind: str, name: str) -> type[Any]:
 
     Raises:
         UserError: unknown name; the message lists the known ones and suggests the nearest.
-
     """
     known = names(kind)
     if name in known:

@@ -56,7 +56,6 @@ class Run:
     Raises (on entering):
         UserError: the folder is in use, holds other settings, or holds an unfinished run and
             `--resume` was not given; the device is not there.
-
     """
 
     def __init__(self, command: str, preset: str, config: RunConfig, label: str = "") -> None:
@@ -120,7 +119,6 @@ class Run:
         Raises:
             Interrupted: a signal came; the run can be resumed from here.
             ResourceError: disk full; the checkpoint before this one is intact.
-
         """
         saved = {
             "step": step,

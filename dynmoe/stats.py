@@ -36,7 +36,6 @@ def iqm(values: Values) -> float:
 
     Raises:
         ValueError: no value, or one that is not finite (its index is named).
-
     """
     return float(_iqm(np.concatenate(_strata(values)), axis=-1))
 
@@ -64,7 +63,6 @@ def bootstrap_interval(
         ValueError: no value, one that is not finite (its index is named), an unknown statistic.
 
     Source: Agarwal et al. 2021 (arXiv 2108.13264), Section 4.1.
-
     """
     function = _statistic(statistic)
 
@@ -90,7 +88,6 @@ def paired_difference(
 
     Raises:
         ValueError: also when a and b differ in shape.
-
     """
     rows_a, rows_b = _strata(a), _strata(b)
     sizes_a, sizes_b = [len(r) for r in rows_a], [len(r) for r in rows_b]
@@ -116,7 +113,6 @@ def probability_of_improvement(
         ValueError: no value, one that is not finite, or another number of tasks in a than in b.
 
     Source: Agarwal et al. 2021 (arXiv 2108.13264), Section 4.3, "probability of improvement".
-
     """
     rows_a, rows_b = _strata(a), _strata(b)
     if len(rows_a) != len(rows_b):
@@ -187,7 +183,6 @@ def _strata(values: Values) -> list[Array]:
 
     Raises:
         ValueError: an empty row, a row of another rank, or a value that is not finite.
-
     """
     rows = [values] if np.ndim(_first(values)) == 0 else list(values)  # type: ignore[arg-type]
     strata = [np.asarray(row, dtype=np.float64) for row in rows]

@@ -96,7 +96,6 @@ def _run_all(config: Config, jobs: dict[tuple[str, int], list[str]]) -> None:
 
     Raises:
         DynmoeError: a run failed; its message and exit code are passed on.
-
     """
     todo = {
         key: argv

@@ -10,6 +10,7 @@ from cl_benchmarks.dataset import Dataset
 from cl_benchmarks.datasets.fractal import Fractal
 from cl_benchmarks.datasets.tiny_imagenet import find_tree, read_tree
 from cl_benchmarks.images import ImageData
+from dynmoe.errors import UserError
 
 
 class Auto(Dataset, name="auto"):
@@ -32,12 +33,17 @@ class Auto(Dataset, name="auto"):
         """One line on stderr tells when the fractal images are used.
 
         Raises:
-            UserError: a Tiny ImageNet is there but cannot be read; no silent change of data then.
-
+            UserError: a Tiny ImageNet is there but cannot be read, or a folder was named and holds
+                none; no silent change of data then.
         """
         tree, places = find_tree(self.config.data_dir)
         if tree is not None:
             return read_tree(tree)
+        if self.config.data_dir is not None:
+            raise UserError(
+                f"no Tiny ImageNet in [{', '.join(map(str, places))}]; give the folder "
+                "tiny-imagenet-200 or the one above it, or leave --dataset.data-dir out"
+            )
         notice(
             f"dataset: Tiny ImageNet not found in [{', '.join(map(str, places))}]; using the "
             "embedded fractal images (--dataset tiny-imagenet --dataset.data-dir DIR for the real "

@@ -78,7 +78,6 @@ def read_tree(tree: Path) -> ImageData:
 
     Raises:
         UserError: not 200 classes, a class without images, an image that cannot be read.
-
     """
     folders = check_class_folders(tree, "train", CLASSES)
     names = _class_names(tree, folders)

@@ -71,7 +71,6 @@ class Noise(Protocol, name="noise"):
 
         Raises:
             UserError: a schedule was given and is not `chunks` long.
-
         """
         given = self.config.schedule
         if given is None:

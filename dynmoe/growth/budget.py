@@ -28,7 +28,6 @@ class Budget:
 
         Raises:
             UserError: an expert would be left without units.
-
         """
         if self.mode == "per-growth":
             return sizes + [self.units or sizes[0]] * new

@@ -60,7 +60,6 @@ class GrowthController:
 
     Attributes:
         events: every growth so far.
-
     """
 
     def __init__(
@@ -108,7 +107,6 @@ class GrowthController:
         Raises:
             UserError: a layer cannot hold more experts, or an expert would have no units; no layer
                 has been touched.
-
         """
         count, layers = len(self.events) + 1, dict(moe_layers(self.model))
         for layer in layers.values():

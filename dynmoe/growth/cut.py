@@ -29,5 +29,4 @@ class Cut(Part, ABC, kind="cut"):
             generator: for random rules.
 
         A unit scored -inf is never kept.
-
         """

@@ -42,7 +42,6 @@ class GrowthSettings:
 
         Raises:
             UserError: granularity below 1.
-
         """
         if self.granularity < 1:
             raise UserError(f"granularity {self.granularity} must be at least 1")
@@ -54,7 +53,6 @@ class GrowthSettings:
 
         Raises:
             UserError: the constant budget of `hidden` units cannot feed `experts` experts.
-
         """
         if self.budget.mode == "constant" and experts > hidden:
             raise UserError(

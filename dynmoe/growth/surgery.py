@@ -45,7 +45,6 @@ def grow_layer(
 
     Raises:
         UserError: the layer cannot hold that many experts.
-
     """
     check_room(layer, len(plan.sizes))
     new = torch.arange(layer.num_experts, len(plan.sizes))
@@ -60,7 +59,6 @@ def check_room(layer: MoELayer, experts: int) -> None:
 
     Raises:
         UserError: the layer cannot hold that many experts.
-
     """
     if experts > layer.max_experts:
         raise UserError(

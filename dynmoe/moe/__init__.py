@@ -6,3 +6,4 @@ from dynmoe.moe.layer import collect_aux_losses as collect_aux_losses
 from dynmoe.moe.layer import moe_layers as moe_layers
 from dynmoe.moe.router import Router as Router
 from dynmoe.moe.routing import Routing as Routing
+from dynmoe.moe.stats import routing_stats as routing_stats

@@ -20,7 +20,6 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     Attributes:
         segment: buffer [H] int64, the expert that owns each hidden unit: sorted, so that each
             expert's units are one contiguous run.
-
     """
 
     segment: Tensor

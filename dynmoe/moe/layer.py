@@ -41,7 +41,6 @@ class MoELayer(nn.Module):
 
     Raises:
         UserError: an expert would be left without hidden units.
-
     """
 
     birth: Tensor

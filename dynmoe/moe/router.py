@@ -24,7 +24,6 @@ class Router(nn.Module, Part, kind="router"):
         logit_shift: buffer [M], added to the logits; function-preserving growth splits an expert's
             gate among its copies with it (log 2 each for two).
         k: most experts that a sample uses; None for all.
-
     """
 
     alive: Tensor

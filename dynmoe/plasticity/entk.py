@@ -19,7 +19,6 @@ def entk_matrix(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> Tens
 
     Raises:
         ValueError: no input, or no parameter that learns.
-
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     m = min(len(inputs), max_samples)
@@ -53,7 +52,6 @@ def entk_effective_rank(model: nn.Module, inputs: Tensor, max_samples: int = 64)
         NumericError: a gradient is not finite.
 
     Source: SPHERE (arXiv 2605.04712): K = J J^T, plasticity = exp(entropy of its spectrum).
-
     """
     kernel = entk_matrix(model, inputs, max_samples)
     if not bool(torch.isfinite(kernel).all()):

@@ -33,7 +33,6 @@ def measure_all(probe: Probe, names: Iterable[str] | None = None) -> dict[str, f
     Raises:
         UserError: a name that is not registered.
         NumericError: a value is not finite, because the network's activations or gradients aren't.
-
     """
     values: dict[str, float] = {}
     for name in registry.names("metric") if names is None else names:

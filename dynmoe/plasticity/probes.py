@@ -114,7 +114,6 @@ def take_probe(
         ValueError: empty batch, logits not [N, C], no classifier to be found or one that was not
             called, or an initial value of another shape than its parameter.
         NumericError: the loss is not finite.
-
     """
     if len(inputs) == 0:
         raise ValueError("the probe batch is empty")
@@ -152,7 +151,6 @@ def last_linear(model: nn.Module) -> nn.Linear:
 
     Raises:
         ValueError: there is none.
-
     """
     inside = _inside_moe(model)
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside]

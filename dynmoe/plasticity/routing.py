@@ -10,33 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from dynmoe.moe.stats import entropy, gate_shares
+
 FLOOR = 1e-12
 """Smallest gate in the drift's denominator; bounds a sample's drift by log 1e12 = 27.6 nats."""
-
-
-def gate_shares(gates: Tensor) -> Tensor:
-    """Gates [N, E] >= 0 as shares that sum to 1 per row, float64.
-
-    Softmax gates come back unchanged; sparse and sigmoid gates are divided by their row's sum. A
-    row of zeros (no expert took the sample) says nothing about any expert and becomes uniform.
-
-    Raises:
-        ValueError: not a matrix, or a gate below 0.
-
-    """
-    if gates.ndim != 2 or gates.numel() == 0:
-        raise ValueError(f"gates must be a non-empty [N, E], got shape {tuple(gates.shape)}")
-    if bool((gates < 0).any()):
-        raise ValueError("gates must not be negative")
-    gates = gates.double()
-    total = gates.sum(dim=1, keepdim=True)
-    uniform = torch.full_like(gates, 1.0 / gates.shape[1])
-    return torch.where(total > 0, gates / total.clamp_min(torch.finfo(torch.double).tiny), uniform)
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Shannon entropy over the last axis, nats, with 0 log 0 = 0: `[..., E] -> [...]`."""
-    return -torch.special.xlogy(p, p).sum(dim=-1)
 
 
 def routing_drift(gates_before: Tensor, gates_after: Tensor) -> float:
@@ -51,7 +28,6 @@ def routing_drift(gates_before: Tensor, gates_after: Tensor) -> float:
 
     The idea of watching old samples' routing after expansion: StaR-MoE (arXiv 2605.17571). Gates in
     `after` are floored at 1e-12, so that an expert that went silent costs much but not infinity.
-
     """
     before, after = gate_shares(gates_before), gate_shares(gates_after)
     if len(before) != len(after) or after.shape[1] < before.shape[1]:
@@ -78,7 +54,6 @@ def expert_task_information(mean_gates: Tensor) -> tuple[float, float]:
 
     Raises:
         ValueError: not a matrix, or a gate below 0.
-
     """
     shares = gate_shares(mean_gates)
     marginal = float(entropy(shares.mean(dim=0)))

@@ -23,7 +23,6 @@ def plasticity_summary(accuracies: Sequence[float]) -> dict[str, float]:
 
     Source: mean over tasks is the average online (or end-of-task) accuracy of Kumar et al. 2023
     (arXiv 2308.11958); slope and ratio are ours.
-
     """
     values = np.asarray(accuracies, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:

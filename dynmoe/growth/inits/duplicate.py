@@ -52,7 +52,6 @@ def _deal(
 
     Raises:
         UserError: a parent has fewer units than the experts that would share them.
-
     """
     units = list(owned) + [torch.empty(0, dtype=torch.long) for _ in parents]
     for parent in sorted(set(parents)):

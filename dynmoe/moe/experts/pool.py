@@ -26,7 +26,6 @@ class HiddenPool(ExpertBank, name="pool"):
     Attributes:
         w_in: Parameter [H, D_in]; b_in: Parameter [H].
         w_out: Parameter [D_out, H]; b_out: Parameter [M, D_out].
-
     """
 
     @dataclass(frozen=True, kw_only=True)

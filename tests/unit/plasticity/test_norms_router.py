@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dynmoe.moe.stats import expert_use
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.metrics import norms, router
 from dynmoe.plasticity.probes import ExpertProbe, Probe, copy_parameters, take_probe
@@ -116,7 +117,7 @@ def test_expert_without_units_has_norm_zero():
 
 
 def use(gates: Tensor, birth: list[int] | None = None) -> dict[str, float]:
-    return router.router_use(bare_expert(gates, torch.ones(len(gates), 2), [0, 0], birth))
+    return expert_use(gates, torch.tensor(birth or [0] * gates.shape[1]))
 
 
 def test_router_on_known_gates():
