@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynmoe.moe.stats import expert_use
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics import norms, router
+from dynmoe.plasticity.metrics import norms
 from dynmoe.plasticity.probes import ExpertProbe, Probe, copy_parameters, take_probe
 
 
