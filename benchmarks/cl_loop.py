@@ -68,7 +68,7 @@ def command_task(
     plugins = config.method.build().plugins(config, training)
     train, test = chunk_datasets(data, chunks)
     progress = ProgressLine("", 10**9)
-    recorder = Recorder(run, config, train, test, training.model, plugins[0], progress)
+    recorder = Recorder(run, config, data.name, train, test, training.model, plugins[0], progress)
     strategy = make_strategy(config, training, plugins, recorder, run.device)
     if not whole:
         strategy.observer = StepsOnly(recorder)

@@ -34,7 +34,7 @@ DATA_SEED = 0
 
 def run_all(preset: str, config: Config) -> None:
     """Run `config.method`, then each of `config.compare`; print a table and draw one figure."""
-    configs = [config] + [_compared(config, name) for name in config.compare]
+    configs = [config] + [_compared(config, name) for name in _others(config)]
     data = config.dataset.build().load(DATA_SEED)
     summaries = {}
     for one in configs:
@@ -56,6 +56,12 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
     """
     with Run("cl", preset, config, label=config.method.part.name) as run:
         method, summary = config.method.part.name, run.summary
+        known = (summary or run.restored or {}).get("dataset", data.name)
+        if known != data.name:  # `auto` may find another data set than it did before
+            raise UserError(
+                f"{run.folder} holds a run on {known}, and now the data set is {data.name}; use "
+                "another --name"
+            )
         if summary is None:
             summary = _train(run, config, data)
             run.finish(summary)
@@ -76,7 +82,7 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     plugins = config.method.build().plugins(config, training)
     growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
     with ProgressLine(config.method.part.name, steps) as progress:
-        recorder = Recorder(run, config, train, test, training.model, growth, progress)
+        recorder = Recorder(run, config, data.name, train, test, training.model, growth, progress)
         strategy = make_strategy(config, training, plugins, recorder, run.device)
         if run.restored is not None:
             recorder.load_state_dict(run.restored["recorder"])
@@ -157,6 +163,12 @@ def _summary(config: Config, data: ImageData, recorder: Recorder) -> dict[str, A
         },
         "growth": [asdict(event) for event in growth.controller.events] if growth else [],
     }
+
+
+def _others(config: Config) -> list[str]:
+    """Methods to compare with. Those by default leave out the method itself."""
+    own = config.method.part.name if config.compare == type(config).compare else None
+    return [name for name in config.compare if name != own]
 
 
 def _compared(config: Config, name: str) -> Config:

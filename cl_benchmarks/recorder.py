@@ -51,6 +51,7 @@ class Recorder:
     Args:
         run: where metrics, events and checkpoints go.
         config: how many images the per-epoch accuracies and metrics look at.
+        dataset: its name.
         train, test: the chunks of the stream.
         model: the network at its start, for the distance from there.
         growth: the growth plugin, whose events are logged; None without growth.
@@ -61,13 +62,14 @@ class Recorder:
         self,
         run: Run,
         config: Config,
+        dataset: str,
         train: list[ChunkDataset],
         test: list[ChunkDataset],
         model: nn.Module,
         growth: GrowthPlugin | None,
         progress: ProgressLine,
     ) -> None:
-        self.run, self.train, self.test = run, train, test
+        self.run, self.dataset, self.train, self.test = run, dataset, train, test
         self.growth, self.progress = growth, progress
         self.eval_samples = config.eval_samples
         self.probes = [_probe(chunk, config.probe_samples, run.device) for chunk in train]
@@ -150,7 +152,11 @@ class Recorder:
             "online_batches": self.online_batches,
             "loss": self.loss,
         }
-        return {"strategy": strategy.state_dict(), "recorder": recorder}
+        return {
+            "dataset": self.dataset,
+            "strategy": strategy.state_dict(),
+            "recorder": recorder,
+        }
 
     def _restart_counts(self) -> None:
         self.online_sum = torch.zeros((), device=self.run.device)

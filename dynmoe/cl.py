@@ -62,7 +62,7 @@ def presets() -> dict[str, Config]:
     smoke = replace(
         laptop,
         chunks=3,
-        epochs=2,
+        epochs=10,
         dataset=get("dataset", "digits").Config(),
         protocol=get("protocol", "shuffle").Config(images=300),
         network=get("network", "mlp").Config(),

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,9 +102,12 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
         main(argv)
     except DynmoeError as error:
         if "--debug" in argv:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before a run began or after its end; a run has its own handling
+        print("error: stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

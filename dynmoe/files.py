@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -43,9 +44,17 @@ def disk_full(path: Path, size: int) -> ResourceError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. Non-finite floats are refused (ValueError)."""
-    text = json.dumps(value, indent=2, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    """Write a value as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """The same plain value with null for nan and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_leftovers(folder: Path) -> None:

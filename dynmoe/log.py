@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from dynmoe.files import disk_full
+from dynmoe.files import disk_full, finite
 
 
 class Logger:
@@ -67,6 +67,6 @@ class Logger:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self._file.write((json.dumps(line, allow_nan=True) + "\n").encode())
+            self._file.write((json.dumps(finite(line)) + "\n").encode())
         except OSError as error:
             raise disk_full(self.path, 0) from error

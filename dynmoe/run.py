@@ -80,7 +80,12 @@ class Run:
         return self._log
 
     def __enter__(self) -> Run:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.folder}: {error.strerror}; use another --runs-dir"
+            ) from None
         self._take_lock()
         try:
             self._open()
@@ -165,9 +170,13 @@ class Run:
             self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _check_settings(self) -> None:
-        """Refuse a folder that holds a run with other settings, and say which differ."""
-        path = self.folder / "config.json"
-        if not path.is_file():
+        """Refuse a folder that holds a run with other settings, and say which differ.
+
+        What was left by an attempt that never got to a checkpoint is no run.
+        """
+        path, summary = self.folder / "config.json", self.folder / "summary.json"
+        begun = summary.is_file() or checkpoint.exists(self.checkpoints)
+        if not begun or not path.is_file():
             return
         known = identity(self.config)
         old = {k: v for k, v in json.loads(path.read_text()).items() if k in known}

@@ -80,7 +80,8 @@ def _parse(text: str) -> tuple[str, list[str]]:
 
 def _argv(config: Config, label: str, flags: list[str], seed: int) -> list[str]:
     place = ["--name", f"{config.name}/{label}", "--runs-dir", str(config.runs_dir)]
-    return [*config.flags, *flags, *place, "--seed", str(seed), "--resume"]
+    alone = [] if "--compare" in (*config.flags, *flags) else ["--compare"]
+    return [*config.flags, *flags, *alone, *place, "--seed", str(seed), "--resume"]
 
 
 def _folder(config: Config, label: str, seed: int) -> Path:

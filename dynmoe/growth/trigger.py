@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dynmoe.registry import Part, PartConfig
@@ -17,8 +17,6 @@ class Signals:
     """optimizer steps taken so far"""
     task_starts: bool = False
     """a new task (not the first) begins at this very moment"""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """latest training metrics by tag, for adaptive triggers"""
 
 
 class Trigger(Part, ABC, kind="trigger"):

@@ -37,16 +37,6 @@ class Routing:
         assert self.indices is not None
         return self.gates.gather(1, self.indices)
 
-    def detach(self) -> Routing:
-        """The same record outside the autograd graph."""
-        return Routing(
-            gates=self.gates.detach(),
-            logits=self.logits.detach(),
-            probabilities=self.probabilities.detach(),
-            alive=self.alive,
-            indices=self.indices,
-        )
-
 
 def load_balance(routing: Routing) -> Tensor:
     """Switch Transformer's balancing loss, `E * sum_e f_e P_e`. Scalar; 1 at perfect balance.
