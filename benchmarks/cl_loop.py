@@ -26,9 +26,10 @@ from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Training
 from cl_benchmarks.protocol import Chunk
 from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
 from dynmoe import registry
-from dynmoe.cl import Config, presets
+from dynmoe.cl import presets
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 

@@ -14,6 +14,7 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
@@ -26,7 +27,6 @@ from dynmoe.tables import print_methods, print_tasks
 
 if TYPE_CHECKING:
     from cl_benchmarks.strategy import StreamStrategy
-    from dynmoe.cl import Config
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cl_benchmarks.batches import accuracy
 from cl_benchmarks.charts import LAYOUT
 from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.growth.controller import evaluating
 from dynmoe.moe import moe_layers
@@ -24,7 +25,6 @@ from dynmoe.run import Run
 
 if TYPE_CHECKING:
     from cl_benchmarks.strategy import StreamStrategy
-    from dynmoe.cl import Config
 
 
 @dataclass

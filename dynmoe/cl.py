@@ -1,17 +1,16 @@
 """`python -m dynmoe.cl`: a growing mixture of experts, or what it is compared with, on a stream.
 
-This file holds the settings and presets; the work is in `cl_benchmarks.experiment`.
+This file holds the presets; the settings are in `cl_benchmarks.settings`, the work is in
+`cl_benchmarks.experiment`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-from dynmoe.config import RunConfig, parse, place, run_command, slot
-from dynmoe.growth.settings import GrowthSettings
-from dynmoe.network import Trunk
-from dynmoe.registry import PartConfig, get
+from cl_benchmarks.settings import Config
+from dynmoe.config import parse, run_command
+from dynmoe.registry import get
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
 watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
@@ -19,41 +18,6 @@ runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
 Cost: laptop, about 2 minutes on 2 CPU cores with its two comparisons; smoke, under a minute; paper
 (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs, 55 million images), see docs/cl.md."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, GrowthSettings):
-    """Settings of a continual-learning run."""
-
-    method: PartConfig = slot("method", "dynamicmoe")
-    compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods to run as well, for the figure and the table; none if nothing follows the flag"""
-    dataset: PartConfig = slot("dataset", "auto")
-    protocol: PartConfig = slot("protocol", "class")
-    access: Literal["limited", "cumulative"] = "limited"
-    """limited: a task's own chunk; cumulative: all chunks so far"""
-    chunks: int = 10
-    """tasks in the stream"""
-    network: Trunk.Config = slot("network", "cnn")
-    epochs: int = 20
-    """passes over each chunk"""
-    batch_size: int = 64
-    """images per optimizer step"""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 1e-3
-    """learning rate"""
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    """of sgd"""
-    clip: float = 0.0
-    """largest global gradient norm; 0 for none"""
-    reset_optimizer: bool = False
-    """clear the optimizer's state at each task"""
-    augment: Literal["none", "crop-flip"] = "none"
-    eval_samples: int = 256
-    """test images for each epoch's accuracy; a task's end looks at all"""
-    probe_samples: int = 256
-    """training images for each epoch's accuracy and plasticity metrics"""
 
 
 def presets() -> dict[str, Config]:
