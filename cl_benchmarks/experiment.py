@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
+LEAST = {"epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "threads": 0, "lr": 0,
+         "momentum": 0, "weight_decay": 0, "clip": 0, "balance_weight": 0}  # fmt: skip
+"""Setting -> the smallest value that can work. Parts check their own options."""
 
 
 def run_all(preset: str, config: Config) -> None:
     """Run `config.method`, then each of `config.compare`; print a table and draw one figure."""
+    _check(config)
     configs = [config] + [_compared(config, name) for name in _others(config)]
     data = config.dataset.build().load(DATA_SEED)
     summaries = {}
@@ -54,7 +58,7 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
     Returns:
         the run's folder and its summary.
     """
-    with Run("cl", preset, config, label=config.method.part.name) as run:
+    with Run("cl", preset, config, label=f"{config.method.part.name}-{data.name}") as run:
         method, summary = config.method.part.name, run.summary
         known = (summary or run.restored or {}).get("dataset", data.name)
         if known != data.name:  # `auto` may find another data set than it did before
@@ -163,6 +167,15 @@ def _summary(config: Config, data: ImageData, recorder: Recorder) -> dict[str, A
         },
         "growth": [asdict(event) for event in growth.controller.events] if growth else [],
     }
+
+
+def _check(config: Config) -> None:
+    """Refuse numbers that cannot work before any work is done."""
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        if not value >= least:  # also refuses nan
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value} is too small; use {least} or more")
 
 
 def _others(config: Config) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from dynmoe.files import write_atomic
 
-COLORS = ("#1b6ca8", "#d1495b", "#5c946e", "#e29a2d", "#6d597a", "#3f88a5", "#8d6a4a", "#777777")
-"""One per curve, in order."""
+COLORS = ("#222222", "#8a8a8a", "#e29a2d", "#7fc8f8", "#1b6ca8", "#5b3a8c", "#f4a9a8", "#d1495b",
+          "#7d1d3f", "#5c946e")  # fmt: skip
+"""One per curve, in order; curves after these take them again, dashed."""
 PANELS = (
     ("train_accuracy", "train accuracy at task end"),
     ("online_accuracy", "online accuracy"),
@@ -56,9 +57,10 @@ def _draw(path: Path, series: dict[str, dict[str, Any]], title: str) -> None:
         for number, (name, metrics) in enumerate(series.items()):
             by_task = [[100 * x for x in task] for task in zip(*metrics[key], strict=True)]
             color, x = COLORS[number % len(COLORS)], range(1, len(by_task) + 1)
+            line = "--" if number >= len(COLORS) else "-"
             intervals = [bootstrap_interval(task, "mean") for task in by_task]
             mean = [i.point for i in intervals]
-            axes.plot(x, mean, marker="o", markersize=3.5, color=color, label=name)
+            axes.plot(x, mean, line, marker="o", markersize=3.5, color=color, label=name)
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))

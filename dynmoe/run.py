@@ -44,7 +44,7 @@ class Run:
         command: "cl", "rl", ...
         preset: name of the preset, part of the default run name.
         config: the settings.
-        label: put into the default run name, e.g. the method.
+        label: put into the default run name, e.g. the method and the data set.
 
     Attributes:
         folder: the run's folder.

@@ -64,11 +64,10 @@ def main(argv: list[str]) -> None:
         for label, flags in variants.items()
     }
     _run_all(config, jobs)
-    tasks = {
-        label: [_summary(config, label, seed)["tasks"] for seed in range(config.seeds)]
-        for label in variants
+    runs = {
+        label: [_summary(config, label, seed) for seed in range(config.seeds)] for label in variants
     }
-    _report(config, variants, tasks)
+    _report(config, variants, runs)
 
 
 def _parse(text: str) -> tuple[str, list[str]]:
@@ -109,41 +108,64 @@ def _run_all(config: Config, jobs: dict[tuple[str, int], list[str]]) -> None:
     from rich.progress import Progress
 
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    stop = context.Event()
     with (
         Progress(console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(config.jobs, mp_context=context) as pool,
+        ProcessPoolExecutor(config.jobs, context, _set_stop, (stop,)) as pool,
     ):
         bar = progress.add_task(config.name, total=len(jobs), completed=len(jobs) - len(todo))
         futures = {
             pool.submit(_run_one, config.command, argv, _folder(config, *key)): key
             for key, argv in todo.items()
         }
-        for future in as_completed(futures):
-            label, seed = futures[future]
-            error = future.result()
-            if error is not None:
-                pool.shutdown(cancel_futures=True)
-                raise DynmoeError(f"{label}, seed {seed}: {error}")
-            progress.update(bar, advance=1)
-            if not progress.console.is_terminal:
-                print(f"{config.name}: {label}, seed {seed} done", file=sys.stderr, flush=True)
+        try:
+            for future in as_completed(futures):
+                label, seed = futures[future]
+                error = future.result()
+                if error is not None:
+                    failure = DynmoeError(f"{label}, seed {seed}: {error[0]}")
+                    failure.exit_code = error[1]
+                    raise failure
+                progress.update(bar, advance=1)
+                if not progress.console.is_terminal:
+                    print(f"{config.name}: {label}, seed {seed} done", file=sys.stderr, flush=True)
+        except BaseException:  # also Ctrl-C, which the runs under way get as well, and save
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _run_one(command: str, argv: list[str], folder: Path) -> str | None:
-    """In a worker: run the command, its output into the run's folder. Returns an error's text."""
+_stop: Any = None
+"""In a worker: an event, set when no further run is to begin."""
+
+
+def _set_stop(stop: Any) -> None:
+    global _stop
+    _stop = stop
+
+
+def _run_one(command: str, argv: list[str], folder: Path) -> tuple[str, int] | None:
+    """In a worker: run the command, its output into the run's folder.
+
+    Returns:
+        an error's text and exit code, or None.
+    """
+    if _stop.is_set():
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
         try:
             importlib.import_module(f"dynmoe.{command}").main(argv)
         except DynmoeError as error:
-            return str(error)
+            return str(error), error.exit_code
         except SystemExit as exit_:  # tyro, on a bad flag
-            return f"exit {exit_.code}, see {folder / 'output.txt'}" if exit_.code else None
+            code = int(exit_.code or 0)
+            return (f"exit {code}, see {folder / 'output.txt'}", code) if code else None
     return None
 
 
 def _report(
-    config: Config, variants: dict[str, list[str]], tasks: dict[str, list[list[dict[str, Any]]]]
+    config: Config, variants: dict[str, list[str]], runs: dict[str, list[dict[str, Any]]]
 ) -> None:
     """Write results.json and plasticity.png to runs_dir/sweep/name; print a table."""
     from rich.console import Console
@@ -154,20 +176,25 @@ def _report(
 
     folder = config.runs_dir / "sweep" / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    subjects = {
+        f"{run['dataset']}, {run['protocol']} stream" for seeds in runs.values() for run in seeds
+    }
+    title = f"{config.name}: {'; '.join(sorted(subjects))}"
     results: dict[str, Any] = {
+        "title": title,
         "flags": shlex.join(config.flags),
         "seeds": config.seeds,
         "variants": {},
     }
     columns = ("first task", "last task", "mean over tasks")
-    table = Table(title=f"{config.name}: train accuracy at task end, {config.seeds} seeds",
+    table = Table(title=f"{title}; train accuracy at task end, {config.seeds} seeds",
                   caption="mean over seeds [95 % bootstrap interval], in %")  # fmt: skip
     for column in ("variant", *columns, "test, last task"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    for label, seeds in tasks.items():
+    for label, seeds in runs.items():
         entry: dict[str, Any] = {"flags": shlex.join(variants[label])}
         for metric in METRICS:
-            values = [[task[metric] for task in run] for run in seeds]
+            values = [[task[metric] for task in run["tasks"]] for run in seeds]
             entry[metric] = values
             entry[f"{metric}_summary"] = {
                 "first task": _interval(bootstrap_interval([v[0] for v in values], "mean")),
@@ -180,7 +207,7 @@ def _report(
         cells = [_cell(entry["train_accuracy_summary"][column]) for column in columns]
         table.add_row(label, *cells, _cell(entry["test_accuracy_summary"]["last task"]))
     write_json(folder / "results.json", results)
-    band_figure(folder / "plasticity.png", results, config.name)
+    band_figure(folder / "plasticity.png", results, title)
     Console(width=120).print(table)
     print(f"results: {folder}")
 

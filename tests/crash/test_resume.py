@@ -5,8 +5,17 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
+import random
+import shlex
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +32,6 @@ SMALL = (
     "--probe-samples 40 --network.width 24 --network.hidden 48 --checkpoint-every-s 0"
 )
 """3 tasks of 2 epochs of 3 batches: 18 optimizer steps and a checkpoint after each."""
-STEPS = 18
 CASES = {
     "constant budget": "",
     "per-growth budget": "--budget.mode per-growth",
@@ -77,7 +85,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
     assert last[0] is not None and last[0]["state"]["strategy"]["model"]
-    _assert_same(*last)
+    _assert_same(last[0], last[1])
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +146,126 @@ def test_stopped_between_epochs_and_tasks(
     codes = [_exit_code(_argv(tmp_path, f"{extra} --resume")) for _ in range(stops + 1)]
     assert codes == [143] * stops + [0]
     _assert_same_run(whole, _folder(tmp_path))
+
+
+def test_second_interrupt_stops_at_once(
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two Ctrl-C before the first epoch's end: nothing more is saved, and nothing is lost."""
+    original = Recorder.epoch_done
+
+    def interrupted(self: Recorder, strategy: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        original(self, strategy)
+
+    monkeypatch.setattr(Recorder, "epoch_done", interrupted)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert _exit_code(_argv(tmp_path)) == 130
+    assert "stopped at once" in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert checkpoint.load_latest(_folder(tmp_path) / "checkpoints")["step"] == 3  # type: ignore[index]
+    monkeypatch.setattr(Recorder, "epoch_done", original)
+    assert _exit_code(_argv(tmp_path, "--resume")) == 0
+    _assert_same_run(uninterrupted(""), _folder(tmp_path))
+
+
+def test_sigterm_to_a_real_process(uninterrupted: Callable[[str], Path], tmp_path: Path) -> None:
+    """It saves, exits with 143 and prints the command that goes on."""
+    extra = "--epochs 12"
+    command = [sys.executable, "-m", "dynmoe.cl", *_argv(tmp_path, extra)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    _wait_for_checkpoint(tmp_path, process.poll)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "SIGTERM" in errors[0] and "Traceback" not in err
+    advice = shlex.split(errors[0].split("go on with: ")[1])
+    assert advice == ["python", "-m", "dynmoe.cl", *command[3:], "--resume"]
+    assert _exit_code(advice[3:]) == 0
+    _assert_same_run(uninterrupted(extra), _folder(tmp_path))
+
+
+def _wait_for_checkpoint(runs: Path, ended: Callable[[], object]) -> None:
+    """Until there is a checkpoint that was not there before."""
+    folder = _folder(runs) / "checkpoints"
+    before, began = set(folder.glob("*.pt")), time.monotonic()
+    while set(folder.glob("*.pt")) == before and ended() is None:
+        assert time.monotonic() - began < 60
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def processes() -> BaseContext:
+    """Starts processes of their own that have imported everything: forks of a clean server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["dynmoe.cl", "cl_benchmarks.experiment", "cl_benchmarks.strategy", "sklearn.datasets",
+         "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
+    )  # fmt: skip
+    return context
+
+
+@pytest.mark.parametrize("case", ["constant budget", "growth within tasks"])
+def test_killed_at_random_moments(
+    case: str, uninterrupted: Callable[[str], Path], tmp_path: Path, processes: Any
+) -> None:
+    extra = f"{CASES[case]} --epochs 7"
+    moments, kills = random.Random(case), 0
+    while True:
+        argv = _argv(tmp_path, f"{extra} --resume")
+        process = processes.Process(target=run_command, args=(cl.main, argv))
+        process.start()
+        _wait_for_checkpoint(tmp_path, lambda p=process: p.exitcode)  # type: ignore[misc]
+        process.join(moments.uniform(0.0, 0.3) if kills < 3 else 60)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills >= 2
+    _assert_same_run(uninterrupted(extra), _folder(tmp_path))
+
+
+def _killed_in(function: str, number: int, argv: list[str]) -> None:
+    """Run the command in a process that is killed as it calls an `os` function the nth time."""
+    original, calls = getattr(os, function), itertools.count(1)
+
+    def killing(*args: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(os, function, killing)
+    run_command(cl.main, argv)
+
+
+@pytest.mark.parametrize(("function", "moments"), [("fsync", 18), ("replace", 10)])
+def test_killed_while_files_are_written(
+    function: str,
+    moments: int,
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
+    processes: Any,
+) -> None:
+    """Before and after each rename, with half of the files of a checkpoint in place."""
+    extra, steps = "--epochs 4", [0]
+    for number in [*range(1, moments + 1), 10_000]:
+        process = processes.Process(
+            target=_killed_in, args=(function, number, _argv(tmp_path, f"{extra} --resume"))
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == (-signal.SIGKILL if number <= moments else 0)
+        saved = checkpoint.load_latest(_folder(tmp_path) / "checkpoints")
+        steps.append(saved["step"] if saved else 0)
+    assert steps == sorted(steps) and steps[-2] > 0
+    _assert_same_run(uninterrupted(extra), _folder(tmp_path))
+    assert not list(_folder(tmp_path).rglob(".*.tmp"))

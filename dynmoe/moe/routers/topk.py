@@ -49,7 +49,8 @@ class TopKRouter(Router, name="topk"):
         logits = self.mask(F.linear(x, self.weight))
         probabilities = logits.softmax(dim=1)
         k = min(self.k, int(self.alive.sum()))
-        weights, indices = probabilities.topk(k, dim=1)
+        indices = logits.topk(k, dim=1).indices  # probabilities may tie at 0 with unborn experts
+        weights = probabilities.gather(1, indices)
         if self.k > 1:
             weights = weights / weights.sum(dim=1, keepdim=True)
         return Routing(

@@ -1,0 +1,363 @@
+"""Methods on a small stream, and the loop around them held against the plainest code for it."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_benchmarks.batches import CROP_PADDING, Batches, Position, accuracy, crop_flip
+from cl_benchmarks.experiment import prepare, run_all, run_method
+from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.images import ImageData
+from cl_benchmarks.method import Horizon
+from cl_benchmarks.settings import Config
+from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark
+from dynmoe import checkpoint, cl
+from dynmoe.errors import UserError
+from dynmoe.growth.budget import Budget
+from dynmoe.moe import moe_layers
+from dynmoe.registry import get
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return get("dataset", "digits").Config().build().load(0)
+
+
+def _config(runs: Path, method: str = "dynamicmoe", **changes: Any) -> Config:
+    """3 tasks of 2 epochs of 3 batches, hidden layer of 24 units."""
+    options = {key: changes.pop(key) for key in ("factor", "experts") if key in changes}
+    small = replace(
+        cl.presets()["smoke"],
+        runs_dir=runs,
+        compare=(),
+        epochs=2,
+        eval_samples=60,
+        probe_samples=40,
+        method=get("method", method).Config(**options),
+        protocol=get("protocol", "shuffle").Config(images=150),
+        network=get("network", "mlp").Config(width=16, hidden=24),
+    )
+    return replace(small, **changes)
+
+
+def _last_model(folder: Path) -> dict[str, Tensor]:
+    saved = checkpoint.load_latest(folder / "checkpoints")
+    assert saved is not None
+    return saved["state"]["strategy"]["model"]
+
+
+def _chunks(config: Config, data: ImageData) -> tuple[list[ChunkDataset], list[ChunkDataset]]:
+    stream = config.protocol.build().stream(data, config.chunks, config.access, config.seed)
+    return chunk_datasets(data, stream)
+
+
+def _train_plainly(
+    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, chunk: ChunkDataset,
+    task: int,
+) -> float:  # fmt: skip
+    """What training on a chunk means, with nothing around it. Returns the online accuracy."""
+    right = []
+    for epoch in range(config.epochs):
+        position = Position(task, epoch, 0)
+        for x, y in Batches(chunk, config.batch_size, config.seed, position, CPU, config.augment):
+            optimizer.zero_grad()
+            logits = model(x)
+            F.cross_entropy(logits, y).backward()
+            if config.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            right.append(float((logits.argmax(1) == y).float().mean()))
+    return sum(right) / len(right)
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_dense_is_plain_training(data: ImageData, tmp_path: Path) -> None:
+    config = _config(tmp_path, "dense", augment="crop-flip", clip=0.7)
+    folder, summary = run_method("smoke", config, data)
+    training = prepare(config, data, 10, Horizon(18, 3), CPU)
+    model = training.model.train()
+    train, test = _chunks(config, data)
+    for task, row in enumerate(summary["tasks"]):
+        online = _train_plainly(config, model, training.optimizer, train[task], task)
+        assert row["online_accuracy"] == pytest.approx(online, abs=1e-6)
+        assert row["train_accuracy"] == accuracy(model, train[task], CPU)
+        assert row["test_accuracy"] == accuracy(model, test[task], CPU)
+        assert row["steps"] == 6 * (task + 1)
+    for name, value in _last_model(folder).items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_fresh_is_training_new_networks(data: ImageData, tmp_path: Path) -> None:
+    config = _config(tmp_path, "fresh")
+    folder, summary = run_method("smoke", config, data)
+    train, _ = _chunks(config, data)
+    firsts = []
+    for task, row in enumerate(summary["tasks"]):
+        training = prepare(config, data, 10, Horizon(18, 3), CPU)
+        model = training.new_model(task).train()
+        firsts.append(model.state_dict()["classifier.weight"].clone())
+        optimizer = torch.optim.Adam(model.parameters(), config.lr)
+        _train_plainly(config, model, optimizer, train[task], task)
+        assert row["train_accuracy"] == accuracy(model, train[task], CPU)
+    for name, value in _last_model(folder).items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert not torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[1], firsts[2])
+
+
+def test_reset_optimizer_clears_its_state_at_each_task(data: ImageData, tmp_path: Path) -> None:
+    config = _config(tmp_path, "dense", reset_optimizer=True)
+    folder, _ = run_method("smoke", config, data)
+    model = prepare(config, data, 10, Horizon(18, 3), CPU).model.train()
+    for task, chunk in enumerate(_chunks(config, data)[0]):
+        optimizer = torch.optim.Adam(model.parameters(), config.lr)
+        _train_plainly(config, model, optimizer, chunk, task)
+    for name, value in _last_model(folder).items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_sizes_of_the_methods(data: ImageData, tmp_path: Path) -> None:
+    """Experts and parameters after each task."""
+
+    def rows(**changes: Any) -> tuple[list[int], list[int]]:
+        _, summary = run_method("smoke", _config(tmp_path, epochs=1, **changes), data)
+        tasks = summary["tasks"]
+        return [t["num_experts"] for t in tasks], [t["parameters"] for t in tasks]
+
+    neck, head, width, hidden = 65 * 16, 17 * 10, 16, 24
+    dense = neck + head + (width + 1) * hidden + (hidden + 1) * width
+    assert rows(method="dense") == ([1, 1, 1], [dense] * 3)
+    wide = dense + 2 * hidden * (2 * width + 1)
+    assert rows(method="wide", factor=3) == ([1, 1, 1], [wide] * 3)
+
+    experts, parameters = rows()
+    assert experts == [2, 4, 6] and len(set(parameters)) == 1
+    assert parameters[0] == dense + 5 * width + 6 * width  # 6 output biases, 6 router rows
+    assert rows(granularity=1)[0] == [1, 2, 3]
+    assert rows(method="moe-static") == ([6, 6, 6], parameters)
+    assert rows(method="moe-static", experts=4)[0] == [4, 4, 4]
+
+    experts, parameters = rows(budget=Budget(mode="per-growth", units=5))
+    assert experts == [2, 4, 6]
+    assert [b - a for a, b in pairwise(parameters)] == [2 * 5 * (2 * width + 1)] * 2
+    trigger = get("trigger", "every").Config(steps=2)
+    assert rows(trigger=trigger, granularity=1)[0] == [2, 3, 5]  # before steps 3, 5, 7, 9
+
+
+def test_summary_and_log(data: ImageData, tmp_path: Path) -> None:
+    folder, summary = run_method("smoke", _config(tmp_path), data)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert {"method", "dataset", "protocol", "access", "seed", "tasks", "plasticity", "growth"} == (
+        summary.keys()
+    )
+    keys = {"train_accuracy", "test_accuracy", "online_accuracy", "num_experts", "parameters"}
+    assert all(keys <= task.keys() for task in summary["tasks"])
+    assert [g["step"] for g in summary["growth"]] == [6, 12]
+    assert [g["hidden_sizes"]["blocks.0"] for g in summary["growth"]] == [[6] * 4, [4] * 6]
+    assert all(g["shock"]["output_change"] > 0 for g in summary["growth"])
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    events = [(line["step"], line["event"]) for line in lines if "event" in line]
+    assert events == [(6, "task"), (6, "growth"), (12, "task"), (12, "growth"), (18, "task")]
+    epochs = [line for line in lines if "epoch/loss" in line]
+    assert [line["step"] for line in epochs] == [3, 6, 9, 12, 15, 18]
+    for metric in ("dormant/", "rank/", "weight_norm/", "grad_norm/", "router/", "epoch/test"):
+        assert all(any(tag.startswith(metric) for tag in line) for line in epochs), metric
+
+
+def test_same_seed_same_run(data: ImageData, tmp_path: Path) -> None:
+    texts = []
+    for place, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder, _ = run_method("smoke", _config(tmp_path / place, seed=seed), data)
+        texts.append([(folder / name).read_bytes() for name in ("summary.json", "log.jsonl")])
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[2][0] and texts[0][1] != texts[2][1]
+
+
+def test_comparison(data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each method in a run of its own; started again, nothing is trained twice."""
+    config = _config(tmp_path, epochs=1, compare=("dense", "wide"), name="mine")
+    run_all("smoke", config)
+    folders = sorted(p.name for p in (tmp_path / "cl").iterdir())
+    assert folders == ["mine", "mine-dense", "mine-wide"]
+    for name in folders:
+        assert (tmp_path / "cl" / name / "seed-0" / "plasticity.png").stat().st_size > 10_000
+    assert (tmp_path / "cl" / "mine" / "seed-0" / "comparison.png").stat().st_size > 10_000
+    logs = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("log.jsonl")}
+    first = capsys.readouterr().out
+    run_all("smoke", config)
+    again = capsys.readouterr().out
+    assert logs == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("log.jsonl")}
+    assert "task" in first and again in first  # the table of methods alone
+    assert again.count("digits, shuffle stream, mlp") == 1
+
+
+def test_run_on_another_data_set_is_refused(data: ImageData, tmp_path: Path) -> None:
+    """`--dataset auto` may find Tiny ImageNet one day."""
+    config = _config(tmp_path, epochs=1, name="x")
+    run_method("smoke", config, data)
+    with pytest.raises(UserError, match="holds a run on digits, and now the data set is other"):
+        run_method("smoke", config, replace(data, name="other"))
+
+
+# ---------------------------------------------------------------- growth in any Avalanche strategy
+
+
+class _Watch:
+    """Avalanche plugin behind the growth plugin: parameters right after growth and at the end."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}
+        self.changed: list[dict[str, Tensor]] = []
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        self.start = {n: p.detach().clone() for n, p in strategy.model.named_parameters()}
+        owned = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
+        assert owned == {id(p) for p in strategy.model.parameters()}
+        steps = {int(state["step"]) for state in strategy.optimizer.state.values()}
+        assert steps == ({strategy.clock.train_iterations} if self.changed else set())
+        assert len(strategy.optimizer.state) == (len(owned) if self.changed else 0)
+
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
+        end = dict(strategy.model.named_parameters())
+        self.changed.append({n: end[n] != before for n, before in self.start.items()})
+
+
+@pytest.mark.parametrize("mode", ["constant", "per-growth"])
+def test_growth_in_avalanches_own_naive_strategy(mode: Any, data: ImageData) -> None:
+    """Parameters that growth puts in the place of others must learn."""
+    config = _config(Path("unused"), budget=Budget(mode=mode))
+    training = prepare(config, data, 10, Horizon(18, 3), CPU)
+    controller = config.make_controller(training.model, training.optimizer, training.generator)
+    watch = _Watch()
+    with warnings.catch_warnings():  # of optional solvers, and of loggers
+        warnings.simplefilter("ignore")
+        from avalanche.training.supervised import Naive
+
+        naive = Naive(
+            model=training.model, optimizer=training.optimizer, criterion=nn.CrossEntropyLoss(),
+            train_mb_size=50, train_epochs=2, plugins=[GrowthPlugin(controller), watch],
+            evaluator=None,
+        )  # fmt: skip
+    chunks = config.protocol.build().stream(data, 3, "limited", 0)
+    for experience in make_benchmark(data, chunks).train_stream:
+        naive.train(experience, eval_streams=[])
+
+    assert [event.experts for event in controller.events] == [4, 6]
+    _, layer = next(iter(moe_layers(training.model)))
+    units = {"constant": [24, 24, 24], "per-growth": [24, 48, 72]}[mode]
+    for task, changed in enumerate(watch.changed):
+        moved = changed["blocks.0.bank.w_out"].any(dim=0)
+        assert len(moved) == units[task]
+        assert moved.float().mean() > 0.8  # of the units; a ReLU may be silent on this data
+        assert moved[-units[task] // (2 * (task + 1)) :].any()  # those of the newest expert
+        assert changed["blocks.0.router.weight"][: 2 * (task + 1)].any(dim=1).all()
+    assert layer.num_experts == 6
+
+
+# ---------------------------------------------------------------- batches
+
+
+def _chunk(count: int = 23, size: int = 8, seed: int = 0) -> ChunkDataset:
+    """Every image is different; its label is its number."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 2, size, size), generator=generator).to(torch.uint8)
+    mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])
+    return ChunkDataset(images, torch.arange(count), torch.arange(count), mean, std)
+
+
+def test_every_sample_once_per_epoch() -> None:
+    chunk = _chunk()
+    orders = []
+    for task, epoch, seed in [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)]:
+        batches = list(Batches(chunk, 5, seed, Position(task, epoch), CPU))
+        assert [len(y) for _, y in batches] == [5, 5, 5, 5, 3]
+        order = torch.cat([y for _, y in batches]).tolist()
+        assert sorted(order) == list(range(23))
+        orders.append(tuple(order))
+        for x, y in batches:
+            assert x.dtype == torch.float32
+            for image, label in zip(x, y.tolist(), strict=True):
+                assert torch.equal(image, chunk[label][0])
+    assert len(set(orders)) == 4
+    assert len(Batches(chunk, 5, 0, Position(), CPU)) == 5
+
+
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_resumed_epoch_is_the_tail(augment: Any) -> None:
+    chunk = _chunk()
+    whole = list(Batches(chunk, 5, 3, Position(2, 1), CPU, augment))
+    for done in range(6):
+        position = Position(2, 1, done)
+        tail = list(Batches(chunk, 5, 3, position, CPU, augment))
+        assert len(tail) == 5 - done and position.batch == 5
+        for (x, y), (a, b) in zip(whole[done:], tail, strict=True):
+            assert torch.equal(x, a) and torch.equal(y, b)
+
+
+def test_crop_flip_is_the_naive_loop() -> None:
+    images = torch.randn(40, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+    out = crop_flip(images, torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    shifts = torch.randint(2 * CROP_PADDING + 1, (2, 40), generator=generator)
+    mirror = torch.rand(40, generator=generator) < 0.5
+    assert 5 < mirror.sum() < 35 and {0, 2 * CROP_PADDING} <= set(shifts.flatten().tolist())
+    for i, image in enumerate(images):
+        padded = torch.zeros(3, 8 + 2 * CROP_PADDING, 12 + 2 * CROP_PADDING)
+        padded[:, CROP_PADDING:-CROP_PADDING, CROP_PADDING:-CROP_PADDING] = image
+        row, column = shifts[:, i].tolist()
+        crop = padded[:, row : row + 8, column : column + 12]
+        assert torch.equal(out[i], crop.flip(2) if mirror[i] else crop)
+
+
+def test_accuracy_is_the_naive_share() -> None:
+    chunk = _chunk(count=1300, size=2)
+    chunk.labels = chunk.labels % 3
+    chunk.targets = chunk.labels.tolist()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3), nn.Dropout(0.5)).train()
+
+    def naive(numbers: list[int]) -> float:
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for number in numbers:
+                image, label = chunk[number]
+                right += int(model(image[None]).argmax()) == label
+        model.train()
+        return right / len(numbers)
+
+    assert accuracy(model, chunk, CPU) == naive(list(range(1300)))
+    assert accuracy(model, chunk, CPU, samples=5000) == naive(list(range(1300)))
+    few = torch.linspace(0, 1299, 7).long().tolist()
+    assert accuracy(model, chunk, CPU, samples=7) == naive(few)
+    assert model.training
+
+
+def test_checkpoint_of_a_run_holds_plain_values_only(data: ImageData, tmp_path: Path) -> None:
+    folder, _ = run_method("smoke", _config(tmp_path, epochs=1), data)
+    for path in (folder / "checkpoints").glob("*.pt"):
+        saved = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+        assert saved["state"]["dataset"] == "digits"

@@ -1,0 +1,85 @@
+"""The log: one JSON object a line, cut back to what a checkpoint knows of when a run goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe import log
+from dynmoe.errors import ResourceError
+from dynmoe.log import Logger
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would show: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def test_lines_and_points(tmp_path: Path) -> None:
+    logger = Logger(tmp_path)
+    logger.scalars(1, {"loss": 0.5, "a/b": 2.0})
+    logger.event(1, "growth", {"experts": 4, "sizes": {"x": [1, 2]}})
+    logger.scalars(2, {"loss": float("nan")})
+    logger.close()
+    assert _lines(tmp_path) == [
+        {"step": 1, "loss": 0.5, "a/b": 2.0},
+        {"step": 1, "event": "growth", "experts": 4, "sizes": {"x": [1, 2]}},
+        {"step": 2, "loss": None},
+    ]
+    shown = _scalars(tmp_path)
+    assert shown["a/b"] == [(1, 2.0)] and shown["loss"][0] == (1, 0.5)
+
+
+def test_going_on_cuts_off_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    first = Logger(tmp_path)
+    first.scalars(1, {"loss": 1.0})
+    position = first.sync()
+    assert position == (tmp_path / "log.jsonl").stat().st_size > 0
+    first.scalars(2, {"loss": 2.0})
+    first.scalars(3, {"loss": 3.0})
+    first.close()
+    assert len(_lines(tmp_path)) == 3
+
+    second = Logger(tmp_path, position, step=1)
+    assert len(_lines(tmp_path)) == 1
+    assert second.sync() == position  # a checkpoint before anything new is logged
+    second.scalars(2, {"loss": 2.5})
+    end = second.sync()
+    assert end == (tmp_path / "log.jsonl").stat().st_size
+    second.close()
+    assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+    assert _scalars(tmp_path) == {"loss": [(1, 1.0), (2, 2.5)]}
+
+    third = Logger(tmp_path)  # afresh
+    third.close()
+    assert (tmp_path / "log.jsonl").read_bytes() == b""
+    assert _scalars(tmp_path) == {}
+
+
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = Logger(tmp_path)
+    logger.scalars(1, {"loss": 1.0})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.os, "fsync", full)
+        with pytest.raises(ResourceError, match=r"disk full: writing log\.jsonl"):
+            logger.sync()
+    logger.close()
+    assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]

@@ -1,0 +1,128 @@
+"""Networks: every registered trunk under a head of dense or MoE blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dynmoe import registry
+from dynmoe.errors import UserError
+from dynmoe.moe import MoELayer, moe_layers
+from dynmoe.network import Network, Trunk, build_network, dense_block
+
+NETWORKS = registry.names("network")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_fixed_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def config(name: str, **options: Any) -> Trunk.Config:
+    options = {"width": 12, "hidden": 20} | options
+    return registry.get("network", name).Config(**options)
+
+
+def moe_block(width: int, hidden: int) -> nn.Module:
+    return MoELayer(width, width, hidden, num_experts=2, max_experts=2)
+
+
+def one_expert(width: int, hidden: int) -> nn.Module:
+    return MoELayer(width, width, hidden)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 32, 64)], ids=str)
+@pytest.mark.parametrize("make_block", [dense_block, moe_block])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_of_every_network_gets_a_gradient(name, make_block, shape):
+    network = build_network(config(name, blocks=2, place="all"), shape, 7, make_block)
+    logits = network(torch.randn(4, *shape))
+    assert logits.shape == (4, 7)
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3])).backward()
+    for parameter_name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_default_options_build(name):
+    network = build_network(registry.get("network", name).Config(), (3, 32, 32), 5)
+    assert network.classifier.out_features == 5
+
+
+@pytest.mark.parametrize(
+    ("place", "blocks", "kinds"), [("last", 3, "ddm"), ("all", 3, "mmm"), ("last", 1, "m")]
+)
+def test_place_says_which_blocks_are_moe_layers(place, blocks, kinds):
+    settings = config("mlp", blocks=blocks, place=place)
+    network = build_network(settings, (1, 4, 4), 5, moe_block)
+    parts = {nn.Sequential: "d", MoELayer: "m", nn.ReLU: "-"}
+    assert "".join(parts[type(block)] for block in network.blocks) == "-".join(kinds)
+    assert len(list(moe_layers(network))) == kinds.count("m")
+    sizes = [layer.bank.w_in.shape for _, layer in moe_layers(network)]
+    assert all(size == (20, 12) for size in sizes)
+
+
+def test_parameter_counts_of_dense_and_one_expert_heads():
+    """20 hidden units on width 12, 16 pixels, 5 classes, two blocks, counted by hand."""
+    neck, classifier = 16 * 12 + 12, 12 * 5 + 5
+    dense = 12 * 20 + 20 + 20 * 12 + 12
+    settings = config("mlp", blocks=2, place="all")
+    assert count(build_network(settings, (1, 4, 4), 5)) == neck + 2 * dense + classifier
+    router = 12
+    moe = build_network(settings, (1, 4, 4), 5, one_expert)
+    assert count(moe) == neck + 2 * (dense + router) + classifier
+
+
+def test_trunk_sizes_by_hand():
+    settings = config("cnn", channels=5)
+    trunk = settings.build((2, 16, 24))
+    assert trunk.out_features == 10 * 2 * 3
+    assert count(trunk) == (2 * 16 * 5 + 5) + (5 * 9 * 10 + 10)
+    assert config("mlp").build((3, 4, 5)).out_features == 60
+    assert config("vgg16").build((3, 64, 32)).out_features == 512 * 2
+    assert config("resnet18").build((3, 64, 32)).out_features == 512
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(8, 41), st.integers(8, 41), st.integers(1, 4))
+def test_cnn_knows_its_own_output_size(height, width, channels):
+    trunk = config("cnn", channels=2).build((channels, height, width))
+    assert trunk(torch.randn(1, channels, height, width)).shape == (1, trunk.out_features)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("cnn", (3, 7, 8)), ("cnn", (3, 8, 7)), ("vgg16", (3, 31, 40)), ("vgg16", (3, 40, 31))],
+)
+def test_images_too_small_are_refused(name, shape):
+    with pytest.raises(UserError, match=f"{name}: images are {shape[1]}x{shape[2]}"):
+        config(name).build(shape)
+
+
+@pytest.mark.parametrize("bad", [{"blocks": 0}, {"hidden": 0}, {"width": -1}])
+def test_empty_heads_are_refused(bad):
+    with pytest.raises(UserError, match="must each be at least 1"):
+        build_network(config("mlp", **bad), (1, 4, 4), 5)
+
+
+def test_the_global_seed_decides_the_weights_and_blocks_leave_the_rest_alone():
+    def build(make_block: Any) -> Network:
+        torch.manual_seed(3)
+        return build_network(config("cnn"), (3, 16, 16), 5, make_block)
+
+    dense, again, moe = build(dense_block), build(dense_block), build(moe_block)
+    torch.testing.assert_close(dense.state_dict(), again.state_dict(), rtol=0, atol=0)
+    for part in ("trunk", "neck"):
+        ours, theirs = getattr(dense, part).state_dict(), getattr(moe, part).state_dict()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
