@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe import seeding
+from dynmoe.moe.evaluation import undisturbed
 
 Augment = Literal["none", "crop-flip"]
 CROP_PADDING = 4
@@ -100,14 +101,12 @@ def accuracy(
     Args:
         samples: look at that many evenly spaced images only; 0 for all.
     """
-    from dynmoe.growth.controller import evaluating
-
     images, labels = dataset.tensors()
     if 0 < samples < len(labels):
         index = torch.linspace(0, len(labels) - 1, samples).long()
         images, labels = images[index], labels[index]
     mean, std, right = dataset.mean.to(device), dataset.std.to(device), 0
-    with evaluating(model):
+    with undisturbed(model):
         for part, target in zip(images.split(512), labels.split(512), strict=True):
             logits = model(standardise(part.to(device), mean, std))
             right += int((logits.argmax(1) == target.to(device)).sum())

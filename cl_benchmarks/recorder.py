@@ -13,8 +13,8 @@ from cl_benchmarks.charts import LAYOUT
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
-from dynmoe.growth.controller import evaluating
 from dynmoe.moe import moe_layers
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.stats import gate_shares
 from dynmoe.plasticity.entk import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
@@ -207,10 +207,10 @@ def _outside_experts(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _gates(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Gates [N, E] of each MoE layer for a batch of images, by layer name."""
-    with evaluating(model):
+    with undisturbed(model):
         model(images)
-    return {
-        name: layer.last_routing.gates[:, : layer.num_experts].cpu()
-        for name, layer in moe_layers(model)
-        if layer.last_routing is not None
-    }
+        return {
+            name: layer.last_routing.gates[:, : layer.num_experts].cpu()
+            for name, layer in moe_layers(model)
+            if layer.last_routing is not None
+        }

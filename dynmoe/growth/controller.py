@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from dynmoe.growth.inits.random import RandomInit
 from dynmoe.growth.surgery import Moments, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
 from dynmoe.registry import PartConfig
 
@@ -157,7 +157,7 @@ class GrowthController:
 
         handles = [watch(name, layer) for name, layer in moe_layers(self.model)]
         try:
-            with evaluating(self.model):
+            with undisturbed(self.model):
                 return self.model(probe[0]), activations
         finally:
             for handle in handles:
@@ -176,18 +176,6 @@ class GrowthController:
         self.events = [GrowthEvent(**event) for event in state["events"]]
         self.generator.set_state(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own training flag comes back."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _shock(before: Tensor | None, after: Tensor | None, labels: Tensor | None) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
-from dynmoe.plasticity.probes import undisturbed
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.plasticity.routing import entropy
 
 
@@ -44,7 +44,7 @@ def entk_effective_rank(model: nn.Module, inputs: Tensor, max_samples: int = 64)
     the rank metric applied to J.
 
     Args:
-        model: maps inputs [n, ...] to logits [n, C]; left as it was (see `probes.undisturbed`).
+        model: maps inputs [n, ...] to logits [n, C]; left undisturbed.
         inputs: [n, ...]; the first `max_samples` are used (64 is enough, see below).
 
     Raises:

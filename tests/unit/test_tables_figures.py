@@ -17,7 +17,6 @@ from dynmoe.figures import band_figure, plasticity_figure
 from dynmoe.plasticity.trend import plasticity_summary
 from dynmoe.tables import print_methods, print_tasks
 
-
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""
 

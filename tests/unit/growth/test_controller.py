@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.growth import Budget, GrowthController, Signals
-from dynmoe.growth.controller import evaluating
 from dynmoe.growth.surgery import match_shapes
 from dynmoe.moe import MoELayer, moe_layers
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.registry import PartConfig
 
 CONSTANT, PER_GROWTH = Budget(), Budget(mode="per-growth", units=4)
@@ -105,7 +105,7 @@ def test_measuring_leaves_training_flags_buffers_and_hooks_alone(probe):
     assert torch.equal(model[1].running_mean, running)
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), undisturbed(model):
         _ = 1 / any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == flags
 

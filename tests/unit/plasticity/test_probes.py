@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.routers.topk import TopKRouter
-from dynmoe.plasticity.probes import copy_parameters, last_linear, take_probe, undisturbed
+from dynmoe.plasticity.probes import copy_parameters, last_linear, take_probe
 
 
 class Noisy(nn.Module):
