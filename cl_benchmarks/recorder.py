@@ -13,6 +13,7 @@ from cl_benchmarks.charts import LAYOUT
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe.errors import NumericError
 from dynmoe.moe import moe_layers
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.stats import gate_shares
@@ -144,6 +145,18 @@ class Recorder:
         self.loss = state["loss"]
 
     def _checkpoint(self, strategy: StreamStrategy) -> dict[str, Any]:
+        """Everything to go on from.
+
+        Raises:
+            NumericError: a weight is not finite (the loss will not be either, but only at the next
+                step); the checkpoints before are good.
+        """
+        for name, parameter in strategy.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NumericError(
+                    f"{name} is no longer finite at step {strategy.clock.train_iterations}; "
+                    "earlier checkpoints are kept; a smaller --lr or --clip 1 may help"
+                )
         recorder = {
             "rows": [asdict(row) for row in self.rows],
             "gates": self.gates,
