@@ -182,7 +182,9 @@ def test_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_weights_that_are_not_finite_are_not_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(f"--name x --runs-dir {tmp_path} --optimizer sgd --lr 1e39") == 3
+    assert (
+        _run(f"--name x --runs-dir {tmp_path} --optimizer sgd --lr 1e30 --weight-decay 1e30") == 3
+    )
     assert "is no longer finite at step 1" in _error(capsys.readouterr().err)
     assert not checkpoint.exists(tmp_path / "cl" / "x" / "seed-0" / "checkpoints")
 
