@@ -15,17 +15,19 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from dynmoe.config import run_command
-from dynmoe.errors import DynmoeError, UserError
+from dynmoe.errors import DynmoeError, Interrupted, UserError
 from dynmoe.files import write_json
 
 METRICS = ("train_accuracy", "test_accuracy", "online_accuracy")
@@ -63,7 +65,11 @@ def main(argv: list[str]) -> None:
         for seed in range(config.seeds)
         for label, flags in variants.items()
     }
-    _run_all(config, jobs)
+    handler = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        _run_all(config, jobs)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     runs = {
         label: [_summary(config, label, seed) for seed in range(config.seeds)] for label in variants
     }
@@ -129,10 +135,21 @@ def _run_all(config: Config, jobs: dict[tuple[str, int], list[str]]) -> None:
                 progress.update(bar, advance=1)
                 if not progress.console.is_terminal:
                     print(f"{config.name}: {label}, seed {seed} done", file=sys.stderr, flush=True)
-        except BaseException:  # also Ctrl-C, which the runs under way get as well, and save
+        except (
+            BaseException
+        ) as reason:  # also Ctrl-C, which the runs under way get as well, and save
             stop.set()
+            if isinstance(reason, Interrupted):  # SIGTERM came to this process alone
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(
+        "stopped by SIGTERM; runs under way have saved: start it again to go on", number
+    )
 
 
 _stop: Any = None
