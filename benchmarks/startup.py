@@ -1,6 +1,6 @@
 """How long `python -m dynmoe.cl --help` takes beside `python -c "import torch"`.
 
-    python -m benchmarks.startup [--rounds 9]
+python -m benchmarks.startup [--rounds 9]
 """
 
 from __future__ import annotations

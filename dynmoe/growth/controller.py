@@ -134,7 +134,7 @@ class GrowthController:
         sizes = layer.bank.hidden_sizes()
         target = self.budget.sizes_after(sizes, self.granularity)
         return Request(
-            sizes=sizes,
+            segment=layer.bank.segment.cpu(),
             target=target,
             scores=self.cut.scores(layer.bank, mean_activation, self.generator),
             scale=layer.gate_factor(len(sizes)) / layer.gate_factor(len(target)),

@@ -23,8 +23,8 @@ FRESH = -1
 class Request:
     """What a growth asks of an init."""
 
-    sizes: list[int]
-    """[E] hidden sizes now"""
+    segment: Tensor
+    """[H] int64, the expert that owns each unit now; on the CPU"""
     target: list[int]
     """[E + n] hidden sizes that the budget asks for"""
     scores: Tensor
@@ -32,6 +32,16 @@ class Request:
     scale: float
     """gate scale before growth / after it: E / (E + n) where gates are scaled by E, else 1"""
     generator: torch.Generator
+
+    @property
+    def sizes(self) -> list[int]:
+        """[E] hidden sizes now."""
+        return torch.bincount(self.segment).tolist()
+
+    @property
+    def owned(self) -> list[Tensor]:
+        """[E] the units of each expert, in order."""
+        return list(self.segment.argsort(stable=True).split(self.sizes))
 
     @property
     def new(self) -> int:
@@ -72,11 +82,11 @@ class Init(Part, ABC, kind="init"):
 
 def cut_plan(request: Request) -> Plan:
     """Every old expert keeps its best units up to its target size; everything else is fresh."""
-    owned = torch.arange(len(request.scores)).split(request.sizes)
+    owned = request.owned
     source = []
     for expert, target in enumerate(request.target):
         kept = torch.empty(0, dtype=torch.long)
-        if expert < len(request.sizes):
+        if expert < len(owned):
             units = owned[expert]
             best = units[request.scores[units].argsort(descending=True, stable=True)[:target]]
             kept = best[request.scores[best] > float("-inf")].sort().values

@@ -1,8 +1,9 @@
 """The only code that rewrites a layer's parameters and their optimizer state.
 
-At a constant budget everything happens in place: no Parameter is replaced, so optimizers, data
-parallel wrappers and compiled graphs stay valid. Only a pool that gains units gets new Parameters,
-which take the old ones' place in the module and in the optimizer.
+At a constant budget everything happens in place: no Parameter is replaced and no unit that is kept
+moves, so optimizers, data parallel wrappers and compiled graphs stay valid, and the cost is that of
+the rows handed to new experts. Only a pool that gains units gets new Parameters, which take the old
+ones' place in the module and in the optimizer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth.init import FRESH, Plan
+from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.layer import MoELayer, moe_layers
 
 Moments = Literal["mean", "zero"]
@@ -74,20 +76,48 @@ def _place_units(
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:
-    """Gather, draw and scale the hidden units, and re-partition the pool."""
+    """Hand units over where they stand, and copy or draw the others into what is left free."""
     bank, device = layer.bank, layer.bank.segment.device
-    fresh = plan.source == FRESH
     means = {
         name: mean_moments(optimizer, getattr(bank, name), moments) for name, _ in bank.unit_axes()
     }
-    resize_units(bank, plan.source.clamp(min=0).to(device), optimizer)
-    bank.set_hidden_sizes(plan.sizes)
-    bank.draw_units(fresh.nonzero().flatten().to(device), generator)
-    weight = bank.output_weight()
-    weight.mul_(plan.factor.to(weight))
-    restart = (fresh | _repeats(plan.source)).nonzero().flatten().to(device)
+    source, (place, stays) = plan.source.to(device), _places(plan.source)
+    place, stays = place.to(device), stays.to(device)
+    append_units(bank, len(source) - len(bank.segment), optimizer)
+    copied = ~stays & (source != FRESH)
     for name, axis in bank.unit_axes():
-        neutral_state(optimizer, getattr(bank, name), axis, restart, means[name])
+        parameter = getattr(bank, name)
+        parameter.index_copy_(axis, place[copied], parameter.index_select(axis, source[copied]))
+        neutral_state(optimizer, parameter, axis, place[~stays], means[name])
+    owner = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
+    bank.segment[place] = owner.to(device)
+    bank.draw_units(place[source == FRESH], generator)
+    if not bool((plan.factor == 1).all()):
+        weight = bank.output_weight()
+        factor = torch.empty_like(weight[0])
+        factor[place] = plan.factor.to(factor)
+        weight.mul_(factor)
+
+
+def _places(source: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the units of a plan go in the pool, so that units taken over need not move.
+
+    Returns:
+        place [H'], the position of each unit of the plan; stays [H'] bool, which of them are old
+        units at their old position. The others fill the free positions, in order.
+    """
+    order = source.argsort(stable=True)
+    ranked = source[order]
+    again = torch.zeros_like(ranked, dtype=torch.bool)
+    again[1:] = ranked[1:] == ranked[:-1]
+    stays = torch.empty_like(again)
+    stays[order] = ~again & (ranked != FRESH)
+    free = torch.ones_like(stays)
+    free[source[stays]] = False
+    place = torch.empty_like(source)
+    place[stays] = source[stays]
+    place[~stays] = free.nonzero().flatten()
+    return place, stays
 
 
 def _place_experts(
@@ -119,25 +149,20 @@ def _place_experts(
         neutral_state(optimizer, rows, 0, redrawn, mean_moments(optimizer, rows, moments, old))
 
 
-def resize_units(bank: nn.Module, source: Tensor, optimizer: Optimizer | None) -> None:
-    """Gather a bank's units: unit i becomes the old unit `source[i]`, optimizer state included.
+def append_units(bank: ExpertBank, count: int, optimizer: Optimizer | None) -> None:
+    """Add `count` zero units at the end of a bank's pool, with zero optimizer state.
 
-    In place while the number of units stays the same; else new Parameters take the old ones' place
-    in the bank and in the optimizer.
+    The one case in which new Parameters take the old ones' place, in the bank and the optimizer.
     """
-    for name, axis in bank.unit_axes():  # type: ignore[operator]
+    if count <= 0:
+        return
+    for name, axis in bank.unit_axes():
         old: nn.Parameter = getattr(bank, name)
-        gathered = old.detach().index_select(axis, source)
-        if gathered.shape == old.shape:
-            old.copy_(gathered)
-            _gather_state(optimizer, old, old, axis, source)
-        else:
-            new = nn.Parameter(gathered, requires_grad=old.requires_grad)
-            setattr(bank, name, new)
-            _replace_parameter(optimizer, old, new)
-            _gather_state(optimizer, old, new, axis, source)
-    if len(source) != len(bank.segment):  # type: ignore[arg-type]
-        bank.segment = torch.zeros_like(source)
+        new = nn.Parameter(_padded(old.detach(), axis, count), requires_grad=old.requires_grad)
+        setattr(bank, name, new)
+        if optimizer is not None:
+            _replace_parameter(optimizer, old, new, axis, count)
+    bank.segment = _padded(bank.segment, 0, count)
 
 
 def mean_moments(
@@ -177,38 +202,32 @@ def neutral_state(
 def match_shapes(
     model: nn.Module, state: dict[str, Tensor], optimizer: Optimizer | None = None
 ) -> None:
-    """Resize the pools of a fresh model to those of a saved `state_dict`, before it is loaded.
+    """Grow the pools of a fresh model to those of a saved `state_dict`, before it is loaded.
 
     Values are not restored here, only shapes; `load_state_dict` does the rest.
     """
     for name, layer in moe_layers(model):
         saved = len(state[f"{name}.bank.segment"])
-        if saved != len(layer.bank.segment):
-            source = torch.zeros(saved, dtype=torch.long, device=layer.bank.segment.device)
-            resize_units(layer.bank, source, optimizer)
+        append_units(layer.bank, saved - len(layer.bank.segment), optimizer)
 
 
-def _repeats(source: Tensor) -> Tensor:
-    """[H'] bool: units whose source was already taken by an earlier unit."""
-    seen: set[int] = set()
-    out = [unit in seen or bool(seen.add(unit)) for unit in source.tolist()]  # type: ignore[func-returns-value]
-    return torch.tensor(out, dtype=torch.bool)
+def _padded(tensor: Tensor, axis: int, count: int) -> Tensor:
+    """The tensor with `count` zero entries more along `axis`."""
+    shape = list(tensor.shape)
+    shape[axis] = count
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
-def _gather_state(
-    optimizer: Optimizer | None, old: Tensor, new: Tensor, axis: int, source: Tensor
+def _replace_parameter(
+    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int, count: int
 ) -> None:
-    """Gather the optimizer state of `old` along `axis` and file it under `new`."""
-    if optimizer is None or old not in optimizer.state:
+    """Put `new` where `old` stands in the optimizer, its state padded by `count` along `axis`."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old not in optimizer.state:
         return
     state = optimizer.state.pop(old)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = value.index_select(axis, source)
+            state[key] = _padded(value, axis, count)
     optimizer.state[new] = state
-
-
-def _replace_parameter(optimizer: Optimizer | None, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put `new` where `old` stands in the optimizer's parameter groups."""
-    for group in [] if optimizer is None else optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]

@@ -18,8 +18,8 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     `expert_rows`; it is the only code that writes to them besides the optimizer.
 
     Attributes:
-        segment: buffer [H] int64, the expert that owns each hidden unit: sorted, so that each
-            expert's units are one contiguous run.
+        segment: buffer [H] int64, the expert that owns each hidden unit. At first each expert's
+            units are one run; growth relabels units where they stand.
     """
 
     segment: Tensor

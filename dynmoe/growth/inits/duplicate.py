@@ -25,7 +25,7 @@ class DuplicateInit(Init, name="duplicate"):
     def plan(self, request: Request) -> Plan:
         """Deal or copy, whichever the budget allows."""
         parents = choose_parents(request.sizes, request.new)
-        owned = list(torch.arange(sum(request.sizes)).split(request.sizes))
+        owned = request.owned
         if sum(request.target) == sum(request.sizes):
             units, shares = _deal(owned, parents, request.scores)
         else:

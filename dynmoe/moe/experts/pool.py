@@ -1,7 +1,8 @@
-"""The default bank: every expert is a two-layer MLP on its own run of one pool of hidden units."""
+"""The default bank: every expert is a two-layer MLP on its own part of one pool of hidden units."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "ta
 
 
 class HiddenPool(ExpertBank, name="pool"):
-    """Experts as runs of one pool of H hidden units, `W2 (act(W1 x + b1) * g[segment]) + g b2`.
+    """Experts as segments of one pool of H hidden units, `W2 (act(W1 x + b1) * g[segment]) + g b2`.
 
     Dense routing is one MLP whose hidden activations are scaled by their owner's gate, at the cost
     of a dense MLP of the same size. Sparse routing sorts samples by expert and runs each expert's
@@ -85,10 +86,8 @@ class HiddenPool(ExpertBank, name="pool"):
         expert = indices.reshape(-1)
         order = expert.argsort(stable=True)
         counts = torch.bincount(expert, minlength=self.b_out.shape[0]).tolist()
-        sizes = torch.bincount(self.segment, minlength=self.b_out.shape[0]).tolist()
         rows = x[order // k].split(counts)
-        w_in, b_in = self.w_in.split(sizes), self.b_in.split(sizes)
-        w_out, b_out = self.w_out.split(sizes, dim=1), self.b_out.unbind()
+        w_in, b_in, w_out, b_out = self._by_expert()
         outputs = [
             F.linear(self.act(F.linear(rows[e], w_in[e], b_in[e])), w_out[e], b_out[e])
             for e, count in enumerate(counts)
@@ -97,6 +96,20 @@ class HiddenPool(ExpertBank, name="pool"):
         unsort = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))
         chosen = torch.cat(outputs)[unsort].view(n, k, -1)
         return (chosen * weights.unsqueeze(2)).sum(dim=1)
+
+    def _by_expert(self) -> tuple[Sequence[Tensor], ...]:
+        """Each expert's slices of w_in [H_e, D_in], b_in [H_e], w_out [D_out, H_e], b_out [D_out].
+
+        Units are gathered first where growth has left an expert's units scattered.
+        """
+        sizes = torch.bincount(self.segment, minlength=self.b_out.shape[0]).tolist()
+        w_in: Tensor = self.w_in
+        b_in: Tensor = self.b_in
+        w_out: Tensor = self.w_out
+        if bool((self.segment.diff() < 0).any()):
+            order = self.segment.argsort(stable=True)
+            w_in, b_in, w_out = w_in[order], b_in[order], w_out[:, order]
+        return w_in.split(sizes), b_in.split(sizes), w_out.split(sizes, dim=1), self.b_out.unbind()
 
     def unit_axes(self) -> list[tuple[str, int]]:
         """(parameter name, axis) of each parameter with one entry per hidden unit."""
@@ -136,4 +149,4 @@ class HiddenPool(ExpertBank, name="pool"):
         self.b_out[index] = fresh.to(self.b_out)
 
     def _num_experts(self) -> int:
-        return int(self.segment[-1]) + 1
+        return int(self.segment.max()) + 1

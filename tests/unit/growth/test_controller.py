@@ -130,8 +130,8 @@ def test_utilities_come_from_each_layers_own_inputs(probe):
     GrowthController(model, granularity=2).grow(1, probe)
     for run in range(2):  # ten units each, five are kept
         best = 10 * run + utility[10 * run : 10 * run + 10].topk(5).indices.sort().values
-        kept = layer.bank.w_in[5 * run : 5 * run + 5]
-        assert torch.equal(kept, twin_layer.bank.w_in[best])
+        assert (layer.bank.segment == run).nonzero().flatten().tolist() == best.tolist()
+        assert torch.equal(layer.bank.w_in[best], twin_layer.bank.w_in[best])
 
 
 def test_step_asks_the_trigger_and_makes_a_probe_only_to_grow(probe):

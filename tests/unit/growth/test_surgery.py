@@ -192,7 +192,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
         event = controller.grow(count, probe)
         after = Snapshot(layer, optimizer, x)
 
-        # The budget is exact, and each expert owns one run of units.
+        # The budget is exact.
         grown = layer.bank.hidden_sizes()
         numel = {n: p.numel() for n, p in before.parameters.items()}
         new_units = len(layer.bank.segment) - sum(sizes)
@@ -206,12 +206,12 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
         assert total == sum(numel.values()) + new_units * (D_IN + 1 + D_OUT)
         assert event.parameters == total + sum(p.numel() for p in model[0].parameters())
         assert layer.num_experts == len(grown) == len(sizes) + granularity and min(grown) >= 1
-        assert torch.equal(layer.bank.segment, layer.bank.segment.sort().values)
 
         # Units taken over are unchanged, and their optimizer state is with them.
         origin = origins(before, after)
         check_units(before, after, origin, exact_outputs=init.startswith("random"))
         units = torch.where(first_copies(origin), origin, -1)
+        assert torch.equal(units[units >= 0], torch.arange(len(units))[units >= 0])  # none moved
         rows = torch.arange(ROOM)
         rows[len(sizes) : len(grown)] = -1
         router_rows = rows.clone()
@@ -346,14 +346,12 @@ def test_per_growth_replaces_parameters_in_their_own_group_and_keeps_frozen_ones
     assert bank.w_in.requires_grad and not bank.b_in.requires_grad
 
 
-@pytest.mark.parametrize("saved", [UNITS + 12, UNITS, UNITS - 6])
+@pytest.mark.parametrize("saved", [UNITS + 12, UNITS])
 def test_match_shapes_makes_room_for_a_saved_state(saved):
     model, other = make_model(), make_model()
     config: PartConfig = registry.get("cut", "first").Config()
     if saved > UNITS:
         GrowthController(model, budget=Budget(mode="per-growth"), cut=config).grow(1)
-    elif saved < UNITS:
-        model[1] = MoELayer(D_IN, D_OUT, saved, num_experts=2, max_experts=ROOM).double()
     optimizer = torch.optim.Adam(other.parameters())
     match_shapes(other, model.state_dict(), optimizer)
     other.load_state_dict(model.state_dict())

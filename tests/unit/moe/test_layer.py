@@ -31,27 +31,29 @@ def make_layer(router: str = "cosine", sizes: tuple[int, ...] = (3, 2, 4), **opt
 def loop_over_experts(layer: MoELayer, x: Tensor) -> Tensor:
     """The definition: each expert is an MLP of its own; their outputs are added up by gate."""
     flat = x.reshape(-1, x.shape[-1])
-    gates, bank, start = layer.router(flat).gates, layer.bank, 0
+    gates, bank = layer.router(flat).gates, layer.bank
     if layer.gate_scale == "experts":
         gates = gates * (gates > 0).sum(dim=1, keepdim=True)
     y = torch.zeros(len(flat), bank.w_out.shape[0], dtype=x.dtype, device=x.device)
-    for expert, size in enumerate(bank.hidden_sizes()):
-        units = slice(start, start + size)
+    for expert in range(layer.num_experts):
+        units = bank.segment == expert
         hidden = bank.act(flat @ bank.w_in[units].T + bank.b_in[units])
         output = hidden @ bank.w_out[:, units].T + bank.b_out[expert]
         y = y + gates[:, expert : expert + 1] * output
-        start += size
     return y.reshape(*x.shape[:-1], -1)
 
 
+@pytest.mark.parametrize("scattered", [False, True], ids=["runs", "scattered"])
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)], ids=["samples", "tokens"])
 @pytest.mark.parametrize("sizes", [(6,), (1, 7), (4, 1, 5, 2)], ids=str)
 @pytest.mark.parametrize("gate_scale", ["experts", "one"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_outputs_and_gradients_equal_the_loop_over_experts(
-    router, gate_scale, sizes, shape, device
+    router, gate_scale, sizes, shape, scattered, device
 ):
     layer = make_layer(router, sizes, gate_scale=gate_scale).to(device)
+    if scattered:  # as growth leaves it
+        layer.bank.segment.copy_(layer.bank.segment[torch.randperm(sum(sizes))])
     x = torch.randn(shape, dtype=torch.double, device=device, requires_grad=True)
     upstream = torch.randn(*shape[:-1], 4, dtype=torch.double, device=device)
     inputs = {"x": x, **dict(layer.named_parameters())}
