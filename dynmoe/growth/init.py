@@ -81,7 +81,10 @@ class Init(Part, ABC, kind="init"):
 
 
 def cut_plan(request: Request) -> Plan:
-    """Every old expert keeps its best units up to its target size; everything else is fresh."""
+    """Every old expert keeps its best units up to its target size; everything else is fresh.
+
+    An expert that does not shrink keeps all of them, whatever the cut says.
+    """
     owned = request.owned
     source = []
     for expert, target in enumerate(request.target):
@@ -90,6 +93,8 @@ def cut_plan(request: Request) -> Plan:
             units = owned[expert]
             best = units[request.scores[units].argsort(descending=True, stable=True)[:target]]
             kept = best[request.scores[best] > float("-inf")].sort().values
+            if target >= len(units):  # nothing to cut
+                kept = units
         source.append(torch.cat([kept, kept.new_full((target - len(kept),), FRESH)]))
     experts = len(request.target)
     return Plan(

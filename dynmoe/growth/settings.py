@@ -32,7 +32,7 @@ class GrowthSettings:
     """factor of the Switch load-balancing loss; the paper has none"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
-    cut: PartConfig = slot("cut", "utility")
+    cut: PartConfig = slot("cut", "redraw")
     init: PartConfig = slot("init", "random")
     moments: Moments = "mean"
     """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""

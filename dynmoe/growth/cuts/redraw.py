@@ -10,7 +10,7 @@ from dynmoe.moe.bank import ExpertBank
 
 
 class RedrawCut(Cut, name="redraw"):
-    """Keeps no unit: old experts are drawn afresh at their new size, too."""
+    """Keeps no unit of an expert that shrinks: it is drawn afresh at its new size, too."""
 
     def scores(
         self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
