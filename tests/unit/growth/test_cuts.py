@@ -52,8 +52,8 @@ def test_first_keeps_the_first_units():
     assert kept(scores("first", make_bank(), None)) == [[0, 1, 2], [5], [6, 7], [], []]
 
 
-def test_redraw_keeps_none():
-    assert kept(scores("redraw", make_bank(), None)) == [[], [], [], [], []]
+def test_redraw_keeps_none_of_experts_that_shrink():
+    assert kept(scores("redraw", make_bank(), None)) == [[], [5], [], [], []]
 
 
 def test_random_keeps_what_its_generator_says():
