@@ -136,9 +136,10 @@ class HiddenPool(ExpertBank, name="pool"):
         w_in = torch.empty(n, dim_in).uniform_(-bound_in, bound_in, generator=generator)
         b_in = torch.empty(n).uniform_(-bound_in, bound_in, generator=generator)
         w_out = torch.empty(dim_out, n).uniform_(-bound_out, bound_out, generator=generator)
-        self.w_in[index] = w_in.to(self.w_in)
-        self.b_in[index] = b_in.to(self.b_in)
-        self.w_out[:, index] = w_out.to(self.w_out)
+        index = index.to(self.w_in.device)
+        self.w_in.index_copy_(0, index, w_in.to(self.w_in))
+        self.b_in.index_copy_(0, index, b_in.to(self.b_in))
+        self.w_out.index_copy_(1, index, w_out.to(self.w_out))
 
     @torch.no_grad()
     def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
