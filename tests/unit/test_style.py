@@ -15,7 +15,7 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.
 PROSE = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/**/*.md")]
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FOREIGN = re.compile(
-    r"(?<![\w.~])/(home|root|work|tmp|mnt|Users|opt)/\w|pypi\.org|pythonhosted|download\.pytorch"
+    r"(?<![\w.~])/(home|root|work|tmp|mnt|Users|opt)/\w|py[p]i\.org|python[h]osted|download\.pytorch"
     r"|conda\.anaconda|index-url|trusted-host"
 )
 """Places on one machine, and hosts of package registries."""
