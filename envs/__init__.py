@@ -1,1 +1,1 @@
-"""Environments that hand out torch tensors."""
+"""Environments as gymnasium vector environments that hand out torch tensors."""

@@ -1,0 +1,69 @@
+"""The contract between environments and agents: a gymnasium VectorEnv that speaks torch.
+
+Shapes: N environments, A achievements. Tensors are on `device`.
+
+`step` returns gymnasium's five values; episodes are reset within the step that ends them
+(`AutoresetMode.SAME_STEP`), so the observation returned is the new episode's first. `info` holds
+
+    final_obs       like the observations: those before any reset; the same where no episode ended
+    _final_obs      [N] bool, which episodes ended in this step
+    episode         {"r": [N] float32 return, "l": [N] int64 length, "deepest": [N] int64 deepest
+                    floor} of the episodes that ended, meaningless elsewhere; `_episode` is the mask
+    achievements    [N, A] bool, unlocked so far in the episode that this step belonged to
+    floor           [N] int64, floor on which the returned observation was made
+
+and `reset`'s info holds `floor` alone.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+Info = dict[str, Any]
+
+
+class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
+    """Base of all environments that agents train on.
+
+    Attributes:
+        device: where observations, rewards and all else come out, and where actions may be.
+        input_shape: shape of one unpacked observation, (C, H, W) or (D,).
+        num_floors: stages the environment tells apart; 1 where it has none.
+        achievements: names of what an episode can unlock, in the order of `info["achievements"]`.
+        max_return: the most an episode can return, or None where there is no such number.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    device: torch.device
+    input_shape: tuple[int, ...]
+    num_floors: int = 1
+    achievements: tuple[str, ...] = ()
+    max_return: float | None = None
+    resumable: ClassVar[bool] = True
+    """whether `state_dict` holds all that decides the rest of an episode"""
+
+    @property
+    def num_actions(self) -> int:
+        """Discrete actions per environment."""
+        return int(self.single_action_space.n)  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def unpack(self, observations: Tensor) -> Tensor:
+        """Stored observations [B, ...] as a network takes them: [B, *input_shape].
+
+        Images are uint8 in 0..255 with channels_last memory, vectors float32. Observations are kept
+        packed because a frame's compact code is far smaller than the frame.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the environments' future depends on, as tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """Restore `state_dict()`; returns the present observations [N, ...]."""
