@@ -32,6 +32,8 @@ FOLDERS = {
     "init": "dynmoe.growth.inits",
     "metric": "dynmoe.plasticity.metrics",
     "network": "dynmoe.nets",
+    "encoder": "agents.encoders",
+    "agent": "agents.methods",
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.strategies",

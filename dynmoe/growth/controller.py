@@ -25,6 +25,21 @@ from dynmoe.registry import PartConfig
 
 Probe = tuple[Tensor, Tensor | None]
 """Inputs [N, ...] and class labels [N] (or None) on which a growth is measured."""
+MeasureShock = Callable[[Any, Any, Tensor | None], dict[str, float]]
+"""(model outputs before, after, labels or None) -> named figures"""
+
+
+def classification_shock(before: Tensor, after: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """How logits [N, C] changed: `output_change` (norm of the difference over norm before).
+
+    With labels also `loss_before`, `loss_after` (nats), `accuracy_before`, `accuracy_after`.
+    """
+    shock = {"output_change": float((after - before).norm() / before.norm())}
+    if labels is not None:
+        for when, outputs in (("before", before), ("after", after)):
+            shock[f"loss_{when}"] = float(F.cross_entropy(outputs, labels))
+            shock[f"accuracy_{when}"] = float((outputs.argmax(1) == labels).float().mean())
+    return shock
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class GrowthEvent:
     """What one growth did."""
 
     step: int
-    """optimizer steps taken before it"""
+    """the loop's clock (see `Signals.step`) when it happened"""
     count: int
     """1 for the first growth"""
     experts: int
@@ -42,8 +57,7 @@ class GrowthEvent:
     parameters: int
     """parameters of the model after it"""
     shock: dict[str, float]
-    """probe batch before and after: `output_change` (norm of the difference over norm of the
-    outputs), `loss_before`, `loss_after` (nats), `accuracy_before`, `accuracy_after`"""
+    """change of the model on the probe batch; by default what `classification_shock` measures"""
 
 
 class GrowthController:
@@ -56,6 +70,7 @@ class GrowthController:
         trigger, cut, init: Configs of registered parts; defaults: at tasks, utility, random.
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `surgery.mean_moments`.
+        measure_shock: compares what the model returns on the probe before and after a growth.
         generator: draws fresh weights and random choices; default one seeded with 0.
 
     Attributes:
@@ -73,6 +88,7 @@ class GrowthController:
         cut: PartConfig | None = None,
         init: PartConfig | None = None,
         moments: Moments = "mean",
+        measure_shock: MeasureShock = classification_shock,
         generator: torch.Generator | None = None,
     ) -> None:
         self.model = model
@@ -83,6 +99,7 @@ class GrowthController:
         self.cut: Cut = (cut or UtilityCut.Config()).build()
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
+        self.measure_shock = measure_shock
         self.generator = generator or torch.Generator().manual_seed(0)
         self.events: list[GrowthEvent] = []
 
@@ -101,7 +118,7 @@ class GrowthController:
         """Grow now.
 
         Args:
-            step: optimizer steps taken so far, for the record.
+            step: the loop's clock, for the record.
             probe: batch on the model's device for utilities and the growth shock.
 
         Raises:
@@ -125,7 +142,7 @@ class GrowthController:
             experts=max(layer.num_experts for layer in layers.values()),
             hidden_sizes={name: layer.bank.hidden_sizes() for name, layer in layers.items()},
             parameters=sum(p.numel() for p in self.model.parameters()),
-            shock=_shock(before, after, None if probe is None else probe[1]),
+            shock={} if probe is None else self.measure_shock(before, after, probe[1]),
         )
         self.events.append(event)
         return event
@@ -142,7 +159,7 @@ class GrowthController:
         )
 
     @torch.no_grad()
-    def _observe(self, probe: Probe | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _observe(self, probe: Probe | None) -> tuple[Any, dict[str, Tensor]]:
         """Outputs on the probe, and mean |activation| [H] of each MoE layer's units there."""
         if probe is None:
             return None, {}
@@ -176,14 +193,3 @@ class GrowthController:
         self.events = [GrowthEvent(**event) for event in state["events"]]
         self.generator.set_state(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
-
-
-def _shock(before: Tensor | None, after: Tensor | None, labels: Tensor | None) -> dict[str, float]:
-    if before is None or after is None:
-        return {}
-    shock = {"output_change": float((after - before).norm() / before.norm())}
-    if labels is not None:
-        for when, outputs in (("before", before), ("after", after)):
-            shock[f"loss_{when}"] = float(F.cross_entropy(outputs, labels))
-            shock[f"accuracy_{when}"] = float((outputs.argmax(1) == labels).float().mean())
-    return shock

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from dynmoe.config import slot
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.controller import GrowthController, MeasureShock, classification_shock
 from dynmoe.growth.surgery import Moments
 from dynmoe.growth.trigger import Trigger
+from dynmoe.moe.bank import even_sizes
 from dynmoe.moe.layer import GateScale, MoELayer
 from dynmoe.registry import PartConfig
 
@@ -38,7 +39,7 @@ class GrowthSettings:
     """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
 
     def most_experts(self, steps: int, tasks: int) -> int:
-        """Experts at the end of a run of that many optimizer steps and tasks.
+        """Experts at the end of a run of that many steps of its clock, and tasks.
 
         Raises:
             UserError: granularity below 1.
@@ -47,6 +48,13 @@ class GrowthSettings:
             raise UserError(f"granularity {self.granularity} must be at least 1")
         trigger: Trigger = self.trigger.build()
         return self.granularity * (1 + trigger.planned(steps, tasks))
+
+    def final_hidden(self, hidden: int, experts: int) -> int:
+        """Hidden units, once it has grown to `experts`, of a layer that began with `hidden`."""
+        sizes = even_sizes(hidden, self.granularity)
+        while len(sizes) < experts:
+            sizes = self.budget.sizes_after(sizes, self.granularity)
+        return sum(sizes)
 
     def check_budget(self, hidden: int, experts: int) -> None:
         """Refuse, before any work, a plan that ends with experts without units.
@@ -85,7 +93,11 @@ class GrowthSettings:
         )
 
     def make_controller(
-        self, model: nn.Module, optimizer: Optimizer, generator: torch.Generator
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        generator: torch.Generator,
+        measure_shock: MeasureShock = classification_shock,
     ) -> GrowthController:
         """A controller that grows the model's MoE layers with these settings."""
         return GrowthController(
@@ -97,5 +109,6 @@ class GrowthSettings:
             cut=self.cut,
             init=self.init,
             moments=self.moments,
+            measure_shock=measure_shock,
             generator=generator,
         )

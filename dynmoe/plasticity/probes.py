@@ -6,7 +6,7 @@ A probe is taken on the same samples each time, so that its numbers compare acro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +66,7 @@ class Probe:
     logits: Tensor
     """[N, C]"""
     loss: float
-    """mean cross entropy, nats"""
+    """mean loss; cross entropy in nats by default"""
     gradients: dict[str, Tensor]
     """parameter name -> gradient of the mean loss; parameters without one are absent"""
     parameters: dict[str, Tensor]
@@ -96,6 +96,7 @@ def take_probe(
     labels: Tensor,
     initial: dict[str, Tensor] | None = None,
     classifier: nn.Module | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Probe:
     """Run `model` once, forward and backward, in eval mode, and record what the metrics need.
 
@@ -105,11 +106,12 @@ def take_probe(
     Args:
         model: maps inputs to logits [N, C].
         inputs: [N, ...], on the model's device.
-        labels: [N] int class indices.
+        labels: [N] int class indices, or what else `loss` compares the logits with.
         initial: values at birth by parameter name (see `copy_parameters`). Parameters it lacks are
             left out of the distance; growth must keep the shapes of the others in step.
         classifier: the module whose input is `features`; by default the last `nn.Linear` in module
             order that is not part of an MoE layer.
+        loss: (logits [N, C], labels) -> scalar; cross entropy by default.
 
     Raises:
         ValueError: empty batch, logits not [N, C], no classifier to be found or one that was not
@@ -126,10 +128,10 @@ def take_probe(
             logits = model(inputs)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
             raise ValueError("a probe needs a model that maps N inputs to logits [N, C]")
-        loss = F.cross_entropy(logits, labels)
-        if not torch.isfinite(loss):
-            raise NumericError(f"the loss on the probe batch is {loss.item()}")
-        gradients = _gradients(loss, parameters)
+        value = loss(logits, labels)
+        if not torch.isfinite(value):
+            raise NumericError(f"the loss on the probe batch is {value.item()}")
+        gradients = _gradients(value, parameters)
         experts = _expert_probes(model, record, gradients)
     if classifier not in record.inputs:
         raise ValueError("the classifier was not called in the model's forward pass")
@@ -139,7 +141,7 @@ def take_probe(
         activations={**record.activations, **hidden},
         features=record.inputs[classifier].flatten(0, -2),
         logits=logits.detach(),
-        loss=loss.item(),
+        loss=value.item(),
         gradients=_cut(gradients, living),
         parameters=_cut({name: p.detach() for name, p in parameters.items()}, living),
         initial=None if initial is None else _cut(initial, living),

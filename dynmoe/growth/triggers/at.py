@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynmoe.errors import UserError
-from dynmoe.growth.trigger import Signals, Trigger
+from dynmoe.growth.trigger import ClockTrigger
 from dynmoe.registry import PartConfig
 
 
-class AtTrigger(Trigger, name="at"):
-    """At the given optimizer steps."""
+class AtTrigger(ClockTrigger, name="at"):
+    """At the given steps of the clock."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the given-steps trigger."""
 
         steps: tuple[int, ...] = ()
-        """optimizer steps after which to grow, each at least 1"""
+        """steps after which to grow, each at least 1 (optimizer steps in cl, env steps in rl)"""
 
     def __init__(self, config: Config) -> None:
         if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
@@ -28,9 +28,9 @@ class AtTrigger(Trigger, name="at"):
         super().__init__(config)
         self.steps = frozenset(config.steps)
 
-    def fires(self, signals: Signals) -> bool:
-        """Whether the step is one of those given."""
-        return not signals.task_starts and signals.step in self.steps
+    def due(self, before: int, now: int) -> bool:
+        """Whether one of the given steps lies in (before, now]; two there are one growth."""
+        return any(before < step <= now for step in self.steps)
 
     def planned(self, steps: int, tasks: int) -> int:
         """How many of the given steps come before the run's last one."""

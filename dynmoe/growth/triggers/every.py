@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynmoe.errors import UserError
-from dynmoe.growth.trigger import Signals, Trigger
+from dynmoe.growth.trigger import ClockTrigger
 from dynmoe.registry import PartConfig
 
 
-class EveryTrigger(Trigger, name="every"):
-    """Every n optimizer steps (DynamicMoE's reinforcement learning grows every 500M env steps)."""
+class EveryTrigger(ClockTrigger, name="every"):
+    """Every n steps of the clock (DynamicMoE's RL: 500M environment steps, 2511.18987)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the clock trigger."""
 
         steps: int = 1000
-        """optimizer steps between growths"""
+        """steps between growths (optimizer steps in cl, env steps in rl)"""
 
     def __init__(self, config: Config) -> None:
         if config.steps < 1:
@@ -25,9 +25,9 @@ class EveryTrigger(Trigger, name="every"):
         super().__init__(config)
         self.steps = config.steps
 
-    def fires(self, signals: Signals) -> bool:
-        """Whether the step is a positive multiple of n. Task starts are no step of their own."""
-        return not signals.task_starts and signals.step > 0 and signals.step % self.steps == 0
+    def due(self, before: int, now: int) -> bool:
+        """Whether a multiple of n lies in (before, now]."""
+        return now // self.steps > before // self.steps
 
     def planned(self, steps: int, tasks: int) -> int:
         """Multiples of n before the last step: a growth at the very end could learn nothing."""

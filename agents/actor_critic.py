@@ -1,0 +1,88 @@
+"""The network that acts and judges: an encoder, and a block each for actor and critic.
+
+    observations -> encoder -> [B, F] -> actor block -> logits [B, A]
+                                      -> critic block -> value [B]
+
+With a trunk block, another block and a ReLU follow the encoder. A block maps its input through
+`hidden` units to its output: a dense two-layer MLP or an MoELayer of the same size. Which of the
+two is the method's choice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from agents.encoder import Encoder, orthogonal
+from dynmoe.errors import UserError
+
+MakeBlock = Callable[[int, int, int], nn.Module]
+"""(input width, hidden units, output width) -> module"""
+PLACES = ("trunk", "actor", "critic")
+
+
+def dense_block(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
+    """The dense counterpart of an MoELayer: a two-layer ReLU MLP, [B, dim_in] -> [B, dim_out]."""
+    return nn.Sequential(nn.Linear(dim_in, hidden), nn.ReLU(), nn.Linear(hidden, dim_out))
+
+
+class ActorCritic(nn.Module):
+    """Policy and value over a shared encoder.
+
+    Args:
+        encoder: Config of a registered encoder.
+        shape: of one observation, (C, H, W) or (D,).
+        num_actions: A.
+        make_block: makes the blocks at `encoder.place`; the others are dense.
+
+    Attributes:
+        trunk, actor, critic: `actor(trunk(x))` are logits [B, A], `critic(trunk(x))` values [B, 1].
+
+    Raises:
+        UserError: an unknown place, or sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder.Config,
+        shape: tuple[int, ...],
+        num_actions: int,
+        make_block: MakeBlock = dense_block,
+    ) -> None:
+        super().__init__()
+        if encoder.hidden < 1:
+            raise UserError(f"encoder: hidden={encoder.hidden} must be at least 1")
+        make = {place: make_block if place in encoder.place else dense_block for place in PLACES}
+        frames: Encoder = encoder.build(shape)
+        features = frames.out_features
+        self.trunk = nn.Sequential(frames)
+        if "trunk" in encoder.place:
+            self.trunk.append(make["trunk"](features, encoder.hidden, features))
+            self.trunk.append(nn.ReLU())
+        self.actor = nn.Sequential(make["actor"](features, encoder.hidden, num_actions))
+        self.critic = nn.Sequential(make["critic"](features, encoder.hidden, 1))
+        if encoder.actor_tail:
+            self.actor.append(nn.ReLU())
+            self.actor.append(orthogonal(nn.Linear(num_actions, num_actions), 0.01))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, A] and values [B], float32, of x: uint8 images or float vectors."""
+        features = self.trunk(as_input(x))
+        return self.actor(features).float(), self.critic(features).squeeze(1).float()
+
+    def path(self, head: str) -> nn.Sequential:
+        """The network of one head alone, "actor" or "critic"; its modules are this network's."""
+        parts = [("trunk", self.trunk), (head, getattr(self, head))]
+        return nn.Sequential(OrderedDict(parts))
+
+
+def as_input(x: Tensor) -> Tensor:
+    """uint8 frames as floats in [0, 1], in bfloat16 under autocast; floats unchanged."""
+    if x.dtype != torch.uint8:
+        return x
+    half = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if half else torch.float32
+    return x.to(dtype) / 255

@@ -1,0 +1,1 @@
+"""Agents and what they are compared with, one file each."""

@@ -1,0 +1,24 @@
+"""A mixture of experts that stays as it starts."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from agents.actor_critic import MakeBlock
+from agents.agent import Agent
+from dynmoe import seeding
+from dynmoe.growth.settings import GrowthSettings
+
+
+class MoEStart(Agent, name="moe-start"):
+    """The experts that DynamicMoE starts with (its "1 expert" baseline), and never more."""
+
+    def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
+        """An MoE layer of g experts."""
+        generator = seeding.generator(seed, "moe-layers")
+
+        def make(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
+            experts = growth.granularity
+            return growth.make_layer(dim_in, dim_out, hidden, experts, experts, generator)
+
+        return make

@@ -1,0 +1,269 @@
+"""Proximal policy optimisation, top to bottom.
+
+Source: Schulman et al. 2017 (arXiv 1707.06347), with the customary details (value clipping,
+advantage normalisation per minibatch, annealed learning rate; Engstrom et al. 2020, 2005.12729).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from agents.actor_critic import ActorCritic
+from agents.rollout import Rollout, advantages, collect
+from dynmoe import seeding
+from dynmoe.errors import NumericError, UserError
+from dynmoe.moe.layer import collect_aux_losses
+from envs.vector import TorchVectorEnv
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings:
+    """Hyperparameters of PPO; the defaults are those of the Craftax baselines but for the sizes."""
+
+    total_steps: int = 500_000
+    """environment steps in all, over all environments"""
+    num_envs: int = 64
+    """environments side by side"""
+    rollout_steps: int = 64
+    """steps of each environment between two updates"""
+    lr: float = 2e-4
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+    adam_eps: float = 1e-5
+    epochs: int = 4
+    """passes over each rollout"""
+    minibatches: int = 8
+    """parts that each pass is split into, one optimizer step each"""
+    gamma: float = 0.99
+    """discount per step"""
+    gae_lambda: float = 0.8
+    """lambda of the generalised advantage estimate"""
+    clip: float = 0.2
+    """largest change of the probability ratio, and of the value, that is rewarded"""
+    clip_value: bool = True
+    """clip the value's change as well"""
+    entropy: float = 0.01
+    """factor of the entropy bonus"""
+    value_weight: float = 0.5
+    """factor of the value loss"""
+    max_grad_norm: float = 1.0
+    """largest global gradient norm; 0 for none"""
+    normalise_advantage: bool = True
+    """scale each minibatch's advantages to mean 0 and deviation 1"""
+    autocast: Literal["none", "bf16"] = "none"
+    """run the network in bfloat16; weights and losses stay float32"""
+
+    @property
+    def batch_size(self) -> int:
+        """Environment steps per update."""
+        return self.num_envs * self.rollout_steps
+
+    @property
+    def updates(self) -> int:
+        """Updates in all; the last steps that fill no rollout are left out."""
+        return self.total_steps // self.batch_size
+
+    def check(self) -> None:
+        """Refuse numbers that cannot work.
+
+        Raises:
+            UserError: names the setting.
+        """
+        least = {"num_envs": 1, "rollout_steps": 1, "epochs": 1, "minibatches": 1, "lr": 0,
+                 "gamma": 0, "gae_lambda": 0, "clip": 0, "entropy": 0, "value_weight": 0,
+                 "max_grad_norm": 0, "adam_eps": 0}  # fmt: skip
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not value >= smallest:  # also refuses nan
+                raise UserError(
+                    f"--{name.replace('_', '-')} {value} is too small; use {smallest} or more"
+                )
+        if self.batch_size % self.minibatches:
+            raise UserError(
+                f"--num-envs {self.num_envs} x --rollout-steps {self.rollout_steps} = "
+                f"{self.batch_size} steps do not divide into --minibatches {self.minibatches}"
+            )
+        if self.updates < 1:
+            raise UserError(
+                f"--total-steps {self.total_steps} is less than one rollout of {self.batch_size} "
+                "(--num-envs times --rollout-steps)"
+            )
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What an update did, as means over its optimizer steps."""
+
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    """of the policy, nats"""
+    approx_kl: float
+    """of the policy before the update to the one after, nats (Schulman's k3 estimator)"""
+    clip_share: float
+    """share of samples whose ratio was clipped"""
+    grad_norm: float
+    """before clipping"""
+    explained_variance: float
+    """of the returns by the values: 1 is perfect, 0 no better than their mean"""
+
+
+MEANS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_share", "grad_norm")
+"""Fields of UpdateStats that are means over optimizer steps, in the order they are summed."""
+
+
+class Observer(Protocol):
+    """What `train` reports to; it grows the network, logs and saves."""
+
+    def update_done(self, update: int, rollout: Rollout, stats: UpdateStats | None) -> None:
+        """`update` updates are done; stats are None for an agent that does not learn."""
+
+
+def train(
+    env: TorchVectorEnv,
+    policy: ActorCritic,
+    optimizer: Optimizer,
+    settings: PPOSettings,
+    seed: int,
+    observer: Observer,
+    observations: Tensor,
+    floors: Tensor,
+    start: int = 0,
+    learns: bool = True,
+    acts: bool = True,
+) -> None:
+    """Train from update `start` to the last; everything drawn depends on seed and update alone.
+
+    Args:
+        observations, floors: [N, ...] and [N], where the environments are.
+        learns, acts: whether the network is trained, and followed.
+
+    Raises:
+        NumericError: the loss is not finite.
+    """
+    for update in range(start, settings.updates):
+        dice = seeding.generator(seed, "rollout", update, device=env.device)
+        if settings.anneal_lr:
+            set_learning_rate(optimizer, settings.lr * (1 - update / settings.updates))
+        with autocast(env.device, settings.autocast):
+            rollout = collect(env, policy, observations, floors, settings.rollout_steps,
+                              settings.gamma, dice, uniform=not acts)  # fmt: skip
+        observations, floors = rollout.next_observations, rollout.next_floors
+        stats = None
+        if learns:
+            order = seeding.generator(seed, "minibatches", update)
+            stats = learn(policy, optimizer, rollout, settings, env, order)
+        observer.update_done(update + 1, rollout, stats)
+
+
+def learn(
+    policy: ActorCritic,
+    optimizer: Optimizer,
+    rollout: Rollout,
+    settings: PPOSettings,
+    env: TorchVectorEnv,
+    generator: torch.Generator,
+) -> UpdateStats:
+    """One update: several epochs of minibatch steps on a rollout.
+
+    Raises:
+        NumericError: the loss is not finite.
+    """
+    gains = advantages(rollout, settings.gamma, settings.gae_lambda)
+    returns = gains + rollout.values
+    flat = {
+        "observations": rollout.observations.flatten(0, 1),
+        "actions": rollout.actions.flatten(),
+        "log_probs": rollout.log_probs.flatten(),
+        "values": rollout.values.flatten(),
+        "gains": gains.flatten(),
+        "returns": returns.flatten(),
+    }
+    sums = torch.zeros(len(MEANS), device=env.device)
+    for index in minibatches(settings, generator):
+        batch = {name: tensor[index.to(env.device)] for name, tensor in flat.items()}
+        with autocast(env.device, settings.autocast):
+            logits, values = policy(env.unpack(batch["observations"]))
+        loss, parts = ppo_loss(logits, values, batch, settings)
+        loss = loss + sum(collect_aux_losses(policy).values(), loss.new_zeros(()))
+        if not torch.isfinite(loss):
+            raise NumericError(
+                f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        limit = settings.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
+        optimizer.step()
+        sums += torch.stack([*parts, norm.detach()])
+    means = (sums / (settings.epochs * settings.minibatches)).tolist()
+    explained = _explained_variance(rollout.values, returns)
+    return UpdateStats(**dict(zip(MEANS, means, strict=True)), explained_variance=explained)
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); 0 where returns do not vary."""
+    spread = float(returns.var())
+    return 1 - float((returns - values).var()) / spread if spread > 0 else 0.0
+
+
+def ppo_loss(
+    logits: Tensor, values: Tensor, batch: dict[str, Tensor], settings: PPOSettings
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """PPO's loss on a minibatch of B samples.
+
+    Args:
+        logits, values: [B, A] and [B], of the network now.
+        batch: actions, log_probs, values, gains, returns, [B] each, from the rollout.
+
+    Returns:
+        the loss, and (policy loss, value loss, entropy, approximate KL, clipped share).
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), Eqs. 7 and 9; the KL estimate is
+    mean(ratio - 1 - log ratio), Schulman's "k3".
+    """
+    log_probs = logits.log_softmax(dim=1)
+    change = log_probs.gather(1, batch["actions"].unsqueeze(1)).squeeze(1) - batch["log_probs"]
+    ratio = change.exp()
+    gains = batch["gains"]
+    if settings.normalise_advantage and len(gains) > 1:
+        gains = (gains - gains.mean()) / (gains.std() + 1e-8)
+    clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+    policy_loss = -torch.minimum(gains * ratio, gains * clipped).mean()
+    error = (values - batch["returns"]).square()
+    if settings.clip_value:
+        near = (values - batch["values"]).clamp(-settings.clip, settings.clip)
+        error = torch.maximum(error, (batch["values"] + near - batch["returns"]).square())
+    value_loss = 0.5 * error.mean()
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
+    loss = policy_loss + settings.value_weight * value_loss - settings.entropy * entropy
+    with torch.no_grad():
+        kl = (ratio - 1 - change).mean()
+        share = ((ratio - 1).abs() > settings.clip).float().mean()
+        parts = (policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, share)
+    return loss, parts
+
+
+def minibatches(settings: PPOSettings, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices [B] of each minibatch: every epoch deals out the whole rollout anew."""
+    for _ in range(settings.epochs):
+        order = torch.randperm(settings.batch_size, generator=generator)
+        yield from order.chunk(settings.minibatches)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def autocast(device: torch.device, mode: str) -> torch.autocast:
+    """bfloat16 for the network's matrix work, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=mode == "bf16")

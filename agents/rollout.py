@@ -1,0 +1,163 @@
+"""Rollouts: what an agent saw, did and got, and how good that was.
+
+Shapes: T steps, N environments, A actions, M experts a layer can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.actor_critic import ActorCritic
+from dynmoe.moe.layer import moe_layers
+from envs.vector import TorchVectorEnv
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished episode."""
+
+    env: int
+    """index of its environment"""
+    step: int
+    """step of the rollout, 0..T-1, with which it ended"""
+    episode_return: float
+    length: int
+    deepest: int
+    """deepest floor reached"""
+    achievements: list[int]
+    """indices of what it unlocked"""
+
+
+@dataclass
+class Rollout:
+    """T steps of N environments."""
+
+    observations: Tensor
+    """[T, N, ...] packed, as the environment gave them"""
+    actions: Tensor
+    """[T, N] int64"""
+    log_probs: Tensor
+    """[T, N] log pi(a|s) when acting, nats"""
+    values: Tensor
+    """[T, N] the critic's V(s)"""
+    rewards: Tensor
+    """[T, N]; where an episode was cut off (truncated), plus gamma V(its last observation)"""
+    dones: Tensor
+    """[T, N] bool, the episode ended with this step"""
+    last_value: Tensor
+    """[N] V of the observations after the last step"""
+    next_observations: Tensor
+    """[N, ...] those observations"""
+    floors: Tensor
+    """[T, N] int64, floor on which each observation was made"""
+    next_floors: Tensor
+    """[N] int64, floor on which `next_observations` were made"""
+    gates: dict[str, Tensor]
+    """MoE layer name -> [T, N, M] gates when acting"""
+    episodes: list[Episode] = field(default_factory=list)
+    """those that ended, in order"""
+
+
+@torch.no_grad()
+def collect(
+    env: TorchVectorEnv,
+    policy: ActorCritic,
+    observations: Tensor,
+    floors: Tensor,
+    steps: int,
+    gamma: float,
+    generator: torch.Generator,
+    uniform: bool = False,
+) -> Rollout:
+    """Act for `steps` steps from `observations` [N, ...], made on `floors` [N].
+
+    Args:
+        env, policy: the environments, and who acts.
+        gamma: discount, for the value of what a truncated episode still had to come.
+        generator: draws the actions; on the environments' device.
+        uniform: every action equally often, whatever the policy says.
+    """
+    out = _empty(env, policy, observations, floors, steps)
+    for t in range(steps):
+        logits, values = policy(env.unpack(observations))
+        logits = torch.zeros_like(logits) if uniform else logits
+        probabilities = logits.softmax(dim=1)
+        actions = torch.multinomial(probabilities, 1, generator=generator)
+        out.observations[t], out.floors[t] = observations, floors
+        out.actions[t], out.values[t] = actions.squeeze(1), values
+        out.log_probs[t] = logits.log_softmax(dim=1).gather(1, actions).squeeze(1)
+        for name, layer in moe_layers(policy):
+            assert layer.last_routing is not None  # the policy ran just now
+            out.gates[name][t] = layer.last_routing.gates
+        observations, rewards, terminated, truncated, info = env.step(out.actions[t])
+        out.rewards[t], out.dones[t] = rewards, terminated | truncated
+        if bool(truncated.any()):
+            cut_off = info["final_obs"][truncated]
+            out.rewards[t, truncated] += gamma * policy(env.unpack(cut_off))[1]
+        out.episodes += _finished(info, t)
+        floors = info["floor"]
+    out.next_observations, out.next_floors = observations, floors
+    out.last_value = policy(env.unpack(observations))[1]
+    return out
+
+
+def _empty(
+    env: TorchVectorEnv, policy: ActorCritic, observations: Tensor, floors: Tensor, steps: int
+) -> Rollout:
+    """A rollout with room for `steps` steps."""
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(steps, env.num_envs, *shape, dtype=dtype, device=observations.device)
+
+    return Rollout(
+        observations=room(*observations.shape[1:], dtype=observations.dtype),
+        actions=room(dtype=torch.long),
+        log_probs=room(),
+        values=room(),
+        rewards=room(),
+        dones=room(dtype=torch.bool),
+        last_value=room()[0],
+        next_observations=observations,
+        floors=room(dtype=torch.long),
+        next_floors=floors,
+        gates={name: room(layer.max_experts) for name, layer in moe_layers(policy)},
+    )
+
+
+def advantages(rollout: Rollout, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates [T, N].
+
+    delta_t = r_t + gamma V(s_t+1) - V(s_t), A_t = delta_t + gamma lambda A_t+1, both cut at ends of
+    episodes. Source: Schulman et al. 2016 (arXiv 1506.02438), Eqs. 11 and 16.
+    """
+    alive = (~rollout.dones).float()
+    result = torch.empty_like(rollout.rewards)
+    following, value = torch.zeros_like(rollout.last_value), rollout.last_value
+    for t in range(len(result) - 1, -1, -1):
+        delta = rollout.rewards[t] + gamma * value * alive[t] - rollout.values[t]
+        following = delta + gamma * lam * alive[t] * following
+        result[t], value = following, rollout.values[t]
+    return result
+
+
+def _finished(info: dict[str, Any], step: int) -> list[Episode]:
+    """The episodes that ended in a step, from the environment's info."""
+    if not bool(info["_episode"].any()):
+        return []
+    ended = info["_episode"].nonzero().flatten().tolist()
+    record, unlocked = info["episode"], info["achievements"]
+    return [
+        Episode(
+            env=i,
+            step=step,
+            episode_return=float(record["r"][i]),
+            length=int(record["l"][i]),
+            deepest=int(record["deepest"][i]),
+            achievements=unlocked[i].nonzero().flatten().tolist(),
+        )
+        for i in ended
+    ]
