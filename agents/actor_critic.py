@@ -73,6 +73,13 @@ class ActorCritic(nn.Module):
         features = self.trunk(as_input(x))
         return self.actor(features).float(), self.critic(features).squeeze(1).float()
 
+    def output_layer(self, head: str) -> nn.Module:
+        """The module that gives a head's outputs: a linear layer, or an MoELayer."""
+        last: nn.Module = getattr(self, head)
+        while isinstance(last, nn.Sequential):
+            last = last[-1]
+        return last
+
     def path(self, head: str) -> nn.Sequential:
         """The network of one head alone, "actor" or "critic"; its modules are this network's."""
         parts = [("trunk", self.trunk), (head, getattr(self, head))]

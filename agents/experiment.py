@@ -1,0 +1,132 @@
+"""One reinforcement-learning run: environments, agent, training, and what is left of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import envs
+from agents.actor_critic import ActorCritic
+from agents.agent import Agent
+from agents.growth import policy_shock
+from agents.ppo import train
+from agents.recorder import Recorder
+from agents.settings import Config
+from dynmoe import seeding
+from dynmoe.errors import UserError
+from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.surgery import match_shapes
+from dynmoe.progress import ProgressLine
+from dynmoe.run import Run
+from envs.vector import TorchVectorEnv
+
+
+def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
+    """Train one agent, or read what an earlier run of the same settings found.
+
+    Returns:
+        the run's folder and its summary.
+    """
+    check(config)
+    with Run("rl", preset, config, label=f"{config.method.part.name}-{config.env}") as run:
+        if run.summary is None:
+            env = make_env(config, run.device)
+            try:
+                run.finish(_train(run, config, env))
+            finally:
+                env.close()
+        assert run.summary is not None  # finished just now, or earlier
+        return run.folder, run.summary
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot work before any work is done.
+
+    Raises:
+        UserError: names the setting.
+    """
+    config.check()
+    for name in ("probe_every", "probe_samples"):
+        if getattr(config, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(config, name)} is too small; use 1 or more")
+    agent: Agent = config.method.build()
+    agent.make_block(config, config.updates * config.batch_size, config.seed)(
+        config.encoder.hidden, config.encoder.hidden, 1
+    )
+
+
+def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
+    """The environments of a run."""
+    return envs.make(
+        config.env, config.num_envs, config.seed, device, renderer=config.renderer,
+        observation="pixels" if config.renderer == "upstream" else None,
+    )  # fmt: skip
+
+
+def make_policy(config: Config, env: TorchVectorEnv, device: torch.device) -> ActorCritic:
+    """The network of a run, as drawn from its seed."""
+    agent: Agent = config.method.build()
+    steps = config.updates * config.batch_size
+    make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
+    with seeding.seeded(config.seed, "policy"):
+        policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)
+    if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
+        policy.to(memory_format=torch.channels_last)
+    return policy.to(device)
+
+
+def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
+    """All updates, from the start or from the run's checkpoint; returns the summary."""
+    agent: Agent = config.method.build()
+    policy = make_policy(config, env, run.device)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps)
+    controller = None
+    if agent.grows:
+        dice = seeding.generator(config.seed, "growth")
+        controller = config.make_controller(policy, optimizer, dice, policy_shock)
+    observations, info = env.reset(seed=config.seed)
+    floors, start = info["floor"], 0
+    with ProgressLine(config.env, config.updates * config.batch_size) as progress:
+        recorder = Recorder(run, config, env, policy, optimizer, controller, progress)
+        if run.restored is not None:
+            state, start = run.restored, run.restored["update"]
+            match_shapes(policy, state["policy"], optimizer)
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+            if controller is not None:
+                controller.load_state_dict(state["controller"])
+            recorder.load_state_dict(state["recorder"])
+            observations = env.load_state_dict(state["env"])
+            floors = state["floors"].to(run.device)
+            progress.start_at(start * config.batch_size)
+        train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
+              start, agent.learns, agent.acts)  # fmt: skip
+    return _summary(config, env, policy, recorder, controller)
+
+
+def _summary(
+    config: Config,
+    env: TorchVectorEnv,
+    policy: ActorCritic,
+    recorder: Recorder,
+    controller: GrowthController | None,
+) -> dict[str, Any]:
+    """What summary.json holds: figures of the whole run, nothing that changes from run to run."""
+    known = [value for _, value in recorder.curve if value is not None]
+    tail = known[-max(1, math.ceil(len(known) / 10)) :]
+    return {
+        "method": config.method.part.name,
+        "env": config.env,
+        "seed": config.seed,
+        "env_steps": config.updates * config.batch_size,
+        "max_return": env.max_return,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "curve": recorder.curve,
+        "final_return": sum(tail) / len(tail) if tail else None,
+        "growth": [asdict(event) for event in controller.events] if controller else [],
+    }

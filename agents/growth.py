@@ -1,0 +1,42 @@
+"""Growth inside PPO: what triggers are told, what a growth is measured on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agents.rollout import Rollout
+from dynmoe.growth.trigger import Signals
+
+Outputs = tuple[Tensor, Tensor]
+"""Logits [B, A] and values [B]."""
+
+
+def signals(env_steps: int, rollout: Rollout, num_floors: int, score: float) -> Signals:
+    """What triggers may look at after a rollout.
+
+    `reached` counts the environments that were on a floor at any step of the rollout.
+    """
+    floors = rollout.floors
+    reached = [(floors == floor).any(dim=0).float().mean().item() for floor in range(num_floors)]
+    return Signals(step=env_steps, reached=tuple(reached), score=score)
+
+
+def policy_shock(before: Outputs, after: Outputs, labels: Tensor | None) -> dict[str, float]:
+    """How a growth changes what the agent does and expects, on the same observations.
+
+    Returns:
+        policy_kl: mean KL(policy before || after), nats.
+        value_change: root mean square change of the values, in units of return.
+    """
+    (logits, values), (new_logits, new_values) = before, after
+    old = logits.log_softmax(dim=1)
+    kl = (old.exp() * (old - new_logits.log_softmax(dim=1))).sum(dim=1).mean()
+    change = (new_values - values).square().mean().sqrt()
+    return {"policy_kl": max(0.0, float(kl)), "value_change": float(change)}
+
+
+def sample(rollout: Rollout, count: int) -> Tensor:
+    """Indices [<= count] into the flattened rollout, spread evenly over time and environments."""
+    total = rollout.actions.numel()
+    return torch.linspace(0, total - 1, min(count, total)).long()

@@ -1,0 +1,131 @@
+"""Sums over the episodes and the routing of a stretch of training.
+
+Shapes: T steps, N environments, F floors, M experts a layer can hold, E living ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.rollout import Rollout
+from dynmoe.moe.stats import gate_shares
+from dynmoe.plasticity.routing import expert_task_information
+from envs.vector import TorchVectorEnv
+
+RECENT = 100
+"""Episodes in the running mean."""
+
+
+class EpisodeStats:
+    """Returns, floors and achievements of the episodes that ended since `restart`."""
+
+    def __init__(self, env: TorchVectorEnv) -> None:
+        self.achievements, self.max_return = env.achievements, env.max_return
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new stretch; the running mean goes on."""
+        self.returns: list[float] = []
+        self.lengths: list[int] = []
+        self.deepest: list[int] = []
+        self.unlocked = [0] * len(self.achievements)
+
+    def add(self, rollout: Rollout) -> None:
+        """Count the episodes that ended in a rollout."""
+        for episode in rollout.episodes:
+            self.recent.append(episode.episode_return)
+            self.returns.append(episode.episode_return)
+            self.lengths.append(episode.length)
+            self.deepest.append(episode.deepest)
+            for index in episode.achievements:
+                self.unlocked[index] += 1
+
+    @property
+    def score(self) -> float:
+        """Mean return of the latest 100 episodes; nan before the first has ended."""
+        return sum(self.recent) / len(self.recent) if self.recent else float("nan")
+
+    def values(self) -> dict[str, float]:
+        """Means over the stretch by TensorBoard tag; nothing where no episode ended."""
+        count = len(self.returns)
+        if not count:
+            return {}
+        values = {
+            "episode/return": sum(self.returns) / count,
+            "episode/return_recent": self.score,
+            "episode/length": sum(self.lengths) / count,
+            "episode/count": float(count),
+            "episode/deepest_floor": float(max(self.deepest)),
+            "episode/mean_deepest_floor": sum(self.deepest) / count,
+        }
+        if self.max_return:
+            values["episode/return_percent"] = 100 * values["episode/return"] / self.max_return
+        for name, unlocked in zip(self.achievements, self.unlocked, strict=True):
+            values[f"achievement/{name}"] = unlocked / count
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        names = ("returns", "lengths", "deepest", "unlocked")
+        return {name: getattr(self, name) for name in names} | {"recent": list(self.recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.recent = deque(state["recent"], maxlen=RECENT)
+        for name in state.keys() - {"recent"}:
+            setattr(self, name, state[name])
+
+
+class FloorRouting:
+    """Mean gate shares on each floor, per MoE layer."""
+
+    def __init__(self, num_floors: int) -> None:
+        self.num_floors = num_floors
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new stretch."""
+        self.sums: dict[str, Tensor] = {}
+        self.counts = torch.zeros(self.num_floors, dtype=torch.double)
+
+    def add(self, rollout: Rollout) -> None:
+        """Count a rollout's gates under the floors they were made on."""
+        floors = rollout.floors.flatten().cpu()
+        self.counts += torch.bincount(floors, minlength=self.num_floors)
+        for name, gates in rollout.gates.items():
+            shares = gate_shares(gates.flatten(0, 1)).cpu()
+            sums = self.sums.setdefault(
+                name, torch.zeros(self.num_floors, shares.shape[1], dtype=torch.double)
+            )
+            sums.index_add_(0, floors, shares)
+
+    def values(self, num_experts: int) -> dict[str, float]:
+        """Load of each expert on each visited floor, and what experts tell of the floor.
+
+        The information is in nats; its share is of the most it could be. Floors weigh alike,
+        however long the agents stayed on each.
+        """
+        visited = self.counts > 0
+        values: dict[str, float] = {}
+        for name, sums in self.sums.items():
+            load = sums[visited, :num_experts] / self.counts[visited].unsqueeze(1)
+            for floor, shares in zip(visited.nonzero().flatten().tolist(), load, strict=True):
+                for expert, share in enumerate(shares.tolist()):
+                    values[f"router/floor_{floor}/{name}/expert_{expert}"] = share
+            nats, share = expert_task_information(load)
+            values[f"router/floor_information/{name}"] = nats
+            values[f"router/floor_information_share/{name}"] = share
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.sums, self.counts = state["sums"], state["counts"]

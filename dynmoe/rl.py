@@ -1,0 +1,67 @@
+"""`python -m dynmoe.rl`: a PPO agent whose experts grow, or what it is compared with.
+
+This file holds the presets; the settings are in `agents.settings`, the work is in
+`agents.experiment`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from agents.settings import Config
+from dynmoe.config import parse, run_command
+from dynmoe.registry import get
+
+DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
+pixels of Craftax. Results, curves and the router figure go to runs/rl/NAME/seed-N; `tensorboard
+--logdir runs` shows them. `--evaluate FOLDER --video x.mp4` plays with a trained agent."""
+
+
+def presets() -> dict[str, Config]:
+    """Ready settings by name; the first is the default."""
+    every = get("trigger", "every").Config
+    laptop = Config(
+        total_steps=262_144,
+        num_envs=32,
+        rollout_steps=64,
+        lr=5e-4,
+        trigger=every(steps=131_072),
+    )
+    smoke = replace(
+        laptop,
+        env="Stages-v0",
+        encoder=get("encoder", "mlp").Config(hidden=64),
+        total_steps=40_960,
+        num_envs=16,
+        rollout_steps=32,
+        minibatches=4,
+        lr=1e-3,
+        threads=1,
+        trigger=get("trigger", "stage").Config(),
+    )
+    craftax = replace(laptop, env="Craftax-Pixels-v1")
+    paper = replace(
+        craftax,
+        total_steps=1_000_000_000,
+        num_envs=1024,
+        lr=2e-4,
+        encoder=get("encoder", "conv").Config(),
+        trigger=every(steps=500_000_000),
+        autocast="bf16",
+        probe_every=100,
+        checkpoint_every_s=600,
+    )
+    return {"laptop": laptop, "smoke": smoke, "craftax": craftax, "paper": paper}
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line; train, or play with what was trained."""
+    preset, config = parse(presets(), argv, "python -m dynmoe.rl", DESCRIPTION)
+    from agents.experiment import run_training
+
+    folder, _ = run_training(preset, config)
+    print(f"results: {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)
