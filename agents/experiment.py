@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import envs
 from agents.actor_critic import ActorCritic
 from agents.agent import Agent
+from agents.figures import learning_figure
 from agents.growth import policy_shock
 from agents.ppo import train
 from agents.recorder import Recorder
 from agents.settings import Config
-from dynmoe import seeding
+from agents.statistics import learning_curve
+from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.surgery import match_shapes
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 from envs.vector import TorchVectorEnv
+
+
+def run_all(preset: str, config: Config) -> None:
+    """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
+    others = [registry.get("agent", name).Config() for name in config.compare]
+    summaries, folders = {}, []
+    for method in (config.method, *others):
+        name = method.part.name
+        if name in summaries:
+            raise UserError(f"--compare {name}: that is the method itself, or named twice")
+        own_name = f"{config.name}-{name}" if config.name and folders else config.name
+        folder, summary = run_training(preset, replace(config, method=method, name=own_name))
+        folders.append(folder)
+        summaries[name] = summary
+        learning_figure(
+            folder / "learning.png", {name: learning_curve([summary])}, _title(config),
+            summary["max_return"],
+        )  # fmt: skip
+    if others:
+        curves = {name: learning_curve([summary]) for name, summary in summaries.items()}
+        most = summaries[config.method.part.name]["max_return"]
+        learning_figure(folders[0] / "comparison.png", curves, _title(config), most)
+    print_agents(summaries, _title(config))
+    print(f"results: {folders[0]}")
 
 
 def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
@@ -107,6 +135,24 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
         train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
               start, agent.learns, agent.acts)  # fmt: skip
     return _summary(config, env, policy, recorder, controller)
+
+
+def print_agents(summaries: dict[str, dict[str, Any]], title: str) -> None:
+    """One row per method of finished runs."""
+    table = Table(title=title, caption="mean return over the last tenth of training; one seed")
+    for column in ("method", "return", "of the most", "growths", "parameters"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, summary in summaries.items():
+        final, most = summary["final_return"], summary["max_return"]
+        share = f"{100 * final / most:.1f} %" if final is not None and most else ""
+        shown = "no episode ended" if final is None else f"{final:.2f}"
+        growths, parameters = str(len(summary["growth"])), f"{summary['parameters']:,}"
+        table.add_row(name, shown, share, growths, parameters)
+    Console().print(table)
+
+
+def _title(config: Config) -> str:
+    return f"{config.env}, {config.encoder.part.name}, {config.num_envs} environments"
 
 
 def _summary(

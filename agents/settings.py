@@ -24,6 +24,8 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     renderer: Literal["fast", "upstream"] = "fast"
     """who draws Craftax's frames: our renderer from compact codes, or the package's own"""
     method: PartConfig = slot("agent", "dynamicmoe")
+    compare: tuple[str, ...] = place(())
+    """methods to run as well, one after the other, for the figure and the table"""
     encoder: Encoder.Config = slot("encoder", "patch")
     granularity: int = 1
     """experts at the start, and experts added by each growth"""

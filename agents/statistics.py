@@ -5,6 +5,7 @@ Shapes: T steps, N environments, F floors, M experts a layer can hold, E living 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -129,3 +130,20 @@ class FloorRouting:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.sums, self.counts = state["sums"], state["counts"]
+
+
+def learning_curve(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Curve of one variant over its seeds, from the summaries of its runs.
+
+    Returns:
+        steps [K] (environment steps), returns [seeds][K] (nan where no episode ended since the
+        point before), and growths, the steps at which any seed grew.
+    """
+    returns = [
+        [math.nan if value is None else value for _, value in run["curve"]] for run in summaries
+    ]
+    return {
+        "steps": [step for step, _ in summaries[0]["curve"]],
+        "returns": returns,
+        "growths": sorted({event["step"] for run in summaries for event in run["growth"]}),
+    }

@@ -74,6 +74,21 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint in one file, its tensors on the CPU.
+
+    Raises:
+        ResourceError: it cannot be read, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ResourceError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    if _checksum(data) not in _known_checksums(path):
+        raise ResourceError(f"checkpoint {path} is damaged: it does not match its .sha256 file")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 def exists(folder: Path) -> bool:
     """Whether the folder holds any checkpoint, damaged or not."""
     return folder.is_dir() and any(folder.glob("step-*.pt"))

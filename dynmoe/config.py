@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 import traceback
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +126,29 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = list(value)
         out[field.name] = value
     return out
+
+
+def from_dict(kind: type[C], values: dict[str, Any]) -> C:
+    """Settings from what `to_dict` made of them; fields that it lacks take their defaults.
+
+    Raises:
+        UserError: a part that is not registered.
+    """
+    hints, given = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in values:
+            continue
+        value, hint = values[field.name], hints[field.name]
+        if "kind" in field.metadata:
+            value = from_dict(registry.get(field.metadata["kind"], value["part"]).Config, value)
+        elif dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        elif isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        given[field.name] = value
+    return kind(**given)
 
 
 def identity(config: Any) -> dict[str, Any]:

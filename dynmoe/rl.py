@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from agents.settings import Config
 from dynmoe.config import parse, run_command
+from dynmoe.memory import keep_freed_memory
 from dynmoe.registry import get
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
@@ -57,10 +58,15 @@ def presets() -> dict[str, Config]:
 def main(argv: list[str]) -> None:
     """Read the command line; train, or play with what was trained."""
     preset, config = parse(presets(), argv, "python -m dynmoe.rl", DESCRIPTION)
-    from agents.experiment import run_training
+    keep_freed_memory()
+    if config.evaluate is not None:
+        from agents.replay import run_evaluation
 
-    folder, _ = run_training(preset, config)
-    print(f"results: {folder}")
+        run_evaluation(config)
+    else:
+        from agents.experiment import run_all
+
+        run_all(preset, config)
 
 
 if __name__ == "__main__":

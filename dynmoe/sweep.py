@@ -28,16 +28,14 @@ import tyro
 
 from dynmoe.config import run_command
 from dynmoe.errors import DynmoeError, Interrupted, UserError
-from dynmoe.files import write_json
-
-METRICS = ("train_accuracy", "test_accuracy", "online_accuracy")
+from dynmoe.sweep_report import report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of a sweep."""
 
-    command: Annotated[Literal["cl"], tyro.conf.Positional] = "cl"
+    command: Annotated[Literal["cl", "rl"], tyro.conf.Positional] = "cl"
     """the command to run"""
     variants: tuple[str, ...] = ("dense: --method dense", "g2: --granularity 2")
     """what is compared, each as "label: flags" """
@@ -73,7 +71,9 @@ def main(argv: list[str]) -> None:
     runs = {
         label: [_summary(config, label, seed) for seed in range(config.seeds)] for label in variants
     }
-    _report(config, variants, runs)
+    settings = {"flags": shlex.join(config.flags), "seeds": config.seeds}
+    flags = {label: shlex.join(chosen) for label, chosen in variants.items()}
+    report(config.command, config.runs_dir / "sweep" / config.name, settings, flags, runs)
 
 
 def _parse(text: str) -> tuple[str, list[str]]:
@@ -179,65 +179,6 @@ def _run_one(command: str, argv: list[str], folder: Path) -> tuple[str, int] | N
             code = int(exit_.code or 0)
             return (f"exit {code}, see {folder / 'output.txt'}", code) if code else None
     return None
-
-
-def _report(
-    config: Config, variants: dict[str, list[str]], runs: dict[str, list[dict[str, Any]]]
-) -> None:
-    """Write results.json and plasticity.png to runs_dir/sweep/name; print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from dynmoe.figures import band_figure
-    from dynmoe.stats import bootstrap_interval
-
-    folder = config.runs_dir / "sweep" / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    subjects = {
-        f"{run['dataset']}, {run['protocol']} stream" for seeds in runs.values() for run in seeds
-    }
-    title = f"{config.name}: {'; '.join(sorted(subjects))}"
-    results: dict[str, Any] = {
-        "title": title,
-        "flags": shlex.join(config.flags),
-        "seeds": config.seeds,
-        "variants": {},
-    }
-    columns = ("first task", "last task", "mean over tasks")
-    table = Table(title=f"{title}; train accuracy at task end, {config.seeds} seeds",
-                  caption="mean over seeds [95 % bootstrap interval], in %")  # fmt: skip
-    for column in ("variant", *columns, "test, last task"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for label, seeds in runs.items():
-        entry: dict[str, Any] = {"flags": shlex.join(variants[label])}
-        for metric in METRICS:
-            values = [[task[metric] for task in run["tasks"]] for run in seeds]
-            entry[metric] = values
-            entry[f"{metric}_summary"] = {
-                "first task": _interval(bootstrap_interval([v[0] for v in values], "mean")),
-                "last task": _interval(bootstrap_interval([v[-1] for v in values], "mean")),
-                "mean over tasks": _interval(
-                    bootstrap_interval([sum(v) / len(v) for v in values], "mean")
-                ),
-            }
-        results["variants"][label] = entry
-        cells = [_cell(entry["train_accuracy_summary"][column]) for column in columns]
-        table.add_row(label, *cells, _cell(entry["test_accuracy_summary"]["last task"]))
-    write_json(folder / "results.json", results)
-    band_figure(folder / "plasticity.png", results, title)
-    Console(width=120).print(table)
-    print(f"results: {folder}")
-
-
-def _interval(interval: Any) -> list[float | None]:
-    """(point, low, high) for JSON; ends that are not known, with a single seed, become null."""
-    return [None if x != x else float(x) for x in interval]
-
-
-def _cell(interval: list[float | None]) -> str:
-    point, low, high = (None if x is None else 100 * x for x in interval)
-    ends = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-    return f"{point:.1f}{ends}"
 
 
 if __name__ == "__main__":

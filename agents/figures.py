@@ -1,0 +1,210 @@
+"""Figures of agents: the router over one episode, and returns over training. Drawn by matplotlib.
+
+Shapes: L steps of an episode, M experts a layer can hold, E experts that an episode used, K points
+of a learning curve.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agents.traces import Trace
+from dynmoe.figures import COLORS
+from dynmoe.files import write_atomic
+from dynmoe.moe.stats import gate_shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FLOOR_COLORS = ("#e8f1d4", "#bfdfb0", "#8cc9a1", "#57ad9c", "#338e96", "#256f8c", "#24507e",
+                "#27336b", "#221b4d")  # fmt: skip
+"""One per floor, darker as it goes down; deeper floors take them again."""
+BAND_POINTS = 200
+"""Points at which the interval over seeds is worked out; between them it is drawn straight."""
+
+
+def router_figure(trace: Trace, title: str) -> Figure:
+    """Who is in charge: gate shares of one episode, a row per MoE layer, floors beneath.
+
+    Shares are stacked, expert 0 lowest, and step t fills [t, t + 1]. Experts that no step of the
+    episode used are left out: those to come, and with sparse routers those never chosen.
+
+    Raises:
+        ValueError: the network is dense; ask `trace.gates` first.
+    """
+    if not trace.gates:
+        raise ValueError("a dense network has no router to draw")
+    from matplotlib.figure import Figure
+
+    rows, length = len(trace.gates), len(trace.floors)
+    figure = Figure(figsize=(10, 1.3 + 1.9 * rows), layout="constrained")
+    ends = f"return {trace.episode_return:.1f}, {length} steps, deepest floor {trace.deepest}"
+    figure.suptitle(f"{title}\n{ends}", fontsize=11)
+    *panels, strip = figure.subplots(
+        rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.09]
+    ).flat
+    handles: dict[int, Any] = {}
+    for axes, (name, gates) in zip(panels, trace.gates.items(), strict=True):
+        handles |= _draw_shares(axes, gates)
+        axes.set(xlim=(0, length), ylim=(0, 1), yticks=(0, 0.5, 1), ylabel=f"{name}\ngate share")
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_floors(panels, strip, trace.floors.tolist())
+    experts = sorted(handles)
+    figure.legend([handles[e] for e in experts], [f"expert {e}" for e in experts], frameon=False,
+                  fontsize=9, reverse=True, loc="outside right center")  # fmt: skip
+    return figure
+
+
+def used_shares(gates: Tensor) -> dict[int, NDArray[np.float64]]:
+    """Expert -> its gate share [L] at each step, of the experts that gates [L, M] use at all.
+
+    The others are taken away before gates become shares, which a row of zeros would give them.
+    """
+    used = (gates > 0).any(dim=0).nonzero().flatten()
+    shares = gate_shares(gates[:, used]).numpy()
+    return dict(zip(used.tolist(), shares.T, strict=True))
+
+
+def floor_changes(floors: list[int]) -> list[int]:
+    """Steps t at which the floor is another than at t - 1."""
+    return [t for t in range(1, len(floors)) if floors[t] != floors[t - 1]]
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as a PNG file, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def as_image(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as uint8 [H, W, 3], as TensorBoard's add_image takes it (dataformats="HWC")."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3].copy()
+
+
+def learning_figure(
+    path: Path, curves: dict[str, dict[str, Any]], title: str, max_return: float | None = None
+) -> None:
+    """Draw the mean episodic return over environment steps, one curve per variant.
+
+    With several seeds: their mean, and a band of its 95 % bootstrap interval. Each seed's curve is
+    joined across points where no episode ended, and held after its last; the mean begins where all
+    seeds have begun. A seed in which no episode ended is left out, and the legend counts the rest.
+
+    Args:
+        path: the PNG file, written atomically.
+        curves: variant -> {"steps": [K] environment steps, "returns": [seeds][K], nan where no
+            episode ended}; optional "growths": steps at which it grew, marked by triangles.
+        title: environment and network: what the returns are about.
+        max_return: the most an episode can return, for a second axis in percent of it.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    growing = [name for name, curve in curves.items() if curve.get("growths")]
+    for number, (name, curve) in enumerate(curves.items()):
+        color, line = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
+        steps, seeds = _joined(curve["steps"], curve["returns"])
+        many = f" ({len(seeds)} seeds)" if len(curve["returns"]) > 1 else ""
+        mean = seeds.mean(axis=0) if len(seeds) else seeds.sum(axis=0)
+        axes.plot(steps, mean, line, color=color, label=name + many, linewidth=1.8,
+                  marker="o" if len(steps) == 1 else None)  # fmt: skip
+        if len(seeds) > 1 and len(steps):
+            axes.fill_between(*_band(steps, seeds), color=color, alpha=0.15, linewidth=0)
+        if name in growing:
+            height = 0.025 + 0.04 * growing.index(name)
+            axes.plot(curve["growths"], [height] * len(curve["growths"]), "^", color=color,
+                      markersize=7, markeredgecolor="white", clip_on=False,
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+    if growing:
+        axes.plot([], [], "^", color="#8a8a8a", markersize=7, label="growth")
+    axes.set(xlabel="environment steps", ylabel="mean episodic return")
+    axes.set_title(title, fontsize=11)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if max_return:
+        scale = max_return / 100
+        second = axes.secondary_yaxis("right", functions=(lambda r: r / scale, lambda p: p * scale))
+        second.set_ylabel(f"% of the most possible ({max_return:g})")
+        second.spines["right"].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9,
+                  loc="outside right upper")  # fmt: skip
+    write_figure(path, figure)
+
+
+def _joined(
+    steps: list[int], returns: list[list[float]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps [J] from where all seeds have begun, and the seeds' returns there [seeds, J]."""
+    x, rows, begin = np.asarray(steps, dtype=np.float64), [], 0
+    for seed in returns:
+        y = np.asarray(seed, dtype=np.float64)
+        known = np.flatnonzero(np.isfinite(y))
+        if len(known):
+            rows.append(np.interp(x, x[known], y[known]))
+            begin = max(begin, int(known[0]))
+    seeds = np.stack(rows) if rows else np.zeros((0, len(x)))
+    return (x, seeds[:, begin:]) if begin == 0 else (x[begin:], seeds[:, begin:])
+
+
+def _band(steps: NDArray[np.float64], seeds: NDArray[np.float64]) -> tuple[Any, Any, Any]:
+    """Steps, lower and upper end of the 95 % interval of the mean over seeds [seeds, J]."""
+    from dynmoe.stats import bootstrap_interval
+
+    some = np.unique(np.linspace(0, len(steps) - 1, BAND_POINTS).round().astype(int))
+    intervals = [bootstrap_interval(seeds[:, j], "mean") for j in some]
+    return steps[some], [i.low for i in intervals], [i.high for i in intervals]
+
+
+def _draw_shares(axes: Axes, gates: Tensor) -> dict[int, Any]:
+    """Stack the shares of gates [L, M]; returns the area of each expert."""
+    shares = used_shares(gates)
+    edges = np.arange(len(gates) + 1)
+    stack = np.stack([np.append(row, row[-1]) for row in shares.values()])
+    areas = axes.stackplot(edges, stack, colors=[COLORS[e % len(COLORS)] for e in shares],
+                           step="post", linewidth=0)  # fmt: skip
+    for expert, area in zip(shares, areas, strict=True):
+        if expert >= len(COLORS):  # colours come round again
+            area.set(hatch="////", edgecolor="white")
+    return dict(zip(shares, areas, strict=True))
+
+
+def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int]) -> None:
+    """A strip coloured by floor, and a labelled line across all panels where the floor changes."""
+    changes, length = floor_changes(floors), len(floors)
+    for start, end in zip([0, *changes], [*changes, length], strict=True):
+        color = FLOOR_COLORS[floors[start] % len(FLOOR_COLORS)]
+        strip.axvspan(start, end, color=color, linewidth=0)
+    strip.set(yticks=(), xlabel="step", xlim=(0, length))
+    strip.set_ylabel("floor", rotation=0, ha="right", va="center")
+    strip.spines[:].set_visible(False)
+    gaps = [b - a for a, b in pairwise([*changes, length])]
+    upright = bool(gaps) and min(gaps) < 0.08 * length
+    labelled = -math.inf
+    for t in changes:
+        for axes in panels:
+            axes.axvline(t, color="white", linewidth=2.4)
+            axes.axvline(t, color="#222222", linewidth=1, linestyle=(0, (4, 2)))
+        if t - labelled >= 0.02 * length:  # closer ones would lie over each other
+            panels[0].annotate(f"floor {floors[t]}", (t, 1), (0, 3), fontsize=9, ha="center",
+                               va="bottom", rotation=90 if upright else 0, annotation_clip=False,
+                               xycoords="data", textcoords="offset points")  # fmt: skip
+            labelled = t

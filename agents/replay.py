@@ -1,0 +1,71 @@
+"""Playing with a trained agent: `python -m dynmoe.rl --evaluate FOLDER --video x.mp4`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from agents.evaluate import evaluation_summary, play, print_evaluation
+from agents.experiment import make_env, make_policy
+from agents.figures import router_figure, write_figure
+from agents.settings import Config
+from agents.video import write_video
+from dynmoe import checkpoint
+from dynmoe.config import from_dict
+from dynmoe.device import resolve
+from dynmoe.errors import UserError
+from dynmoe.files import write_json
+from dynmoe.growth.surgery import match_shapes
+
+
+def run_evaluation(config: Config) -> None:
+    """Play with a trained agent (`config.evaluate`); print a table, draw, and write the video."""
+    assert config.evaluate is not None
+    folder, trained, state = _find(config.evaluate)
+    device = resolve(config.device)
+    env = make_env(trained, device)
+    policy = make_policy(trained, env, device)
+    match_shapes(policy, state["policy"])
+    policy.load_state_dict(state["policy"])
+    episodes, unfinished, trace = play(
+        env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
+        observations=config.video is not None,
+    )  # fmt: skip
+    summary = evaluation_summary(env, episodes, unfinished)
+    steps = state["update"] * trained.batch_size
+    title = f"{trained.method.part.name} on {trained.env} after {steps:,} steps"
+    print_evaluation(summary, title)
+    name = f"evaluation-{steps}-seed-{config.seed}"
+    write_json(folder / f"{name}.json", summary)
+    if trace is not None and trace.gates:
+        write_figure(folder / f"{name}-router.png", router_figure(trace, title))
+    if config.video is not None:
+        if trace is None:
+            raise UserError(f"no episode ended within --max-steps {config.max_steps}: no video")
+        write_video(config.video, env, trace)
+        print(f"video: {config.video}")
+    env.close()
+    print(f"results: {folder / name}.json")
+
+
+def _find(path: Path) -> tuple[Path, Config, dict[str, Any]]:
+    """A run's folder, its settings, and the state in one of its checkpoints.
+
+    Raises:
+        UserError: there is no run.
+        ResourceError: the checkpoint is damaged.
+    """
+    folder = path.parent.parent if path.is_file() else path
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise UserError(
+            f"--evaluate {path}: no run of this command there; give a folder such as "
+            "runs/rl/NAME/seed-0, or a checkpoint in it"
+        )
+    saved = (
+        checkpoint.load(path) if path.is_file() else checkpoint.load_latest(folder / "checkpoints")
+    )
+    if saved is None:
+        raise UserError(f"--evaluate {path}: that run has saved no checkpoint yet")
+    return folder, from_dict(Config, json.loads(settings.read_text())), saved["state"]
