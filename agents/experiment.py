@@ -112,7 +112,7 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     """All updates, from the start or from the run's checkpoint; returns the summary."""
     agent: Agent = config.method.build()
     policy = make_policy(config, env, run.device)
-    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps)
+    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
     controller = None
     if agent.grows:
         dice = seeding.generator(config.seed, "growth")

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+EXPERT_COLORS = tuple(COLORS[i] for i in (4, 2, 9, 7, 5, 3, 8, 6, 1, 0))
+"""One per expert, the most distinct first; experts after these take them again, paler."""
 FLOOR_COLORS = ("#e8f1d4", "#bfdfb0", "#8cc9a1", "#57ad9c", "#338e96", "#256f8c", "#24507e",
                 "#27336b", "#221b4d")  # fmt: skip
 """One per floor, darker as it goes down; deeper floors take them again."""
+MOST_COLUMNS = 500
+"""Longer episodes are drawn as means of neighbouring steps: single ones would be a blur."""
 BAND_POINTS = 200
 """Points at which the interval over seeds is worked out; between them it is drawn straight."""
 
@@ -36,7 +40,8 @@ def router_figure(trace: Trace, title: str) -> Figure:
     """Who is in charge: gate shares of one episode, a row per MoE layer, floors beneath.
 
     Shares are stacked, expert 0 lowest, and step t fills [t, t + 1]. Experts that no step of the
-    episode used are left out: those to come, and with sparse routers those never chosen.
+    episode used are left out: those to come, and with sparse routers those never chosen. Episodes
+    longer than 500 steps are drawn as the means of neighbouring steps.
 
     Raises:
         ValueError: the network is dense; ask `trace.gates` first.
@@ -50,7 +55,7 @@ def router_figure(trace: Trace, title: str) -> Figure:
     ends = f"return {trace.episode_return:.1f}, {length} steps, deepest floor {trace.deepest}"
     figure.suptitle(f"{title}\n{ends}", fontsize=11)
     *panels, strip = figure.subplots(
-        rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.09]
+        rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.12]
     ).flat
     handles: dict[int, Any] = {}
     for axes, (name, gates) in zip(panels, trace.gates.items(), strict=True):
@@ -72,6 +77,21 @@ def used_shares(gates: Tensor) -> dict[int, NDArray[np.float64]]:
     used = (gates > 0).any(dim=0).nonzero().flatten()
     shares = gate_shares(gates[:, used]).numpy()
     return dict(zip(used.tolist(), shares.T, strict=True))
+
+
+def expert_color(expert: int) -> tuple[float, float, float]:
+    """Colour of an expert, as red, green and blue in 0..1."""
+    red, green, blue = bytes.fromhex(EXPERT_COLORS[expert % len(EXPERT_COLORS)][1:])
+    white = 0.5 if expert >= len(EXPERT_COLORS) else 0.0
+    return tuple(white + (1 - white) * x / 255 for x in (red, green, blue))  # type: ignore[return-value]
+
+
+def averaged(rows: NDArray[np.float64], columns: int) -> NDArray[np.float64]:
+    """Rows [L, E] as [columns, E]: means of neighbours if those are fewer, else repeated rows."""
+    edges = np.arange(columns + 1) * len(rows) // columns
+    starts, ends = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)
+    sums = np.concatenate([np.zeros_like(rows[:1]), rows.cumsum(axis=0)])
+    return (sums[ends] - sums[starts]) / (ends - starts)[:, None]
 
 
 def floor_changes(floors: list[int]) -> list[int]:
@@ -100,14 +120,20 @@ def as_image(figure: Figure) -> NDArray[np.uint8]:
 def learning_figure(
     path: Path, curves: dict[str, dict[str, Any]], title: str, max_return: float | None = None
 ) -> None:
-    """Draw the mean episodic return over environment steps, one curve per variant.
+    """Write `draw_learning` as a PNG file, atomically."""
+    write_figure(path, draw_learning(curves, title, max_return))
+
+
+def draw_learning(
+    curves: dict[str, dict[str, Any]], title: str, max_return: float | None = None
+) -> Figure:
+    """The mean episodic return over environment steps, one curve per variant.
 
     With several seeds: their mean, and a band of its 95 % bootstrap interval. Each seed's curve is
     joined across points where no episode ended, and held after its last; the mean begins where all
     seeds have begun. A seed in which no episode ended is left out, and the legend counts the rest.
 
     Args:
-        path: the PNG file, written atomically.
         curves: variant -> {"steps": [K] environment steps, "returns": [seeds][K], nan where no
             episode ended}; optional "growths": steps at which it grew, marked by triangles.
         title: environment and network: what the returns are about.
@@ -118,21 +144,15 @@ def learning_figure(
 
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.subplots()
-    growing = [name for name, curve in curves.items() if curve.get("growths")]
     for number, (name, curve) in enumerate(curves.items()):
         color, line = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
-        steps, seeds = _joined(curve["steps"], curve["returns"])
-        many = f" ({len(seeds)} seeds)" if len(curve["returns"]) > 1 else ""
-        mean = seeds.mean(axis=0) if len(seeds) else seeds.sum(axis=0)
-        axes.plot(steps, mean, line, color=color, label=name + many, linewidth=1.8,
-                  marker="o" if len(steps) == 1 else None)  # fmt: skip
-        if len(seeds) > 1 and len(steps):
-            axes.fill_between(*_band(steps, seeds), color=color, alpha=0.15, linewidth=0)
-        if name in growing:
-            height = 0.025 + 0.04 * growing.index(name)
-            axes.plot(curve["growths"], [height] * len(curve["growths"]), "^", color=color,
-                      markersize=7, markeredgecolor="white", clip_on=False,
-                      transform=axes.get_xaxis_transform())  # fmt: skip
+        _draw_curve(axes, name, curve, color, line)
+    growing = [number for number, curve in enumerate(curves.values()) if curve.get("growths")]
+    for row, number in enumerate(growing):
+        growths = list(curves.values())[number]["growths"]
+        axes.plot(growths, [0.025 + 0.04 * row] * len(growths), "^", markersize=7,
+                  color=COLORS[number % len(COLORS)], markeredgecolor="white", clip_on=False,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
     if growing:
         axes.plot([], [], "^", color="#8a8a8a", markersize=7, label="growth")
     axes.set(xlabel="environment steps", ylabel="mean episodic return")
@@ -141,13 +161,38 @@ def learning_figure(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if max_return:
-        scale = max_return / 100
-        second = axes.secondary_yaxis("right", functions=(lambda r: r / scale, lambda p: p * scale))
-        second.set_ylabel(f"% of the most possible ({max_return:g})")
-        second.spines["right"].set_visible(False)
+        _add_percent(axes, max_return)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=9,
                   loc="outside right upper")  # fmt: skip
-    write_figure(path, figure)
+    return figure
+
+
+def _draw_curve(axes: Axes, name: str, curve: dict[str, Any], color: str, line: str) -> None:
+    """One variant: the mean over its seeds, and their band."""
+    steps, seeds = _joined(curve["steps"], curve["returns"])
+    count = f" ({len(seeds)} seeds)" if len(curve["returns"]) > 1 else ""
+    if not len(seeds):
+        axes.plot([], [], line, color=color, label=f"{name} (no episode ended)")
+        return
+    dot = "o" if len(steps) == 1 else None
+    axes.plot(steps, seeds.mean(axis=0), line, color=color, label=name + count, linewidth=1.8,
+              marker=dot)  # fmt: skip
+    if len(seeds) > 1:
+        axes.fill_between(*_band(steps, seeds), color=color, alpha=0.15, linewidth=0)
+
+
+def _add_percent(axes: Axes, most: float) -> None:
+    """A second axis on the right: the same returns in percent of the most possible."""
+
+    def percent(returns: Any) -> Any:
+        return 100 * returns / most
+
+    def back(percent: Any) -> Any:
+        return percent * most / 100
+
+    second = axes.secondary_yaxis("right", functions=(percent, back))
+    second.set_ylabel(f"% of the most possible ({most:g})")
+    second.spines["right"].set_visible(False)
 
 
 def _joined(
@@ -162,7 +207,7 @@ def _joined(
             rows.append(np.interp(x, x[known], y[known]))
             begin = max(begin, int(known[0]))
     seeds = np.stack(rows) if rows else np.zeros((0, len(x)))
-    return (x, seeds[:, begin:]) if begin == 0 else (x[begin:], seeds[:, begin:])
+    return x[begin:], seeds[:, begin:]
 
 
 def _band(steps: NDArray[np.float64], seeds: NDArray[np.float64]) -> tuple[Any, Any, Any]:
@@ -176,14 +221,12 @@ def _band(steps: NDArray[np.float64], seeds: NDArray[np.float64]) -> tuple[Any, 
 
 def _draw_shares(axes: Axes, gates: Tensor) -> dict[int, Any]:
     """Stack the shares of gates [L, M]; returns the area of each expert."""
-    shares = used_shares(gates)
-    edges = np.arange(len(gates) + 1)
-    stack = np.stack([np.append(row, row[-1]) for row in shares.values()])
-    areas = axes.stackplot(edges, stack, colors=[COLORS[e % len(COLORS)] for e in shares],
-                           step="post", linewidth=0)  # fmt: skip
-    for expert, area in zip(shares, areas, strict=True):
-        if expert >= len(COLORS):  # colours come round again
-            area.set(hatch="////", edgecolor="white")
+    shares, length = used_shares(gates), len(gates)
+    columns = min(length, MOST_COLUMNS)
+    rows = averaged(np.stack(list(shares.values()), axis=1), columns)
+    edges = np.arange(columns + 1) * length // columns
+    areas = axes.stackplot(edges, np.append(rows, rows[-1:], axis=0).T, step="post", linewidth=0,
+                           colors=[expert_color(e) for e in shares])  # fmt: skip
     return dict(zip(shares, areas, strict=True))
 
 
@@ -191,9 +234,12 @@ def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int]) -> None:
     """A strip coloured by floor, and a labelled line across all panels where the floor changes."""
     changes, length = floor_changes(floors), len(floors)
     for start, end in zip([0, *changes], [*changes, length], strict=True):
-        color = FLOOR_COLORS[floors[start] % len(FLOOR_COLORS)]
-        strip.axvspan(start, end, color=color, linewidth=0)
-    strip.set(yticks=(), xlabel="step", xlim=(0, length))
+        shade = floors[start] % len(FLOOR_COLORS)
+        strip.axvspan(start, end, color=FLOOR_COLORS[shade], linewidth=0)
+        if end - start >= 0.03 * length:  # there is room
+            strip.text((start + end) / 2, 0.45, str(floors[start]), fontsize=8, ha="center",
+                       va="center", color="black" if shade < 4 else "white")  # fmt: skip
+    strip.set(yticks=(), ylim=(0, 1), xlabel="step", xlim=(0, length))
     strip.set_ylabel("floor", rotation=0, ha="right", va="center")
     strip.spines[:].set_visible(False)
     gaps = [b - a for a, b in pairwise([*changes, length])]
@@ -204,7 +250,7 @@ def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int]) -> None:
             axes.axvline(t, color="white", linewidth=2.4)
             axes.axvline(t, color="#222222", linewidth=1, linestyle=(0, (4, 2)))
         if t - labelled >= 0.02 * length:  # closer ones would lie over each other
-            panels[0].annotate(f"floor {floors[t]}", (t, 1), (0, 3), fontsize=9, ha="center",
+            panels[0].annotate(f"floor {floors[t]}", (t, 1), (0, 5), fontsize=9, ha="center",
                                va="bottom", rotation=90 if upright else 0, annotation_clip=False,
                                xycoords="data", textcoords="offset points")  # fmt: skip
             labelled = t

@@ -30,7 +30,7 @@ def run_evaluation(config: Config) -> None:
     policy.load_state_dict(state["policy"])
     episodes, unfinished, trace = play(
         env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
-        observations=config.video is not None,
+        autocast=trained.autocast, observations=config.video is not None,
     )  # fmt: skip
     summary = evaluation_summary(env, episodes, unfinished)
     steps = state["update"] * trained.batch_size

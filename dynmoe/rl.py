@@ -22,11 +22,11 @@ def presets() -> dict[str, Config]:
     """Ready settings by name; the first is the default."""
     every = get("trigger", "every").Config
     laptop = Config(
-        total_steps=262_144,
+        total_steps=131_072,
         num_envs=32,
-        rollout_steps=64,
         lr=5e-4,
-        trigger=every(steps=131_072),
+        trigger=every(steps=65_536),
+        probe_every=4,
     )
     smoke = replace(
         laptop,
@@ -38,9 +38,16 @@ def presets() -> dict[str, Config]:
         minibatches=4,
         lr=1e-3,
         threads=1,
-        trigger=get("trigger", "stage").Config(),
+        trigger=get("trigger", "stage").Config(share=0.5),
+        probe_every=10,
     )
-    craftax = replace(laptop, env="Craftax-Pixels-v1")
+    craftax = replace(
+        laptop,
+        env="Craftax-Pixels-v1",
+        total_steps=1_048_576,
+        trigger=every(steps=524_288),
+        probe_every=20,
+    )
     paper = replace(
         craftax,
         total_steps=1_000_000_000,

@@ -95,6 +95,43 @@ def test_shock_without_labels_and_without_a_probe(probe):
     assert event.shock == {} and event.experts == 3
 
 
+class TwoHeads(nn.Module):
+    """Returns a tuple, as an actor-critic does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_model()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(x)
+        return y[:, :4], y[:, 4]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_shock_is_measured_as_the_caller_says(labelled, probe):
+    """On what the model returns in eval mode before and after, whatever that is."""
+    model, calls = TwoHeads(), []
+
+    def measure(before: Any, after: Any, labels: Tensor | None) -> dict[str, float]:
+        calls.append((before, after, labels))
+        return {"moved": float((before[1] - after[1]).abs().max()), "count": len(calls)}
+
+    x, labels = probe[0], probe[1] if labelled else None
+    controller = GrowthController(model, measure_shock=measure)
+    before = copy.deepcopy(model).eval()(x)
+    first = controller.grow(1, (x, labels))
+    after = copy.deepcopy(model).eval()(x)
+    for seen, expected in zip(calls[0][:2], (before, after), strict=True):
+        torch.testing.assert_close(seen, expected)
+        assert not any(part.requires_grad for part in seen)
+    assert calls[0][2] is labels
+    assert first.shock == {"moved": pytest.approx((after[1] - before[1]).abs().max().item()),
+                           "count": 1} and first.shock["moved"] > 0.01  # fmt: skip
+    assert controller.grow(2, (x, labels)).shock["count"] == 2
+    bare = GrowthController(TwoHeads(), cut=part("cut", "redraw"), measure_shock=measure)
+    assert bare.grow(3).shock == {} and len(calls) == 2  # without a probe nothing is measured
+
+
 def test_measuring_leaves_training_flags_buffers_and_hooks_alone(probe):
     model = make_model().train()
     model[1].eval()

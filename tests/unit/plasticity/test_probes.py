@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -107,6 +108,56 @@ def test_gradients_loss_and_logits_equal_a_plain_backward(case):
         got = probe.gradients[name]
         torch.testing.assert_close(got, p.grad[: len(got)])
         torch.testing.assert_close(probe.parameters[name], p.detach()[: len(got)])
+
+
+def regression(x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A critic with an MoE layer as its head, [N, 1], and what it should say."""
+    head = MoELayer(7, 1, 12, num_experts=2, max_experts=3)
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), head)
+    return model, torch.randn(len(x), 1)
+
+
+def test_another_loss_gives_its_own_value_and_gradients():
+    x = torch.randn(9, 4)
+    model, target = regression(x)
+    probe = take_probe(model, x, target, classifier=model[2], loss=F.mse_loss)
+    twin = copy.deepcopy(model)
+    loss = (twin(x) - target).square().mean()
+    loss.backward()
+    assert probe.loss == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(probe.logits, twin(x).detach())
+    torch.testing.assert_close(probe.features, twin[1](twin[0](x)).detach())
+    for name, p in twin.named_parameters():
+        got = probe.gradients[name]
+        torch.testing.assert_close(got, p.grad[: len(got)])
+    torch.testing.assert_close(probe.experts["2"].weight_in_grad, twin[2].bank.w_in.grad)
+
+
+def test_a_loss_sees_logits_and_labels_as_they_are():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    seen = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append((logits, labels))
+        return logits.sum() * 0 + 2.5
+
+    labels = torch.randn(6, 2)
+    probe = take_probe(model, x, labels, loss=loss)
+    assert probe.loss == 2.5 and len(seen) == 1 and seen[0][1] is labels
+    torch.testing.assert_close(seen[0][0], model(x))
+    assert not any(g.any() for g in probe.gradients.values())
+    flat = nn.CrossEntropyLoss(label_smoothing=0.2)
+    y = torch.randint(0, 3, (6,))
+    assert take_probe(model, x, y, loss=flat).loss == pytest.approx(flat(model(x), y).item())
+    assert take_probe(model, x, y).loss == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
+def test_another_loss_that_is_not_finite_is_an_error():
+    x = torch.randn(9, 4)
+    model, target = regression(x)
+    with pytest.raises(NumericError, match="the loss on the probe batch is inf"):
+        take_probe(model, x, target + math.inf, classifier=model[2], loss=F.mse_loss)
+    assert hook_count(model) == 0
 
 
 def test_works_inside_no_grad(case):

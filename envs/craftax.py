@@ -1,0 +1,351 @@
+"""Craftax and Craftax-Classic as vector environments that hand out torch tensors.
+
+Upstream's rules run in JAX (see envs.craftax_game). Tensors share memory with JAX's arrays where
+both are on one kind of device; each step hands out new ones, so writing into them harms nothing.
+The states themselves are never handed out: JAX reuses their memory from step to step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from dynmoe import seeding
+from dynmoe.errors import UserError
+from envs import craftax_game, jax_setup
+from envs.craftax_code import layout
+from envs.craftax_game import Carry, Programs, State
+from envs.vector import Info, TorchVectorEnv
+
+NAMES = {
+    "Craftax-Pixels-v1": (False, True),
+    "Craftax-Symbolic-v1": (False, False),
+    "Craftax-Classic-Pixels-v1": (True, True),
+    "Craftax-Classic-Symbolic-v1": (True, False),
+}
+"""name -> whether it is Classic, whether it shows pixels"""
+OBSERVATIONS = ("codes", "pixels", "pixels-float")
+RENDERERS = ("fast", "upstream")
+ENV_DEVICES = ("auto", "cpu", "cuda")
+
+
+class CraftaxVectorEnv(TorchVectorEnv):
+    """N environments of one of upstream's four names.
+
+    Environment i's k-th world depends on (seed, i, k) alone, and the chance in its steps on
+    (seed, i, number of the step): N environments are the first N of any larger number.
+
+    Args:
+        name: one of NAMES.
+        num_envs: N.
+        seed: of worlds and chance, unless `reset` is given one.
+        device: of all tensors.
+        observation: of pixel environments: "codes" (default), uint8 rows that `unpack` turns into
+            frames; "pixels", uint8 frames [H, W, 3]; "pixels-float", the same as float32 in 0..1.
+            Symbolic environments have upstream's float32 vector and no choice.
+        renderer: "fast", ours, or "upstream", the reference, which has no codes.
+        env_device: where JAX runs the rules; "auto" is the kind that `device` is, if JAX has it.
+        max_timesteps: length at which an episode is cut off; upstream's by default.
+
+    Raises:
+        UserError: any of these cannot be, or jax or craftax is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_envs: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        observation: str | None = None,
+        renderer: str = "fast",
+        env_device: str = "auto",
+        max_timesteps: int | None = None,
+    ) -> None:
+        self.classic, pixels = NAMES[name]
+        self.observation = _observation(name, pixels, observation, renderer)
+        if max_timesteps is not None and max_timesteps < 1:
+            raise UserError(f"max_timesteps {max_timesteps} is too small; use 1 or more")
+        self.name, self.num_envs, self.seed = name, num_envs, seed
+        self.device, self.renderer = torch.device(device), renderer
+        kind, index = _place(self.device, env_device)
+        self._shares = kind == self.device.type
+        self._jax_device = jax_setup.device(kind, index)
+        self._programs = craftax_game.programs(self.classic, num_envs, kind, index)
+        drawn = pixels and renderer == "fast"
+        seen = "codes" if drawn else self.observation
+        self._see, shape = craftax_game.view(self.classic, num_envs, seen, kind, index)
+        if drawn:
+            from envs.craftax_render import Renderer
+
+            self._draw = Renderer(self.classic, self.device)
+        facts = self._programs.facts
+        self.achievements, self.num_floors = tuple(facts.achievements), facts.num_floors
+        self.max_return = facts.max_return
+        self.max_timesteps = facts.max_timesteps if max_timesteps is None else max_timesteps
+        self._describe(pixels, shape, facts.num_actions)
+        self._carry: Carry | None = None  # none before the first reset
+        self._begin(seed)
+
+    def _describe(self, pixels: bool, shape: tuple[int, ...], actions: int) -> None:
+        """Set the spaces, given the shape of what is seen."""
+        height, width, colors = layout(self.classic).frame_shape
+        self.input_shape = (colors, height, width) if pixels else shape
+        kinds: dict[str, Any] = {
+            "codes": (0, 255, shape, np.uint8),
+            "pixels": (0, 255, (height, width, colors), np.uint8),
+            "pixels-float": (0.0, 1.0, (height, width, colors), np.float32),
+            "symbolic": (-np.inf, np.inf, shape, np.float32),  # upstream says 0..1 and goes beyond
+        }
+        self.single_observation_space = spaces.Box(*kinds[self.observation])
+        self.single_action_space = spaces.Discrete(actions)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def _begin(self, seed: int) -> None:
+        """Forget all episodes."""
+        self.seed = seed
+        self._chance = _key(seed, "steps")
+        self._worlds = _Worlds(self._programs, self._jax_device, _key(seed, "worlds"))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Info]:
+        """Start new episodes: all over again with a seed, else each in its next world."""
+        if self._carry is None or seed is not None:
+            self._begin(self.seed if seed is None else seed)
+            self._carry = _blank(self._programs.carry, self._jax_device)
+        self._start(np.arange(self.num_envs))
+        floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
+        return self._frames(self._first.clone()), {"floor": floor}
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
+        """One step of all environments with actions [N], integers on any device."""
+        if self._carry is None:
+            raise RuntimeError("call reset() before step()")
+        self._carry, out = self._programs.step(
+            self._carry, self._actions(actions), self._chance, np.int32(self.max_timesteps)
+        )
+        observations = final = self._frames(self._look())
+        tell = {name: self._tensor(values) for name, values in out.items()}
+        done, floor = tell["terminated"] | tell["truncated"], tell["floor"].long()
+        rows = done.nonzero().flatten()
+        if len(rows):
+            self._start(rows.cpu().numpy())
+            observations = final.clone()
+            observations[rows] = self._frames(self._first[rows])
+        info: Info = {
+            "final_obs": final,
+            "_final_obs": done,
+            "episode": {
+                "r": tell["returns"],
+                "l": tell["length"].long(),
+                "deepest": tell["deepest"].long(),
+            },
+            "_episode": done,
+            "achievements": tell["achievements"],
+            "floor": floor.masked_fill(done, 0),  # every world is entered on floor 0
+        }
+        return observations, tell["reward"], tell["terminated"], tell["truncated"], info
+
+    def unpack(self, observations: Tensor) -> Tensor:
+        """Frames [B, 3, H, W] uint8, channels last, of codes or pixels; vectors as they are."""
+        if self.observation == "symbolic":
+            return observations
+        if self.observation == "codes":
+            observations = self._draw.uint8(observations)
+        elif self.observation == "pixels-float":
+            observations = (observations * 255).round().to(torch.uint8)
+        return observations.permute(0, 3, 1, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States, counters and statistics of the running episodes, as tensors on the CPU.
+
+        Worlds made in advance are left out: they can be made again.
+        """
+        if self._carry is None:
+            raise RuntimeError("call reset() before state_dict()")
+        carry = dict(self._carry)
+        state = {name: _copied(values) for name, values in carry.pop("state").items()}
+        return {
+            "name": self.name,
+            "num_envs": self.num_envs,
+            "max_timesteps": self.max_timesteps,
+            "seed": self.seed,
+            "episodes": torch.from_numpy(self._worlds.episodes.copy()),
+            "state": state,
+            **{name: _copied(values) for name, values in carry.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        """Go on where `state_dict` was called; returns the present observations [N, ...].
+
+        Raises:
+            UserError: the state is of other environments, or of another version of Craftax.
+        """
+        for name in ("name", "num_envs", "max_timesteps"):
+            if state[name] != getattr(self, name):
+                raise UserError(
+                    f"the saved environments have {name} {state[name]!r}, these have "
+                    f"{getattr(self, name)!r}; use the same"
+                )
+        wanted = self._programs.carry
+        if set(wanted["state"]) != set(state["state"]):
+            raise UserError("the environments were saved by another version of craftax; install it")
+        import jax
+
+        def restored(like: Any, saved: Tensor) -> Any:
+            # a copy, because JAX would write into the saved tensor
+            return jax.device_put(np.array(saved.cpu().numpy(), like.dtype), self._jax_device)
+
+        self._begin(state["seed"])
+        self._worlds.episodes[:] = state["episodes"].cpu().numpy()
+        self._carry = jax.tree.map(restored, wanted, {name: state[name] for name in wanted})
+        return self._frames(self._look())
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Free the states; `reset` begins anew."""
+        self._carry = None
+        self._begin(self.seed)
+
+    def __repr__(self) -> str:
+        return (
+            f"CraftaxVectorEnv({self.name!r}, {self.num_envs}, device={str(self.device)!r}, "
+            f"observation={self.observation!r})"
+        )
+
+    def _start(self, rows: np.ndarray) -> None:
+        """Begin the next episodes of environments `rows`."""
+        assert self._carry is not None
+        self._carry = self._worlds.start(self._carry, rows)
+        if self._worlds.changed:
+            self._first = self._tensor(self._see(self._worlds.worlds))
+            self._worlds.changed = False
+
+    def _look(self) -> Tensor:
+        """What is seen of the present states, [N, ...]: codes, pixels or vectors."""
+        assert self._carry is not None
+        return self._tensor(self._see(self._carry["state"]))
+
+    def _frames(self, seen: Tensor) -> Tensor:
+        """Observations [B, ...] of what was seen."""
+        if self.renderer == "upstream" or self.observation not in ("pixels", "pixels-float"):
+            return seen
+        draw = self._draw.uint8 if self.observation == "pixels" else self._draw.float32
+        return draw(seen)
+
+    def _tensor(self, values: Any) -> Tensor:
+        """A JAX array as a tensor on the device."""
+        if self._shares:
+            return torch.from_dlpack(values)
+        return torch.from_numpy(np.array(values)).to(self.device)
+
+    def _actions(self, actions: Tensor) -> Any:
+        """Actions as JAX takes them."""
+        if actions.shape != (self.num_envs,) or actions.is_floating_point():
+            raise ValueError(
+                f"actions must be integers [{self.num_envs}], "
+                f"not {actions.dtype} {list(actions.shape)}"
+            )
+        taken = actions.to("cpu", torch.int32).numpy()
+        if taken.min() < 0 or taken.max() >= self.num_actions:
+            raise ValueError(f"actions must be in 0..{self.num_actions - 1}, not {taken.tolist()}")
+        return taken
+
+
+class _Worlds:
+    """The next world of every environment, made by the block when one is wanted and not there.
+
+    Attributes:
+        episodes: [N] number of the episode that each environment will begin next.
+        worlds: the states that these episodes begin in, of environments whose is there.
+        changed: whether `worlds` has changed since somebody set this to False.
+    """
+
+    def __init__(self, programs: Programs, device: Any, key: np.ndarray) -> None:
+        self.programs, self.key = programs, key
+        self.n = programs.carry["deepest"].shape[0]
+        self.episodes = np.zeros(self.n, np.int64)
+        self.there = np.zeros(self.n, bool)
+        self.worlds: State = _blank(programs.carry["state"], device)
+        self.changed = True
+
+    def start(self, carry: Carry, rows: np.ndarray) -> Carry:
+        """Put environments `rows` into their next worlds."""
+        while not self.there[rows].all():
+            self._make(rows)
+        every = _padded(rows, self.n)
+        carry = self.programs.start(carry, self.worlds, every, np.int32(len(rows)))
+        self.there[rows] = False
+        self.episodes[rows] += 1
+        return carry
+
+    def _make(self, rows: np.ndarray) -> None:
+        """Make a block of those worlds of `rows` that are missing, then of other missing ones."""
+        k = self.programs.k
+        missing = np.flatnonzero(~self.there)
+        wanted = np.isin(missing, rows)
+        some = np.concatenate([missing[wanted], missing[~wanted]])[:k]
+        block = _padded(some, k)
+        new = self.programs.make(self.key, block, self.episodes[block].astype(np.int32))
+        self.worlds = self.programs.store(self.worlds, new, block, np.int32(len(some)))
+        self.there[some] = True
+        self.changed = True
+
+
+def _observation(name: str, pixels: bool, observation: str | None, renderer: str) -> str:
+    """What is observed: one of OBSERVATIONS or "symbolic"."""
+    if renderer not in RENDERERS:
+        raise UserError(f"unknown renderer {renderer!r}; known: {', '.join(RENDERERS)}")
+    if not pixels:
+        if observation is not None or renderer != "fast":
+            raise UserError(
+                f"{name} shows vectors: leave out observation and renderer, or use "
+                f"{name.replace('Symbolic', 'Pixels')}"
+            )
+        return "symbolic"
+    if observation not in (None, *OBSERVATIONS):
+        raise UserError(f"unknown observation {observation!r}; known: {', '.join(OBSERVATIONS)}")
+    observation = observation or "codes"
+    if renderer == "upstream" and observation == "codes":
+        raise UserError(
+            "the upstream renderer has no codes; use observation 'pixels' or 'pixels-float', "
+            "or the renderer 'fast'"
+        )
+    return observation
+
+
+def _place(device: torch.device, env_device: str) -> tuple[str, int]:
+    """Kind and number of the JAX device."""
+    if env_device not in ENV_DEVICES:
+        raise UserError(f"unknown env_device {env_device!r}; known: {', '.join(ENV_DEVICES)}")
+    number = device.index or 0
+    if env_device == "auto":
+        env_device = "cuda" if device.type == "cuda" and jax_setup.has("cuda", number) else "cpu"
+    return (env_device, number if env_device == "cuda" else 0)
+
+
+def _key(seed: int, use: str) -> np.ndarray:
+    """A JAX key, [2] uint32."""
+    number = seeding.derive(seed, "craftax", use)
+    return np.array([number >> 32, number & 0xFFFFFFFF], np.uint32)
+
+
+def _padded(rows: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(rows, (0, length - len(rows))).astype(np.int32)
+
+
+def _blank(like: Any, device: Any) -> Any:
+    """Zeros of the same shapes and types."""
+    import jax
+
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), device), like)
+
+
+def _copied(values: Any) -> Tensor:
+    return torch.from_numpy(np.array(values))

@@ -1,0 +1,78 @@
+"""One function for all environments."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from envs.vector import TorchVectorEnv
+
+
+def make(
+    name: str,
+    num_envs: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    observation: str | None = None,
+    renderer: str = "fast",
+    env_device: str = "auto",
+    max_timesteps: int | None = None,
+) -> TorchVectorEnv:
+    """N environments of that name.
+
+    Args:
+        name: a Craftax name (see envs.craftax), a debug one (see envs.debug) or a gymnasium id.
+        num_envs: N.
+        seed: of all randomness.
+        device: of all tensors: auto, cpu, cuda or cuda:N.
+        observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
+            environments have no such choice.
+
+    Raises:
+        UserError: unknown name, or a setting that cannot be.
+    """
+    if num_envs < 1:
+        raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
+    from dynmoe.device import resolve
+    from envs import craftax, debug
+
+    where = resolve(str(device))
+    settings: dict[str, Any] = {
+        "observation": observation,
+        "renderer": renderer,
+        "env_device": env_device,
+        "max_timesteps": max_timesteps,
+    }
+    if name in craftax.NAMES:
+        return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
+    usual = {"observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None}
+    for setting, value in settings.items():
+        if value != usual[setting] and (name in debug.names() or _in_gymnasium(name)):
+            raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
+    if name in debug.names():
+        return debug.make_debug(name, num_envs, seed, where)
+    if _in_gymnasium(name):
+        from envs.gym import make_gym
+
+        return make_gym(name, num_envs, seed, where)
+    known = [*craftax.NAMES, *debug.names()]
+    near = difflib.get_close_matches(name, [*known, *_gymnasium_ids()], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(
+        f"unknown environment {name!r}; known: {', '.join(known)}, or a gymnasium id.{hint}"
+    )
+
+
+def _gymnasium_ids() -> list[str]:
+    import gymnasium
+
+    return list(gymnasium.registry)
+
+
+def _in_gymnasium(name: str) -> bool:
+    return name in _gymnasium_ids()

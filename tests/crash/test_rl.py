@@ -1,0 +1,231 @@
+"""`python -m dynmoe.rl` ends as if never stopped, however rudely it was; errors are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from agents.recorder import Recorder
+from dynmoe import checkpoint, rl
+from dynmoe.config import run_command
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--preset smoke --encoder.hidden 16 --encoder.widths 16 --num-envs 4 --rollout-steps 16 "
+    "--total-steps 1024 --minibatches 2 --epochs 2 --probe-every 3 --probe-samples 32 "
+    "--checkpoint-every-s 0"
+)
+"""16 updates and a checkpoint after each."""
+CASES = {
+    "stage": "--trigger.share 0",
+    "every": "--trigger every --trigger.steps 200 --granularity 2",
+    "constant": "--trigger every --trigger.steps 300 --budget.mode constant --cut utility",
+    "plateau": "--trigger plateau --trigger.patience 300 --trigger.limit 2",
+    "trunk": "--trigger at --trigger.steps 150 --encoder.place trunk actor critic --router topk "
+    "--balance-weight 0.01",
+    "dense": "--method dense --env Identity-v0",
+    "random": "--method random",
+}
+CLASSIC = (
+    "--preset laptop --env Craftax-Classic-Pixels-v1 --num-envs 4 --rollout-steps 32 --threads 1 "
+    "--total-steps 1024 --trigger.steps 400 --minibatches 2 --epochs 1 --probe-every 4 "
+    "--probe-samples 32 --encoder.hidden 32 --checkpoint-every-s 0 --name x"
+)
+"""8 updates on Craftax Classic's pixels, growing once."""
+
+
+def _argv(runs: Path, extra: str = "") -> list[str]:
+    return f"{SMALL} {extra} --name x --runs-dir {runs}".split()
+
+
+def _folder(runs: Path) -> Path:
+    return runs / "rl" / "x" / "seed-0"
+
+
+def _exit_code(argv: list[str]) -> int:
+    """Run the command in this process."""
+    try:
+        run_command(rl.main, argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _error(err: str) -> str:
+    """The one error line of a command's stderr."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def _assert_same(one: object, two: object, where: str = "") -> None:
+    """Equal in every tensor and value, however deep."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert isinstance(two, torch.Tensor)
+        assert one.dtype == two.dtype and torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert isinstance(two, dict) and one.keys() == two.keys(), where
+        for key in one:
+            _assert_same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert isinstance(two, list | tuple) and len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            _assert_same(a, b, f"{where}/{i}")
+    else:
+        assert one == two or one != one, where
+
+
+def _assert_same_run(one: Path, two: Path) -> None:
+    for name in ("log.jsonl", "summary.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    for name in ("router.png", "learning.png"):
+        assert (one / name).is_file() == (two / name).is_file(), name
+        if (one / name).is_file():
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
+    assert last[0] is not None and last[0]["state"]["policy"]
+    _assert_same(last[0], last[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_after_every_update(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _exit_code(_argv(tmp_path / "whole", f"{CASES[case]} --checkpoint-every-s 999")) == 0
+    original = Recorder.update_done
+
+    def signalled(self: Recorder, *args: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Recorder, "update_done", signalled)
+    sessions = 1
+    while (code := _exit_code(_argv(tmp_path / "cut", f"{CASES[case]} --resume"))) != 0:
+        assert code == 143
+        sessions += 1
+    assert sessions == 16 + 1
+    whole = _folder(tmp_path / "whole")
+    _assert_same_run(whole, _folder(tmp_path / "cut"))
+    grown = len(json.loads((whole / "summary.json").read_text())["growth"])
+    assert grown == {"every": 5, "constant": 3, "plateau": 2, "dense": 0, "random": 0}.get(case, 1)
+
+
+def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
+    """It saves, exits with 143 and prints the command that goes on."""
+    extra = "--total-steps 8192"
+    assert _exit_code(_argv(tmp_path / "whole", extra)) == 0
+    command = [sys.executable, "-m", "dynmoe.rl", *_argv(tmp_path / "cut", extra)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    _wait_for(tmp_path / "cut", 3, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    advice = shlex.split(_error(err).split("go on with: ")[1])
+    assert advice == ["python", "-m", "dynmoe.rl", *command[3:], "--resume"]
+    assert _exit_code(advice[3:]) == 0
+    _assert_same_run(_folder(tmp_path / "whole"), _folder(tmp_path / "cut"))
+
+
+def test_craftax_killed_in_rollouts_and_saves(tmp_path: Path) -> None:
+    """SIGKILL at three moments of a run on Craftax's pixels; it ends bit-equal."""
+    whole = f"{CLASSIC} --runs-dir {tmp_path / 'whole'}".split()
+    cut = f"{CLASSIC} --runs-dir {tmp_path / 'cut'} --resume".split()
+    assert _exit_code(whole) == 0
+    for updates, delay in ((2, 0.05), (4, 0.15), (6, 0.0)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dynmoe.rl", *cut], cwd=ROOT, stderr=subprocess.DEVNULL
+        )
+        _wait_for(tmp_path / "cut", updates, process)
+        time.sleep(delay)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert _exit_code(cut) == 0
+    _assert_same_run(_folder(tmp_path / "whole"), _folder(tmp_path / "cut"))
+    summary = json.loads((_folder(tmp_path / "cut") / "summary.json").read_text())
+    assert [event["experts"] for event in summary["growth"]] == [2, 3]
+
+
+def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
+    """Until a checkpoint of that many updates, or more, is there."""
+    folder, began = _folder(runs) / "checkpoints", time.monotonic()
+    while not any(int(p.stem[5:]) >= updates for p in folder.glob("*.pt")):
+        assert process.poll() is None and time.monotonic() - began < 240
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--env Craftax-Pixel-v1", "Did you mean 'Craftax-Pixels-v1'"),
+        ("--env Pendulum-v1", "only Discrete"),
+        ("--minibatches 7", "do not divide into --minibatches 7"),
+        ("--total-steps 10", "less than one rollout"),
+        ("--num-envs 0", "--num-envs 0 is too small"),
+        ("--lr nan", "--lr nan is too small"),
+        ("--trigger every --trigger.steps 5000", "never fires in 1024 environment steps"),
+        ("--trigger task", "never fires"),
+        ("--env Identity-v0", "there are no stages here"),
+        ("--encoder conv", "use --encoder mlp"),
+        ("--granularity 0", "granularity 0 must be at least 1"),
+        ("--budget.mode constant --encoder.hidden 1", "budget"),
+        ("--probe-every 0", "--probe-every 0 is too small"),
+        ("--device cuda:99", "device 'cuda:99' is not there"),
+        ("--compare dynamicmoe", "that is the method itself"),
+        ("--evaluate nowhere", "no run of this command there"),
+        ("--method dynamicmo", "Did you mean 'dynamicmoe'"),
+    ],
+)
+def test_user_errors(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(_argv(tmp_path, flags)) == 2
+    assert message in _error(capsys.readouterr().err)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(_argv(tmp_path, "--lr 1e38 --max-grad-norm 0")) == 3
+    assert "a smaller --lr" in _error(capsys.readouterr().err)
+
+
+def test_evaluation_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run, one of its checkpoints, and one that is damaged."""
+    assert _exit_code(_argv(tmp_path, "--total-steps 4096")) == 0
+    folder = _folder(tmp_path)
+    assert _exit_code(["--evaluate", str(folder)]) == 0
+    first = json.loads((folder / "evaluation-4096-seed-0.json").read_text())
+    assert first["episodes"] == 4
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    assert _exit_code(["--evaluate", str(newest)]) == 0
+    assert json.loads((folder / "evaluation-4096-seed-0.json").read_text()) == first
+    assert _exit_code(["--evaluate", str(folder), "--video", str(tmp_path / "x.mp4")]) == 2
+    newest.write_bytes(newest.read_bytes()[:-9])
+    capsys.readouterr()
+    assert _exit_code(["--evaluate", str(newest)]) == 4
+    assert "damaged" in _error(capsys.readouterr().err)
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    """Craftax starts with a cache folder where a file is in the way."""
+    (tmp_path / "cache").write_text("in the way")
+    code = (
+        "import envs, torch; env = envs.make('Craftax-Classic-Symbolic-v1', 1);"
+        "env.reset(); print(env.step(torch.zeros(1, dtype=torch.long))[1].shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=280,
+        env={**os.environ, "DYNMOE_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "torch.Size([1])\n", done.stderr
+    assert "cannot be written" in done.stderr
