@@ -32,7 +32,8 @@ from envs.vector import TorchVectorEnv
 def run_all(preset: str, config: Config) -> None:
     """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
     others = [registry.get("agent", name).Config() for name in config.compare]
-    summaries, folders = {}, []
+    summaries: dict[str, dict[str, Any]] = {}
+    folders: list[Path] = []
     for method in (config.method, *others):
         name = method.part.name
         if name in summaries:

@@ -68,7 +68,6 @@ def _reinforcement(
 ) -> None:
     """Episodic returns over the environment steps."""
     from agents.figures import learning_figure
-
     from agents.statistics import learning_curve
     from dynmoe.stats import bootstrap_interval
 

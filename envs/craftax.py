@@ -112,6 +112,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         self.seed = seed
         self._chance = _key(seed, "steps")
         self._worlds = _Worlds(self._programs, self._jax_device, _key(seed, "worlds"))
+        self._waiting = np.zeros(0, np.int64)  # environments that are in a new world from now on
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -120,33 +121,36 @@ class CraftaxVectorEnv(TorchVectorEnv):
         if self._carry is None or seed is not None:
             self._begin(self.seed if seed is None else seed)
             self._carry = _blank(self._programs.carry, self._jax_device)
-        self._start(np.arange(self.num_envs))
-        floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        return self._frames(self._first.clone()), {"floor": floor}
+        every = np.arange(self.num_envs)
+        first = self._frames(self._enter(every)[every])
+        return first, {"floor": torch.zeros(every.shape, dtype=torch.long, device=self.device)}
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
         """One step of all environments with actions [N], integers on any device."""
         if self._carry is None:
             raise RuntimeError("call reset() before step()")
+        taken, begin = self._actions(actions), self._waiting
+        rows, count, most = _padded(begin, self.num_envs), len(begin), self.max_timesteps
         self._carry, out = self._programs.step(
-            self._carry, self._actions(actions), self._chance, np.int32(self.max_timesteps)
+            *(self._carry, self._worlds.worlds, rows, np.int32(count)),
+            *(taken, self._chance, np.int32(most)),
         )
+        self._worlds.use(begin)
         observations = final = self._frames(self._look())
         tell = {name: self._tensor(values) for name, values in out.items()}
-        done, floor = tell["terminated"] | tell["truncated"], tell["floor"].long()
-        rows = done.nonzero().flatten()
-        if len(rows):
-            self._start(rows.cpu().numpy())
+        done, (floor, length, deepest) = (
+            tell["terminated"] | tell["truncated"],
+            tell["counts"].long(),
+        )
+        ended = done.nonzero().flatten()
+        self._waiting = ended.cpu().numpy()
+        if len(ended):
             observations = final.clone()
-            observations[rows] = self._frames(self._first[rows])
+            observations[ended] = self._frames(self._enter(self._waiting)[ended])
         info: Info = {
             "final_obs": final,
             "_final_obs": done,
-            "episode": {
-                "r": tell["returns"],
-                "l": tell["length"].long(),
-                "deepest": tell["deepest"].long(),
-            },
+            "episode": {"r": tell["returns"], "l": length, "deepest": deepest},
             "_episode": done,
             "achievements": tell["achievements"],
             "floor": floor.masked_fill(done, 0),  # every world is entered on floor 0
@@ -166,7 +170,8 @@ class CraftaxVectorEnv(TorchVectorEnv):
     def state_dict(self) -> dict[str, Any]:
         """States, counters and statistics of the running episodes, as tensors on the CPU.
 
-        Worlds made in advance are left out: they can be made again.
+        Worlds made in advance are left out, as they can be made again; so are those of the
+        environments `waiting` to begin an episode.
         """
         if self._carry is None:
             raise RuntimeError("call reset() before state_dict()")
@@ -177,7 +182,8 @@ class CraftaxVectorEnv(TorchVectorEnv):
             "num_envs": self.num_envs,
             "max_timesteps": self.max_timesteps,
             "seed": self.seed,
-            "episodes": torch.from_numpy(self._worlds.episodes.copy()),
+            "episodes": _copied(self._worlds.episodes),
+            "waiting": _copied(self._waiting),
             "state": state,
             **{name: _copied(values) for name, values in carry.items()},
         }
@@ -206,7 +212,11 @@ class CraftaxVectorEnv(TorchVectorEnv):
         self._begin(state["seed"])
         self._worlds.episodes[:] = state["episodes"].cpu().numpy()
         self._carry = jax.tree.map(restored, wanted, {name: state[name] for name in wanted})
-        return self._frames(self._look())
+        seen = self._look().clone()
+        waiting = state["waiting"].cpu().numpy()
+        if len(waiting):
+            seen[waiting] = self._enter(waiting)[waiting]
+        return self._frames(seen)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the states; `reset` begins anew."""
@@ -219,13 +229,15 @@ class CraftaxVectorEnv(TorchVectorEnv):
             f"observation={self.observation!r})"
         )
 
-    def _start(self, rows: np.ndarray) -> None:
-        """Begin the next episodes of environments `rows`."""
-        assert self._carry is not None
-        self._carry = self._worlds.start(self._carry, rows)
-        if self._worlds.changed:
+    def _enter(self, rows: np.ndarray) -> Tensor:
+        """Have environments `rows` begin new episodes with the next step.
+
+        Returns what is seen of all next worlds that are there, [N, ...].
+        """
+        self._waiting = rows
+        if self._worlds.get(rows):
             self._first = self._tensor(self._see(self._worlds.worlds))
-            self._worlds.changed = False
+        return self._first
 
     def _look(self) -> Tensor:
         """What is seen of the present states, [N, ...]: codes, pixels or vectors."""
@@ -262,40 +274,36 @@ class _Worlds:
     """The next world of every environment, made by the block when one is wanted and not there.
 
     Attributes:
+        worlds: states [N] of those worlds that are there.
         episodes: [N] number of the episode that each environment will begin next.
-        worlds: the states that these episodes begin in, of environments whose is there.
-        changed: whether `worlds` has changed since somebody set this to False.
     """
 
     def __init__(self, programs: Programs, device: Any, key: np.ndarray) -> None:
         self.programs, self.key = programs, key
-        self.n = programs.carry["deepest"].shape[0]
-        self.episodes = np.zeros(self.n, np.int64)
-        self.there = np.zeros(self.n, bool)
         self.worlds: State = _blank(programs.carry["state"], device)
-        self.changed = True
+        self.episodes = np.zeros(programs.carry["deepest"].shape, np.int64)
+        self.there = np.zeros(self.episodes.shape, bool)
 
-    def start(self, carry: Carry, rows: np.ndarray) -> Carry:
-        """Put environments `rows` into their next worlds."""
+    def get(self, rows: np.ndarray) -> bool:
+        """See to it that the worlds of environments `rows` are there; returns whether any changed.
+
+        What is left of a block goes to others whose next world is missing.
+        """
+        k, before = self.programs.k, self.there[rows].all()
         while not self.there[rows].all():
-            self._make(rows)
-        every = _padded(rows, self.n)
-        carry = self.programs.start(carry, self.worlds, every, np.int32(len(rows)))
+            missing = np.flatnonzero(~self.there)
+            wanted = np.isin(missing, rows)
+            some = np.concatenate([missing[wanted], missing[~wanted]])[:k]
+            block = _padded(some, k)
+            new = self.programs.make(self.key, block, self.episodes[block].astype(np.int32))
+            self.worlds = self.programs.store(self.worlds, new, block, np.int32(len(some)))
+            self.there[some] = True
+        return not before
+
+    def use(self, rows: np.ndarray) -> None:
+        """Environments `rows` have begun the episodes of their worlds."""
         self.there[rows] = False
         self.episodes[rows] += 1
-        return carry
-
-    def _make(self, rows: np.ndarray) -> None:
-        """Make a block of those worlds of `rows` that are missing, then of other missing ones."""
-        k = self.programs.k
-        missing = np.flatnonzero(~self.there)
-        wanted = np.isin(missing, rows)
-        some = np.concatenate([missing[wanted], missing[~wanted]])[:k]
-        block = _padded(some, k)
-        new = self.programs.make(self.key, block, self.episodes[block].astype(np.int32))
-        self.worlds = self.programs.store(self.worlds, new, block, np.int32(len(some)))
-        self.there[some] = True
-        self.changed = True
 
 
 def _observation(name: str, pixels: bool, observation: str | None, renderer: str) -> str:
@@ -348,4 +356,5 @@ def _blank(like: Any, device: Any) -> Any:
 
 
 def _copied(values: Any) -> Tensor:
+    """On the CPU."""
     return torch.from_numpy(np.array(values))

@@ -63,20 +63,18 @@ class Facts(NamedTuple):
 class Programs(NamedTuple):
     """Compiled for N environments, with k worlds made at a time.
 
-    `step`, `store` and `start` take their first argument's memory; all that they return is new.
+    `step` and `store` take their first argument's memory; all that they return is new.
     """
 
     step: Callable[..., tuple[Carry, dict[str, Array]]]
-    """(carry, actions [N] int32, key [2] uint32, most steps of an episode [] int32) -> carry, and
-    before any reset "reward", "terminated", "truncated", "floor", "achievements" [N, A], "returns",
-    "length" and "deepest", [N]"""
+    """(carry, N worlds, rows [N] int32, count [] int32, actions [N] int32, key [2] uint32, most
+    steps of an episode [] int32): the first `count` of `rows` begin in their worlds, then all
+    step -> carry, {"reward", "terminated", "truncated", "returns": [N], "achievements": [N, A],
+    "counts": [3, N] int32 floor, length and deepest floor}"""
     make: Callable[..., State]
     """(key [2] uint32, environments [k] int32, their episodes [k] int32) -> k worlds"""
     store: Callable[..., State]
-    """(N worlds, k new worlds, where to [k] int32, how many [] int32) -> N worlds"""
-    start: Callable[..., Carry]
-    """(carry, N worlds, environments [N] int32, how many [] int32) -> carry, with as many
-    environments as said in their new worlds"""
+    """(N worlds, k new worlds, rows [k] int32, count [] int32) -> N worlds"""
     carry: Carry
     """shapes and types of a carry, as jax.ShapeDtypeStruct"""
     k: int
@@ -201,10 +199,9 @@ def _build(classic: bool, n: int, k: int) -> tuple[dict[str, Program], dict[str,
     make = functools.partial(_make, rules)
     step = functools.partial(_step, classic)
     return {
-        "step": Program(step, (carry, every, key, one), donate=True),
+        "step": Program(step, (carry, worlds, every, one, every, key, one), donate=True),
         "make": Program(make, (key, block, block)),
         "store": Program(_store, (worlds, new, block, one), donate=True),
-        "start": Program(_start, (carry, worlds, every, one), donate=True),
     }, rules.facts._asdict()
 
 
@@ -254,11 +251,19 @@ def _make(rules: Game, key: Array, environments: Array, episodes: Array) -> Stat
 
 
 def _step(
-    classic: bool, carry: Carry, actions: Array, key: Array, most: Array
+    classic: bool,
+    carry: Carry,
+    worlds: State,
+    rows: Array,
+    count: Array,
+    actions: Array,
+    key: Array,
+    most: Array,
 ) -> tuple[Carry, dict[str, Array]]:
     import jax
     import jax.numpy as jnp
 
+    carry = _start(carry, worlds, rows, count)
     rules, now = game(classic), jax.random.fold_in(key, carry["step"])
     keys = jax.vmap(lambda i: jax.random.fold_in(now, i))(jnp.arange(len(actions)))
     state, reward = jax.vmap(rules.step)(keys, _tree(classic, carry["state"]), actions)
@@ -266,21 +271,19 @@ def _step(
     # upstream ends an episode for its length as for a death; at time 0 only the death is left
     terminated = over(state.replace(timestep=jnp.zeros_like(state.timestep)), most)
     floor = jax.vmap(rules.floor)(state)
-    after = {
+    returns, deepest = carry["returns"] + reward, jnp.maximum(carry["deepest"], floor)
+    return {
         "state": _by_name(state),
         "step": carry["step"] + 1,
-        "returns": carry["returns"] + reward,
-        "deepest": jnp.maximum(carry["deepest"], floor),
-    }
-    return after, {
+        "returns": returns,
+        "deepest": deepest,
+    }, {
         "reward": reward,
         "terminated": terminated,
         "truncated": over(state, most) & ~terminated,
-        "floor": floor,
+        "returns": returns,
         "achievements": state.achievements,
-        "returns": after["returns"],
-        "length": state.timestep,
-        "deepest": after["deepest"],
+        "counts": jnp.stack([floor, state.timestep, deepest]),
     }
 
 
@@ -298,9 +301,7 @@ def _start(carry: Carry, worlds: State, rows: Array, count: Array) -> Carry:
 
 
 def _copy(into: State, source: State, old: Array, new: Array, count: Array) -> State:
-    """Copy rows old[j] of the source to rows new[j], for j < count; in place and one by one, as
-    XLA's scatter is slow on a CPU.
-    """
+    """Copy the source's rows old[j] to rows new[j], for j < count, in place."""
     from jax import lax
 
     def copy(j: Array, into: State) -> State:

@@ -69,7 +69,7 @@ class Stages(TorchVectorEnv):
         self.floor += (climbs & ~terminated).long()
         truncated = (self.length == LONGEST_EPISODE) & ~terminated
         done = terminated | truncated
-        self.symbol = self._draw()
+        self.symbol: Tensor = self._draw()
         final = self._observe()
         stages = torch.arange(1, self.num_floors, device=self.device)
         info: Info = {

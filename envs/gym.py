@@ -46,11 +46,11 @@ class GymEnv(TorchVectorEnv):
         seen, acts = self.single_observation_space, self.single_action_space
         if not isinstance(acts, spaces.Discrete):
             self._refuse(f"its actions are {acts}, and only Discrete ones are supported")
-        if not isinstance(seen, spaces.Box) or len(seen.shape) not in (1, 3):
+        shape = seen.shape or ()
+        if not isinstance(seen, spaces.Box) or len(shape) not in (1, 3):
             self._refuse(f"it shows {seen}, and only vectors and images are supported")
-        self.is_image = len(seen.shape) == 3
-        height, *rest = seen.shape
-        self.input_shape = (rest[1], height, rest[0]) if self.is_image else tuple(seen.shape)
+        self.is_image = len(shape) == 3
+        self.input_shape = (shape[2], shape[0], shape[1]) if self.is_image else tuple(shape)
         self.score = torch.zeros(num_envs)
         self.length = torch.zeros(num_envs, dtype=torch.long)
 
@@ -91,8 +91,8 @@ class GymEnv(TorchVectorEnv):
         self.score[done] = 0
         self.length[done] = 0
         gained = torch.from_numpy(np.asarray(reward, dtype=np.float32)).to(self.device)
-        ends = (torch.from_numpy(x).to(self.device) for x in (terminated, truncated))
-        return self._tensor(observations), gained, *ends, info
+        died, cut_off = (torch.from_numpy(x).to(self.device) for x in (terminated, truncated))
+        return self._tensor(observations), gained, died, cut_off, info
 
     def unpack(self, observations: Tensor) -> Tensor:
         """Images as [B, C, H, W] in their own type, vectors as float32."""
