@@ -17,6 +17,7 @@ from dynmoe.device import resolve
 from dynmoe.errors import UserError
 from dynmoe.files import write_json
 from dynmoe.growth.surgery import match_shapes
+from dynmoe.progress import ProgressLine
 
 
 def run_evaluation(config: Config) -> None:
@@ -28,10 +29,11 @@ def run_evaluation(config: Config) -> None:
     policy = make_policy(trained, env, device)
     match_shapes(policy, state["policy"])
     policy.load_state_dict(state["policy"])
-    episodes, unfinished, trace = play(
-        env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
-        autocast=trained.autocast, observations=config.video is not None,
-    )  # fmt: skip
+    with ProgressLine("evaluation", config.max_steps) as progress:
+        episodes, unfinished, trace = play(
+            env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
+            autocast=trained.autocast, observations=config.video is not None, progress=progress,
+        )  # fmt: skip
     summary = evaluation_summary(env, episodes, unfinished)
     steps = state["update"] * trained.batch_size
     title = f"{trained.method.part.name} on {trained.env} after {steps:,} steps"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_benchmarks import cache
+from dynmoe import cache
 from dynmoe.errors import UserError
 
 NUM_CLASSES = 200

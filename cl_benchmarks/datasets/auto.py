@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from cl_benchmarks.cache import notice
 from cl_benchmarks.dataset import Dataset
 from cl_benchmarks.datasets.fractal import Fractal
 from cl_benchmarks.datasets.tiny_imagenet import find_tree, read_tree
 from cl_benchmarks.images import ImageData
+from dynmoe.cache import notice
 from dynmoe.errors import UserError
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from cl_benchmarks import cache
 from cl_benchmarks.dataset import Dataset
 from cl_benchmarks.images import (
     ImageData,
@@ -17,6 +16,7 @@ from cl_benchmarks.images import (
     image_files,
     read_class_tree,
 )
+from dynmoe import cache
 from dynmoe.errors import UserError
 
 TREE = "tiny-imagenet-200"

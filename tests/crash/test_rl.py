@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=280,
-        env={**os.environ, "DYNMOE_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == "torch.Size([1])\n", done.stderr
     assert "cannot be written" in done.stderr

@@ -19,7 +19,6 @@ MODEL_CODE = ("dynmoe.moe", "dynmoe.growth", "dynmoe.network", "dynmoe.nets", "d
 CORE = ["dynmoe/moe", "dynmoe/growth", "dynmoe/plasticity"]
 DATA = [f"cl_benchmarks/{name}" for name in (
     "images.py", "dataset.py", "datasets", "protocol.py", "protocols", "fractals.py", "stream.py",
-    "cache.py",
 )]  # fmt: skip
 
 

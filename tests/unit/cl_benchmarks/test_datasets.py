@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from cl_benchmarks import cache
 from cl_benchmarks.images import ImageData
-from dynmoe import registry
+from dynmoe import cache, registry
 from dynmoe.errors import UserError
 
 PARTS = [(kind, n) for kind in ("dataset", "protocol") for n in registry.names(kind)]

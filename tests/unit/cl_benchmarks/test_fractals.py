@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cl_benchmarks import cache, fractals
+from cl_benchmarks import fractals
 from cl_benchmarks.fractals import VIEWS, Views, render
+from dynmoe import cache
 from dynmoe.errors import UserError
 
 

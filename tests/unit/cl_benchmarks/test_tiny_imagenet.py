@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cl_benchmarks import cache
 from cl_benchmarks.datasets import tiny_imagenet
 from cl_benchmarks.images import ImageData
-from dynmoe import registry
+from dynmoe import cache, registry
 from dynmoe.errors import UserError
 
 NAMES = [f"n{(i * 77) % 200:08d}" for i in range(200)]

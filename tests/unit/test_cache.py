@@ -9,9 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cl_benchmarks import cache
+from dynmoe import cache
 
 ARRAYS: cache.Arrays = {"a": np.arange(500), "b": np.eye(3, dtype=np.uint8)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 def _equal(got: cache.Arrays) -> bool:
