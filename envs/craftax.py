@@ -121,6 +121,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         if self._carry is None or seed is not None:
             self._begin(self.seed if seed is None else seed)
             self._carry = _blank(self._programs.carry, self._jax_device)
+        self._worlds.use(self._waiting)  # no world is entered twice
         every = np.arange(self.num_envs)
         first = self._frames(self._enter(every)[every])
         return first, {"floor": torch.zeros(every.shape, dtype=torch.long, device=self.device)}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_benchmarks.cache import Arrays, digest, load_or_make
+from dynmoe.cache import Arrays, digest, load_or_make
 from dynmoe.errors import UserError
 from envs.craftax_code import CLASSIC, FULL, Layout
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cl_benchmarks import cache
+from dynmoe import cache
 from dynmoe.errors import UserError
 
 CPU_OPTIONS = {
