@@ -130,33 +130,30 @@ class CraftaxVectorEnv(TorchVectorEnv):
         """One step of all environments with actions [N], integers on any device."""
         if self._carry is None:
             raise RuntimeError("call reset() before step()")
-        taken, begin = self._actions(actions), self._waiting
-        rows, count, most = _padded(begin, self.num_envs), len(begin), self.max_timesteps
+        rows, count = _padded(self._waiting, self.num_envs), np.int32(len(self._waiting))
         self._carry, out = self._programs.step(
-            *(self._carry, self._worlds.worlds, rows, np.int32(count)),
-            *(taken, self._chance, np.int32(most)),
+            *(self._carry, self._worlds.worlds, rows, count),
+            *(self._actions(actions), self._chance, np.int32(self.max_timesteps)),
         )
-        self._worlds.use(begin)
+        self._worlds.use(self._waiting)
         observations = final = self._frames(self._look())
-        tell = {name: self._tensor(values) for name, values in out.items()}
-        done, (floor, length, deepest) = (
-            tell["terminated"] | tell["truncated"],
-            tell["counts"].long(),
-        )
-        ended = done.nonzero().flatten()
-        self._waiting = ended.cpu().numpy()
-        if len(ended):
+        self._waiting = np.flatnonzero(np.asarray(out["flags"])[2])
+        if len(self._waiting):
+            ended = torch.from_numpy(self._waiting).to(self.device)
             observations = final.clone()
             observations[ended] = self._frames(self._enter(self._waiting)[ended])
+        reward, returns = self._tensor(out["floats"]).unbind()
+        terminated, truncated, done = self._tensor(out["flags"]).unbind()
+        length, deepest, floor = self._tensor(out["counts"]).long().unbind()
         info: Info = {
             "final_obs": final,
             "_final_obs": done,
-            "episode": {"r": tell["returns"], "l": length, "deepest": deepest},
+            "episode": {"r": returns, "l": length, "deepest": deepest},
             "_episode": done,
-            "achievements": tell["achievements"],
-            "floor": floor.masked_fill(done, 0),  # every world is entered on floor 0
+            "achievements": self._tensor(out["achievements"]),
+            "floor": floor,
         }
-        return observations, tell["reward"], tell["terminated"], tell["truncated"], info
+        return observations, reward, terminated, truncated, info
 
     def unpack(self, observations: Tensor) -> Tensor:
         """Frames [B, 3, H, W] uint8, channels last, of codes or pixels; vectors as they are."""
@@ -346,7 +343,9 @@ def _key(seed: int, use: str) -> np.ndarray:
 
 
 def _padded(rows: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(rows, (0, length - len(rows))).astype(np.int32)
+    padded = np.zeros(length, np.int32)
+    padded[: len(rows)] = rows
+    return padded
 
 
 def _blank(like: Any, device: Any) -> Any:

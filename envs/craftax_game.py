@@ -69,8 +69,13 @@ class Programs(NamedTuple):
     step: Callable[..., tuple[Carry, dict[str, Array]]]
     """(carry, N worlds, rows [N] int32, count [] int32, actions [N] int32, key [2] uint32, most
     steps of an episode [] int32): the first `count` of `rows` begin in their worlds, then all
-    step -> carry, {"reward", "terminated", "truncated", "returns": [N], "achievements": [N, A],
-    "counts": [3, N] int32 floor, length and deepest floor}"""
+    step -> carry, a dict of
+
+    floats        [2, N] float32, reward and return
+    flags         [3, N] bool, terminated, truncated, either
+    counts        [3, N] int32, length, deepest floor and the floor that the next step begins on
+    achievements  [N, A] bool
+    """
     make: Callable[..., State]
     """(key [2] uint32, environments [k] int32, their episodes [k] int32) -> k worlds"""
     store: Callable[..., State]
@@ -270,20 +275,20 @@ def _step(
     over = jax.vmap(rules.is_over, in_axes=(0, None))
     # upstream ends an episode for its length as for a death; at time 0 only the death is left
     terminated = over(state.replace(timestep=jnp.zeros_like(state.timestep)), most)
+    done = over(state, most)
     floor = jax.vmap(rules.floor)(state)
     returns, deepest = carry["returns"] + reward, jnp.maximum(carry["deepest"], floor)
-    return {
+    carry = {
         "state": _by_name(state),
         "step": carry["step"] + 1,
         "returns": returns,
         "deepest": deepest,
-    }, {
-        "reward": reward,
-        "terminated": terminated,
-        "truncated": over(state, most) & ~terminated,
-        "returns": returns,
+    }
+    return carry, {
+        "floats": jnp.stack([reward, returns]),
+        "flags": jnp.stack([terminated, done & ~terminated, done]),
+        "counts": jnp.stack([state.timestep, deepest, jnp.where(done, 0, floor)]),
         "achievements": state.achievements,
-        "counts": jnp.stack([floor, state.timestep, deepest]),
     }
 
 

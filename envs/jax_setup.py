@@ -102,7 +102,7 @@ def device(kind: str, index: int | None = None) -> Any:
         return jax.devices(kind)[index or 0]
     except (RuntimeError, IndexError):
         there = ", ".join(str(each) for each in jax.devices())
-        hint = "; for CUDA run: pip install 'jax[cuda12]'" if kind == "cuda" else ""
+        hint = "; for CUDA run: pip install 'jax[cuda13]'" if kind == "cuda" else ""
         raise UserError(f"JAX has no device {kind}:{index or 0}, only {there}{hint}") from None
 
 

@@ -21,15 +21,15 @@ from dynmoe.config import run_command
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "--preset smoke --encoder.hidden 16 --encoder.widths 16 --num-envs 4 --rollout-steps 16 "
-    "--total-steps 1024 --minibatches 2 --epochs 2 --probe-every 3 --probe-samples 32 "
+    "--total-steps 512 --minibatches 2 --epochs 2 --probe-every 3 --probe-samples 32 "
     "--checkpoint-every-s 0"
 )
-"""16 updates and a checkpoint after each."""
+"""8 updates of 64 steps and a checkpoint after each."""
 CASES = {
     "stage": "--trigger.share 0",
-    "every": "--trigger every --trigger.steps 200 --granularity 2",
-    "constant": "--trigger every --trigger.steps 300 --budget.mode constant --cut utility",
-    "plateau": "--trigger plateau --trigger.patience 300 --trigger.limit 2",
+    "every": "--trigger every --trigger.steps 100 --granularity 2",
+    "constant": "--trigger every --trigger.steps 150 --budget.mode constant --cut utility",
+    "plateau": "--trigger plateau --trigger.patience 70 --trigger.limit 2",
     "trunk": "--trigger at --trigger.steps 150 --encoder.place trunk actor critic --router topk "
     "--balance-weight 0.01",
     "dense": "--method dense --env Identity-v0",
@@ -113,11 +113,11 @@ def test_stopped_after_every_update(
     while (code := _exit_code(_argv(tmp_path / "cut", f"{CASES[case]} --resume"))) != 0:
         assert code == 143
         sessions += 1
-    assert sessions == 16 + 1
+    assert sessions == 8 + 1
     whole = _folder(tmp_path / "whole")
     _assert_same_run(whole, _folder(tmp_path / "cut"))
     grown = len(json.loads((whole / "summary.json").read_text())["growth"])
-    assert grown == {"every": 5, "constant": 3, "plateau": 2, "dense": 0, "random": 0}.get(case, 1)
+    assert grown == {"every": 4, "constant": 2, "plateau": 2, "dense": 0, "random": 0}.get(case, 1)
 
 
 def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
@@ -172,10 +172,9 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
         ("--total-steps 10", "less than one rollout"),
         ("--num-envs 0", "--num-envs 0 is too small"),
         ("--lr nan", "--lr nan is too small"),
-        ("--trigger every --trigger.steps 5000", "never fires in 1024 environment steps"),
+        ("--trigger every --trigger.steps 5000", "never fires in 512 environment steps"),
         ("--trigger task", "never fires"),
         ("--env Identity-v0", "there are no stages here"),
-        ("--encoder conv", "use --encoder mlp"),
         ("--granularity 0", "granularity 0 must be at least 1"),
         ("--budget.mode constant --encoder.hidden 1", "budget"),
         ("--probe-every 0", "--probe-every 0 is too small"),
@@ -190,6 +189,14 @@ def test_user_errors(
 ) -> None:
     assert _exit_code(_argv(tmp_path, flags)) == 2
     assert message in _error(capsys.readouterr().err)
+
+
+def test_an_encoder_for_images_refuses_vectors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = f"--env Identity-v0 --encoder conv --runs-dir {tmp_path}".split()
+    assert _exit_code(argv) == 2
+    assert "use --encoder mlp" in _error(capsys.readouterr().err)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

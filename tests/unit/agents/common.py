@@ -29,9 +29,10 @@ SMALL = PPOSettings(
 class Counter(TorchVectorEnv):
     """Counts the steps of each environment, episodes of given lengths, and does what it is told.
 
-    An observation is (environment, steps so far in all, steps in this episode), float32; every step
-    pays 1, 2, 4, ..., 128, 1, ... whatever the action, and episode k lasts `lengths[k]` steps (the last entry
-    again and again). Odd environments end their episodes by truncation, even ones by termination.
+    An observation is (environment, steps so far in all, steps in this episode), float32; steps pay
+    1, 2, 4, ..., 128, 1, ... whatever the action, and episode k lasts `lengths[k]` steps (the last
+    entry again and again). Odd environments end their episodes by truncation, even ones by
+    termination; with `both`, odd ones by both at once.
     """
 
     def __init__(self, num_envs: int, lengths: Sequence[int], both: bool = False) -> None:
@@ -157,7 +158,7 @@ def run(
     return observer, optimizer
 
 
-def rollout_of(**fields: Tensor) -> Rollout:
+def rollout_of(**fields: Any) -> Rollout:
     """A rollout with the given fields [T, N]; the others are zero."""
     steps, envs = next(v for n, v in fields.items() if n not in ("gates", "episodes")).shape[:2]
     zero = torch.zeros(steps, envs)

@@ -30,8 +30,10 @@ def build(place: tuple[str, ...], tail: bool = False, make_block: Any = None) ->
 @pytest.mark.parametrize("place", SUBSETS, ids=str)
 def test_moe_layers_stand_where_they_are_asked_for(place: tuple[str, ...], tail: bool) -> None:
     policy = build(place, tail)
-    layers = {name: (layer.router.weight.shape[1], layer.bank.w_out.shape[0])
-              for name, layer in moe_layers(policy)}  # fmt: skip
+    layers = {
+        name: (layer.router.weight.shape[1], layer.bank.output_weight().shape[0])
+        for name, layer in moe_layers(policy)
+    }
     sizes = {"trunk": (6, 6), "actor": (6, 3), "critic": (6, 1)}
     assert layers == {NAMES[p]: sizes[p] for p in place}
     assert all(layer.bank.hidden_sizes() == [5, 5] for _, layer in moe_layers(policy))
@@ -58,11 +60,9 @@ def test_forward_is_encoder_blocks_and_heads(place: tuple[str, ...]) -> None:
 def test_the_tail_is_as_wide_as_there_are_actions() -> None:
     plain, tailed = build((), tail=False), build((), tail=True)
     assert len(plain.actor) == 1 and len(tailed.actor) == 3
-    assert tailed.actor[2].weight.shape == (3, 3)
-    torch.testing.assert_close(
-        tailed.actor[2].weight @ tailed.actor[2].weight.T, 1e-4 * torch.eye(3)
-    )
-    assert not tailed.actor[2].bias.any()
+    last: Any = tailed.actor[2]
+    torch.testing.assert_close(last.weight @ last.weight.T, 1e-4 * torch.eye(3))
+    assert last.weight.shape == (3, 3) and not last.bias.any()
     grown = sum(p.numel() for p in tailed.parameters()) - sum(p.numel() for p in plain.parameters())
     assert grown == 3 * 3 + 3
 
@@ -137,10 +137,11 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_dense_block_and_moe_layer_of_one_expert_are_of_one_size() -> None:
     dense = dense_block(6, 10, 3)
     layer = growth_settings(1).make_layer(6, 3, 10, 1, 1, seeding.generator(0))
+    bank: Any = layer.bank
     sizes = [sum(p.numel() for p in m.parameters()) for m in (dense, layer)]
     assert sizes[1] - sizes[0] == 6  # the router's one row
-    state = {"0.weight": layer.bank.w_in, "0.bias": layer.bank.b_in,
-             "2.weight": layer.bank.w_out, "2.bias": layer.bank.b_out[0]}  # fmt: skip
+    state = {"0.weight": bank.w_in, "0.bias": bank.b_in, "2.weight": bank.w_out,
+             "2.bias": bank.b_out[0]}  # fmt: skip
     dense.load_state_dict({name: value.detach() for name, value in state.items()})
     x = torch.randn(9, 6)
     torch.testing.assert_close(dense(x), layer(x))

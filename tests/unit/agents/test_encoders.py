@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -64,8 +63,9 @@ def test_bf16_stays_finite_and_near(name: str) -> None:
         assert other.dtype == torch.float32 and torch.isfinite(other).all()
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.1)
     sum(part.square().sum() for part in rough).backward()
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
-    assert all(torch.isfinite(p.grad).all() for p in policy.parameters())
+    for p in policy.parameters():
+        assert p.grad is not None and p.dtype == p.grad.dtype == torch.float32
+        assert torch.isfinite(p.grad).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,8 +76,8 @@ def test_weights_start_orthogonal_and_biases_at_0(name: str) -> None:
             w = module.weight.detach().flatten(1)
             gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
             torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=1e-4, atol=1e-4)
-            assert not module.bias.any()
-    tail = orthogonal(nn.Linear(4, 4, bias=False), 0.01)
+            assert module.bias is not None and not module.bias.any()
+    tail: Any = orthogonal(nn.Linear(4, 4, bias=False), 0.01)
     torch.testing.assert_close(tail.weight.norm(), torch.tensor(0.02))
 
 
@@ -170,7 +170,7 @@ def test_mlp_on_vectors_and_flattened_frames() -> None:
     expected = ((x @ first.weight.T + first.bias).tanh() @ second.weight.T + second.bias).tanh()
     torch.testing.assert_close(module(x), expected)
     assert module.out_features == 4
-    image = encoder("mlp", CLASSIC)
+    image: Any = encoder("mlp", CLASSIC)
     x = frames(CLASSIC)
     torch.testing.assert_close(image(x), image.layers[1:](x.contiguous().flatten(1)))
     assert encoder("mlp", (5,), widths=()).out_features == 5
@@ -191,10 +191,10 @@ def test_impalas_residuals_add() -> None:
     from agents.encoders.impala import Residual
 
     block, x = Residual(4), torch.randn(2, 4, 6, 6)
-    first, second = block.layers[1], block.layers[3]
+    first, second = (m for m in block.modules() if isinstance(m, nn.Conv2d))
     expected = x + F.conv2d(
         F.conv2d(x.clamp_min(0), first.weight, first.bias, padding=1).clamp_min(0),
         second.weight, second.bias, padding=1,
     )  # fmt: skip
     torch.testing.assert_close(block(x), expected)
-    assert math.isclose(float((block(x) - x).abs().max() > 0), 1)
+    assert (block(x) - x).abs().max() > 0.1

@@ -41,7 +41,7 @@ def network(
     name: str, growth: GrowthSettings | None = None, seed: int = 0, hidden: int = HIDDEN
 ) -> ActorCritic:
     make_block = agent(name).make_block(growth or settings(), STEPS, seed)
-    config = MLP.Config(hidden=hidden, widths=(6,), place=PLACES)
+    config = MLP.Config(hidden=hidden, widths=(6,), place=PLACES)  # type: ignore[arg-type]
     with seeding.seeded(seed, "policy"):
         return ActorCritic(config, (5,), ACTIONS, make_block)
 
@@ -145,7 +145,7 @@ def test_wide_has_the_final_hidden_units(budget: Budget, granularity: int) -> No
     wide, dense = network("wide", growth), network("dense", growth)
     final = grown(network("dynamicmoe", growth), growth, 2)
     units = [sum(layer.bank.hidden_sizes()) for _, layer in moe_layers(final)]
-    blocks = [wide.trunk[1], wide.actor[0], wide.critic[0]]
+    blocks: list[Any] = [wide.trunk[1], wide.actor[0], wide.critic[0]]
     assert [block[0].out_features for block in blocks] == units
     more = [u - HIDDEN for u in units]
     widths = (6 + 1 + 6, 6 + 1 + ACTIONS, 6 + 1 + 1)
@@ -158,7 +158,7 @@ def test_dense_is_as_large_as_one_expert() -> None:
     assert size(network("moe-start", settings(1))) - size(network("dense", settings(1))) == 3 * 6
 
 
-NEVER = {
+NEVER: dict[str, dict[str, Any]] = {
     "at": {"steps": (STEPS, 5 * STEPS)},
     "every": {"steps": STEPS},
     "plateau": {"patience": STEPS},

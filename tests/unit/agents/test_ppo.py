@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents.actor_critic import ActorCritic
+from agents.actor_critic import ActorCritic, dense_block
 from agents.ppo import (
     PPOSettings,
     UpdateStats,
@@ -31,6 +31,8 @@ from dynmoe.errors import NumericError, UserError
 from dynmoe.moe.layer import moe_layers
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv
+
+Batch = dict[str, Tensor]
 
 
 def dice(seed: int = 0) -> torch.Generator:
@@ -48,7 +50,9 @@ def weights(policy: nn.Module) -> list[Tensor]:
 # ---------------------------------------------------------------- the loss
 
 
-def make_batch(size: int, actions: int, seed: int, spread: float = 1.0) -> tuple[Tensor, ...]:
+def make_batch(
+    size: int, actions: int, seed: int, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Batch]:
     """(logits, values, batch) in float32; `spread` says how far the policy has moved."""
     g = dice(seed)
     old = torch.randn(size, actions, generator=g)
@@ -66,7 +70,7 @@ def make_batch(size: int, actions: int, seed: int, spread: float = 1.0) -> tuple
 
 
 def naive_loss(
-    logits: Tensor, values: Tensor, batch: dict[str, Tensor], s: PPOSettings
+    logits: Tensor, values: Tensor, batch: Batch, s: PPOSettings
 ) -> tuple[float, list[float]]:
     """The paper's formulas sample by sample, in Python's floats."""
     size = len(values)
@@ -277,9 +281,10 @@ def naive_learn(
             loss = -surrogate.mean() + s.value_weight * error.mean() / 2 - s.entropy * entropy
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
-            for p in policy.parameters():
-                p.grad *= min(1.0, s.max_grad_norm / float(norm))
+            gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            for g in gradients:
+                g *= min(1.0, s.max_grad_norm / float(norm))
             optimizer.step()
             kl, share = (ratio - 1 - change).mean(), ((ratio - 1).abs() > s.clip).float().mean()
             row = (-surrogate.mean(), error.mean() / 2, entropy, kl, share, norm)
@@ -498,7 +503,8 @@ def test_rollouts_follow_each_other() -> None:
 class RateWatch(Silent):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__()
-        self.optimizer, self.rates = optimizer, []
+        self.optimizer = optimizer
+        self.rates: list[list[float]] = []
 
     def update_done(self, update: int, rollout: Rollout, stats: UpdateStats | None) -> None:
         self.rates.append([group["lr"] for group in self.optimizer.param_groups])
@@ -567,8 +573,8 @@ def last_returns(observer: Silent, count: int) -> float:
 def test_solves_identity(seed: int, blocks: str) -> None:
     """A random agent gets 8 of 32."""
     env = stages(16, seed, "Identity-v0")
-    options = {"make_block": moe_blocks(seed=seed)} if blocks == "moe" else {}
-    observer, _ = run(env, make_policy(env, seed, **options), IDENTITY, seed)
+    make_block = moe_blocks(seed=seed) if blocks == "moe" else dense_block
+    observer, _ = run(env, make_policy(env, seed, make_block=make_block), IDENTITY, seed)
     assert last_returns(observer, 48) >= 28
 
 

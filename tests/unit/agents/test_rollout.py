@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from common import Counter, make_policy, moe_blocks, rollout_of, stages
@@ -162,6 +164,7 @@ def test_what_is_recorded_is_what_the_network_says() -> None:
         chosen = logits.log_softmax(dim=1)[range(5), rollout.actions[t]]
         torch.testing.assert_close(rollout.log_probs[t], chosen)
         for name, layer in moe_layers(policy):
+            assert layer.last_routing is not None
             torch.testing.assert_close(rollout.gates[name][t], layer.last_routing.gates)
             assert not layer.last_routing.gates[:, 2:].any()
     with torch.no_grad():
@@ -250,8 +253,9 @@ def test_actions_are_drawn_as_they_should_be(uniform: bool) -> None:
     env = stages(8)
     policy = make_policy(env)
     with torch.no_grad():  # the same strong taste everywhere
-        policy.actor[0][2].weight.zero_()
-        policy.actor[0][2].bias.copy_(torch.tensor([2.0, 0.0, 1.0, -1.0]))
+        last: Any = policy.output_layer("actor")
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([2.0, 0.0, 1.0, -1.0]))
     rollout = roll(env, policy, 400, uniform=uniform)
     taste = torch.tensor([2.0, 0.0, 1.0, -1.0]).double().softmax(0)
     expected = torch.full((4,), 0.25).double() if uniform else taste

@@ -29,7 +29,7 @@ def episode(value: float, length: int = 5, deepest: int = 0, unlocked: tuple = (
 
 
 def with_episodes(*episodes: Episode) -> Rollout:
-    return rollout_of(rewards=torch.zeros(1, 1), episodes=list(episodes))  # type: ignore[arg-type]
+    return rollout_of(rewards=torch.zeros(1, 1), episodes=list(episodes))
 
 
 # ---------------------------------------------------------------- episodes
@@ -38,9 +38,9 @@ def with_episodes(*episodes: Episode) -> Rollout:
 def test_means_over_episodes_by_hand() -> None:
     stats = EpisodeStats(stages())
     assert stats.values() == {} and math.isnan(stats.score)
-    stats.add(with_episodes(episode(9.0, 20, 1, (0,)), episode(0.0, 32)))
+    stats.add(with_episodes(episode(9.0, 20, 1, (0,)), episode(18.0, 23, 2, (0, 1))))
     stats.add(with_episodes())
-    stats.add(with_episodes(episode(18.0, 23, 2, (0, 1))))
+    stats.add(with_episodes(episode(0.0, 32)))
     assert stats.values() == pytest.approx({
         "episode/return": 9.0, "episode/return_recent": 9.0, "episode/length": 25.0,
         "episode/count": 3.0, "episode/deepest_floor": 2.0, "episode/mean_deepest_floor": 1.0,
@@ -113,7 +113,7 @@ def test_episode_statistics_go_on_from_a_file() -> None:
 
 
 def routed(floors: Tensor, **gates: Tensor) -> Rollout:
-    return rollout_of(floors=floors, gates=gates)  # type: ignore[arg-type]
+    return rollout_of(floors=floors, gates=gates)
 
 
 def test_loads_by_floor_are_those_of_loops() -> None:
@@ -128,14 +128,13 @@ def test_loads_by_floor_are_those_of_loops() -> None:
         stats.add(routed(floors, one=room, two=room.roll(1, dims=2)))
         for t in range(steps):
             for n in range(3):
-                share = gates[t, n] / gates[t, n].sum()
-                sums[floors[t, n]] += share
+                sums[floors[t, n]] += gates[t, n] / gates[t, n].sum()
                 counts[floors[t, n]] += 1
     values = stats.values(3)
     for floor in range(4):
         for expert in range(3):
-            load = float(sums[floor, expert] / counts[floor])
-            assert values[f"router/floor_{floor}/one/expert_{expert}"] == pytest.approx(load)
+            mean_share = float(sums[floor, expert] / counts[floor])
+            assert values[f"router/floor_{floor}/one/expert_{expert}"] == pytest.approx(mean_share)
     assert not any("floor_4" in tag or "expert_3" in tag for tag in values)
     load = sums[:4].double() / counts[:4, None]
     load /= load.sum(dim=1, keepdim=True)

@@ -43,7 +43,7 @@ class Timeline:
         return rollout_of(
             floors=stamp, gates={"a": gates, "b": gates.flip(2)}, episodes=episodes,
             observations=torch.stack([stamp, -stamp], dim=2),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def best_of(ended: list[tuple[int, Episode]], keep: int) -> tuple[int, Episode] | None:
@@ -125,7 +125,7 @@ def test_deeper_beats_longer_and_longer_beats_shorter() -> None:
     def add(deepest: int, length: int) -> tuple[int, int]:
         episode = Episode(0, length - 1, 0.0, length, deepest, [])
         floors = torch.zeros(length, ENVS, dtype=torch.long)
-        traces.add(rollout_of(floors=floors, episodes=[episode]))  # type: ignore[arg-type]
+        traces.add(rollout_of(floors=floors, episodes=[episode]))
         assert traces.best is not None
         return traces.best.deepest, len(traces.best.floors)
 

@@ -26,7 +26,7 @@ class Picture(gymnasium.Env):
     observation_space = spaces.Box(0, 255, (5, 7, 3), np.uint8)
 
     def __init__(self, first: int = 0) -> None:
-        self.action_space = spaces.Discrete(3, start=np.int64(first))
+        self.first, self.action_space = first, spaces.Discrete(3, start=np.int64(first))
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
         super().reset(seed=seed)
@@ -37,7 +37,7 @@ class Picture(gymnasium.Env):
         assert self.action_space.contains(action), action
         self.steps += 1
         image = np.full((5, 7, 3), 100 + self.steps, np.uint8)
-        stops = action == self.action_space.start + 2
+        stops = action == self.first + 2
         return image, 0.5, bool(stops), self.steps == 5, {}
 
 
@@ -54,7 +54,7 @@ VECTOR, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
     """Ids of the environments above."""
-    made = {
+    made: dict[str, tuple[Any, dict[str, Any]]] = {
         "Picture-v0": (Picture, {}),
         "Shifted-v0": (Picture, {"first": 2}),
         "Continuous-v0": (Odd, {"shows": VECTOR, "takes": spaces.Box(-1, 1, (2,))}),
@@ -136,9 +136,10 @@ def test_shapes_types_and_spaces(name: str, device: str) -> None:
     assert isinstance(env, GymEnv) and env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert (env.num_envs, env.num_floors, env.achievements, env.max_return) == (2, 1, (), None)
     assert not env.resumable
-    shape, dtype, actions = ((4,), torch.float32, 2)
-    if name == "Picture-v0":
-        shape, dtype, actions = (5, 7, 3), torch.uint8, 3
+    kinds: dict[str, Any] = {
+        "CartPole-v1": ((4,), torch.float32, 2), "Picture-v0": ((5, 7, 3), torch.uint8, 3),
+    }  # fmt: skip
+    shape, dtype, actions = kinds[name]
     assert env.num_actions == actions
     first, _ = env.reset()
     following, reward, terminated, truncated, info = env.step(torch.zeros(2, dtype=torch.long))
@@ -306,7 +307,7 @@ class Lacking(gymnasium.Env):
 
 
 def test_a_lacking_package_is_named_in_one_line() -> None:
-    gymnasium.register("Lacking-v0", Lacking)
+    gymnasium.register("Lacking-v0", Lacking)  # type: ignore[arg-type]
     try:
         with pytest.raises(UserError, match="environment Lacking-v0: .*box2d") as caught:
             make_gym("Lacking-v0", 2)

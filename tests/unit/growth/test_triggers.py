@@ -179,7 +179,7 @@ def test_stage_fires_at_the_first_arrival_in_each_deeper_stage():
 
 def test_several_stages_at_once_are_one_growth():
     one = trigger("stage", limit=9)
-    assert asked(one, at_floors((1, 0.1, 0.1, 0), (1, 0.5, 0, 0), (1, 0, 0, 0.1))) == [64, 192]
+    assert asked(one, at_floors((1, 0.1, 0.1, 0), (1, 0.5, 0.5, 0), (1, 0, 0, 0.1))) == [64, 192]
 
 
 def test_stage_counts_more_than_its_share_between_two_asks():
