@@ -55,6 +55,9 @@ class ActorCritic(nn.Module):
         super().__init__()
         if encoder.hidden < 1:
             raise UserError(f"encoder: hidden={encoder.hidden} must be at least 1")
+        for place in encoder.place:
+            if place not in PLACES:
+                raise UserError(f"encoder: place={place} is unknown; use {', '.join(PLACES)}")
         make = {place: make_block if place in encoder.place else dense_block for place in PLACES}
         frames: Encoder = encoder.build(shape)
         features = frames.out_features

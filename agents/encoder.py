@@ -70,3 +70,14 @@ def orthogonal(layer: nn.Conv2d | nn.Linear, gain: float = math.sqrt(2)) -> nn.M
 def flat_features(layers: nn.Module, shape: tuple[int, ...]) -> int:
     """Outputs per sample of `layers` for observations of `shape`."""
     return layers(torch.zeros(1, *shape)).numel()
+
+
+def check_sizes(encoder: str, least: int = 1, **sizes: int | tuple[int, ...]) -> None:
+    """Refuse options, numbers or tuples of them, that hold less than `least`.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name, value in sizes.items():
+        if min(value if isinstance(value, tuple) else (value,), default=least) < least:
+            raise UserError(f"encoder {encoder}: {name}={value} must be at least {least}")

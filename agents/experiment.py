@@ -84,9 +84,17 @@ def check(config: Config) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(config, name)} is too small; use 1 or more")
     agent: Agent = config.method.build()
-    agent.make_block(config, config.updates * config.batch_size, config.seed)(
+    agent.make_block(config, _growing_steps(config), config.seed)(
         config.encoder.hidden, config.encoder.hidden, 1
     )
+
+
+def _growing_steps(config: Config) -> int:
+    """The run's length for plans, which count what falls due before it.
+
+    The last chance to grow comes one update before the end.
+    """
+    return (config.updates - 1) * config.batch_size + 1
 
 
 def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
@@ -100,7 +108,7 @@ def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
 def make_policy(config: Config, env: TorchVectorEnv, device: torch.device) -> ActorCritic:
     """The network of a run, as drawn from its seed."""
     agent: Agent = config.method.build()
-    steps = config.updates * config.batch_size
+    steps = _growing_steps(config)
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
         policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)

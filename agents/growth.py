@@ -17,8 +17,8 @@ def signals(env_steps: int, rollout: Rollout, num_floors: int, score: float) -> 
 
     `reached` counts the environments that were on a floor at any step of the rollout.
     """
-    floors = rollout.floors
-    reached = [(floors == floor).any(dim=0).float().mean().item() for floor in range(num_floors)]
+    there = [(rollout.floors == floor).any(dim=0) for floor in range(num_floors)]
+    reached = [int(envs.sum()) / len(envs) for envs in there]
     return Signals(step=env_steps, reached=tuple(reached), score=score)
 
 
@@ -33,7 +33,7 @@ def policy_shock(before: Outputs, after: Outputs, labels: Tensor | None) -> dict
     old = logits.log_softmax(dim=1)
     kl = (old.exp() * (old - new_logits.log_softmax(dim=1))).sum(dim=1).mean()
     change = (new_values - values).square().mean().sqrt()
-    return {"policy_kl": max(0.0, float(kl)), "value_change": float(change)}
+    return {"policy_kl": max(float(kl), 0.0), "value_change": float(change)}
 
 
 def sample(rollout: Rollout, count: int) -> Tensor:

@@ -85,6 +85,10 @@ class PPOSettings:
                 raise UserError(
                     f"--{name.replace('_', '-')} {value} is too small; use {smallest} or more"
                 )
+        for name in ("gamma", "gae_lambda"):
+            if getattr(self, name) > 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {getattr(self, name)} is too large; use 1 or less")
         if self.batch_size % self.minibatches:
             raise UserError(
                 f"--num-envs {self.num_envs} x --rollout-steps {self.rollout_steps} = "
@@ -201,6 +205,8 @@ def learn(
         loss.backward()
         limit = settings.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
+        if not torch.isfinite(norm):
+            raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
         optimizer.step()
         sums += torch.stack([*parts, norm.detach()])
     means = (sums / (settings.epochs * settings.minibatches)).tolist()

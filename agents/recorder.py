@@ -81,6 +81,7 @@ class Recorder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `_checkpoint` saved of this recorder."""
         self.curve = state["curve"]
+        self.began = (time.monotonic(), state["steps"])
         for part in ("episodes", "routing", "traces"):
             getattr(self, part).load_state_dict(state[part])
 
@@ -152,6 +153,7 @@ class Recorder:
             "env": self.env.state_dict(),
             "floors": rollout.next_floors,
             "recorder": {
+                "steps": update * self.config.batch_size,
                 "curve": self.curve,
                 "episodes": self.episodes.state_dict(),
                 "routing": self.routing.state_dict(),

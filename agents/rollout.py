@@ -95,9 +95,10 @@ def collect(
             out.gates[name][t] = layer.last_routing.gates
         observations, rewards, terminated, truncated, info = env.step(out.actions[t])
         out.rewards[t], out.dones[t] = rewards, terminated | truncated
-        if bool(truncated.any()):
-            cut_off = info["final_obs"][truncated]
-            out.rewards[t, truncated] += gamma * policy(env.unpack(cut_off))[1]
+        cut_off = truncated & ~terminated  # gymnasium's time limit may say both
+        if bool(cut_off.any()):
+            last = info["final_obs"][cut_off]
+            out.rewards[t, cut_off] += gamma * policy(env.unpack(last))[1]
         out.episodes += _finished(info, t)
         floors = info["floor"]
     out.next_observations, out.next_floors = observations, floors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import gymnasium
 import numpy as np
@@ -36,9 +36,12 @@ class GymEnv(TorchVectorEnv):
     ) -> None:
         self.name, self.num_envs, self.seed, self.resets = name, num_envs, seed, 0
         self.device = torch.device(device)
-        self.envs = gymnasium.make_vec(
-            name, num_envs, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
-        )
+        try:
+            self.envs = gymnasium.make_vec(
+                name, num_envs, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
+            )
+        except gymnasium.error.Error as error:  # unknown, or a package is lacking
+            raise UserError(f"environment {name}: {error}") from None
         self.single_observation_space = self.envs.single_observation_space
         self.observation_space = self.envs.observation_space
         self.single_action_space = self.envs.single_action_space
@@ -49,6 +52,7 @@ class GymEnv(TorchVectorEnv):
         shape = seen.shape or ()
         if not isinstance(seen, spaces.Box) or len(shape) not in (1, 3):
             self._refuse(f"it shows {seen}, and only vectors and images are supported")
+        self.first_action = int(acts.start)
         self.is_image = len(shape) == 3
         self.input_shape = (shape[2], shape[0], shape[1]) if self.is_image else tuple(shape)
         self.score = torch.zeros(num_envs)
@@ -68,7 +72,8 @@ class GymEnv(TorchVectorEnv):
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
         """One step of all environments with actions [N]."""
-        observations, reward, terminated, truncated, seen = self.envs.step(actions.cpu().numpy())
+        chosen = actions.cpu().numpy() + self.first_action
+        observations, reward, terminated, truncated, seen = self.envs.step(chosen)
         done = torch.from_numpy(terminated | truncated)
         self.score += torch.from_numpy(np.asarray(reward, dtype=np.float32))
         self.length += 1
@@ -117,7 +122,7 @@ class GymEnv(TorchVectorEnv):
         """A copy on the device: gymnasium reuses its arrays."""
         return torch.from_numpy(np.array(observations)).to(self.device)
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> NoReturn:
         self.envs.close()
         raise UserError(f"environment {self.name}: {why}")
 

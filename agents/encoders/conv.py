@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from agents.encoder import Encoder, flat_features, image_shape, orthogonal
+from agents.encoder import Encoder, check_sizes, flat_features, image_shape, orthogonal
 
 
 class Conv(Encoder, name="conv"):
@@ -29,6 +29,7 @@ class Conv(Encoder, name="conv"):
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
+        check_sizes("conv", channels=config.channels)
         widths = [image_shape("conv", shape, 27)[0], *[config.channels] * 3]
         self.layers = nn.Sequential()
         for before, after in pairwise(widths):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from agents.encoder import Encoder, flat_features, image_shape, orthogonal
+from agents.encoder import Encoder, check_sizes, flat_features, image_shape, orthogonal
 
 
 class Residual(nn.Module):
@@ -41,6 +41,8 @@ class Impala(Encoder, name="impala"):
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
+        check_sizes("impala", channels=config.channels)
+        check_sizes("impala", least=0, blocks=config.blocks)
         widths = [image_shape("impala", shape, 8)[0], *config.channels]
         self.layers = nn.Sequential()
         for before, after in pairwise(widths):

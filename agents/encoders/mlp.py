@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from agents.encoder import Encoder, orthogonal
+from agents.encoder import Encoder, check_sizes, orthogonal
 
 
 class MLP(Encoder, name="mlp"):
@@ -23,6 +23,7 @@ class MLP(Encoder, name="mlp"):
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
+        check_sizes("mlp", widths=config.widths)
         widths = [math.prod(shape), *config.widths]
         self.layers = nn.Sequential(nn.Flatten())
         for before, after in pairwise(widths):

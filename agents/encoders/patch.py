@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from agents.encoder import Encoder, flat_features, image_shape, orthogonal
+from agents.encoder import Encoder, check_sizes, flat_features, image_shape, orthogonal
 from dynmoe.errors import UserError
 
 
@@ -26,9 +26,10 @@ class Patch(Encoder, name="patch"):
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         super().__init__()
+        check_sizes("patch", channels=config.channels, mixed=config.mixed)
         channels, height, width = image_shape("patch", shape, 7)
         tile = config.tile or next((t for t in (10, 7) if not (height % t or width % t)), 0)
-        if tile < 1 or min(height, width) < tile:
+        if tile < 1 or height % tile or width % tile:
             raise UserError(
                 f"encoder patch: tile={config.tile} does not suit frames of {height}x{width}; set "
                 "--encoder.tile to a divisor of both"

@@ -14,11 +14,11 @@ class MoEStart(Agent, name="moe-start"):
     """The experts that DynamicMoE starts with (its "1 expert" baseline), and never more."""
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
-        """An MoE layer of g experts."""
+        """An MoE layer of g experts; it is drawn as DynamicMoE's is, room for more included."""
+        most = growth.most_experts(steps, tasks=1)
         generator = seeding.generator(seed, "moe-layers")
 
         def make(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
-            experts = growth.granularity
-            return growth.make_layer(dim_in, dim_out, hidden, experts, experts, generator)
+            return growth.make_layer(dim_in, dim_out, hidden, growth.granularity, most, generator)
 
         return make

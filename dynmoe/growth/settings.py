@@ -66,7 +66,7 @@ class GrowthSettings:
             raise UserError(
                 f"granularity {self.granularity} grows to {experts} experts, but the constant "
                 f"budget holds {hidden} hidden units and each expert needs at least one; use a "
-                "smaller --granularity, fewer growths or more --network.hidden"
+                "smaller --granularity, fewer growths or more hidden units"
             )
 
     def make_layer(

@@ -36,7 +36,7 @@ class PlateauTrigger(Trigger, name="plateau"):
         self.best, self.since, self.growths = -math.inf, 0, 0
 
     def fires(self, signals: Signals) -> bool:
-        """Whether the last gain, or growth, lies more than `patience` steps back.
+        """Whether the last gain, or growth, lies `patience` steps back or more.
 
         Raises:
             UserError: the loop gives no score.
@@ -58,7 +58,7 @@ class PlateauTrigger(Trigger, name="plateau"):
 
     def planned(self, steps: int, tasks: int) -> int:
         """As many as the limit and the clock allow."""
-        return min(self.limit, steps // self.patience)
+        return min(self.limit, max(0, steps - 1) // self.patience)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score, the step of the last gain or growth, and the growths made."""

@@ -12,17 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from envs import craftax_game, jax_setup
+
 FEW, FULL = 4, 2
 """environments of Craftax-Classic, and of Craftax, which takes thrice as long to compile"""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's cache is neither read nor written."""
-    folder = tmp_path_factory.mktemp("cache")
+    """The user's cache is neither read nor written, whatever ran before in this process."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = Path("/tmp/cx/tc")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.delenv("DYNMOE_CACHE", raising=False)
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        for function in (jax_setup.prepare, craftax_game.programs, craftax_game.view):
+            function.cache_clear()
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        jax_setup.prepare()
         yield folder
 
 

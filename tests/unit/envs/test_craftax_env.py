@@ -112,6 +112,7 @@ def test_worlds_depend_on_environment_and_episode_alone() -> None:
     flat = torch.cat(worlds)
     assert len(flat.unique(dim=0)) == 3 * FEW
     env.reset(seed=2)
+    env.step(torch.zeros(FEW, dtype=torch.long))
     for k in (1, 2):  # end one episode after another, the last environment's first
         for i in reversed(range(FEW)):
             kill(env, i)
@@ -121,9 +122,10 @@ def test_worlds_depend_on_environment_and_episode_alone() -> None:
 
 
 def kill(env: CraftaxVectorEnv, i: int, **fields: float) -> None:
-    """Let environment i die, or have other fields, in the coming step."""
+    """Let environment i die, or have other fields, in the coming step; not in an episode's first,
+    which begins in its world."""
     state = env.state_dict()
-    for name, value in (fields or {"player_health": -9}).items():
+    for name, value in (fields or {"player_health": 0}).items():
         state["state"][name][i] = value
     env.load_state_dict(state)
 
@@ -149,17 +151,18 @@ def test_statistics_and_achievements_start_anew() -> None:
     env = make(CLASSIC)
     env.reset(seed=0)
     nothing = torch.zeros(FEW, dtype=torch.long)
+    env.step(nothing)
     kill(env, 2, **{"inventory.sapling": 1})
     info = env.step(torch.full((FEW,), 10))[4]  # place the sapling
     placed = env.achievements.index("place_plant")
     assert info["achievements"][:, placed].tolist() == [i == 2 for i in range(FEW)]
-    assert info["episode"]["r"][2] >= 0.9
+    assert info["episode"]["r"].tolist() == [float(i == 2) for i in range(FEW)]
     kill(env, 2)
     info = env.step(nothing)[4]
     assert info["_episode"].tolist() == [i == 2 for i in range(FEW)]
-    assert info["achievements"][2, placed] and info["episode"]["r"][2] < 0.9  # for the lost health
+    assert info["achievements"][2, placed] and info["episode"]["r"][2] == 1
     info = env.step(nothing)[4]
-    assert not info["achievements"][2].any() and info["episode"]["r"][2].abs() < 0.2
+    assert not info["achievements"][2].any() and info["episode"]["r"][2] == 0
 
 
 def test_floors() -> None:
@@ -167,6 +170,7 @@ def test_floors() -> None:
     env = make(CRAFTAX)
     env.reset(seed=0)
     nothing = torch.zeros(FULL, dtype=torch.long)
+    env.step(nothing)
     for floor, deepest in ((3, 3), (1, 3), (4, 4)):
         kill(env, 1, player_level=floor)
         info = env.step(nothing)[4]
