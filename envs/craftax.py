@@ -293,8 +293,10 @@ class _Worlds:
             wanted = np.isin(missing, rows)
             some = np.concatenate([missing[wanted], missing[~wanted]])[:k]
             block = _padded(some, k)
-            new = self.programs.make(self.key, block, self.episodes[block].astype(np.int32))
-            self.worlds = self.programs.store(self.worlds, new, block, np.int32(len(some)))
+            episodes = self.episodes[block].astype(np.int32)
+            self.worlds = self.programs.make(
+                self.worlds, self.key, block, episodes, np.int32(len(some))
+            )
             self.there[some] = True
         return not before
 

@@ -63,7 +63,7 @@ class Facts(NamedTuple):
 class Programs(NamedTuple):
     """Compiled for N environments, with k worlds made at a time.
 
-    `step` and `store` take their first argument's memory; all that they return is new.
+    Both take their first argument's memory; all that they return is new.
     """
 
     step: Callable[..., tuple[Carry, dict[str, Array]]]
@@ -77,9 +77,8 @@ class Programs(NamedTuple):
     achievements  [N, A] bool
     """
     make: Callable[..., State]
-    """(key [2] uint32, environments [k] int32, their episodes [k] int32) -> k worlds"""
-    store: Callable[..., State]
-    """(N worlds, k new worlds, rows [k] int32, count [] int32) -> N worlds"""
+    """(N worlds, key [2] uint32, rows [k] int32, episodes [k] int32, count [] int32) -> N worlds;
+    those of the first `count` of `rows` are made, for these environments' given episodes"""
     carry: Carry
     """shapes and types of a carry, as jax.ShapeDtypeStruct"""
     k: int
@@ -192,22 +191,20 @@ def _names(achievements: Any) -> list[str]:
 
 def _build(classic: bool, n: int, k: int) -> tuple[dict[str, Program], dict[str, Any]]:
     """All programs but the views, and the facts."""
-    rules, one = game(classic), _spec((), np.int32)
-    worlds, new, key = _states(classic, n), _states(classic, k), _spec((2,), np.uint32)
+    one, key = _spec((), np.int32), _spec((2,), np.uint32)
     block, every = _spec((k,), np.int32), _spec((n,), np.int32)
+    worlds = _states(classic, n)
     carry = {
         "state": worlds,
         "step": _spec((), np.uint32),
         "returns": _spec((n,), np.float32),
         "deepest": every,
     }
-    make = functools.partial(_make, rules)
-    step = functools.partial(_step, classic)
+    step, make = (functools.partial(f, classic) for f in (_step, _make))
     return {
         "step": Program(step, (carry, worlds, every, one, every, key, one), donate=True),
-        "make": Program(make, (key, block, block)),
-        "store": Program(_store, (worlds, new, block, one), donate=True),
-    }, rules.facts._asdict()
+        "make": Program(make, (worlds, key, block, block, one), donate=True),
+    }, game(classic).facts._asdict()
 
 
 def _build_view(classic: bool, n: int, what: str) -> Program:
@@ -247,12 +244,14 @@ def _upstream_frames(package: str) -> Callable[[Tree], Array]:
         renderer.load_all_textures = load
 
 
-def _make(rules: Game, key: Array, environments: Array, episodes: Array) -> State:
+def _make(
+    classic: bool, worlds: State, key: Array, rows: Array, episodes: Array, count: Array
+) -> State:
     import jax
 
-    fold = jax.random.fold_in
-    make = jax.vmap(lambda i, episode: rules.make(fold(fold(key, episode), i)))
-    return _by_name(make(environments, episodes))
+    fold, make = jax.random.fold_in, game(classic).make
+    new = jax.vmap(lambda i, episode: make(fold(fold(key, episode), i)))(rows, episodes)
+    return _copy(worlds, _by_name(new), jax.numpy.arange(len(rows)), rows, count)
 
 
 def _step(
@@ -290,12 +289,6 @@ def _step(
         "counts": jnp.stack([state.timestep, deepest, jnp.where(done, 0, floor)]),
         "achievements": state.achievements,
     }
-
-
-def _store(worlds: State, new: State, rows: Array, count: Array) -> State:
-    import jax
-
-    return _copy(worlds, new, jax.numpy.arange(len(rows)), rows, count)
 
 
 def _start(carry: Carry, worlds: State, rows: Array, count: Array) -> Carry:
