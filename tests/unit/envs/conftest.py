@@ -24,7 +24,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    folder = Path("/tmp/cx/tc")
+    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.delenv("DYNMOE_CACHE", raising=False)

@@ -75,6 +75,7 @@ def build_square(calls: list[int]) -> Any:
 
     def build() -> tuple[dict[str, Program], dict[str, Any]]:
         calls.append(1)
+        print("loading textures")
         like = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
         return {
             "square": Program(lambda tree: {"y": tree["x"] ** 2}, (like,)),
@@ -84,7 +85,7 @@ def build_square(calls: list[int]) -> Any:
     return build
 
 
-def test_programs_are_kept() -> None:
+def test_programs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     import jax
 
     calls: list[int] = []
@@ -101,6 +102,7 @@ def test_programs_are_kept() -> None:
     jax_setup.load("Square Game", ["envs.debug"], place, build_square(calls))  # another source
     jax_setup.load("Square Games", ["envs.make"], place, build_square(calls))  # another name
     assert calls == [1, 1, 1]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_program_with_other_settings_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
