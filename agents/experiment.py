@@ -31,13 +31,15 @@ from envs.vector import TorchVectorEnv
 
 def run_all(preset: str, config: Config) -> None:
     """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
+    names = [config.method.part.name, *config.compare]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--compare {' '.join(config.compare)}: each method once, its own not at all"
+        )
     others = [registry.get("agent", name).Config() for name in config.compare]
     summaries: dict[str, dict[str, Any]] = {}
     folders: list[Path] = []
-    for method in (config.method, *others):
-        name = method.part.name
-        if name in summaries:
-            raise UserError(f"--compare {name}: that is the method itself, or named twice")
+    for name, method in zip(names, (config.method, *others), strict=True):
         own_name = f"{config.name}-{name}" if config.name and folders else config.name
         folder, summary = run_training(preset, replace(config, method=method, name=own_name))
         folders.append(folder)
