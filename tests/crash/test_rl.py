@@ -179,7 +179,7 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
         ("--budget.mode constant --encoder.hidden 1", "budget"),
         ("--probe-every 0", "--probe-every 0 is too small"),
         ("--device cuda:99", "device 'cuda:99' is not there"),
-        ("--compare dynamicmoe", "each method once"),
+        ("--compare dynamicmoe", "name each method once"),
         ("--evaluate nowhere", "no run of this command there"),
         ("--method dynamicmo", "Did you mean 'dynamicmoe'"),
     ],
