@@ -65,7 +65,8 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
     check(config)
     with Run("rl", preset, config, label=f"{config.method.part.name}-{config.env}") as run:
         if run.summary is None:
-            env = make_env(config, run.device)
+            with seeding.kept():
+                env = make_env(config, run.device)
             try:
                 run.finish(_train(run, config, env))
             finally:

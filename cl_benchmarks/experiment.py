@@ -133,7 +133,8 @@ def make_strategy(
     """Avalanche's strategy over all that."""
     with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
         warnings.simplefilter("ignore")
-        from cl_benchmarks.strategy import StreamStrategy
+        with seeding.kept():
+            from cl_benchmarks.strategy import StreamStrategy
 
         return StreamStrategy(
             model=training.model,

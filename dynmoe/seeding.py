@@ -33,6 +33,19 @@ def seeded(seed: int, *keys: str | int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def kept() -> Iterator[None]:
+    """Leave the global generators as they are, whatever happens inside.
+
+    Some libraries draw numbers as they are imported; a run that is resumed imports them later.
+    """
+    state = global_state()
+    try:
+        yield
+    finally:
+        load_global_state(state)
+
+
 def seed_global(seed: int) -> None:
     """Seed the global generators of python, numpy and torch, for library code that uses them."""
     import numpy as np

@@ -16,6 +16,7 @@ from dynmoe.seeding import (
     derive,
     generator,
     global_state,
+    kept,
     load_global_state,
     seed_global,
     seeded,
@@ -80,3 +81,18 @@ def test_global_state_through_a_checkpoint_file() -> None:
     assert [_draws() for _ in range(3)] == expected
     seed_global(3)
     assert _draws() == first
+
+
+def test_kept_leaves_the_global_generators_as_they_were() -> None:
+    seed_global(3)
+    before = global_state()
+    with kept():
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        assert global_state()["python"] != before["python"]
+    after = global_state()
+    assert after["python"] == before["python"]
+    assert torch.equal(after["torch"], before["torch"])
+    assert torch.equal(after["numpy"][1], before["numpy"][1])
+    assert after["numpy"][2:] == before["numpy"][2:]
