@@ -33,9 +33,7 @@ def run_all(preset: str, config: Config) -> None:
     """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
     names = [config.method.part.name, *config.compare]
     if len(set(names)) < len(names):
-        raise UserError(
-            f"--compare {' '.join(config.compare)}: each method once, its own not at all"
-        )
+        raise UserError(f"--compare {' '.join(config.compare)}: name each method once, others only")
     others = [registry.get("agent", name).Config() for name in config.compare]
     summaries: dict[str, dict[str, Any]] = {}
     folders: list[Path] = []

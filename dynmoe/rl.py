@@ -19,7 +19,7 @@ pixels of Craftax. Results, curves and the router figure go to runs/rl/NAME/seed
 
 Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on one CPU core, and the first time a
 minute of compilation; smoke, seconds; craftax (full Craftax, a million steps), an hour by
-estimate; paper (1e9 steps, 1024 environments), 130 days of one core by measured rate: meant for a GPU."""
+estimate; paper (1e9 steps, 1024 environments), 130 days of one core: meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
