@@ -29,6 +29,7 @@ def build(place: tuple[str, ...], tail: bool = False, make_block: Any = None) ->
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("place", SUBSETS, ids=str)
 def test_moe_layers_stand_where_they_are_asked_for(place: tuple[str, ...], tail: bool) -> None:
+    torch.manual_seed(0)  # a tail of three units may be dead on seven inputs
     policy = build(place, tail)
     layers = {
         name: (layer.router.weight.shape[1], layer.bank.output_weight().shape[0])
