@@ -24,6 +24,7 @@ from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.surgery import match_shapes
+from dynmoe.memory import keep_freed_memory
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 from envs.vector import TorchVectorEnv
@@ -61,8 +62,11 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
         the run's folder and its summary.
     """
     check(config)
+    kept = keep_freed_memory()
     with Run("rl", preset, config, label=f"{config.method.part.name}-{config.env}") as run:
         if run.summary is None:
+            if run.restored is None:
+                run.log.event(0, "memory", {"freed_memory_is_kept": kept})
             with seeding.kept():
                 env = make_env(config, run.device)
             try:

@@ -113,7 +113,7 @@ class Recorder:
         values; both on observations of the rollout.
         """
         index = sample(rollout, self.config.probe_samples)
-        inputs = self.policy_input(rollout, index)
+        inputs = self._inputs(rollout, index)
         gains = advantages(rollout, self.config.gamma, self.config.gae_lambda)
         returns = (gains + rollout.values).flatten()[index].unsqueeze(1)
         actions = rollout.actions.flatten()[index]
@@ -127,7 +127,7 @@ class Recorder:
             values |= {f"{head}/{tag}": value for tag, value in measure_all(probe).items()}
         return values
 
-    def policy_input(self, rollout: Rollout, index: Tensor) -> Tensor:
+    def _inputs(self, rollout: Rollout, index: Tensor) -> Tensor:
         """Float inputs [B, ...] of the network for samples of the flattened rollout."""
         return as_input(self.env.unpack(rollout.observations.flatten(0, 1)[index]))
 
@@ -137,7 +137,7 @@ class Recorder:
             return
         seen = signals(steps, rollout, self.env.num_floors, self.episodes.score)
         index = sample(rollout, self.config.probe_samples)
-        event = self.controller.step(seen, lambda: (self.policy_input(rollout, index), None))
+        event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:
             self.run.log.event(steps, "growth", asdict(event))
             shock = {f"growth/{name}": value for name, value in event.shock.items()}

@@ -17,6 +17,7 @@ from dynmoe.device import resolve
 from dynmoe.errors import UserError
 from dynmoe.files import write_json
 from dynmoe.growth.surgery import match_shapes
+from dynmoe.memory import keep_freed_memory
 from dynmoe.progress import ProgressLine
 
 
@@ -24,6 +25,7 @@ def run_evaluation(config: Config) -> None:
     """Play with a trained agent (`config.evaluate`); print a table, draw, and write the video."""
     assert config.evaluate is not None
     folder, trained, state = _find(config.evaluate)
+    keep_freed_memory()
     device = resolve(config.device)
     env = make_env(trained, device)
     policy = make_policy(trained, env, device)

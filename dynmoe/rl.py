@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from agents.settings import Config
 from dynmoe.config import parse, run_command
-from dynmoe.memory import keep_freed_memory
 from dynmoe.registry import get
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
@@ -69,7 +68,6 @@ def presets() -> dict[str, Config]:
 def main(argv: list[str]) -> None:
     """Read the command line; train, or play with what was trained."""
     preset, config = parse(presets(), argv, "python -m dynmoe.rl", DESCRIPTION)
-    keep_freed_memory()
     if config.evaluate is not None:
         from agents.replay import run_evaluation
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from crash_helpers import assert_same, exit_code
 
 from cl_benchmarks.recorder import Recorder
 from dynmoe import checkpoint, cl
@@ -55,29 +55,7 @@ def _folder(runs: Path) -> Path:
 
 
 def _exit_code(argv: list[str]) -> int:
-    """Run the command in this process."""
-    try:
-        run_command(cl.main, argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def _assert_same(one: Any, two: Any, where: str = "") -> None:
-    """Equal in every tensor and value, however deep."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == two.dtype and torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            _assert_same(one[key], two[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            _assert_same(a, b, f"{where}/{i}")
-    else:
-        assert one == two, where
+    return exit_code(cl.main, argv)
 
 
 def _assert_same_run(one: Path, two: Path) -> None:
@@ -85,7 +63,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
     assert last[0] is not None and last[0]["state"]["strategy"]["model"]
-    _assert_same(last[0], last[1])
+    assert_same(last[0], last[1])
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from crash_helpers import assert_same, error_line, exit_code
 
 from agents.recorder import Recorder
 from dynmoe import checkpoint, rl
-from dynmoe.config import run_command
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -52,37 +51,7 @@ def _folder(runs: Path) -> Path:
 
 
 def _exit_code(argv: list[str]) -> int:
-    """Run the command in this process."""
-    try:
-        run_command(rl.main, argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def _error(err: str) -> str:
-    """The one error line of a command's stderr."""
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
-
-
-def _assert_same(one: object, two: object, where: str = "") -> None:
-    """Equal in every tensor and value, however deep."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert isinstance(two, torch.Tensor)
-        assert one.dtype == two.dtype and torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert isinstance(two, dict) and one.keys() == two.keys(), where
-        for key in one:
-            _assert_same(one[key], two[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple):
-        assert isinstance(two, list | tuple) and len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            _assert_same(a, b, f"{where}/{i}")
-    else:
-        assert one == two or one != one, where
+    return exit_code(rl.main, argv)
 
 
 def _assert_same_run(one: Path, two: Path) -> None:
@@ -94,7 +63,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
     last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
     assert last[0] is not None and last[0]["state"]["policy"]
-    _assert_same(last[0], last[1])
+    assert_same(last[0], last[1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,6 +85,8 @@ def test_stopped_after_every_update(
     assert sessions == 8 + 1
     whole = _folder(tmp_path / "whole")
     _assert_same_run(whole, _folder(tmp_path / "cut"))
+    first = json.loads((whole / "log.jsonl").read_text().split("\n")[0])
+    assert first["event"] == "memory" and isinstance(first["freed_memory_is_kept"], bool)
     grown = len(json.loads((whole / "summary.json").read_text())["growth"])
     assert grown == {"every": 4, "constant": 2, "plateau": 2, "dense": 0, "random": 0}.get(case, 1)
 
@@ -130,7 +101,7 @@ def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    advice = shlex.split(_error(err).split("go on with: ")[1])
+    advice = shlex.split(error_line(err).split("go on with: ")[1])
     assert advice == ["python", "-m", "dynmoe.rl", *command[3:], "--resume"]
     assert _exit_code(advice[3:]) == 0
     _assert_same_run(_folder(tmp_path / "whole"), _folder(tmp_path / "cut"))
@@ -188,7 +159,7 @@ def test_user_errors(
     flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _exit_code(_argv(tmp_path, flags)) == 2
-    assert message in _error(capsys.readouterr().err)
+    assert message in error_line(capsys.readouterr().err)
 
 
 def test_an_encoder_for_images_refuses_vectors(
@@ -196,14 +167,14 @@ def test_an_encoder_for_images_refuses_vectors(
 ) -> None:
     argv = f"--env Identity-v0 --encoder conv --runs-dir {tmp_path}".split()
     assert _exit_code(argv) == 2
-    assert "use --encoder mlp" in _error(capsys.readouterr().err)
+    assert "use --encoder mlp" in error_line(capsys.readouterr().err)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _exit_code(_argv(tmp_path, "--lr 1e38 --max-grad-norm 0")) == 3
-    assert "a smaller --lr" in _error(capsys.readouterr().err)
+    assert "a smaller --lr" in error_line(capsys.readouterr().err)
 
 
 def test_evaluation_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +191,7 @@ def test_evaluation_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     newest.write_bytes(newest.read_bytes()[:-9])
     capsys.readouterr()
     assert _exit_code(["--evaluate", str(newest)]) == 4
-    assert "damaged" in _error(capsys.readouterr().err)
+    assert "damaged" in error_line(capsys.readouterr().err)
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash_helpers import error_line, exit_code
 from PIL import Image
 
 from dynmoe import checkpoint, cl, files
@@ -40,18 +41,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(flags: str, *more: str) -> int:
     """Run the command in this process; its exit code."""
-    try:
-        run_command(cl.main, [*SMALL.split(), *flags.split(), *more])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def _error(err: str) -> str:
-    """The one error line of a command's stderr."""
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+    return exit_code(cl.main, [*SMALL.split(), *flags.split(), *more])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +88,7 @@ def test_bad_settings(
 ) -> None:
     assert _run(f"--name x --runs-dir {tmp_path}", *flags.split()) == 2
     out, err = capsys.readouterr()
-    assert message in _error(err)
+    assert message in error_line(err)
     assert out == ""
 
 
@@ -132,13 +122,13 @@ def test_missing_cuda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     count = torch.cuda.device_count()
     device = f"cuda:{count}" if count else "cuda"  # the first that is not there
     assert _run(f"--runs-dir {tmp_path} --device {device}") == 2
-    assert f"torch sees {count} CUDA devices" in _error(capsys.readouterr().err)
+    assert f"torch sees {count} CUDA devices" in error_line(capsys.readouterr().err)
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert _run(f"--runs-dir {tmp_path / 'file'}") == 2
-    assert "use another --runs-dir" in _error(capsys.readouterr().err)
+    assert "use another --runs-dir" in error_line(capsys.readouterr().err)
 
 
 def _tiny_imagenet(root: Path) -> Path:
@@ -160,23 +150,23 @@ def test_folders_and_files_of_a_data_set(
     flags = f"--runs-dir {tmp_path} --dataset tiny-imagenet --dataset.data-dir"
 
     assert _run(f"{flags} {tmp_path / 'nowhere'}") == 2
-    assert f"not found in {tmp_path / 'nowhere'}" in _error(capsys.readouterr().err)
+    assert f"not found in {tmp_path / 'nowhere'}" in error_line(capsys.readouterr().err)
 
     assert _run(f"{flags} {tree / 'train'}") == 2
-    message = _error(capsys.readouterr().err)
+    message = error_line(capsys.readouterr().err)
     assert "expected 200 class folders" in message and f"Did you mean {tree}?" in message
 
     broken = tree / "train" / "n00000123" / "0.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])
     assert _run(f"{flags} {tree}") == 2
-    assert f"cannot read image {broken}: " in _error(capsys.readouterr().err)
+    assert f"cannot read image {broken}: " in error_line(capsys.readouterr().err)
 
 
 def test_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(cl.presets()["smoke"], name="x", runs_dir=tmp_path)
     with Run("cl", "smoke", config):
         assert _run(f"--name x --runs-dir {tmp_path}") == 2
-    assert f"is in use by process {os.getpid()}" in _error(capsys.readouterr().err)
+    assert f"is in use by process {os.getpid()}" in error_line(capsys.readouterr().err)
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -185,7 +175,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert (
         _run(f"--name x --runs-dir {tmp_path} --optimizer sgd --lr 1e30 --weight-decay 1e30") == 3
     )
-    assert "is no longer finite at step 1" in _error(capsys.readouterr().err)
+    assert "is no longer finite at step 1" in error_line(capsys.readouterr().err)
     assert not checkpoint.exists(tmp_path / "cl" / "x" / "seed-0" / "checkpoints")
 
 
@@ -195,17 +185,17 @@ def test_not_finite_loss_then_another_setting(
     """The checkpoint before it is kept, and belongs to those settings only."""
     flags = f"--name x --runs-dir {tmp_path}"
     assert _run(f"{flags} --optimizer sgd --lr 1e30") == 3
-    message = _error(capsys.readouterr().err)
+    message = error_line(capsys.readouterr().err)
     assert "the loss is nan in task 1, epoch 1, batch 2" in message and "--lr" in message
     folder = tmp_path / "cl" / "x" / "seed-0"
     assert checkpoint.load_latest(folder / "checkpoints")["step"] == 1  # type: ignore[index]
     assert not (folder / "summary.json").exists()
 
     assert _run(f"{flags} --optimizer sgd --lr 1e30") == 2
-    assert "holds an unfinished run; go on with --resume" in _error(capsys.readouterr().err)
+    assert "holds an unfinished run; go on with --resume" in error_line(capsys.readouterr().err)
 
     assert _run(f"{flags} --resume --optimizer sgd --router topk --network.width 25") == 2
-    message = _error(capsys.readouterr().err)
+    message = error_line(capsys.readouterr().err)
     for line in ("lr: 1e+30 -> 0.001", "network.width: 24 -> 25", "router.part: cosine -> topk"):
         assert line in message
     assert "resume: " not in message  # says how a run is kept, not what it is
@@ -232,7 +222,7 @@ def test_disk_full(
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", open_on_full_disk, raising=False)
         assert _run(flags) == 4
-    message = _error(capsys.readouterr().err)
+    message = error_line(capsys.readouterr().err)
     assert "disk full: writing step-000000005.pt" in message and "MB are free" in message
     assert not list(folder.rglob("*.tmp"))
     assert checkpoint.load_latest(folder / "checkpoints")["step"] == 4  # type: ignore[index]
@@ -259,7 +249,9 @@ def test_real_processes(tmp_path: Path) -> None:
 
     unknown = start("--router", "cosin")
     assert unknown.returncode == 2 and unknown.stdout == ""
-    assert unknown.stderr.count("\n") == 1 and "Did you mean 'cosine'?" in _error(unknown.stderr)
+    assert unknown.stderr.count("\n") == 1 and "Did you mean 'cosine'?" in error_line(
+        unknown.stderr
+    )
     diverged = start("--optimizer", "sgd", "--lr", "1e30")
     assert diverged.returncode == 3 and diverged.stdout == ""
-    assert diverged.stderr.count("\n") == 1 and "checkpoint is kept" in _error(diverged.stderr)
+    assert diverged.stderr.count("\n") == 1 and "checkpoint is kept" in error_line(diverged.stderr)

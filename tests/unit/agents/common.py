@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
-from torch import Tensor
+from torch import Tensor, nn
 
 import agents.methods.dynamicmoe
 from agents.actor_critic import ActorCritic, MakeBlock, dense_block
@@ -83,10 +85,12 @@ class Counter(TorchVectorEnv):
         return observations
 
     def state_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
+        names = ("steps", "length", "score", "episode")
+        return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        vars(self).update(copy.deepcopy(state))
+        return self._observe()
 
     def _observe(self) -> Tensor:
         steps = torch.full((self.num_envs,), float(self.steps))
@@ -177,3 +181,18 @@ def rollout_of(**fields: Any) -> Rollout:
         "episodes": [],
     }
     return Rollout(**whole | fields)
+
+
+def dice(seed: int = 0) -> torch.Generator:
+    """A seeded generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def changed(**changes: Any) -> PPOSettings:
+    """SMALL with other values."""
+    return replace(SMALL, **changes)
+
+
+def weights(policy: nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for p in policy.parameters()]

@@ -1,420 +1,37 @@
-"""PPO against the plainest code for it, and on games that it must learn."""
+"""PPO's training loop: what repeats, what goes on after a stop, and games that it must learn."""
 
 from __future__ import annotations
 
-import copy
 import io
 import math
-from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
-from common import SMALL, Counter, Silent, make_policy, moe_blocks, rollout_of, run, stages
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from common import (
+    SMALL,
+    Counter,
+    Silent,
+    changed,
+    make_policy,
+    moe_blocks,
+    run,
+    stages,
+    weights,
+)
 from torch import Tensor, nn
 
 from agents.actor_critic import ActorCritic, dense_block
 from agents.ppo import (
     PPOSettings,
     UpdateStats,
-    learn,
-    minibatches,
-    ppo_loss,
     set_learning_rate,
     train,
 )
-from agents.rollout import Rollout, advantages, collect
+from agents.rollout import Rollout
 from dynmoe import seeding
-from dynmoe.errors import NumericError, UserError
-from dynmoe.moe.layer import moe_layers
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv
-
-Batch = dict[str, Tensor]
-
-
-def dice(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def changed(**changes: Any) -> PPOSettings:
-    return replace(SMALL, **changes)
-
-
-def weights(policy: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in policy.parameters()]
-
-
-# ---------------------------------------------------------------- the loss
-
-
-def make_batch(
-    size: int, actions: int, seed: int, spread: float = 1.0
-) -> tuple[Tensor, Tensor, Batch]:
-    """(logits, values, batch) in float32; `spread` says how far the policy has moved."""
-    g = dice(seed)
-    old = torch.randn(size, actions, generator=g)
-    chosen = torch.multinomial(old.softmax(1), 1, generator=g).squeeze(1)
-    values, returns, gains = torch.randn(3, size, generator=g).unbind()
-    batch = {
-        "actions": chosen,
-        "log_probs": old.log_softmax(1)[range(size), chosen],
-        "values": values,
-        "gains": 3 * gains + 1,
-        "returns": returns,
-    }
-    logits = old + spread * torch.randn(size, actions, generator=g)
-    return logits, values + spread * torch.randn(size, generator=g), batch
-
-
-def naive_loss(
-    logits: Tensor, values: Tensor, batch: Batch, s: PPOSettings
-) -> tuple[float, list[float]]:
-    """The paper's formulas sample by sample, in Python's floats."""
-    size = len(values)
-    gains = batch["gains"].tolist()
-    if s.normalise_advantage and size > 1:
-        mean = sum(gains) / size
-        deviation = math.sqrt(sum((g - mean) ** 2 for g in gains) / (size - 1))
-        gains = [(g - mean) / deviation for g in gains]
-    policy = value = entropy = kl = share = 0.0
-    for i in range(size):
-        row = [math.exp(x) for x in logits[i].tolist()]
-        p = [x / sum(row) for x in row]
-        ratio = p[int(batch["actions"][i])] / math.exp(float(batch["log_probs"][i]))
-        clipped = min(max(ratio, 1 - s.clip), 1 + s.clip)
-        policy -= min(ratio * gains[i], clipped * gains[i]) / size
-        new, old, target = (float(x[i]) for x in (values, batch["values"], batch["returns"]))
-        error = (new - target) ** 2
-        if s.clip_value:
-            error = max(error, (old + min(max(new - old, -s.clip), s.clip) - target) ** 2)
-        value += error / 2 / size
-        entropy -= sum(q * math.log(q) for q in p) / size
-        kl += (ratio - 1 - math.log(ratio)) / size
-        share += (clipped != ratio) / size
-    loss = policy + s.value_weight * value - s.entropy * entropy
-    return loss, [policy, value, entropy, kl, share]
-
-
-@settings(deadline=None, max_examples=80)
-@given(
-    st.integers(1, 9),
-    st.integers(2, 6),
-    st.integers(0, 10**6),
-    st.sampled_from([0.01, 0.5, 2.0]),
-    st.sampled_from([0.05, 0.2, 0.7]),
-    st.booleans(),
-    st.booleans(),
-)
-def test_loss_is_that_of_loops(
-    size: int, actions: int, seed: int, spread: float, clip: float, clips_value: bool, scales: bool
-) -> None:
-    logits, values, batch = make_batch(size, actions, seed, spread)
-    s = changed(clip=clip, clip_value=clips_value, normalise_advantage=scales, entropy=0.3,
-                value_weight=0.7)  # fmt: skip
-    loss, parts = ppo_loss(logits, values, batch, s)
-    expected_loss, expected = naive_loss(logits, values, batch, s)
-    assert float(loss) == pytest.approx(expected_loss, rel=1e-4, abs=1e-5)
-    assert [float(p) for p in parts] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-
-
-def test_gradient_is_the_policy_gradient_where_nothing_has_changed() -> None:
-    logits, values, batch = make_batch(32, 5, 0, spread=0.0)
-    logits.requires_grad_(True)
-    s = changed(entropy=0.0, value_weight=0.0, normalise_advantage=False)
-    loss, parts = ppo_loss(logits, values, batch, s)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    chosen = logits.log_softmax(1)[range(32), batch["actions"]]
-    (expected,) = torch.autograd.grad(-(batch["gains"] * chosen).mean(), logits)
-    torch.testing.assert_close(gradient, expected)
-    assert float(parts[3]) == pytest.approx(0, abs=1e-6) and float(parts[4]) == 0
-    assert not any(part.requires_grad for part in parts)
-
-
-@pytest.mark.parametrize("gain", [2.0, -2.0])
-@pytest.mark.parametrize("step", [-1.0, -0.1, 0.1, 1.0])
-def test_no_gradient_beyond_the_clip_and_a_full_one_on_the_way_back(
-    gain: float, step: float
-) -> None:
-    """Pessimism: a ratio that has moved too far in the direction of the gain earns nothing more."""
-    logits = torch.tensor([[step, 0.0]], requires_grad=True)
-    batch = {name: torch.zeros(1) for name in ("values", "returns")}
-    batch |= {"actions": torch.tensor([0]), "gains": torch.tensor([gain])}
-    batch["log_probs"] = torch.tensor([math.log(0.5)])
-    s = changed(entropy=0.0, value_weight=0.0)
-    (gradient,) = torch.autograd.grad(ppo_loss(logits, torch.zeros(1), batch, s)[0], logits)
-    too_far = step * gain > 0 and abs(step) == 1.0  # ratio 1.46 or 0.54, and gaining
-    assert bool((gradient == 0).all()) == too_far
-
-
-def test_value_may_not_run_ahead() -> None:
-    """Beyond the clip there is no gradient towards the return, but one back to it."""
-    batch = make_batch(4, 3, 0)[2] | {
-        "values": torch.zeros(4), "returns": torch.tensor([5.0, 5.0, -5.0, 0.5]),
-    }  # fmt: skip
-    values = torch.tensor([1.0, 0.1, 1.0, 1.0], requires_grad=True)
-    s = changed(clip=0.2, value_weight=1.0, entropy=0.0)
-    logits = torch.zeros(4, 3)
-    (gradient,) = torch.autograd.grad(ppo_loss(logits, values, batch, s)[0], values)
-    torch.testing.assert_close(gradient, torch.tensor([0.0, -4.9, 6.0, 0.5]) / 4)
-    free = changed(clip_value=False, value_weight=1.0, entropy=0.0)
-    (gradient,) = torch.autograd.grad(ppo_loss(logits, values, batch, free)[0], values)
-    torch.testing.assert_close(gradient, torch.tensor([-4.0, -4.9, 6.0, 0.5]) / 4)
-
-
-def test_advantages_are_scaled_within_the_minibatch() -> None:
-    logits, values, batch = make_batch(16, 4, 3)
-    moved = batch | {"gains": 100 * batch["gains"] - 7}
-    one, other = (ppo_loss(logits, values, b, SMALL)[0] for b in (batch, moved))
-    torch.testing.assert_close(one, other)
-    plain = changed(normalise_advantage=False)
-    one, other = (ppo_loss(logits, values, b, plain)[0] for b in (batch, moved))
-    assert not torch.isclose(one, other)
-    same = batch | {"gains": torch.full((16,), 3.0)}  # no deviation to divide by
-    assert torch.isfinite(ppo_loss(logits, values, same, SMALL)[0])
-
-
-def test_entropy_and_kl_of_known_distributions() -> None:
-    """The mean over the old policy's samples of Schulman's estimator is KL(old || new)."""
-    old, new = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.2, 0.3, 0.5])
-    actions = torch.tensor([0, 0, 1, 2])  # as often as `old` has them
-    batch = make_batch(4, 3, 0)[2] | {"actions": actions, "log_probs": old.log()[actions]}
-    _, parts = ppo_loss(new.log().expand(4, 3) + 7, torch.zeros(4), batch, changed(clip=0.5))
-    entropy, kl, share = (float(part) for part in parts[2:])
-    assert entropy == pytest.approx(-(new * new.log()).sum().item(), rel=1e-5)
-    assert kl == pytest.approx((old * (old / new).log()).sum().item(), rel=1e-5)
-    assert share == 0.75  # ratios 0.4, 0.4, 1.2, 2
-    uniform = ppo_loss(torch.zeros(4, 8), torch.zeros(4), batch, SMALL)[1][2]
-    assert float(uniform) == pytest.approx(math.log(8))
-    sure = torch.zeros(4, 8)
-    sure[:, 0] = 200.0  # all other probabilities underflow
-    assert float(ppo_loss(sure, torch.zeros(4), batch, SMALL)[1][2]) == 0
-
-
-# ---------------------------------------------------------------- settings and minibatches
-
-
-def test_every_epoch_deals_out_every_sample_once() -> None:
-    s = changed(num_envs=6, rollout_steps=10, epochs=3, minibatches=4)
-    dealt = list(minibatches(s, dice(1)))
-    assert [len(index) for index in dealt] == [15] * 12
-    orders = [torch.cat(dealt[4 * epoch : 4 * epoch + 4]).tolist() for epoch in range(3)]
-    assert all(sorted(order) == list(range(60)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 3
-    again, other = (torch.cat(list(minibatches(s, dice(seed)))) for seed in (1, 2))
-    assert torch.equal(torch.cat(dealt), again) and not torch.equal(again, other)
-
-
-def test_sizes() -> None:
-    s = PPOSettings(total_steps=1000, num_envs=3, rollout_steps=7, minibatches=3)
-    assert (s.batch_size, s.updates) == (21, 47)  # 13 steps are left out
-    s.check()
-    PPOSettings().check()
-    exactly = replace(s, total_steps=21)
-    exactly.check()
-    assert exactly.updates == 1
-
-
-BAD: list[tuple[str, Any]] = [
-    *((name, 0) for name in ("num_envs", "rollout_steps", "epochs", "minibatches")),
-    *((name, -1) for name in ("num_envs", "rollout_steps", "epochs", "minibatches")),
-    *((name, -0.1) for name in ("lr", "gamma", "gae_lambda", "clip", "entropy", "value_weight",
-                                "max_grad_norm", "adam_eps")),
-    *((name, math.nan) for name in ("lr", "gamma", "gae_lambda", "clip", "entropy",
-                                    "value_weight", "max_grad_norm", "adam_eps")),
-    ("minibatches", 5), ("minibatches", 128), ("total_steps", 63), ("total_steps", -64),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "value"), BAD, ids=str)
-def test_bad_numbers_are_refused_by_name(name: str, value: Any) -> None:
-    SMALL.check()
-    with pytest.raises(UserError) as caught:
-        changed(**{name: value}).check()
-    message = str(caught.value)
-    assert f"--{name.replace('_', '-')} {value}" in message and "\n" not in message
-
-
-@pytest.mark.parametrize(("name", "value"), [("gamma", 1.01), ("gae_lambda", 1.5)])
-def test_what_weighs_the_future_above_the_present_is_refused(name: str, value: float) -> None:
-    changed(gamma=1.0, gae_lambda=1.0).check()
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}"):
-        changed(**{name: value}).check()
-
-
-# ---------------------------------------------------------------- one update
-
-
-def rolled(
-    policy: ActorCritic, env: TorchVectorEnv, s: PPOSettings, seed: int = 0
-) -> Rollout:  # fmt: skip
-    observations, info = env.reset(seed=seed)
-    return collect(env, policy, observations, info["floor"], s.rollout_steps, s.gamma, dice(seed))
-
-
-def naive_learn(
-    policy: ActorCritic, optimizer: Any, rollout: Rollout, s: PPOSettings, env: TorchVectorEnv
-) -> list[list[float]]:
-    """PPO's update written out once more, with torch's distributions; figures of each step."""
-    gains = advantages(rollout, s.gamma, s.gae_lambda)
-    returns, figures, generator = gains + rollout.values, [], dice(5)
-    steps, envs = gains.shape
-    for _ in range(s.epochs):
-        order = torch.randperm(steps * envs, generator=generator).tolist()
-        size = steps * envs // s.minibatches
-        for part in (order[i : i + size] for i in range(0, steps * envs, size)):
-            at = [divmod(i, envs) for i in part]
-            pick = lambda x, at=at: torch.stack([x[t, n] for t, n in at])  # noqa: E731
-            logits, values = policy(env.unpack(pick(rollout.observations)))
-            now = torch.distributions.Categorical(logits=logits)
-            change = now.log_prob(pick(rollout.actions)) - pick(rollout.log_probs)
-            gain = pick(gains)
-            gain = (gain - gain.mean()) / (gain.std() + 1e-8)
-            ratio = change.exp()
-            surrogate = torch.min(ratio * gain, ratio.clip(1 - s.clip, 1 + s.clip) * gain)
-            old, target = pick(rollout.values), pick(returns)
-            near = torch.max(torch.min(values, old + s.clip), old - s.clip)
-            error = torch.max((values - target) ** 2, (near - target) ** 2)
-            entropy = now.entropy().mean()
-            loss = -surrogate.mean() + s.value_weight * error.mean() / 2 - s.entropy * entropy
-            optimizer.zero_grad()
-            loss.backward()
-            gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-            norm = torch.cat([g.flatten() for g in gradients]).norm()
-            for g in gradients:
-                g *= min(1.0, s.max_grad_norm / float(norm))
-            optimizer.step()
-            kl, share = (ratio - 1 - change).mean(), ((ratio - 1).abs() > s.clip).float().mean()
-            row = (-surrogate.mean(), error.mean() / 2, entropy, kl, share, norm)
-            figures.append([float(x.detach()) for x in row])
-    return figures
-
-
-def test_update_is_that_of_the_plainest_code() -> None:
-    env, s = stages(4), changed(lr=0.05, max_grad_norm=0.1, clip=0.1)
-    policy = make_policy(env)
-    rollout = rolled(policy, env, s)
-    twin = copy.deepcopy(policy)
-    optimizers = [torch.optim.Adam(p.parameters(), s.lr, eps=s.adam_eps) for p in (policy, twin)]
-    figures = torch.tensor(naive_learn(twin, optimizers[1], rollout, s, env))
-    stats = learn(policy, optimizers[0], rollout, s, env, dice(5))
-    assert len(figures) == 8
-    for one, other in zip(policy.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    got = list(asdict(stats).values())
-    assert got[:6] == pytest.approx(figures.mean(dim=0).tolist(), rel=1e-3, abs=1e-4)
-    assert stats.clip_share > 0 and stats.grad_norm > s.max_grad_norm  # both clips were at work
-
-
-def test_stats_by_hand_where_nothing_moves() -> None:
-    env, s = stages(4), changed(lr=0.0, normalise_advantage=False, max_grad_norm=0.0)
-    policy = make_policy(env)
-    rollout = rolled(policy, env, s)
-    gains = advantages(rollout, s.gamma, s.gae_lambda)
-    returns = gains + rollout.values
-    with torch.no_grad():
-        logits, _ = policy(env.unpack(rollout.observations.flatten(0, 1)))
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
-    expected = UpdateStats(
-        policy_loss=-float(gains.mean()), value_loss=float(gains.square().mean() / 2),
-        entropy=float(entropy), approx_kl=0.0, clip_share=0.0, grad_norm=stats.grad_norm,
-        explained_variance=1 - float(gains.var() / returns.var()),
-    )  # fmt: skip
-    assert asdict(stats) == pytest.approx(asdict(expected), rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize(("values", "expected"), [([3.0, 5.0], 1.0), ([4.0, 4.0], 0.0)])
-def test_explained_variance_of_known_values(values: list[float], expected: float) -> None:
-    """Episodes of one step that pay 3 and 5: those are the returns, whatever the values say."""
-    env, s = stages(2), changed(num_envs=2, rollout_steps=2, minibatches=1, epochs=1)
-    rollout = rollout_of(
-        rewards=torch.tensor([[3.0, 5.0]] * 2), dones=torch.ones(2, 2, dtype=torch.bool),
-        values=torch.tensor([values] * 2),
-    )  # fmt: skip
-    policy = make_policy(env)
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
-    assert stats.explained_variance == pytest.approx(expected)
-    rollout.rewards[:] = 3.0  # nothing to explain
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
-    assert stats.explained_variance == 0.0
-
-
-@pytest.mark.parametrize("limit", [0.01, 0.1, 0.0])
-def test_gradient_is_clipped(limit: float) -> None:
-    """One step of SGD with rate 1 moves the weights by the gradient."""
-    env, s = stages(4), changed(epochs=1, minibatches=1, max_grad_norm=limit, entropy=0.0)
-    policy = make_policy(env)
-    rollout = rolled(policy, env, s)
-    before = weights(policy)
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, dice())
-    moved = [a - b for a, b in zip(weights(policy), before, strict=True)]
-    norm = torch.cat([m.flatten() for m in moved]).norm()
-    assert stats.grad_norm > 0.2
-    assert float(norm) == pytest.approx(limit or stats.grad_norm, rel=1e-3)
-
-
-@pytest.mark.parametrize("field", ["rewards", "log_probs", "values"])
-def test_a_loss_that_is_no_number_changes_nothing(field: str) -> None:
-    env = stages(4)
-    policy = make_policy(env)
-    rollout = rolled(policy, env, SMALL)
-    getattr(rollout, field)[:] = math.nan
-    optimizer = torch.optim.Adam(policy.parameters())
-    before = weights(policy)
-    with pytest.raises(NumericError, match=r"the loss is nan: a smaller --lr"):
-        learn(policy, optimizer, rollout, SMALL, env, dice())
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
-    assert not optimizer.state
-
-
-class Kink(nn.Module):
-    """Adds sqrt(x) at x = 0: a finite value whose gradient is infinite."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight.sqrt()
-
-
-def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    env = stages(4)
-    policy = make_policy(env)
-    policy.critic.append(Kink())
-    before = weights(policy)
-    rollout = rolled(policy, env, SMALL)
-    with pytest.raises(NumericError, match="gradient"):
-        learn(policy, torch.optim.Adam(policy.parameters()), rollout, SMALL, env, dice())
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_balance_loss_reaches_the_router_and_nothing_behind_it(weight: float) -> None:
-    """With nothing to gain, the routers' balance is all that there is to learn."""
-    env = stages(4)
-    policy = make_policy(env, make_block=moe_blocks(balance_weight=weight))
-    s = changed(epochs=1, entropy=0.0, value_weight=0.0, normalise_advantage=False)
-    rollout = rolled(policy, env, s)
-    rollout.rewards.zero_()
-    rollout.values.zero_()
-    rollout.last_value.zero_()
-    before = dict(zip([n for n, _ in policy.named_parameters()], weights(policy), strict=True))
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, dice())
-    moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
-    routers = {f"{name}.router.weight" for name, _ in moe_layers(policy)}
-    assert len(routers) == 2
-    if weight:
-        assert routers <= moved and not any("bank" in name for name in moved)
-        assert stats.policy_loss == 0 and stats.grad_norm > 0
-    else:
-        assert not moved and stats.grad_norm == 0
-
-
-# ---------------------------------------------------------------- training
 
 
 def test_same_seed_same_weights() -> None:
@@ -554,8 +171,6 @@ def test_trains_in_each_precision_on_each_device(mode: Any, device: str) -> None
     assert rollout.values.dtype == rollout.log_probs.dtype == torch.float32
     assert rollout.rewards.device.type == device
 
-
-# ---------------------------------------------------------------- it learns
 
 IDENTITY = PPOSettings(
     total_steps=16 * 32 * 20, num_envs=16, rollout_steps=32, minibatches=4, lr=5e-3

@@ -1,0 +1,43 @@
+"""What the tests of commands share: running one in this process, and comparing what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dynmoe.config import run_command
+
+
+def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a command in this process."""
+    try:
+        run_command(main, argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def error_line(err: str) -> str:
+    """The one error line of a command's stderr."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def assert_same(one: object, two: object, where: str = "") -> None:
+    """Equal in every tensor and value, however deep."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert isinstance(two, torch.Tensor)
+        assert one.dtype == two.dtype and torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert isinstance(two, dict) and one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert isinstance(two, list | tuple) and len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    else:
+        assert one == two, where
