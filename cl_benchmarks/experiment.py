@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
 LEAST = {"epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "threads": 0, "lr": 0,
-         "momentum": 0, "weight_decay": 0, "clip": 0, "balance_weight": 0}  # fmt: skip
+         "momentum": 0, "weight_decay": 0, "clip": 0}  # fmt: skip
 """Setting -> the smallest value that can work. Parts check their own options."""
 
 

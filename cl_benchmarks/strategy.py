@@ -18,7 +18,7 @@ from cl_benchmarks.batches import Augment, Batches, Position
 from cl_benchmarks.stream import chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.growth.surgery import match_shapes
-from dynmoe.moe import collect_aux_losses, moe_layers
+from dynmoe.moe import collect_aux_losses
 
 CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
          "train_epoch_iterations", "total_iterations")  # fmt: skip
@@ -87,7 +87,6 @@ class StreamStrategy(SupervisedTemplate):
         self.seed, self.augment, self.clip = seed, augment, clip
         self.reset_optimizer = reset_optimizer
         self.observer = observer
-        self.has_aux_losses = any(layer.balance_weight for _, layer in moe_layers(model))
         self.position = Position()
         self._saved: dict[str, Any] | None = None
 
@@ -118,8 +117,7 @@ class StreamStrategy(SupervisedTemplate):
             NumericError: the loss is not finite; nothing has been updated with it.
         """
         loss = super().criterion()
-        if self.has_aux_losses:
-            loss = loss + sum(collect_aux_losses(self.model).values())
+        loss = loss + sum(collect_aux_losses(self.model).values())
         if self.is_training and not math.isfinite(value := loss.item()):
             raise NumericError(
                 f"the loss is {value} in task {self.position.task + 1}, epoch "

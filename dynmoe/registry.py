@@ -27,6 +27,7 @@ from dynmoe.errors import UserError
 FOLDERS = {
     "router": "dynmoe.moe.routers",
     "bank": "dynmoe.moe.experts",
+    "loss": "dynmoe.moe.losses",
     "trigger": "dynmoe.growth.triggers",
     "cut": "dynmoe.growth.cuts",
     "init": "dynmoe.growth.inits",
@@ -56,7 +57,10 @@ class PartConfig:
 
 
 class Part:
-    """Base of everything that is chosen by name. `kind` and `name` are set when a class is defined.
+    """Base of everything that is chosen by name.
+
+    `kind`, `name` and `source` (the paper and place that a part is from, or "ours") are given where
+    a class is defined.
 
     Raises:
         TypeError: when two classes of a kind take the same name.
@@ -64,10 +68,16 @@ class Part:
 
     kind: ClassVar[str]
     name: ClassVar[str]
+    source: ClassVar[str]
     Config: ClassVar[type[PartConfig]] = PartConfig
 
     def __init_subclass__(
-        cls, *, kind: str | None = None, name: str | None = None, **kwargs: Any
+        cls,
+        *,
+        kind: str | None = None,
+        name: str | None = None,
+        source: str = "ours",
+        **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
         if kind is not None:
@@ -80,7 +90,7 @@ class Part:
         same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
         if other is not None and (other.__module__, other.__qualname__) != same:
             raise TypeError(f"{cls.kind} {name!r} is defined by {other} and again by {cls}")
-        cls.name = name
+        cls.name, cls.source = name, source
         cls.Config.part = cls
         _PARTS[cls.kind][name] = cls
 

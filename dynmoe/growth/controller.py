@@ -19,6 +19,7 @@ from dynmoe.growth.inits.random import RandomInit
 from dynmoe.growth.surgery import Moments, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
+from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
 from dynmoe.registry import PartConfig
@@ -140,7 +141,11 @@ class GrowthController:
             step=step,
             count=count,
             experts=max(layer.num_experts for layer in layers.values()),
-            hidden_sizes={name: layer.bank.hidden_sizes() for name, layer in layers.items()},
+            hidden_sizes={
+                name: layer.bank.hidden_sizes()
+                for name, layer in layers.items()
+                if isinstance(layer.bank, UnitBank)
+            },
             parameters=sum(p.numel() for p in self.model.parameters()),
             shock={} if probe is None else self.measure_shock(before, after, probe[1]),
         )
@@ -148,13 +153,19 @@ class GrowthController:
         return event
 
     def _request(self, layer: MoELayer, mean_activation: Tensor | None) -> Request:
-        sizes = layer.bank.hidden_sizes()
-        target = self.budget.sizes_after(sizes, self.granularity)
+        bank, experts = layer.bank, layer.num_experts
+        target, scores = [0] * (experts + self.granularity), torch.empty(0)
+        segment = torch.empty(0, dtype=torch.long)
+        if isinstance(bank, UnitBank):
+            target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity)
+            scores = self.cut.scores(bank, mean_activation, self.generator)
+            segment = bank.segment.cpu()
         return Request(
-            segment=layer.bank.segment.cpu(),
+            segment=segment,
+            experts=experts,
             target=target,
-            scores=self.cut.scores(layer.bank, mean_activation, self.generator),
-            scale=layer.gate_factor(len(sizes)) / layer.gate_factor(len(target)),
+            scores=scores,
+            scale=layer.gate_factor(experts) / layer.gate_factor(len(target)),
             generator=self.generator,
         )
 
@@ -165,14 +176,19 @@ class GrowthController:
             return None, {}
         activations: dict[str, Tensor] = {}
 
-        def watch(name: str, layer: MoELayer) -> Any:
+        def watch(name: str, layer: MoELayer, bank: UnitBank) -> Any:
             def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-                x = args[0].reshape(-1, args[0].shape[-1])
-                activations[name] = layer.bank.hidden(x).abs().mean(dim=0)
+                x = args[0] if bank.whole else args[0].reshape(-1, args[0].shape[-1])
+                hidden = bank.hidden(x).abs()
+                activations[name] = hidden.transpose(0, 1).flatten(1).mean(dim=1)
 
             return layer.register_forward_pre_hook(hook)
 
-        handles = [watch(name, layer) for name, layer in moe_layers(self.model)]
+        handles = [
+            watch(name, layer, layer.bank)
+            for name, layer in moe_layers(self.model)
+            if isinstance(layer.bank, UnitBank)
+        ]
         try:
             with undisturbed(self.model):
                 return self.model(probe[0]), activations

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import UnitBank
 from dynmoe.registry import Part, PartConfig
 
 
@@ -19,7 +19,7 @@ class Cut(Part, ABC, kind="cut"):
 
     @abstractmethod
     def scores(
-        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Scores [H] of the hidden units, on the CPU; each expert keeps its highest.
 

@@ -24,7 +24,9 @@ class Request:
     """What a growth asks of an init."""
 
     segment: Tensor
-    """[H] int64, the expert that owns each unit now; on the CPU"""
+    """[H] int64, the expert that owns each unit now, on the CPU; empty for banks without units"""
+    experts: int
+    """E, experts now"""
     target: list[int]
     """[E + n] hidden sizes that the budget asks for"""
     scores: Tensor
@@ -36,7 +38,7 @@ class Request:
     @property
     def sizes(self) -> list[int]:
         """[E] hidden sizes now."""
-        return torch.bincount(self.segment).tolist()
+        return torch.bincount(self.segment, minlength=self.experts).tolist()
 
     @property
     def owned(self) -> list[Tensor]:
@@ -46,7 +48,7 @@ class Request:
     @property
     def new(self) -> int:
         """How many experts are added."""
-        return len(self.target) - len(self.sizes)
+        return len(self.target) - self.experts
 
 
 @dataclass

@@ -29,8 +29,10 @@ class GrowthSettings:
     bank: PartConfig = slot("bank", "pool")
     gate_scale: GateScale = "experts"
     """experts: gates times the number of experts; one: as the router gives them (the paper)"""
-    balance_weight: float = 0.0
-    """factor of the Switch load-balancing loss; the paper has none"""
+    balance: PartConfig = slot("loss", "none")
+    regularizer: PartConfig = slot("loss", "none")
+    shared_hidden: int = 0
+    """hidden units of an expert that every sample uses, beside the routed ones"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
     cut: PartConfig = slot("cut", "redraw")
@@ -88,7 +90,8 @@ class GrowthSettings:
             router=self.router,
             bank=self.bank,
             gate_scale=self.gate_scale,
-            balance_weight=self.balance_weight,
+            losses=(self.balance, self.regularizer),
+            shared_hidden=self.shared_hidden,
             generator=generator,
         )
 

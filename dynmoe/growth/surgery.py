@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth.init import FRESH, Plan
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.layer import MoELayer, moe_layers
 
 Moments = Literal["mean", "zero"]
@@ -49,10 +49,13 @@ def grow_layer(
         UserError: the layer cannot hold that many experts.
     """
     check_room(layer, len(plan.sizes))
-    new = torch.arange(layer.num_experts, len(plan.sizes))
-    layer.router.alive[new] = True
+    new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
     layer.birth[new] = birth
-    _place_units(layer, plan, generator, optimizer, moments)
+    if isinstance(layer.bank, UnitBank):
+        _place_units(layer.bank, plan, generator, optimizer, moments)
+    new = new.to(layer.birth.device)
+    if not bool(layer.router.alive[new].any()):  # else a layer that shares the router was first
+        _place_routes(layer, plan, new, generator, optimizer, moments)
     _place_experts(layer, plan, new, generator, optimizer, moments)
 
 
@@ -70,14 +73,14 @@ def check_room(layer: MoELayer, experts: int) -> None:
 
 
 def _place_units(
-    layer: MoELayer,
+    bank: UnitBank,
     plan: Plan,
     generator: torch.Generator,
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:
     """Hand units over where they stand, and copy or draw the others into what is left free."""
-    bank, device = layer.bank, layer.bank.segment.device
+    device = bank.segment.device
     means = {
         name: mean_moments(optimizer, getattr(bank, name), moments) for name, _ in bank.unit_axes()
     }
@@ -120,6 +123,29 @@ def _places(source: Tensor) -> tuple[Tensor, Tensor]:
     return place, stays
 
 
+def _place_routes(
+    layer: MoELayer,
+    plan: Plan,
+    new: Tensor,
+    generator: torch.Generator,
+    optimizer: Optimizer | None,
+    moments: Moments,
+) -> None:
+    """Let the new experts live, with router rows of their own."""
+    router, experts = layer.router, len(plan.sizes)
+    redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
+    means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
+    router.alive[new] = True
+    router.draw_rows(redrawn, generator)
+    _copy_parents(router.expert_rows(), plan, new)
+    for expert, parent in zip(new.tolist(), plan.parents, strict=True):
+        if parent != FRESH:
+            router.logit_shift[expert] = router.logit_shift[parent]
+    router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
+    for rows, mean in zip(router.expert_rows(), means, strict=True):
+        neutral_state(optimizer, rows, 0, redrawn, mean)
+
+
 def _place_experts(
     layer: MoELayer,
     plan: Plan,
@@ -128,28 +154,26 @@ def _place_experts(
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:
-    """Give the new experts their router rows and output biases."""
-    router, experts = layer.router, len(plan.sizes)
-    old = experts - len(new)
-    new = new.to(layer.birth.device)
-    redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
-    router.draw_rows(redrawn, generator)
-    layer.bank.draw_experts(new, generator)
-    for expert, parent in zip(new.tolist(), plan.parents, strict=True):
-        if parent == FRESH:
-            continue
-        router.logit_shift[expert] = router.logit_shift[parent]
-        for rows in [*router.expert_rows(), *layer.bank.expert_rows()]:
-            rows[expert] = rows[parent]
-    router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
-    for rows in layer.bank.expert_rows():
+    """Give the new experts their rows in the bank."""
+    bank, experts = layer.bank, len(plan.sizes)
+    bank.draw_experts(new, generator)
+    _copy_parents(bank.expert_rows(), plan, new)
+    for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-        neutral_state(optimizer, rows, 0, new, mean_moments(optimizer, rows, moments, old))
-    for rows in router.expert_rows():
-        neutral_state(optimizer, rows, 0, redrawn, mean_moments(optimizer, rows, moments, old))
+    for rows in bank.expert_rows():
+        mean = mean_moments(optimizer, rows, moments, experts - len(new))
+        neutral_state(optimizer, rows, 0, new, mean)
 
 
-def append_units(bank: ExpertBank, count: int, optimizer: Optimizer | None) -> None:
+def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:
+    """Copy the rows of the new experts' parents to them."""
+    for expert, parent in zip(new.tolist(), plan.parents, strict=True):
+        for rows in tensors:
+            if parent != FRESH:
+                rows[expert] = rows[parent]
+
+
+def append_units(bank: UnitBank, count: int, optimizer: Optimizer | None) -> None:
     """Add `count` zero units at the end of a bank's pool, with zero optimizer state.
 
     The one case in which new Parameters take the old ones' place, in the bank and the optimizer.
@@ -207,6 +231,8 @@ def match_shapes(
     Values are not restored here, only shapes; `load_state_dict` does the rest.
     """
     for name, layer in moe_layers(model):
+        if not isinstance(layer.bank, UnitBank):
+            continue
         saved = len(state[f"{name}.bank.segment"])
         append_units(layer.bank, saved - len(layer.bank.segment), optimizer)
 

@@ -1,8 +1,9 @@
-"""The expert-bank contract: all experts of one layer, as one module."""
+"""The expert-bank contracts: all experts of one layer, as one module."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,45 @@ from dynmoe.registry import Part
 
 
 class ExpertBank(nn.Module, Part, kind="bank"):
-    """Base of all banks: experts whose hidden units form one pool.
+    """Base of all banks. Experts are rows of parameters, or (`UnitBank`) parts of a pool of units.
 
-    Growth (`dynmoe.growth.surgery`) re-partitions the pool in place through `unit_axes` and
-    `expert_rows`; it is the only code that writes to them besides the optimizer.
+    Growth (`dynmoe.growth.surgery`) is the only code that writes to a bank besides the optimizer.
+
+    Attributes:
+        whole: samples keep their shape ([N, C, H, W] images, [N, T, D] sequences) and are routed
+            as a whole, by the mean over their positions; else every position is a sample [N, D].
+        channel_axis: where such a sample holds its D_in channels.
+    """
+
+    whole: ClassVar[bool] = False
+    channel_axis: ClassVar[int] = -1
+
+    @abstractmethod
+    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
+        """Mix the experts' outputs for x [N, D_in] to [N, D_out], gates times `gate_scale`.
+
+        `gate_scale` is a scalar or [N, 1].
+        """
+
+    @abstractmethod
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, ...] what each expert alone says to x; reserved experts' entries mean nothing."""
+
+    @abstractmethod
+    def expert_rows(self) -> list[nn.Parameter]:
+        """Parameters whose first axis is the expert axis M."""
+
+    @abstractmethod
+    def output_rows(self) -> list[nn.Parameter]:
+        """Those of `expert_rows` in which, taken together, the experts' output is linear."""
+
+    @abstractmethod
+    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+        """Draw the per-expert rows `index` [n] afresh, as at initialisation."""
+
+
+class UnitBank(ExpertBank):
+    """Base of banks whose experts' hidden units form one pool, re-partitioned in place by growth.
 
     Attributes:
         segment: buffer [H] int64, the expert that owns each hidden unit. At first each expert's
@@ -23,10 +59,6 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     """
 
     segment: Tensor
-
-    @abstractmethod
-    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
-        """Mix the experts' outputs for x [N, D_in] to [N, D_out], gates times `gate_scale`."""
 
     @abstractmethod
     def hidden(self, x: Tensor) -> Tensor:
@@ -37,20 +69,12 @@ class ExpertBank(nn.Module, Part, kind="bank"):
         """(parameter name, axis) of each parameter that has one entry per hidden unit."""
 
     @abstractmethod
-    def expert_rows(self) -> list[nn.Parameter]:
-        """Parameters whose first axis is the expert axis M (output biases)."""
-
-    @abstractmethod
     def output_weight(self) -> nn.Parameter:
-        """The parameter [D_out, H] through which hidden units reach the output."""
+        """The parameter [D_out, H, ...] through which hidden units reach the output."""
 
     @abstractmethod
     def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
         """Draw all weights of the hidden units `index` [n] afresh, as at initialisation."""
-
-    @abstractmethod
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
-        """Draw the per-expert rows `index` [n] afresh, as at initialisation."""
 
     def hidden_sizes(self) -> list[int]:
         """Hidden units of each living expert, in order."""

@@ -15,13 +15,13 @@ from dynmoe.moe.layer import moe_layers
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards everything a forward pass may change is put back.
 
-    That is: training flags, buffers, the last routing of MoE layers, torch's random state (CPU and
-    the model's CUDA devices).
+    That is: training flags, buffers, what MoE layers keep of their last pass, torch's random state
+    (CPU and the model's CUDA devices).
     """
     modules = list(model.modules())
     training = [m.training for m in modules]
     buffers = [(m, n, b, b.clone()) for m in modules for n, b in m.named_buffers(recurse=False)]
-    routing = [(layer, layer.last_routing) for _, layer in moe_layers(model)]
+    passes = [(layer, layer.last_routing, layer.last_losses) for _, layer in moe_layers(model)]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):
         try:
@@ -32,8 +32,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             for module, name, buffer, before in buffers:
                 _restore_buffer(module, name, buffer, before)
-            for layer, last in routing:
-                layer.last_routing = last
+            for layer, last, losses in passes:
+                layer.last_routing, layer.last_losses = last, losses
 
 
 @torch.no_grad()

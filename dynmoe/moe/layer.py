@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.pool import HiddenPool
+from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.losses.none import NoLoss
 from dynmoe.moe.router import Router
 from dynmoe.moe.routers.cosine import CosineRouter
-from dynmoe.moe.routing import Routing, load_balance
+from dynmoe.moe.routing import Routing, Slots, hard_routing
 from dynmoe.registry import PartConfig
 
 GateScale = Literal["experts", "one"]
+RoutePer = Literal["token", "sample"]
 
 
 class MoELayer(nn.Module):
-    """Experts mixed by a router, `[..., D_in] -> [..., D_out]`; every leading position is routed.
+    """Experts mixed by a router, `[..., D_in] -> [..., D_out]`.
 
     Args:
         dim_in, dim_out: input and output width.
         hidden: hidden units of all experts together (the parameter budget).
         num_experts: experts at the start.
         max_experts: most experts the layer can grow to; default `num_experts`.
-        router, bank: Configs of registered parts.
+        router: Config of a registered router, or a router to share with another layer.
+        bank: Config of a registered bank.
+        losses: Configs of auxiliary losses, computed in training mode.
+        shared_hidden: hidden units of one more expert that every sample uses with gate 1 beside
+            the routed ones (DeepSeekMoE, arXiv 2401.06066, Section 3.2); it does not grow.
+        route_per: "token" routes every leading position by itself; "sample" routes x [B, ..., D]
+            by the mean over what lies between, all positions of a sample alike. Banks of whole
+            samples always do the latter.
         gate_scale: "one" leaves the gates as the router gives them (DynamicMoE's plain form);
-            "experts" multiplies them by the number of experts that a sample uses, so that the
-            layer's output keeps its scale as experts multiply.
-        activation: "relu", "gelu" or "tanh".
-        balance_weight: factor of the Switch load-balancing loss; 0 (as in DynamicMoE) for none.
+            "experts" multiplies normalised gates by the number of experts that a sample uses, so
+            that the layer's output keeps its scale as experts multiply.
+        activation: "relu", "gelu", "silu", "tanh" or "identity".
         generator: draws the initial weights; default one seeded with 0.
 
     Attributes:
         birth: buffer [M] int64, the growth count at which each expert was born (0: the start).
         last_routing: the Routing of the latest forward pass, or None.
+        last_losses: its auxiliary losses by name, weighted; empty outside training mode.
 
     Raises:
         UserError: an expert would be left without hidden units.
@@ -53,51 +65,120 @@ class MoELayer(nn.Module):
         *,
         num_experts: int = 1,
         max_experts: int | None = None,
-        router: PartConfig | None = None,
+        router: PartConfig | Router | None = None,
         bank: PartConfig | None = None,
+        losses: Sequence[PartConfig] = (),
+        shared_hidden: int = 0,
+        route_per: RoutePer = "token",
         gate_scale: GateScale = "experts",
         activation: str = "relu",
-        balance_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         max_experts = max(num_experts, max_experts or 0)
-        if not 1 <= num_experts <= hidden:
+        bank = bank or HiddenPool.Config()
+        if num_experts < 1 or (issubclass(bank.part, UnitBank) and num_experts > hidden):
             raise UserError(
                 f"{num_experts} experts cannot share {hidden} hidden units: each needs at least "
                 f"one; allowed are 1 to {hidden} experts"
             )
         generator = generator or torch.Generator().manual_seed(0)
         router = router or CosineRouter.Config()
-        bank = bank or HiddenPool.Config()
         self.gate_scale = gate_scale
-        self.balance_weight = balance_weight
-        self.router: Router = router.build(dim_in, num_experts, max_experts, generator)
+        self.route_per = route_per
+        self.router: Router = (
+            router
+            if isinstance(router, Router)
+            else router.build(dim_in, num_experts, max_experts, generator)
+        )
+        widths = (dim_in, dim_out)
         self.bank: ExpertBank = bank.build(
-            dim_in, dim_out, hidden, num_experts, max_experts, activation, generator
+            *widths, hidden, num_experts, max_experts, activation, generator
+        )
+        self.shared: ExpertBank | None = None
+        if shared_hidden:
+            self.shared = bank.build(*widths, shared_hidden, 1, 1, activation, generator)
+        self.losses = nn.ModuleList(
+            loss.build(max_experts) for loss in losses if not isinstance(loss, NoLoss.Config)
         )
         self.register_buffer("birth", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
+        self.last_losses: dict[str, Tensor] = {}
+        self.given: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Route and mix x [..., D_in] to [..., D_out]."""
-        flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Route and mix x [..., D_in] to [..., D_out].
+
+        Args:
+            x: the input; banks of whole samples say what shape they take.
+            mask: bool, False for padding: one entry per position, or per sample where samples are
+                routed. Padding gets output 0 and moves no statistics.
+            context: what the router may look at beside x, one entry per position or per sample.
+
+        Both fall back on what `routing_inputs` gives.
+        """
+        mask = self.given[0] if mask is None else mask
+        context = self.given[1] if context is None else context
+        rows = x if self.bank.whole else x.reshape(-1, x.shape[-1])
+        seen = rows
+        if self.bank.whole or self.route_per == "sample":
+            seen = x.movedim(self.bank.channel_axis, 1).flatten(2).mean(dim=2)
+        routing = self.router(
+            seen,
+            None if mask is None else mask.reshape(-1),
+            None if context is None else _per_row(context, len(seen)),
+            len(x) if x.dim() > 2 and len(seen) > len(x) else 1,
+            self._sizes() if self.router.uses_sizes else None,
+        )
         self.last_routing = routing
-        return self.bank(flat, routing, self._scale(routing)).view(*x.shape[:-1], -1)
+        if not self.bank.whole and len(rows) != len(seen):
+            routing = routing.repeated(len(rows) // len(seen))
+        self.last_losses = self._losses(rows, routing) if self.training else {}
+        y = self._mix(rows, routing)
+        return y if self.bank.whole else y.view(*x.shape[:-1], -1)
+
+    def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Outputs of the rows; the shared expert, if any, is added to the routed ones."""
+        if routing.slots is None:
+            y = self.bank(rows, routing, self._scale(routing))
+        else:
+            y = mix_slots(self.bank, rows, routing.slots, routing.alive)
+        if self.shared is not None:
+            y = y + self.shared(rows, _always(rows, routing))
+        if routing.mask is None:
+            return y
+        return torch.where(routing.mask.view(-1, *[1] * (y.dim() - 1)), y, 0.0)
+
+    def _losses(self, rows: Tensor, routing: Routing) -> dict[str, Tensor]:
+        given = LossInput(rows, routing, self.router, self.bank)
+        losses = dict(routing.losses)
+        for loss in self.losses:
+            aux = cast(AuxLoss, loss)
+            losses[aux.name] = aux.weight * aux(given)
+        return losses
 
     def _scale(self, routing: Routing) -> Tensor | float:
-        if self.gate_scale == "one":
+        if self.gate_scale == "one" or not self.router.normalised:
             return 1.0
-        return routing.alive.sum() if routing.indices is None else float(routing.indices.shape[1])
+        return routing.used()
+
+    def _sizes(self) -> Tensor | None:
+        """[M] hidden units of each expert; None for banks without units."""
+        if not isinstance(self.bank, UnitBank):
+            return None
+        return F.one_hot(self.bank.segment, self.max_experts).sum(dim=0)
 
     def gate_factor(self, experts: int) -> int:
         """What gates are multiplied by while that many experts exist."""
-        return 1 if self.gate_scale == "one" else min(experts, self.router.k or experts)
+        if self.gate_scale == "one" or not self.router.normalised:
+            return 1
+        return min(experts, self.router.k or experts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last routing out: its tensors belong to a graph."""
-        return {**self.__dict__, "last_routing": None}
+        """Copies and pickles leave the last pass out: its tensors belong to a graph."""
+        return {**self.__dict__, "last_routing": None, "last_losses": {}}
 
     @property
     def num_experts(self) -> int:
@@ -111,8 +192,56 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
-        sizes = self.bank.hidden_sizes()
-        return f"experts={self.num_experts}/{self.max_experts}, hidden_sizes={sizes}"
+        sizes = f", hidden_sizes={self.bank.hidden_sizes()}" * isinstance(self.bank, UnitBank)
+        return f"experts={self.num_experts}/{self.max_experts}{sizes}"
+
+
+def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Tensor:
+    """Soft-MoE: experts see mixtures of tokens, tokens get mixtures of their outputs.
+
+    Args:
+        rows: [G * T, D_in] tokens, group by group. alive: [M] bool.
+
+    Returns:
+        [G * T, D_out]: `C f(D^T x)` (Puigcerver et al. 2024, arXiv 2308.00951, Section 2.1).
+    """
+    groups, tokens, count = slots.dispatch.shape
+    inputs = slots.dispatch.transpose(1, 2) @ rows.view(groups, tokens, -1)
+    owner, used = slots.owner.repeat(groups), slots.used.repeat(groups)
+    outputs = bank(inputs.flatten(0, 1), hard_routing(owner, used, alive, rows))
+    return (slots.combine @ outputs.view(groups, count, -1)).flatten(0, 1)
+
+
+def _always(rows: Tensor, routing: Routing) -> Routing:
+    """Routing of every row to the only expert of a bank, with gate 1."""
+    one = torch.ones(len(rows), 1, dtype=routing.gates.dtype, device=rows.device)
+    alive = torch.ones(1, dtype=torch.bool, device=rows.device)
+    return Routing(gates=one, logits=torch.zeros_like(one), probabilities=one, alive=alive)
+
+
+def _per_row(context: Tensor, rows: int) -> Tensor:
+    """Context of samples [B, ...] or positions [B, T, ...] as one entry per row [N, ...]."""
+    if context.shape[0] == rows:
+        return context
+    if rows % context.shape[0] == 0 and context.shape[:2].numel() != rows:
+        return context.repeat_interleave(rows // context.shape[0], dim=0)
+    return context.flatten(0, 1)
+
+
+@contextmanager
+def routing_inputs(
+    model: nn.Module, mask: Tensor | None = None, context: Tensor | None = None
+) -> Iterator[None]:
+    """Hand every MoE layer of a model a padding mask or a context for passes in the block."""
+    layers = [layer for _, layer in moe_layers(model)]
+    before = [layer.given for layer in layers]
+    for layer in layers:
+        layer.given = (mask, context)
+    try:
+        yield
+    finally:
+        for layer, given in zip(layers, before, strict=True):
+            layer.given = given
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
@@ -125,11 +254,10 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 def collect_aux_losses(model: nn.Module) -> dict[str, Tensor]:
     """Weighted auxiliary losses of the latest forward pass, by `layer.loss` name; scalars.
 
-    Layers whose weight is 0 contribute nothing, so the result may be empty.
+    Empty where no layer has a loss, and after passes in evaluation mode.
     """
-    losses = {}
-    for name, layer in moe_layers(model):
-        if layer.balance_weight and layer.last_routing is not None:
-            balance = load_balance(layer.last_routing)
-            losses[f"{name}.load_balance"] = layer.balance_weight * balance
-    return losses
+    return {
+        f"{name}.{loss}": value
+        for name, layer in moe_layers(model)
+        for loss, value in layer.last_losses.items()
+    }

@@ -7,28 +7,40 @@ writes into existing tensors. Rows of experts that do not exist yet are masked.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import Part
 
 
 class Router(nn.Module, Part, kind="router"):
-    """Base of all routers. Subclasses define `forward` and, if they add any, `expert_rows`.
+    """Base of all routers. Subclasses define `route`.
+
+    Parameters of a router's own with first axis M are rows of experts; what belongs to no expert
+    (a projection, a noise source) stands in a submodule.
 
     Attributes:
         weight: Parameter [M, D], one row per expert.
         alive: buffer [M] bool, which experts exist.
         logit_shift: buffer [M], added to the logits; function-preserving growth splits an expert's
             gate among its copies with it (log 2 each for two).
+        selection_bias: buffer [M], added to the scores where experts are chosen, never to gates;
+            loss-free balancing steers with it.
         k: most experts that a sample uses; None for all.
+        normalised: the gates of a sample that is routed anywhere sum to 1, or to the chosen
+            experts' share of 1; else they have a scale of their own, which layers leave alone.
+        uses_sizes: `RouterInput.sizes` is wanted.
     """
 
     alive: Tensor
     logit_shift: Tensor
+    selection_bias: Tensor
     k: int | None = None
+    normalised: ClassVar[bool] = True
+    uses_sizes: ClassVar[bool] = False
 
     def __init__(
         self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator
@@ -37,15 +49,31 @@ class Router(nn.Module, Part, kind="router"):
         self.weight = nn.Parameter(torch.empty(max_experts, dim))
         self.register_buffer("alive", torch.arange(max_experts) < num_experts)
         self.register_buffer("logit_shift", torch.zeros(max_experts))
+        self.register_buffer("selection_bias", torch.zeros(max_experts))
         self.draw_rows(torch.arange(max_experts), generator)
 
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        groups: int = 1,
+        sizes: Tensor | None = None,
+    ) -> Routing:
+        """Route samples x [N, D]; the other arguments are described in `RouterInput`."""
+        routing = self.route(RouterInput(x, mask, context, groups, sizes))
+        return routing.without_padding(mask)
+
     @abstractmethod
-    def forward(self, x: Tensor) -> Routing:
-        """Route samples x [N, D]."""
+    def route(self, given: RouterInput) -> Routing:
+        """Route the samples `given.x` [N, D].
+
+        Padding is silenced afterwards; only routers whose samples compete look at `given.mask`.
+        """
 
     def expert_rows(self) -> list[nn.Parameter]:
         """Parameters whose first axis is the expert axis M; growth resets and copies their rows."""
-        return [p for p in self.parameters(recurse=False) if p.shape[0] == self.alive.shape[0]]
+        return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]
 
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator) -> None:
@@ -56,6 +84,7 @@ class Router(nn.Module, Part, kind="router"):
             fresh = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             parameter[index] = fresh.to(parameter)
         self.logit_shift[index] = 0.0
+        self.selection_bias[index] = 0.0
 
     def mask(self, logits: Tensor) -> Tensor:
         """Shift logits [N, M] and set those of experts that do not exist yet to -inf."""
@@ -66,3 +95,30 @@ class Router(nn.Module, Part, kind="router"):
         masked = self.mask(logits)
         gates = masked.softmax(dim=1)
         return Routing(gates=gates, logits=masked, probabilities=gates, alive=self.alive)
+
+    def choose(self, scores: Tensor, k: int) -> Tensor:
+        """[N, M] bool: the min(k, E) living experts of largest score [N, M] + selection bias."""
+        scores = (scores.detach() + self.selection_bias).masked_fill(~self.alive, float("-inf"))
+        best = scores.topk(k, dim=1).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+        return chosen & self.alive
+
+    def sparse(
+        self, logits: Tensor, probabilities: Tensor, chosen: Tensor, renormalise: bool
+    ) -> Routing:
+        """Routing to the chosen experts [N, M] with their probabilities as gates.
+
+        Renormalised gates sum to 1. With one expert per sample that would be 1 whatever the
+        logits, and the router's gradient exactly zero: pass False there.
+        """
+        gates = torch.where(chosen, probabilities, 0.0)
+        if renormalise:
+            tiny = torch.finfo(gates.dtype).tiny
+            gates = gates / gates.sum(dim=1, keepdim=True).clamp_min(tiny)
+        return Routing(
+            gates=gates,
+            logits=logits,
+            probabilities=probabilities,
+            alive=self.alive,
+            chosen=chosen,
+        )

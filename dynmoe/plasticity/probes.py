@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
+from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
 
@@ -228,6 +229,8 @@ def _expert_probes(
         if layer not in record.inputs:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
+        if not isinstance(bank, UnitBank) or bank.whole:
+            continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
         w_in, w_out = dict(bank.named_parameters()).get("w_in"), bank.output_weight()
         probes[name or "model"] = ExpertProbe(

@@ -40,7 +40,7 @@ CASES = {
     "fresh": "--method fresh",
     "reset and augment": "--optimizer adamw --weight-decay 0.01 --reset-optimizer "
     "--augment crop-flip --clip 0.5",
-    "topk": "--router topk --balance-weight 0.01",
+    "topk": "--router topk --balance switch",
     "class stream": "--protocol class --chunks 5 --epochs 1 --batch-size 100",
 }
 

@@ -30,7 +30,7 @@ CASES = {
     "constant": "--trigger every --trigger.steps 150 --budget.mode constant --cut utility",
     "plateau": "--trigger plateau --trigger.patience 70 --trigger.limit 2",
     "trunk": "--trigger at --trigger.steps 150 --encoder.place trunk actor critic --router topk "
-    "--balance-weight 0.01",
+    "--balance switch",
     "dense": "--method dense --env Identity-v0",
     "random": "--method random",
 }

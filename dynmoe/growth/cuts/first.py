@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dynmoe.growth.cut import Cut
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import UnitBank
 
 
 class FirstCut(Cut, name="first"):
     """Keeps each expert's first units: slicing its weight matrices."""
 
     def scores(
-        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Falling with the position in the pool [H]."""
         return -torch.arange(len(bank.segment), dtype=torch.float32)

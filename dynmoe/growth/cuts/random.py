@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dynmoe.growth.cut import Cut
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import UnitBank
 
 
 class RandomCut(Cut, name="random"):
     """Keeps units drawn at random."""
 
     def scores(
-        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Uniform draws [H]."""
         return torch.rand(len(bank.segment), generator=generator)

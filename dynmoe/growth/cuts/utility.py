@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.growth.cut import Cut
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.bank import UnitBank
 
 
 class UtilityCut(Cut, name="utility"):
@@ -18,7 +18,7 @@ class UtilityCut(Cut, name="utility"):
     """
 
     def scores(
-        self, bank: ExpertBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
     ) -> Tensor:
         """Contribution utility [H]; needs a probe batch."""
         if mean_activation is None:

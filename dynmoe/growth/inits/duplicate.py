@@ -20,10 +20,18 @@ class DuplicateInit(Init, name="duplicate"):
     shared between the copies in random parts, which breaks the symmetry that equal copies could
     never leave. After Net2Wider (Chen et al. 2016, arXiv 1511.05641), with the experts' gates
     divided by logit shifts of -log(family size).
+
+    Raises:
+        UserError: when planned for a bank without hidden units, whose copies would stay equal.
     """
 
     def plan(self, request: Request) -> Plan:
         """Deal or copy, whichever the budget allows."""
+        if not len(request.segment):
+            raise UserError(
+                "init duplicate needs a bank with hidden units: whole copies of an expert under "
+                "equal gates could never become different; use init zero-output or random"
+            )
         parents = choose_parents(request.sizes, request.new)
         owned = request.owned
         if sum(request.target) == sum(request.sizes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import ExpertBank, even_sizes
+from dynmoe.moe.bank import UnitBank, even_sizes
+from dynmoe.moe.mixing import ACTIVATIONS, mix_dense, mix_sparse, outputs_by_expert
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
-
-class HiddenPool(ExpertBank, name="pool"):
+class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (arXiv 2511.18987)"):
     """Experts as segments of one pool of H hidden units, `W2 (act(W1 x + b1) * g[segment]) + g b2`.
 
     Dense routing is one MLP whose hidden activations are scaled by their owner's gate, at the cost
@@ -62,60 +60,34 @@ class HiddenPool(ExpertBank, name="pool"):
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
-        if routing.indices is None:
-            return self._dense(x, routing.gates * gate_scale)
-        return self._sorted(x, routing.indices, routing.weights * gate_scale)
+        gates = routing.gates * gate_scale
+        if routing.chosen is None or torch.compiler.is_compiling():
+            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, self.b_out)
+        return mix_sparse(
+            self._act, x, gates, routing.chosen, self.segment,
+            (self.w_in, self.b_in), self.w_out, self.b_out,
+        )  # fmt: skip
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations [N, H] of every hidden unit for x [N, D_in]."""
-        return self.act(F.linear(x, self.w_in, self.b_in))
+        return self._act(x, self.w_in, self.b_in)
 
-    def _dense(self, x: Tensor, gates: Tensor) -> Tensor:
-        """All experts at once; gates [N, M]. `segment` is data, so growth recompiles nothing."""
-        owner = F.one_hot(self.segment, gates.shape[1]).to(gates.dtype)  # [H, M]
-        scaled = self.hidden(x) * F.linear(gates, owner)
-        return torch.addmm(gates @ self.b_out, scaled, self.w_out.T)
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
+        return outputs_by_expert(self.hidden(x), self.segment, self.w_out, self.b_out)
 
-    def _sorted(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Only the chosen experts, indices and weights [N, K]: sort, slice, un-sort.
-
-        Slices come from `split`, whose backward writes each gradient once; indexing an expert's
-        rows in the loop would make a full-size zero gradient per expert.
-        """
-        n, k = indices.shape
-        expert = indices.reshape(-1)
-        order = expert.argsort(stable=True)
-        counts = torch.bincount(expert, minlength=self.b_out.shape[0]).tolist()
-        rows = x[order // k].split(counts)
-        w_in, b_in, w_out, b_out = self._by_expert()
-        outputs = [
-            F.linear(self.act(F.linear(rows[e], w_in[e], b_in[e])), w_out[e], b_out[e])
-            for e, count in enumerate(counts)
-            if count
-        ]
-        unsort = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))
-        chosen = torch.cat(outputs)[unsort].view(n, k, -1)
-        return (chosen * weights.unsqueeze(2)).sum(dim=1)
-
-    def _by_expert(self) -> tuple[Sequence[Tensor], ...]:
-        """Each expert's slices of w_in [H_e, D_in], b_in [H_e], w_out [D_out, H_e], b_out [D_out].
-
-        Units are gathered first where growth has left an expert's units scattered.
-        """
-        sizes = torch.bincount(self.segment, minlength=self.b_out.shape[0]).tolist()
-        w_in: Tensor = self.w_in
-        b_in: Tensor = self.b_in
-        w_out: Tensor = self.w_out
-        if bool((self.segment.diff() < 0).any()):
-            order = self.segment.argsort(stable=True)
-            w_in, b_in, w_out = w_in[order], b_in[order], w_out[:, order]
-        return w_in.split(sizes), b_in.split(sizes), w_out.split(sizes, dim=1), self.b_out.unbind()
+    def _act(self, x: Tensor, w_in: Tensor, b_in: Tensor) -> Tensor:
+        return self.act(F.linear(x, w_in, b_in))
 
     def unit_axes(self) -> list[tuple[str, int]]:
         """(parameter name, axis) of each parameter with one entry per hidden unit."""
         return [("w_in", 0), ("b_in", 0), ("w_out", 1)]
 
     def expert_rows(self) -> list[nn.Parameter]:
+        """The output biases [M, D_out]."""
+        return [self.b_out]
+
+    def output_rows(self) -> list[nn.Parameter]:
         """The output biases [M, D_out]."""
         return [self.b_out]
 

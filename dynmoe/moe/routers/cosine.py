@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 
-class CosineRouter(Router, name="cosine"):
+class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09179), Section 3"):
     """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
 
     Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
@@ -42,7 +41,7 @@ class CosineRouter(Router, name="cosine"):
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 
-    def forward(self, x: Tensor) -> Routing:
+    def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `softmax(cos(x, w_e) / temperature)`."""
-        similarity = F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        similarity = F.linear(F.normalize(given.x, dim=1), F.normalize(self.weight, dim=1))
         return self.dense(similarity / self.temperature)

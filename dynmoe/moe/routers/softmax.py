@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 
-class SoftmaxRouter(Router, name="softmax"):
+class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"):
     """Softmax of a linear map, all experts weighted: the plain form of DynamicMoE (2511.18987)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,6 @@ class SoftmaxRouter(Router, name="softmax"):
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 
-    def forward(self, x: Tensor) -> Routing:
+    def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `softmax((x W^T) / temperature)`."""
-        return self.dense(F.linear(x, self.weight) / self.temperature)
+        return self.dense(F.linear(given.x, self.weight) / self.temperature)

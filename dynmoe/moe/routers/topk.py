@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 
-class TopKRouter(Router, name="topk"):
+class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1"):
     """The K experts with the largest linear score, weighted by their softmax probability.
 
     Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, without noise. Chosen probabilities are
@@ -44,19 +43,9 @@ class TopKRouter(Router, name="topk"):
         super().__init__(dim, num_experts, max_experts, generator)
         self.k = config.k
 
-    def forward(self, x: Tensor) -> Routing:
+    def route(self, given: RouterInput) -> Routing:
         """Route x [N, D] to its min(K, E) best experts."""
-        logits = self.mask(F.linear(x, self.weight))
+        logits = self.mask(F.linear(given.x, self.weight))
         probabilities = logits.softmax(dim=1)
-        k = min(self.k, int(self.alive.sum()))
-        indices = logits.topk(k, dim=1).indices  # probabilities may tie at 0 with unborn experts
-        weights = probabilities.gather(1, indices)
-        if self.k > 1:
-            weights = weights / weights.sum(dim=1, keepdim=True)
-        return Routing(
-            gates=torch.zeros_like(probabilities).scatter(1, indices, weights),
-            logits=logits,
-            probabilities=probabilities,
-            alive=self.alive,
-            indices=indices,
-        )
+        chosen = self.choose(logits, self.k)  # probabilities may tie at 0 in float32
+        return self.sparse(logits, probabilities, chosen, renormalise=self.k > 1)

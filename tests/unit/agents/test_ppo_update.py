@@ -30,6 +30,7 @@ from agents.ppo import (
 from agents.rollout import Rollout, advantages, collect
 from dynmoe.errors import NumericError
 from dynmoe.moe.layer import moe_layers
+from dynmoe.moe.losses.switch import SwitchLoss
 from envs.vector import TorchVectorEnv
 
 
@@ -182,7 +183,7 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
 def test_balance_loss_reaches_the_router_and_nothing_behind_it(weight: float) -> None:
     """With nothing to gain, the routers' balance is all that there is to learn."""
     env = stages(4)
-    policy = make_policy(env, make_block=moe_blocks(balance_weight=weight))
+    policy = make_policy(env, make_block=moe_blocks(balance=SwitchLoss.Config(weight=weight)))
     s = changed(epochs=1, entropy=0.0, value_weight=0.0, normalise_advantage=False)
     rollout = rolled(policy, env, s)
     rollout.rewards.zero_()

@@ -70,7 +70,7 @@ def test_events_say_what_happened(budget, probe):
         assert layer.birth.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
-@pytest.mark.parametrize("router", registry.names("router"))
+@pytest.mark.parametrize("router", ["cosine", "softmax", "topk"])
 def test_shock_equals_an_independent_measurement(router, probe):
     model = make_model(router)
     train(model, torch.optim.Adam(model.parameters()), 0)

@@ -30,7 +30,7 @@ def scores(name: str, bank: ExpertBank, activation: Tensor | None, seed: int = 0
 def kept(values: Tensor) -> list[list[int]]:
     """Units that each of the five experts keeps or takes over; the rest must be fresh."""
     segment = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
-    plan = cut_plan(Request(segment, TARGET, values, 1.0, torch.Generator()))
+    plan = cut_plan(Request(segment, len(SIZES), TARGET, values, 1.0, torch.Generator()))
     assert plan.sizes == TARGET
     runs = [run.tolist() for run in plan.source.split(TARGET)]
     units = [[u for u in run if u != FRESH] for run in runs]

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from dynmoe import registry
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, collect_aux_losses
+from dynmoe.moe.losses.switch import SwitchLoss
 
 
 @pytest.mark.parametrize("gate_scale", ["experts", "one"])
@@ -27,7 +28,7 @@ def test_ten_growths_keep_one_graph(router, gate_scale, device):
         max_experts=12,
         router=registry.get("router", router).Config(),
         gate_scale=gate_scale,
-        balance_weight=0.1,
+        losses=(SwitchLoss.Config(weight=0.1),),
     ).to(device)
     optimizer = torch.optim.Adam(layer.parameters())
     cut = registry.get("cut", "random").Config()

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe import registry
-from dynmoe.moe import MoELayer, Routing, collect_aux_losses
-from dynmoe.moe.routing import load_balance
+from dynmoe.moe import LossInput, MoELayer, Routing, collect_aux_losses
+from dynmoe.moe.losses.switch import SwitchLoss
 
-ROUTERS = registry.names("router")
+ROUTERS = ("cosine", "softmax", "topk")  # dense and sparse
 
 
 def make_layer(router: str, weight: float, experts: int = 3) -> MoELayer:
     config = registry.get("router", router).Config()
-    return MoELayer(
-        4, 4, 12, num_experts=experts, max_experts=5, router=config, balance_weight=weight
-    )
+    losses = (SwitchLoss.Config(weight=weight),) if weight else ()
+    return MoELayer(4, 4, 12, num_experts=experts, max_experts=5, router=config, losses=losses)
 
 
 def switch_loss(logits: Tensor, experts: int, k: int) -> float:
@@ -37,9 +36,15 @@ def test_load_balance_is_the_switch_loss(router, experts):
     layer = make_layer(router, 1.0, experts)
     layer(torch.randn(50, 4))
     routing = layer.last_routing
-    k = 1 if routing.indices is None else routing.indices.shape[1]
+    k = 1 if routing.chosen is None else min(layer.router.k, experts)
     expected = switch_loss(routing.logits.detach(), experts, k)
-    assert load_balance(routing).item() == pytest.approx(expected, rel=1e-5)
+    assert collect_aux_losses(layer)[".switch"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def load_balance(routing: Routing) -> Tensor:
+    layer = make_layer("softmax", 1.0, 4)
+    given = LossInput(torch.zeros(len(routing.gates), 4), routing, layer.router, layer.bank)
+    return layer.losses[0](given)
 
 
 def routing_of(logits: Tensor) -> Routing:
@@ -64,7 +69,7 @@ def test_descent_on_the_loss_balances_the_router(router):
     losses = []
     for _ in range(20):
         layer(x)
-        loss = collect_aux_losses(layer)[".load_balance"]
+        loss = collect_aux_losses(layer)[".switch"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -79,10 +84,10 @@ def test_aux_losses_are_named_by_layer_and_weighted():
     assert collect_aux_losses(model) == {}  # before any forward pass
     model(torch.randn(9, 4))
     losses = collect_aux_losses(model)
-    assert losses.keys() == {"0.load_balance", "1.1.load_balance"}
+    assert losses.keys() == {"0.switch", "1.1.switch"}
     for name, layer in (("0", first), ("1.1", third)):
-        expected = layer.balance_weight * load_balance(layer.last_routing)
-        assert torch.equal(losses[f"{name}.load_balance"], expected)
+        expected = layer.losses[0].weight * load_balance(layer.last_routing)
+        assert torch.equal(losses[f"{name}.switch"], expected)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
