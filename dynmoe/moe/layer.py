@@ -154,9 +154,8 @@ class MoELayer(nn.Module):
     def _losses(self, rows: Tensor, routing: Routing) -> dict[str, Tensor]:
         given = LossInput(rows, routing, self.router, self.bank)
         losses = dict(routing.losses)
-        for loss in self.losses:
-            aux = cast(AuxLoss, loss)
-            losses[aux.name] = aux.weight * aux(given)
+        for loss in cast("Sequence[AuxLoss]", self.losses):
+            losses[loss.name] = loss.weight * loss(given)
         return losses
 
     def _scale(self, routing: Routing) -> Tensor | float:
@@ -192,8 +191,10 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
-        sizes = f", hidden_sizes={self.bank.hidden_sizes()}" * isinstance(self.bank, UnitBank)
-        return f"experts={self.num_experts}/{self.max_experts}{sizes}"
+        text = f"experts={self.num_experts}/{self.max_experts}"
+        if isinstance(self.bank, UnitBank):
+            text += f", hidden_sizes={self.bank.hidden_sizes()}"
+        return text
 
 
 def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Tensor:
