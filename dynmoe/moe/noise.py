@@ -37,18 +37,11 @@ class Noise(nn.Module):
         return self._draw(like).to(like.dtype)
 
     def _draw(self, like: Tensor) -> Tensor:
-        """Numbers inside (0, 1) in float32 or wider.
-
-        The hash is SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number
-        generators", Figure 17) of consecutive integers.
-        """
+        """Numbers inside (0, 1) in float32 or wider, from hashes of consecutive integers."""
         count = like.numel()
         place = torch.arange(1, count + 1, device=like.device) + self.drawn
         self.drawn += count
-        z = self.seed + place * GOLDEN
-        z = (z ^ _shift(z, 30)) * MIX[0]
-        z = (z ^ _shift(z, 27)) * MIX[1]
-        z = z ^ _shift(z, 31)
+        z = scramble(self.seed + place * GOLDEN)
         # With 23 bits and a half, float32 holds every value exactly and none is 0 or 1.
         wide = torch.promote_types(like.dtype, torch.float32)
         return ((_shift(z, 41).to(wide) + 0.5) * 2.0**-23).view(like.shape)
@@ -56,6 +49,16 @@ class Noise(nn.Module):
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers, of the shape, dtype and device of `like` (inverse of erf)."""
         return (math.sqrt(2.0) * torch.erfinv(2.0 * self._draw(like) - 1.0)).to(like.dtype)
+
+
+def scramble(z: Tensor) -> Tensor:
+    """Hash int64 numbers of any shape: SplitMix64's output function.
+
+    Steele et al. 2014, "Fast splittable pseudorandom number generators", Figure 17.
+    """
+    z = (z ^ _shift(z, 30)) * MIX[0]
+    z = (z ^ _shift(z, 27)) * MIX[1]
+    return z ^ _shift(z, 31)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

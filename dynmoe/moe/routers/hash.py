@@ -1,0 +1,73 @@
+"""Hash routing: a token's identity alone decides on its expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.noise import GOLDEN, scramble
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing, hard_routing
+from dynmoe.registry import PartConfig
+
+
+class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.04426), Section 3"):
+    """A fixed random hash of the token id, modulo the number of experts, with gate 1.
+
+    Roller et al. 2021 (arXiv 2106.04426), Section 3. The ids come as context. Without a context
+    (our choice) a sample's id are the signs of fixed random projections of it, so that near samples
+    share an expert. Nothing is learned: `weight` is not used and takes no gradient. Growth
+    changes the modulus, and with it nearly every token's expert.
+
+    Attributes:
+        seed: buffer [1] int64, of the hash.
+        planes: buffer [bits, D], what samples without a token id are projected on.
+    """
+
+    seed: Tensor
+    planes: Tensor
+    k = 1
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the hash router."""
+
+        bits: int = 8
+        """random projections for samples without a token id; 2^bits ids can result"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        if not 1 <= config.bits <= 62:
+            raise UserError(f"hash router: bits={config.bits} must be between 1 and 62")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.weight.requires_grad_(False)
+        self.register_buffer("seed", torch.randint(2**62, (1,), generator=generator))
+        self.register_buffer("planes", torch.randn(config.bits, dim, generator=generator))
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route by the token ids [N] in the context, or by x [N, D].
+
+        Raises:
+            UserError: the context is no list of whole numbers.
+        """
+        ids = given.context
+        if ids is None:
+            above = (given.x @ self.planes.T > 0).long()
+            ids = (above << torch.arange(len(self.planes), device=above.device)).sum(dim=1)
+        elif ids.dim() != 1 or ids.is_floating_point():
+            raise UserError(
+                f"hash router: a context of shape {list(ids.shape)} and {ids.dtype} is no list of "
+                "token ids; give one int64 per token"
+            )
+        code = scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1)
+        everywhere = torch.ones_like(code, dtype=torch.bool)
+        return hard_routing(code % self.alive.sum(), everywhere, self.alive, given.x)
