@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import even_sizes
+from dynmoe.moe.bank import spread_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,10 @@ class Budget:
         if self.units < 0:
             raise UserError(f"budget: units={self.units} must be at least 0")
 
-    def sizes_after(self, sizes: list[int], new: int) -> list[int]:
+    def sizes_after(self, sizes: list[int], new: int, spread: float = 1.0) -> list[int]:
         """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].
+
+        A constant budget shares the units out with that `spread` (see `spread_sizes`).
 
         Raises:
             UserError: an expert would be left without units.
@@ -37,4 +39,4 @@ class Budget:
                 f"growing to {experts} experts would leave some without hidden units: the constant "
                 f"budget holds {total}; use a smaller granularity, fewer growths or more units"
             )
-        return even_sizes(total, experts)
+        return spread_sizes(total, experts, spread)

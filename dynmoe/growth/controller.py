@@ -157,7 +157,7 @@ class GrowthController:
         target, scores = [0] * (experts + self.granularity), torch.empty(0)
         segment = torch.empty(0, dtype=torch.long)
         if isinstance(bank, UnitBank):
-            target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity)
+            target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity, bank.spread)
             scores = self.cut.scores(bank, mean_activation, self.generator)
             segment = bank.segment.cpu()
         return Request(

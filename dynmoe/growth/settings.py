@@ -14,8 +14,9 @@ from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController, MeasureShock, classification_shock
 from dynmoe.growth.surgery import Moments
 from dynmoe.growth.trigger import Trigger
-from dynmoe.moe.bank import even_sizes
-from dynmoe.moe.layer import GateScale, MoELayer
+from dynmoe.moe.bank import UnitBank, spread_sizes
+from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
+from dynmoe.moe.share import share_router
 from dynmoe.registry import PartConfig
 
 
@@ -33,6 +34,8 @@ class GrowthSettings:
     regularizer: PartConfig = slot("loss", "none")
     shared_hidden: int = 0
     """hidden units of an expert that every sample uses, beside the routed ones"""
+    share_router: bool = False
+    """one router for all MoE layers that are alike (Omni-router); there must be two at least"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
     cut: PartConfig = slot("cut", "redraw")
@@ -53,9 +56,10 @@ class GrowthSettings:
 
     def final_hidden(self, hidden: int, experts: int) -> int:
         """Hidden units, once it has grown to `experts`, of a layer that began with `hidden`."""
-        sizes = even_sizes(hidden, self.granularity)
+        spread = self.bank.spread if isinstance(self.bank, UnitBank.Config) else 1.0
+        sizes = spread_sizes(hidden, self.granularity, spread)
         while len(sizes) < experts:
-            sizes = self.budget.sizes_after(sizes, self.granularity)
+            sizes = self.budget.sizes_after(sizes, self.granularity, spread)
         return sum(sizes)
 
     def check_budget(self, hidden: int, experts: int) -> None:
@@ -94,6 +98,15 @@ class GrowthSettings:
             shared_hidden=self.shared_hidden,
             generator=generator,
         )
+
+    def join_routers(self, model: nn.Module) -> None:
+        """With `share_router`, let the MoE layers of a model share; dense models stay as they are.
+
+        Raises:
+            UserError: the model has MoE layers, but no two that are alike.
+        """
+        if self.share_router and next(moe_layers(model), None) is not None:
+            share_router(model)
 
     def make_controller(
         self,

@@ -97,9 +97,9 @@ def _place_units(
     bank.draw_units(place[source == FRESH], generator)
     if not bool((plan.factor == 1).all()):
         weight = bank.output_weight()
-        factor = torch.empty_like(weight[0])
+        factor = weight.new_empty(weight.shape[1])
         factor[place] = plan.factor.to(factor)
-        weight.mul_(factor)
+        weight.mul_(factor.view(-1, *[1] * (weight.dim() - 2)))
 
 
 def _places(source: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dynmoe.errors import UserError
 from dynmoe.moe.routing import Routing
-from dynmoe.registry import Part
+from dynmoe.registry import Part, PartConfig
 
 
 class ExpertBank(nn.Module, Part, kind="bank"):
@@ -56,9 +58,24 @@ class UnitBank(ExpertBank):
     Attributes:
         segment: buffer [H] int64, the expert that owns each hidden unit. At first each expert's
             units are one run; growth relabels units where they stand.
+        spread: the option; growth at a constant budget shares the units out with it again.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of every bank with hidden units."""
+
+        spread: float = 1.0
+        """hidden units of the widest expert over those of the narrowest; widths fall geometrically
+        (HMoE, Wang et al. 2024, arXiv 2408.10681), and 1 shares evenly"""
+
     segment: Tensor
+
+    def __init__(self, config: Config, hidden: int, num_experts: int) -> None:
+        super().__init__()
+        self.spread = config.spread
+        self.register_buffer("segment", torch.zeros(hidden, dtype=torch.long))
+        self.set_hidden_sizes(spread_sizes(hidden, num_experts, config.spread))
 
     @abstractmethod
     def hidden(self, x: Tensor) -> Tensor:
@@ -92,3 +109,39 @@ def even_sizes(units: int, experts: int) -> list[int]:
     """`units` hidden units shared out evenly: sizes differ by one at most, larger ones first."""
     base, extra = divmod(units, experts)
     return [base + (i < extra) for i in range(experts)]
+
+
+def spread_sizes(units: int, experts: int, spread: float) -> list[int]:
+    """`units` hidden units shared out geometrically: the first expert gets `spread` times the last.
+
+    Expert i of E would get a share in proportion to spread^(-i / (E - 1)); shares are rounded so
+    that they add up to `units` and none is below 1 (the rounding is our choice). With a spread of
+    1 these are `even_sizes`. Needs at least one unit per expert.
+
+    Raises:
+        UserError: spread below 1.
+    """
+    if not 1 <= spread < float("inf"):
+        raise UserError(f"bank: spread={spread} must be a number of at least 1")
+    if spread == 1:
+        return even_sizes(units, experts)
+    weights = [spread ** (-i / max(experts - 1, 1)) for i in range(experts)]
+    shares = [units * weight / sum(weights) for weight in weights]
+    sizes = [max(1, int(share)) for share in shares]
+    while sum(sizes) < units:
+        sizes[max(range(experts), key=lambda i: shares[i] - sizes[i])] += 1
+    while sum(sizes) > units:
+        wide = [i for i in range(experts) if sizes[i] > 1]
+        sizes[min(wide, key=lambda i: shares[i] - sizes[i])] -= 1
+    return sizes
+
+
+@torch.no_grad()
+def draw_entries(
+    parameter: Tensor, axis: int, index: Tensor, bound: float, generator: torch.Generator
+) -> None:
+    """Fill the entries `index` [n] along `axis` with draws uniform in +-bound."""
+    shape = list(parameter.shape)
+    shape[axis] = len(index)
+    fresh = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    parameter.index_copy_(axis, index.to(parameter.device), fresh.to(parameter))

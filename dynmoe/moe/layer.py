@@ -124,7 +124,7 @@ class MoELayer(nn.Module):
         rows = x if self.bank.whole else x.reshape(-1, x.shape[-1])
         seen = rows
         if self.bank.whole or self.route_per == "sample":
-            seen = x.movedim(self.bank.channel_axis, 1).flatten(2).mean(dim=2)
+            seen = _sample_means(x, self.bank.channel_axis)
         routing = self.router(
             seen,
             None if mask is None else mask.reshape(-1),
@@ -137,7 +137,7 @@ class MoELayer(nn.Module):
             routing = routing.repeated(len(rows) // len(seen))
         self.last_losses = self._losses(rows, routing) if self.training else {}
         y = self._mix(rows, routing)
-        return y if self.bank.whole else y.view(*x.shape[:-1], -1)
+        return y if self.bank.whole else y.view(*x.shape[:-1], y.shape[-1])
 
     def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
         """Outputs of the rows; the shared expert, if any, is added to the routed ones."""
@@ -205,8 +205,16 @@ def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Te
 
     Returns:
         [G * T, D_out]: `C f(D^T x)` (Puigcerver et al. 2024, arXiv 2308.00951, Section 2.1).
+
+    Raises:
+        UserError: whole samples are routed, whose tokens cannot mix.
     """
     groups, tokens, count = slots.dispatch.shape
+    if rows.dim() != 2 or len(rows) != groups * tokens:
+        raise UserError(
+            "slot routing mixes tokens: it needs route_per=token and a bank of single tokens, "
+            "not of whole samples"
+        )
     inputs = slots.dispatch.transpose(1, 2) @ rows.view(groups, tokens, -1)
     owner, used = slots.owner.repeat(groups), slots.used.repeat(groups)
     outputs = bank(inputs.flatten(0, 1), hard_routing(owner, used, alive, rows))
@@ -218,6 +226,11 @@ def _always(rows: Tensor, routing: Routing) -> Routing:
     one = torch.ones(len(rows), 1, dtype=routing.gates.dtype, device=rows.device)
     alive = torch.ones(1, dtype=torch.bool, device=rows.device)
     return Routing(gates=one, logits=torch.zeros_like(one), probabilities=one, alive=alive)
+
+
+def _sample_means(x: Tensor, channel_axis: int) -> Tensor:
+    """[B, D_in] mean of each sample over its positions; samples [B, D_in] have but one."""
+    return x if x.dim() == 2 else x.movedim(channel_axis, 1).flatten(2).mean(dim=2)
 
 
 def _per_row(context: Tensor, rows: int) -> Tensor:

@@ -10,7 +10,11 @@ from dynmoe.growth.cut import Cut
 from dynmoe.moe.bank import UnitBank
 
 
-class UtilityCut(Cut, name="utility"):
+class UtilityCut(
+    Cut,
+    name="utility",
+    source="Dohare et al. 2024 (Nature 632), contribution utility; over one batch, ours",
+):
     """Keeps the units of largest contribution utility, mean |h| * sum |w_out|.
 
     Source: Dohare et al. 2024 (Nature 632, continual backpropagation), contribution utility, with
@@ -23,4 +27,5 @@ class UtilityCut(Cut, name="utility"):
         """Contribution utility [H]; needs a probe batch."""
         if mean_activation is None:
             raise UserError("the utility cut needs a probe batch: pass probe= to the growth step")
-        return (mean_activation * bank.output_weight().detach().abs().sum(dim=0)).cpu()
+        outgoing = bank.output_weight().detach().abs().transpose(0, 1).flatten(1).sum(dim=1)
+        return (mean_activation * outgoing).cpu()

@@ -11,7 +11,9 @@ from dynmoe.errors import UserError
 from dynmoe.growth.init import FRESH, Init, Plan, Request, choose_parents, share_gates
 
 
-class DuplicateInit(Init, name="duplicate"):
+class DuplicateInit(
+    Init, name="duplicate", source="after Chen et al. 2016 (arXiv 1511.05641), Net2Wider"
+):
     """Splits or copies a parent expert, router row included; the function stays the same.
 
     With a constant budget a parent's units are dealt out between it and its children. Nothing is

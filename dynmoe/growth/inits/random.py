@@ -9,7 +9,7 @@ from dynmoe.growth.init import Init, Plan, Request, cut_plan
 from dynmoe.registry import PartConfig
 
 
-class RandomInit(Init, name="random"):
+class RandomInit(Init, name="random", source="Kim 2025 (arXiv 2511.18987)"):
     """New experts and their router rows are drawn afresh (DynamicMoE, arXiv 2511.18987).
 
     The function is not preserved, by choice of the paper.

@@ -9,7 +9,7 @@ from dynmoe.growth.trigger import ClockTrigger
 from dynmoe.registry import PartConfig
 
 
-class EveryTrigger(ClockTrigger, name="every"):
+class EveryTrigger(ClockTrigger, name="every", source="Kim 2025 (arXiv 2511.18987)"):
     """Every n steps of the clock (DynamicMoE's RL: 500M environment steps, 2511.18987)."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,9 @@ from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.registry import PartConfig
 
 
-class PlateauTrigger(Trigger, name="plateau"):
+class PlateauTrigger(
+    Trigger, name="plateau", source="ours; answers an open question of Kim 2025 (arXiv 2511.18987)"
+):
     """When the score has not risen for a while (an answer to an open question of 2511.18987)."""
 
     @dataclass(frozen=True, kw_only=True)

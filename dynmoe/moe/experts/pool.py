@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank, even_sizes
+from dynmoe.moe.bank import UnitBank, draw_entries
 from dynmoe.moe.mixing import ACTIVATIONS, mix_dense, mix_sparse, outputs_by_expert
 from dynmoe.moe.routing import Routing
-from dynmoe.registry import PartConfig
 
 
 class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (arXiv 2511.18987)"):
@@ -28,7 +27,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
+    class Config(UnitBank.Config):
         """Options of the hidden pool."""
 
         output_init: Literal["pool", "expert"] = "pool"
@@ -46,15 +45,13 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         activation: str,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
+        super().__init__(config, hidden, num_experts)
         self.output_init = config.output_init
         self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
         self.b_in = nn.Parameter(torch.empty(hidden))
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
         self.b_out = nn.Parameter(torch.empty(max_experts, dim_out))
         self.act = ACTIVATIONS[activation]()
-        self.register_buffer("segment", torch.zeros(hidden, dtype=torch.long))
-        self.set_hidden_sizes(even_sizes(hidden, num_experts))
         self.draw_units(torch.arange(hidden), generator)
         self.draw_experts(torch.arange(max_experts), generator)
 
@@ -95,31 +92,21 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         """`w_out` [D_out, H]."""
         return self.w_out
 
-    @torch.no_grad()
     def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
         """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in), as torch's linear layers.
 
         Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
         in the ReLU behind the layer, and a growing network loses its trainability.
         """
-        dim_in, (dim_out, hidden), n = self.w_in.shape[1], self.w_out.shape, len(index)
+        dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
         fan_in = hidden if self.output_init == "pool" else hidden / self._num_experts()
-        bound_in, bound_out = dim_in**-0.5, fan_in**-0.5
-        w_in = torch.empty(n, dim_in).uniform_(-bound_in, bound_in, generator=generator)
-        b_in = torch.empty(n).uniform_(-bound_in, bound_in, generator=generator)
-        w_out = torch.empty(dim_out, n).uniform_(-bound_out, bound_out, generator=generator)
-        index = index.to(self.w_in.device)
-        self.w_in.index_copy_(0, index, w_in.to(self.w_in))
-        self.b_in.index_copy_(0, index, b_in.to(self.b_in))
-        self.w_out.index_copy_(1, index, w_out.to(self.w_out))
+        draw_entries(self.w_in, 0, index, dim_in**-0.5, generator)
+        draw_entries(self.b_in, 0, index, dim_in**-0.5, generator)
+        draw_entries(self.w_out, 1, index, fan_in**-0.5, generator)
 
-    @torch.no_grad()
     def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
         """Draw the output biases of experts `index` [n] afresh."""
-        bound = self.w_out.shape[1] ** -0.5
-        fresh = torch.empty(len(index), self.b_out.shape[1])
-        fresh.uniform_(-bound, bound, generator=generator)
-        self.b_out[index] = fresh.to(self.b_out)
+        draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
 
     def _num_experts(self) -> int:
         return int(self.segment.max()) + 1
