@@ -117,6 +117,7 @@ def make_policy(config: Config, env: TorchVectorEnv, device: torch.device) -> Ac
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
         policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)
+    config.join_routers(policy)
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
         policy.to(memory_format=torch.channels_last)
     return policy.to(device)

@@ -108,15 +108,6 @@ def write_figure(path: Path, figure: Figure) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def as_image(figure: Figure) -> NDArray[np.uint8]:
-    """A figure as uint8 [H, W, 3], as TensorBoard's add_image takes it (dataformats="HWC")."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3].copy()
-
-
 def learning_figure(
     path: Path, curves: dict[str, dict[str, Any]], title: str, max_return: float | None = None
 ) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from agents.actor_critic import ActorCritic, as_input
 from agents.charts import layout
-from agents.figures import as_image, router_figure, write_figure
+from agents.figures import router_figure, write_figure
 from agents.growth import sample, signals
 from agents.ppo import UpdateStats, advantages
 from agents.rollout import Rollout
@@ -21,7 +21,9 @@ from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
 from agents.traces import Traces
 from dynmoe.errors import NumericError
+from dynmoe.figures import as_image
 from dynmoe.growth.controller import GrowthController
+from dynmoe.moe.inspection import heat_map
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.stats import routing_stats
 from dynmoe.plasticity.metric import measure_all
@@ -76,7 +78,7 @@ class Recorder:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
         if last or self.run.checkpoint_due():
             self._check_weights(steps)
-            self.run.checkpoint(update, self._checkpoint(update, rollout))
+            self.run.checkpoint(update, self._checkpoint(update, rollout), logged=steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `_checkpoint` saved of this recorder."""
@@ -102,9 +104,20 @@ class Recorder:
             figure = router_figure(self.traces.best, title)
             tensorboard.add_image("router", as_image(figure), steps, dataformats="HWC")
             write_figure(self.run.folder / "router.png", figure)
+        self._draw_loads(steps)
         self.episodes.restart()
         self.routing.restart()
         self.traces.forget()
+
+    def _draw_loads(self, steps: int) -> None:
+        """Heat maps of the experts' loads on the visited floors, one per layer."""
+        floors = [f"floor {floor}" for floor in self.routing.visited()]
+        for name, load in self.routing.loads(self._experts()).items():
+            experts = [f"expert {e}" for e in range(load.shape[1])]
+            title = f"{name}: load by floor"
+            self.run.log.image(
+                steps, f"experts/floor/{name}", heat_map(load.T, experts, floors, title)
+            )
 
     def _plasticity(self, rollout: Rollout) -> dict[str, float]:
         """All metrics of the actor's network and the critic's, each with a loss of its own.

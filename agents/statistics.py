@@ -1,6 +1,7 @@
 """Sums over the episodes and the routing of a stretch of training.
 
-Shapes: T steps, N environments, F floors, M experts a layer can hold, E living ones.
+Shapes: T steps, N environments, F floors, V of them visited, M experts a layer can hold, E living
+ones.
 """
 
 from __future__ import annotations
@@ -105,17 +106,28 @@ class FloorRouting:
             )
             sums.index_add_(0, floors, shares)
 
+    def visited(self) -> list[int]:
+        """The V floors that the agents have been on."""
+        return self.counts.nonzero().flatten().tolist()
+
+    def loads(self, num_experts: int) -> dict[str, Tensor]:
+        """[V, E] load of each expert on each visited floor, by layer."""
+        visited = self.counts > 0
+        return {
+            name: sums[visited, :num_experts] / self.counts[visited].unsqueeze(1)
+            for name, sums in self.sums.items()
+        }
+
     def values(self, num_experts: int) -> dict[str, float]:
         """Load of each expert on each visited floor, and what experts tell of the floor.
 
         The information is in nats; its share is of the most it could be. Floors weigh alike,
         however long the agents stayed on each.
         """
-        visited = self.counts > 0
+        floors = self.visited()
         values: dict[str, float] = {}
-        for name, sums in self.sums.items():
-            load = sums[visited, :num_experts] / self.counts[visited].unsqueeze(1)
-            for floor, shares in zip(visited.nonzero().flatten().tolist(), load, strict=True):
+        for name, load in self.loads(num_experts).items():
+            for floor, shares in zip(floors, load, strict=True):
                 for expert, share in enumerate(shares.tolist()):
                     values[f"router/floor_{floor}/{name}/expert_{expert}"] = share
             nats, share = expert_task_information(load)

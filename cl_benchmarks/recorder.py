@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.batches import accuracy
 from cl_benchmarks.charts import LAYOUT
+from cl_benchmarks.expert_maps import expert_maps
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
@@ -130,8 +131,11 @@ class Recorder:
         self.rows.append(row)
         values = {f"task/{name}": float(value) for name, value in asdict(row).items()}
         values["task/entk_effective_rank"] = entk_effective_rank(model, self.probes[task][0][:64])
-        values |= self._router_values(model)
+        gates = [_gates(model, images) for images, _ in self.probes[: len(self.rows)]]
+        values |= self._router_values(gates)
         self.run.log.scalars(row.steps, values)
+        for tag, image in expert_maps(model, *self.probes[task], gates).items():
+            self.run.log.image(row.steps, tag, image)
         self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
         self._restart_counts()
 
@@ -188,9 +192,11 @@ class Recorder:
             self.run.log.scalars(event.step, shock | {"growth/experts": float(event.experts)})
             self.events_logged += 1
 
-    def _router_values(self, model: nn.Module) -> dict[str, float]:
-        """Drift on past tasks' probes, and what experts tell of the task, over tasks so far."""
-        now = [_gates(model, images) for images, _ in self.probes[: len(self.rows)]]
+    def _router_values(self, now: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Drift on past tasks' probes, and what experts tell of the task, over tasks so far.
+
+        `now` holds the gates of each task's probe.
+        """
         values: dict[str, float] = {}
         for name in now[0]:
             past = [routing_drift(g[name], n[name]) for g, n in zip(self.gates, now, strict=False)]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dynmoe.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = ("#222222", "#8a8a8a", "#e29a2d", "#7fc8f8", "#1b6ca8", "#5b3a8c", "#f4a9a8", "#d1495b",
           "#7d1d3f", "#5c946e")  # fmt: skip
@@ -16,6 +22,15 @@ PANELS = (
     ("online_accuracy", "online accuracy"),
     ("test_accuracy", "test accuracy at task end"),
 )
+
+
+def as_image(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as uint8 [H, W, 3], as TensorBoard's add_image takes it (dataformats="HWC")."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3].copy()
 
 
 def plasticity_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title: str) -> None:

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from torch import Tensor
+
 from dynmoe.files import disk_full, finite
 
 
@@ -43,6 +45,10 @@ class Logger:
         self._write({"step": step, **values})
         for tag, value in values.items():
             self.tensorboard.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """A picture for TensorBoard alone: uint8 [3, H, W]."""
+        self.tensorboard.add_image(tag, image, step)
 
     def event(self, step: int, name: str, values: dict[str, Any]) -> None:
         """One line for something that happened once (a growth, a new task)."""

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from dynmoe import __version__, checkpoint, seeding
+from dynmoe import __version__, checkpoint, own_parts, seeding
 from dynmoe.config import RunConfig, difference, digest, identity, to_dict
 from dynmoe.device import make_deterministic, resolve
 from dynmoe.errors import Interrupted, UserError
@@ -118,8 +118,13 @@ class Run:
         passed = time.monotonic() - self._saved_at
         return self._signal is not None or passed > self.config.checkpoint_every_s
 
-    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
+    def checkpoint(self, step: int, state: dict[str, Any], logged: int | None = None) -> None:
         """Save `state` (plain values and tensors), the global generators and the log's position.
+
+        Args:
+            step: counts up; names the file.
+            state: everything to go on from.
+            logged: the latest step in the log, where the log counts otherwise than `step`.
 
         Raises:
             Interrupted: a signal came; the run can be resumed from here.
@@ -127,6 +132,7 @@ class Run:
         """
         saved = {
             "step": step,
+            "logged": step if logged is None else logged,
             "log_position": self.log.sync(),
             "random": seeding.global_state(),
             "state": state,
@@ -163,7 +169,8 @@ class Run:
         if saved is None:
             self._log = Logger(self.folder)
         else:
-            self._log = Logger(self.folder, saved["log_position"], saved["step"])
+            logged = saved.get("logged", saved["step"])  # older runs do not know it
+            self._log = Logger(self.folder, saved["log_position"], logged)
             seeding.load_global_state(saved["random"])
             self.restored = saved["state"]
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -244,6 +251,7 @@ class Run:
                 "device": _device_name(self.device),
                 "threads": self.config.threads or torch.get_num_threads(),
                 "packages": {name: _version(name) for name in PACKAGES},
+                "own_parts": own_parts.describe(),
             }
         )
         write_json(path, {"sessions": sessions})

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from agents.encoder import Encoder, check_sizes, flat_features, image_shape, orthogonal
 
 
-class Conv(Encoder, name="conv"):
+class Conv(
+    Encoder,
+    name="conv",
+    source="after Matthews et al. 2024 (arXiv 2402.16801), Craftax_Baselines' ActorCriticConv",
+):
     """Three 5x5 convolutions with 3x3 pooling, shaped like Craftax_Baselines' ActorCriticConv.
 
     Pooling stands before the ReLU: the two commute, and a ninth of the values is left to rectify.

@@ -27,7 +27,7 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
-class Impala(Encoder, name="impala"):
+class Impala(Encoder, name="impala", source="Espeholt et al. 2018 (arXiv 1802.01561)"):
     """Residual blocks behind 3x3 convolutions and pooling (Espeholt et al. 2018, 1802.01561)."""
 
     @dataclass(frozen=True, kw_only=True)

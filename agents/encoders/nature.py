@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from agents.encoder import Encoder, flat_features, image_shape, orthogonal
 
 
-class Nature(Encoder, name="nature"):
+class Nature(Encoder, name="nature", source="Mnih et al. 2015 (Nature 518)"):
     """8x8, 4x4 and 3x3 strided convolutions (Mnih et al. 2015, "NatureCNN")."""
 
     def __init__(self, config: Encoder.Config, shape: tuple[int, ...]) -> None:

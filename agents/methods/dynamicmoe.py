@@ -11,7 +11,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth.settings import GrowthSettings
 
 
-class DynamicMoE(Agent, name="dynamicmoe"):
+class DynamicMoE(Agent, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"):
     """Grows by `--granularity` experts whenever `--trigger` fires (Kim, arXiv 2511.18987)."""
 
     grows = True

@@ -10,7 +10,9 @@ from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
 
 
-class MoEStart(Agent, name="moe-start"):
+class MoEStart(
+    Agent, name="moe-start", source='Kim 2025 (arXiv 2511.18987), its "1 expert" baseline'
+):
     """The experts that DynamicMoE starts with (its "1 expert" baseline), and never more."""
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:

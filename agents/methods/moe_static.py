@@ -10,7 +10,9 @@ from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
 
 
-class MoEStatic(Agent, name="moe-static"):
+class MoEStatic(
+    Agent, name="moe-static", source='Kim 2025 (arXiv 2511.18987), its "2 experts" baseline'
+):
     """All experts that DynamicMoE ends with, from the start (its "2 experts" baseline)."""
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:

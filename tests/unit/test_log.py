@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from dynmoe import log
 from dynmoe.errors import ResourceError
@@ -68,6 +72,35 @@ def test_going_on_cuts_off_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     third.close()
     assert (tmp_path / "log.jsonl").read_bytes() == b""
     assert _scalars(tmp_path) == {}
+
+
+def _images(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)]
+        for tag in events.Tags()["images"]
+    }
+
+
+def test_images_are_shown_once_each_and_leave_the_lines_alone(tmp_path: Path) -> None:
+    pictures = torch.randint(0, 256, (3, 3, 8, 9), dtype=torch.uint8)
+    first = Logger(tmp_path)
+    first.image(1, "experts/a", pictures[0])
+    position = first.sync()
+    first.image(2, "experts/a", pictures[1])
+    first.close()
+    second = Logger(tmp_path, position, step=1)
+    second.image(2, "experts/a", pictures[2])
+    second.close()
+    shown = _images(tmp_path)["experts/a"]
+    assert [step for step, _ in shown] == [1, 2]
+    for (_, png), picture in zip(shown, pictures[[0, 2]], strict=True):
+        pixels = np.array(Image.open(io.BytesIO(png)))
+        assert torch.equal(torch.from_numpy(pixels).permute(2, 0, 1), picture)
+    assert position == 0 and _lines(tmp_path) == []
 
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from agents.evaluate import play
 from agents.figures import (
     EXPERT_COLORS,
     FLOOR_COLORS,
-    as_image,
     averaged,
     draw_learning,
     expert_color,
@@ -32,7 +31,7 @@ from agents.figures import (
     write_figure,
 )
 from agents.traces import Trace
-from dynmoe.figures import COLORS
+from dynmoe.figures import COLORS, as_image
 from dynmoe.moe.stats import gate_shares
 from dynmoe.stats import bootstrap_interval
 from envs.debug import make_debug

@@ -1,0 +1,188 @@
+"""Looking into MoE layers: how alike the experts are, what each is used for, and heat maps of both.
+
+Shapes: N samples, E living experts, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.figures import as_image
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.stats import gate_shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_NUMBERS = 100
+"""Cells up to which a heat map shows their values."""
+MOST_TICKS = 24
+"""Labels along each side of a heat map; of more, every second or third is shown."""
+
+
+@torch.no_grad()
+def weight_similarity(layer: MoELayer) -> Tensor:
+    """How alike the living experts' weights are: [E, E] float64 on the CPU, 1 on the diagonal.
+
+    Banks with hidden units: `||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||)` with Frobenius norms,
+    W_e the expert's units as rows, each with all its weights and biases but the output's. It is
+    the cosine of the matrices `W_e^T W_e`, lies in 0..1, and knows no order of units; experts of
+    different sizes compare. Other banks: cosine of all of an expert's parameters, in -1..1. Both
+    are our choice. An expert of zeros has similarity 0 to all.
+    """
+    bank, experts = layer.bank, range(layer.num_experts)
+    if not isinstance(bank, UnitBank):
+        rows = torch.cat([p.flatten(1).double() for p in bank.expert_rows()], dim=1)
+        rows = F.normalize(rows[: len(experts)], dim=1)
+        return (rows @ rows.T).cpu()
+    inner = [(getattr(bank, name), axis) for name, axis in bank.unit_axes()]
+    sides = [
+        parameter.movedim(axis, 0).reshape(len(bank.segment), -1).double()
+        for parameter, axis in inner
+        if parameter is not bank.output_weight()
+    ]
+    units = torch.cat(sides, dim=1)
+    return _overlaps([units[bank.segment == e].T for e in experts])
+
+
+@torch.no_grad()
+def output_similarity(layer: MoELayer, x: Tensor, how: Literal["cosine", "cka"]) -> Tensor:
+    """How alike the living experts' outputs on x are: [E, E] float64 on the CPU.
+
+    Args:
+        layer: left as it was.
+        x: input of the layer; every position of a sample counts as a sample.
+        how: "cosine": mean over samples of the cosine of two experts' outputs, in -1..1. "cka":
+            linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, Section 3),
+            in 0..1: blind to rotations and scale of the outputs. An expert of constant output has
+            0 to all.
+
+    Raises:
+        UserError: an unknown `how`.
+    """
+    if how not in ("cosine", "cka"):
+        raise UserError(f"output_similarity: how={how!r} must be 'cosine' or 'cka'")
+    with undisturbed(layer):
+        rows = x if layer.bank.whole else x.reshape(-1, x.shape[-1])
+        outputs = layer.bank.expert_outputs(rows)[: layer.num_experts].double()
+    axis = layer.bank.channel_axis if layer.bank.whole else -1
+    features = [y.movedim(axis, -1).flatten(0, -2) for y in outputs]  # each [N, D]
+    if how == "cka":
+        return _overlaps([y - y.mean(dim=0) for y in features])
+    unit = F.normalize(torch.stack(features), dim=2)
+    return (unit.flatten(1) @ unit.flatten(1).T).cpu() / unit.shape[1]
+
+
+def _overlaps(matrices: list[Tensor]) -> Tensor:
+    """[E, E] of `||A_i^T A_j||^2 / (||A_i^T A_i|| ||A_j^T A_j||)` (Frobenius) for A_e [N, D_e]."""
+    table = torch.zeros(len(matrices), len(matrices), dtype=torch.double)
+    for i, a in enumerate(matrices):
+        for j, b in enumerate(matrices[: i + 1]):
+            table[i, j] = table[j, i] = (a.T @ b).square().sum()
+    own = table.diagonal().sqrt()
+    return table / torch.outer(own, own).clamp_min(torch.finfo(torch.double).tiny)
+
+
+def routing_table(gates: Tensor, labels: Tensor, num_labels: int | None = None) -> Tensor:
+    """Mean gate share of each expert on the samples of each label: [E, L] float64 on the CPU.
+
+    Columns sum to 1; that of a label without samples is nan.
+
+    Args:
+        gates: [N, E].
+        labels: [N] int64, of classes, tasks, floors, ...; or one for every N / len(labels) rows,
+            as where each token of a sample is routed.
+        num_labels: L; by default one more than the largest label.
+    """
+    shares = gate_shares(gates).cpu()
+    labels = labels.cpu().repeat_interleave(len(shares) // len(labels))
+    member = F.one_hot(labels, -1 if num_labels is None else num_labels).double()
+    return (shares.T @ member) / member.sum(dim=0)
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What each MoE layer is given while the model computes x, by layer name.
+
+    In evaluation mode; the model is left as it was. A layer that runs twice gives its last input.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: MoELayer) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[name] = (args[0] if args else kwargs["x"]).detach().clone()
+
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(name, layer) for name, layer in moe_layers(model)]
+    try:
+        with undisturbed(model):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def heat_map(table: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Tensor:
+    """A picture of a table for TensorBoard's `add_image`: uint8 [3, H, W]. Drawn by matplotlib.
+
+    Up to 100 cells show their value; cells that are nan stay white. Colours go from 0, or the
+    least value if that is below, to the largest.
+
+    Args:
+        table: [R, C]. rows: R names. columns: C names.
+        title: stands above.
+    """
+    from matplotlib.figure import Figure
+
+    values = table.detach().double().cpu()
+    known = values[values.isfinite()]
+    low, high = (min(0.0, float(known.min())), float(known.max())) if len(known) else (0.0, 1.0)
+    high = high if high > low else low + 1.0
+    numbers = values.numel() <= MOST_NUMBERS
+    figure = Figure()
+    axes = _place(figure, rows, columns, title, 0.42 if numbers else 0.2)
+    image = axes.imshow(values.numpy(), cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        step = -(-len(names) // MOST_TICKS)
+        axis.set_ticks(range(0, len(names), step), list(names)[::step], fontsize=8)
+    if numbers:
+        middle = (low + high) / 2
+        for (i, j), value in zip(values.isfinite().nonzero().tolist(), known.tolist(), strict=True):
+            color = "white" if value < middle else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    else:
+        figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+    return torch.from_numpy(as_image(figure)).permute(2, 0, 1)
+
+
+def _place(
+    figure: Figure, rows: Sequence[str], columns: Sequence[str], title: str, cell: float
+) -> Axes:
+    """Axes with cells of `cell` inches, and room for the names; long column names stand upright.
+
+    By hand: matplotlib's own layout takes longer than the drawing.
+    """
+    letter = 0.075  # inches
+    longest = max(map(len, columns), default=0)
+    upright = longest > (5 if cell > 0.3 else 2)
+    left = 0.3 + letter * max(map(len, rows), default=0)
+    bottom = 0.25 + (letter * longest if upright else 0.1)
+    wide = min(max(cell * len(columns), letter * len(title)), 14.0)
+    high = min(cell * len(rows), 10.0)
+    width, height = left + wide + 0.3, bottom + high + 0.4
+    figure.set_size_inches(width, height)
+    axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(axis="x", rotation=90 if upright else 0)
+    return axes

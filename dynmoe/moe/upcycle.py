@@ -1,0 +1,212 @@
+"""Upcycling: a trained dense MLP becomes a mixture of experts that computes the same.
+
+"split" shares the MLP's units out (expert construction of MoEfication, Zhang et al. 2022, arXiv
+2110.01786). Gates are scaled by the number of experts used and start equal, so that the function is
+kept where all experts are used. For equal gates all router rows start as copies of the first (our
+choice): a row of zeros has no direction, and a cosine router's gradient there is unbounded.
+
+"copy" makes every expert the whole MLP (sparse upcycling, Komatsuzaki et al. 2023, arXiv
+2212.05055, Section 3), so that the function is kept by any router whose gates sum to 1; the layer
+has E times the MLP's units.
+
+Shapes: H hidden units of the MLP, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import even_sizes
+from dynmoe.moe.experts.pool import HiddenPool
+from dynmoe.moe.layer import MoELayer, RoutePer
+from dynmoe.moe.mixing import ACTIVATIONS
+from dynmoe.moe.router import Router
+from dynmoe.registry import PartConfig
+
+NAMES = {kind: name for name, kind in ACTIVATIONS.items() if kind is not nn.Identity}
+
+
+@torch.no_grad()
+def upcycle(
+    mlp: nn.Module,
+    num_experts: int,
+    *,
+    how: Literal["split", "copy"] = "split",
+    cluster: bool = False,
+    max_experts: int | None = None,
+    router: PartConfig | Router | None = None,
+    losses: Sequence[PartConfig] = (),
+    route_per: RoutePer = "token",
+    generator: torch.Generator | None = None,
+) -> MoELayer:
+    """An MoE layer with the weights, dtype, device and training mode of an MLP.
+
+    `function_change(mlp, layer, x)` tells how close the two are.
+
+    Args:
+        mlp: `nn.Sequential` of Linear, activation and Linear, or a module with these as `fc1`,
+            `act` and `fc2` whose output is `fc2(act(fc1(x)))`, as timm's Mlp. Missing biases
+            become zeros that can learn.
+        num_experts: E.
+        how: "split" or "copy", see above.
+        cluster: split by balanced k-means of the units' input weights, not by their order.
+        max_experts, router, losses, route_per: as in `MoELayer`.
+        generator: draws the router and the clusters' start; default one seeded with 0.
+
+    Raises:
+        UserError: another kind of module, an activation other than ReLU, exact GELU, SiLU and
+            Tanh, dropout, more experts than units to split, or an unknown `how`.
+    """
+    if how not in ("split", "copy"):
+        raise UserError(f"upcycle: how={how!r} must be 'split' or 'copy'")
+    if cluster and how == "copy":
+        raise UserError("upcycle: cluster=True needs how='split'; copies are not clustered")
+    first, activation, second = _parts(mlp)
+    generator = generator or torch.Generator().manual_seed(0)
+    hidden, copies = first.out_features, num_experts if how == "copy" else 1
+    layer = MoELayer(
+        first.in_features,
+        second.out_features,
+        hidden * copies,
+        num_experts=num_experts,
+        max_experts=max_experts,
+        router=router,
+        losses=losses,
+        route_per=route_per,
+        gate_scale="experts" if how == "split" else "one",
+        activation=activation,
+        generator=generator,
+    ).to(first.weight)
+    units = torch.arange(hidden, device=first.weight.device).repeat(copies)
+    if cluster:
+        sizes = even_sizes(hidden, num_experts)
+        owner = balanced_clusters(first.weight, sizes, generator)
+        units = owner.argsort(stable=True).to(units)
+    _fill(layer, first, second, units, num_experts if how == "split" else 1)
+    if how == "split":
+        for rows in layer.router.expert_rows():
+            rows[:num_experts] = rows[0].clone()
+    return layer.train(mlp.training)
+
+
+def upcycle_vit(
+    model: nn.Module, num_experts: int, blocks: Sequence[int] | None = None, **options: Any
+) -> list[str]:
+    """Replace the MLPs of a timm VisionTransformer by MoE layers, in place.
+
+    Args:
+        model: has `blocks`, each with an `mlp` that `upcycle` takes.
+        num_experts: experts of each layer.
+        blocks: which blocks, by number, from the end if negative; all by default.
+        options: of `upcycle`; one generator serves all blocks, so that their routers differ.
+
+    Returns:
+        The names of the new layers.
+
+    Raises:
+        UserError: not such a model, no such block, or an MLP that cannot be converted; the model
+            is then as it was.
+    """
+    mlps = [getattr(block, "mlp", None) for block in getattr(model, "blocks", [])]
+    if not mlps or any(mlp is None for mlp in mlps):
+        raise UserError(
+            f"upcycle_vit: {type(model).__name__} has no blocks with an mlp, as a timm "
+            "VisionTransformer has; use upcycle on its MLPs instead"
+        )
+    count = len(mlps)
+    chosen = range(count) if blocks is None else blocks
+    for number in chosen:
+        if not -count <= number < count:
+            raise UserError(f"upcycle_vit: block {number} must be between {-count} and {count - 1}")
+    options.setdefault("generator", torch.Generator().manual_seed(0))
+    numbers = sorted({number % count for number in chosen})
+    layers = [upcycle(mlps[number], num_experts, **options) for number in numbers]  # type: ignore[arg-type]
+    for number, layer in zip(numbers, layers, strict=True):
+        model.get_submodule(f"blocks.{number}").mlp = layer
+    return [f"blocks.{number}.mlp" for number in numbers]
+
+
+def _fill(layer: MoELayer, first: nn.Linear, second: nn.Linear, units: Tensor, shares: int) -> None:
+    """Give the pool the MLP's `units` [H'], and each expert a share of the output bias."""
+    bank = layer.bank
+    assert isinstance(bank, HiddenPool)
+    bank.w_in.copy_(first.weight[units])
+    bank.b_in.copy_(first.bias[units] if first.bias is not None else torch.zeros_like(bank.b_in))
+    bank.w_out.copy_(second.weight[:, units])
+    bank.b_out.copy_(
+        second.bias / shares if second.bias is not None else torch.zeros_like(bank.b_out)
+    )
+
+
+def _parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
+    """First linear map, name of the activation, and second linear map of a two-layer MLP.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    known = isinstance(mlp, nn.Sequential) or all(hasattr(mlp, n) for n in ("fc1", "act", "fc2"))
+    modules = [module for module in mlp.children() if not isinstance(module, nn.Identity)]
+    for module in modules:
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise UserError(
+                f"upcycle: the MLP has dropout {module.p}, MoE layers have none; set its p to 0"
+            )
+    parts = [module for module in modules if not isinstance(module, nn.Dropout)]
+    if (
+        not known
+        or len(parts) != 3
+        or not isinstance(parts[0], nn.Linear)
+        or not isinstance(parts[2], nn.Linear)
+        or parts[0].out_features != parts[2].in_features
+    ):
+        found = ", ".join(type(part).__name__ for part in parts) or "nothing"
+        raise UserError(
+            f"upcycle: {type(mlp).__name__} of {found} is no two-layer MLP; allowed are "
+            "nn.Sequential(Linear, activation, Linear) and modules with fc1, act and fc2"
+        )
+    activation = NAMES.get(type(parts[1]))
+    if activation is None or getattr(parts[1], "approximate", "none") != "none":
+        raise UserError(
+            f"upcycle: activation {parts[1]} is not known; allowed are ReLU, GELU (exact), SiLU "
+            "and Tanh"
+        )
+    return parts[0], activation, parts[2]
+
+
+def balanced_clusters(
+    rows: Tensor, sizes: list[int], generator: torch.Generator, steps: int = 30
+) -> Tensor:
+    """k-means with given cluster sizes: the cluster of each row [H, D], `[H]` int64 on the CPU.
+
+    MoEfication (arXiv 2110.01786) splits by balanced k-means. Here (our choice) the
+    rows that care most, by the distance between their nearest and farthest centre, take their
+    place first, each in the nearest cluster that has room. That does not fall at every step: the
+    best assignment seen is kept.
+    """
+    rows = rows.detach().double().cpu()
+    centres = rows[torch.randperm(len(rows), generator=generator)[: len(sizes)]]
+    best, least = torch.empty(0, dtype=torch.long), float("inf")
+    for _ in range(steps):
+        owner = _seats(torch.cdist(rows, centres).square(), sizes)
+        centres = torch.stack([rows[owner == e].mean(dim=0) for e in range(len(sizes))])
+        cost = float((rows - centres[owner]).square().sum())
+        if cost < least:
+            best, least = owner, cost
+    return best
+
+
+def _seats(distance: Tensor, sizes: list[int]) -> Tensor:
+    """[H] a cluster for each row of `distance` [H, E], `sizes[e]` rows for cluster e."""
+    room, owner = list(sizes), torch.empty(len(distance), dtype=torch.long)
+    nearest = distance.argsort(dim=1, stable=True).tolist()
+    eager = (distance.amin(dim=1) - distance.amax(dim=1)).argsort(stable=True)
+    for row in eager.tolist():
+        cluster = next(c for c in nearest[row] if room[c])
+        room[cluster] -= 1
+        owner[row] = cluster
+    return owner
