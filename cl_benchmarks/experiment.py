@@ -106,7 +106,9 @@ def prepare(
     def new_model(draw: int) -> Network:
         make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
         with seeding.seeded(config.seed, "network", draw):
-            return build_network(config.network, data.shape, outputs, make)
+            network = build_network(config.network, data.shape, outputs, make)
+        config.join_routers(network)
+        return network
 
     model = new_model(0).to(device)
     generator = seeding.generator(config.seed, "method")

@@ -8,7 +8,6 @@ options. A preset is a ready instance of the dataclass, chosen by `--preset`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynmoe import registry
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 from dynmoe.registry import PartConfig
 
 C = TypeVar("C")
@@ -78,7 +77,7 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     args = list(argv)
     preset = _pop(args, "preset") or next(iter(presets))
     if preset not in presets:
-        raise UserError(_unknown("preset", preset, list(presets)))
+        raise unknown("preset", preset, presets)
     config = presets[preset]
     for field, kind in slots(config).items():
         name = _pop(args, field.replace("_", "-"))
@@ -189,12 +188,6 @@ def _pop(args: list[str], flag: str) -> str | None:
         else:
             i += 1
     return value
-
-
-def _unknown(what: str, value: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {value!r}; known: {', '.join(known)}.{hint}"
 
 
 def _part_help(config: Any, presets: list[str], preset: str) -> str:

@@ -11,18 +11,19 @@ To add a part, put a file into its kind's folder with a class that names itself:
             '''divides the cosine similarities'''
 
 Nothing else changes: the command line offers `--router cosine --router.temperature 0.5`, and the
-tests that run over all registered names pick it up.
+tests that run over all registered names pick it up. Parts of your own need not live here: see
+docs/own_parts.md.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
+from dynmoe.own_parts import VARIABLE, load_own_parts
 
 FOLDERS = {
     "router": "dynmoe.moe.routers",
@@ -56,6 +57,10 @@ class PartConfig:
         return self.part(self, *args, **kwargs)  # type: ignore[call-arg]
 
 
+class NameTakenError(UserError, TypeError):
+    """Two classes of a kind take the same name."""
+
+
 class Part:
     """Base of everything that is chosen by name.
 
@@ -63,7 +68,7 @@ class Part:
     a class is defined.
 
     Raises:
-        TypeError: when two classes of a kind take the same name.
+        NameTakenError: when two classes of a kind take the same name.
     """
 
     kind: ClassVar[str]
@@ -89,19 +94,29 @@ class Part:
         other = _PARTS[cls.kind].get(name)
         same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
         if other is not None and (other.__module__, other.__qualname__) != same:
-            raise TypeError(f"{cls.kind} {name!r} is defined by {other} and again by {cls}")
+            both = [f"{c.__module__}.{c.__qualname__}" for c in (other, cls)]
+            raise NameTakenError(
+                f"{cls.kind} {name!r} is defined by {both[0]} and again by {both[1]}; rename one"
+            )
         cls.name, cls.source = name, source
         cls.Config.part = cls
         _PARTS[cls.kind][name] = cls
 
 
 def names(kind: str) -> list[str]:
-    """All registered names of a kind, sorted. The first call imports every module of its folder."""
+    """All registered names of a kind, sorted.
+
+    The first call imports every module of the kind's folder, and the parts of your own.
+
+    Raises:
+        UserError: a part of your own cannot be imported.
+    """
     if kind not in _scanned:
         package = importlib.import_module(FOLDERS[kind])
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
             importlib.import_module(f"{FOLDERS[kind]}.{module.name}")
         _scanned.add(kind)
+    load_own_parts()
     return sorted(_PARTS[kind])
 
 
@@ -114,9 +129,7 @@ def get(kind: str, name: str) -> type[Any]:
     known = names(kind)
     if name in known:
         return _PARTS[kind][name]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"unknown {kind} {name!r}; known: {', '.join(known)}.{hint}")
+    raise unknown(kind, name, known, f"If it is your own, name its file in {VARIABLE}.")
 
 
 def summary(kind: str, name: str) -> str:

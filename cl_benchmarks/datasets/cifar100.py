@@ -15,7 +15,7 @@ from dynmoe.errors import UserError
 TREE = "cifar-100-python"
 
 
-class Cifar100(Dataset, name="cifar100"):
+class Cifar100(Dataset, name="cifar100", source="Krizhevsky 2009 (University of Toronto)"):
     """32x32 colour photographs of 100 classes (Krizhevsky 2009): 50,000 train, 10,000 test."""
 
     @dataclass(frozen=True, kw_only=True)

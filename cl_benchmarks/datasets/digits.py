@@ -15,7 +15,9 @@ TEST_PER_CLASS = 34
 """The rarest digit, 8, has 174 images. Equal counts divide into many numbers of chunks."""
 
 
-class Digits(Dataset, name="digits"):
+class Digits(
+    Dataset, name="digits", source="Alpaydin and Kaynak 1998 (UCI), by way of scikit-learn"
+):
     """8x8 gray handwritten digits that come with scikit-learn: 1,400 to train on, 340 to test."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,11 @@ from cl_benchmarks.images import ImageData
 from dynmoe.errors import UserError
 
 
-class Fractal(Dataset, name="fractal"):
+class Fractal(
+    Dataset,
+    name="fractal",
+    source="after Kataoka et al. 2020 (ACCV) and Anderson and Farrell 2022 (arXiv 2110.03091)",
+):
     """Gray fractal images, one iterated function system per class (FractalDB, 2110.03091)."""
 
     @dataclass(frozen=True, kw_only=True)

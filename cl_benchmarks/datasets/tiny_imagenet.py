@@ -25,7 +25,7 @@ VERSION = 1
 """Raise it when the same files give other tensors: decoded images are then read anew."""
 
 
-class TinyImagenet(Dataset, name="tiny-imagenet"):
+class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stanford cs231n)"):
     """64x64 colour photographs of 200 classes (Stanford cs231n): 100,000 train, 10,000 test."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from cl_benchmarks.protocol import (
 )
 
 
-class Iid(Protocol, name="iid"):
+class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)"):
     """Equal random parts of the training set, each with all classes; test on the whole test set.
 
     With 10 chunks the reading nearest to DynamicMoE (2511.18987), after FIRE (2602.08040) and

@@ -22,7 +22,11 @@ HARE_TORTOISE = (0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.0)
 """Share of labels drawn anew in each of ten chunks (2406.02596, Tiny ImageNet settings)."""
 
 
-class Noise(Protocol, name="noise"):
+class Noise(
+    Protocol,
+    name="noise",
+    source="Lee et al. 2024 (arXiv 2406.02596), label noise on Tiny ImageNet",
+):
     """The iid chunks with a share of random training labels that falls; clean test set.
 
     Hare & Tortoise (2406.02596). The images of each chunk are those of `iid` for the same seed. A

@@ -12,7 +12,11 @@ from cl_benchmarks.protocol import Chunk, Protocol, generator
 from dynmoe.errors import UserError
 
 
-class Shuffle(Protocol, name="shuffle"):
+class Shuffle(
+    Protocol,
+    name="shuffle",
+    source="after Lyle et al. 2023 (arXiv 2303.01486) and Kumar et al. 2023 (arXiv 2308.11958)",
+):
     """A fixed set of images whose labels are drawn anew in every chunk: pure memorisation.
 
     After the random-label tasks of Lyle et al. (2303.01486) and Kumar et al. (2308.11958), the

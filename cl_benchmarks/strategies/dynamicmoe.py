@@ -13,7 +13,7 @@ from dynmoe.growth.settings import GrowthSettings
 from dynmoe.network import MakeBlock
 
 
-class DynamicMoE(Method, name="dynamicmoe"):
+class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"):
     """Grows by `--granularity` experts whenever `--trigger` fires (Kim, arXiv 2511.18987)."""
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:

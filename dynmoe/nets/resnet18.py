@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dynmoe.network import Trunk
 
 
-class ResNet18(Trunk, name="resnet18"):
+class ResNet18(Trunk, name="resnet18", source="He et al. 2016 (arXiv 1512.03385)"):
     """ResNet-18 (He et al. 2016, arXiv 1512.03385) for small images.
 
     Its stem is a 3x3 convolution without max-pooling, as usual for images of 32 to 64 pixels.

@@ -10,7 +10,7 @@ from dynmoe.errors import UserError
 from dynmoe.network import Trunk
 
 
-class VGG16(Trunk, name="vgg16"):
+class VGG16(Trunk, name="vgg16", source="Simonyan and Zisserman 2015 (arXiv 1409.1556)"):
     """VGG-16-BN (Simonyan & Zisserman 2015, arXiv 1409.1556) under an MLP head.
 
     Used for continual Tiny ImageNet by Lee et al. 2024 (Hare & Tortoise, arXiv 2406.02596).

@@ -97,15 +97,27 @@ def test_core_imports_only_torch_and_numpy_at_the_top() -> None:
     assert wrong == set()
 
 
-def test_help_is_cheap_and_complete() -> None:
-    """In a process of its own; python lists each import on stderr."""
-    command = [sys.executable, "-X", "importtime", "-m", "dynmoe.cl", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def _run(*command: str) -> tuple[str, set[str]]:
+    """Output of a command in a process of its own, and what it imported, by python's own list."""
+    full = [sys.executable, "-X", "importtime", "-m", *command]
+    done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     loaded = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    return " ".join(done.stdout.split()), loaded
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["router"]], ids=" ".join)
+def test_listing_is_cheap(argv: list[str]) -> None:
+    text, loaded = _run("dynmoe.list", *argv)
+    assert {"tyro", "dynmoe.registry"} <= loaded and "router" in text
+    others = ("agents", "cl_benchmarks", "envs", "gymnasium")
+    assert {name for name in loaded if _is_in(name, (*HEAVY, *others))} == set()
+
+
+def test_help_is_cheap_and_complete() -> None:
+    text, loaded = _run("dynmoe.cl", "--help")
     assert {"torch", "tyro", "dynmoe.registry"} <= loaded
     assert {name for name in loaded if _is_in(name, HEAVY)} == set()
-    text = " ".join(done.stdout.split())
     for kind in ("method", "protocol", "dataset", "router", "trigger", "network"):
         assert f"--{kind} (default: " in text
         for name in registry.names(kind):

@@ -13,7 +13,11 @@ from dynmoe.plasticity.routing import gate_shares
 from dynmoe.registry import PartConfig
 
 
-class Dormant(Metric, name="dormant"):
+class Dormant(
+    Metric,
+    name="dormant",
+    source="Sokar et al. 2023 (arXiv 2302.12902), Eq. 1; Dohare et al. 2024 (Nature 632)",
+):
     """Share of dormant hidden units: ReDo's score (2302.12902) and Dohare's firing rate.
 
     Tags, each over all units and, with `/<layer>` appended, per layer; all in 0..1:

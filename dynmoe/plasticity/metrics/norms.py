@@ -14,7 +14,7 @@ from dynmoe.plasticity.probes import ExpertProbe, Probe
 from dynmoe.registry import PartConfig
 
 
-class Norms(Metric, name="norms"):
+class Norms(Metric, name="norms", source="ours; mean |w| from Dohare et al. 2024 (Nature 632)"):
     """Weight and gradient norms per net, layer, expert and expert age; distance from birth.
 
     All norms are L2, not divided by the number of entries, over all parameters (biases too). A

@@ -13,7 +13,12 @@ from dynmoe.plasticity.routing import entropy
 from dynmoe.registry import PartConfig
 
 
-class Rank(Metric, name="rank"):
+class Rank(
+    Metric,
+    name="rank",
+    source="Kumar et al. 2021 (arXiv 2010.14498); Rudelson and Vershynin 2007 (arXiv math/0503442);"
+    " Roy and Vetterli 2007 (EUSIPCO); Lyle et al. 2022 (arXiv 2204.09560)",
+):
     """Ranks of the features and of the experts' hidden units: srank, stable, effective, feature.
 
     Tags, for the features that enter the classifier and, with `/<layer>.hidden` appended, for the
