@@ -1,16 +1,21 @@
-"""The MoE layer against a dense MLP of the same hidden size, a loop over experts, and itself.
+"""The MoE layer against a dense MLP of the same hidden size, its floor, and the field's layers.
 
+    pip install -e ".[bench]"
     python -m benchmarks.moe_layer [--threads 1] [--device cpu] [--quick]
 
-Prints a training step's time (forward, backward, gradients of inputs and gates) as a ratio to the
-dense MLP's, the cost of a growth as a ratio to an Adam step, and how often torch.compile recompiles
-through ten growths.
+For each shape one table row of forward passes (no gradients) and one of training steps (forward,
+backward, gradients of inputs, gates and weights), as ratios to the dense MLP's in the same round;
+and the memory that each keeps for its backward pass. Then the cost of a growth as a ratio to an
+Adam step, and how often torch.compile recompiles through ten growths.
+
+The floor of top-2 is a dense MLP of its two experts' hidden size.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from functools import partial
 
 import torch
@@ -19,45 +24,54 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.moe_peers import GROUP, PEERS, LoopMoE, dense, installed
 from benchmarks.timing import alternate, ratio
 from dynmoe.growth import GrowthController
 from dynmoe.growth.cuts.first import FirstCut
+from dynmoe.memory import keep_freed_memory
 from dynmoe.moe import MoELayer
+from dynmoe.moe.routers.slots import SlotsRouter
 from dynmoe.moe.routers.topk import TopKRouter
 
 SHAPES = ((2048, 512, 4), (2048, 512, 16), (2048, 768, 8), (8192, 512, 8))
 """(samples N, width D, experts E); the hidden size is 4 D"""
 
 
-class LoopMoE(nn.Module):
-    """Experts as separate modules in a python loop: how MoE layers are often written."""
+def layers(dim: int, experts: int) -> dict[str, nn.Module]:
+    """Every layer of the comparison, by column."""
 
-    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+    def ours(**options: object) -> MoELayer:
+        make = {"num_experts": experts, "max_experts": 2 * experts, "activation": "gelu"}
+        return MoELayer(dim, dim, 4 * dim, **make, **options)  # type: ignore[arg-type]
+
+    slots = SlotsRouter.Config(slots_per_expert=GROUP // experts)
+    peers = {name: make(dim, experts) for name, make in installed().items()}
+    return {
+        "dense": dense(dim, 4 * dim),
+        "soft": ours(),
+        "floor": dense(dim, 2 * 4 * dim // experts),
+        "top-2": ours(router=TopKRouter.Config(k=2)),
+        "slots": InGroups(ours(router=slots)),
+        "loop": LoopMoE(dim, experts),
+        **peers,
+    }
+
+
+class InGroups(nn.Module):
+    """Our slot layer on [N, D] rows, as sequences of the peers' length."""
+
+    def __init__(self, layer: MoELayer) -> None:
         super().__init__()
-        self.router = nn.Linear(dim, experts)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, hidden // experts), nn.ReLU(),
-                          nn.Linear(hidden // experts, dim))
-            for _ in range(experts)
-        )  # fmt: skip
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Softly mix all experts for x [N, D]."""
-        gates = self.router(x).softmax(dim=1)
-        mixed = [gates[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]
-        return torch.stack(mixed).sum(dim=0)
+        """[N, D] -> [N, D]."""
+        return self.layer(x.view(-1, GROUP, x.shape[1])).view(x.shape)
 
 
-def steps(n: int, dim: int, experts: int, rounds: int, device: torch.device) -> list[str]:
-    """One row of the table: ratios of training steps to the dense MLP's."""
-    hidden = 4 * dim
-    make = {"num_experts": experts, "max_experts": 2 * experts}
-    modules = {
-        "dense": nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)),
-        "soft": MoELayer(dim, dim, hidden, **make),
-        "top-2": MoELayer(dim, dim, hidden, router=TopKRouter.Config(k=2), **make),
-        "loop": LoopMoE(dim, hidden, experts),
-    }
+def compare(n: int, dim: int, experts: int, rounds: int, device: torch.device) -> list[list[str]]:
+    """Three rows of the table: forward passes, training steps, memory."""
+    modules = {name: module.to(device) for name, module in layers(dim, experts).items()}
     x = torch.randn(n, dim, device=device, requires_grad=True)
     gradient = torch.randn(n, dim, device=device)
 
@@ -66,11 +80,38 @@ def steps(n: int, dim: int, experts: int, rounds: int, device: torch.device) -> 
         x.grad = None
         module(x).backward(gradient)
 
-    calls = {name: partial(step, module.to(device)) for name, module in modules.items()}
-    seconds = alternate(calls, rounds, device)
-    milliseconds = 1e3 * statistics.median(seconds["dense"])
-    ratios = [f"{ratio(seconds, k, 'dense'):.2f}" for k in ("soft", "top-2", "loop")]
-    return [str(n), str(dim), str(experts), f"{milliseconds:.1f}", *ratios]
+    @torch.no_grad()
+    def forward(module: nn.Module) -> None:
+        module(x)
+
+    shape, rows = f"{n} x {dim}, {experts}", []
+    for what, call in (("forward", forward), ("step", step)):
+        seconds = alternate({k: partial(call, m) for k, m in modules.items()}, rounds, device)
+        milliseconds = f"{1e3 * statistics.median(seconds['dense']):.0f} ms"
+        ratios = {name: f"{ratio(seconds, name, 'dense'):.2f}" for name in modules}
+        rows.append([shape, what, *(ratios | {"dense": milliseconds}).values()])
+    kept = {name: kept_for_backward(module, x) / 2**20 for name, module in modules.items()}
+    rows.append([shape, "MiB kept", *(f"{value:.0f}" for value in kept.values())])
+    return rows
+
+
+def kept_for_backward(module: nn.Module, x: Tensor) -> int:
+    """Bytes of all tensors that a forward pass saves for its backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own.add(x.untyped_storage().data_ptr())
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address could be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    del y
+    return sum(size for place, size in saved.items() if place not in own)
 
 
 def growth(rounds: int, device: torch.device) -> str:
@@ -111,19 +152,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", choices=("keep", "default"), default="keep",
+                        help="keep: glibc keeps what is freed, as dynmoe.rl asks of it")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="first shape only, no torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    kept = args.memory == "keep" and keep_freed_memory()
     device = torch.device(args.device)
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} threads"
     )
-    table = Table(title=f"training step, ratio to dense ({device}, {name}, float32)")
-    for column in ("N", "D", "E", "dense ms", "soft", "top-2", "loop"):
-        table.add_column(column, justify="right")
+    columns = list(layers(64, 4))
+    print(f"training and inference, float32, GELU, {device} ({name}); ratios to dense")
+    print(f"freed memory is {'kept' if kept else 'given back to the system'}")
+    table = Table()
+    for column in ("N x D, E", "", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
     for shape in SHAPES[:1] if args.quick else SHAPES:
-        table.add_row(*steps(*shape, args.rounds, device))
-    Console().print(table)
+        for row in compare(*shape, args.rounds, device):
+            table.add_row(*row)
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    missing = PEERS.keys() - installed().keys()
+    if missing:
+        print(f"not installed, left out: {', '.join(sorted(missing))}; pip install -e '.[bench]'")
     print(f"growth / Adam step, six layers of 512x2048: {growth(args.rounds, device)}")
     if not args.quick:
         print(f"recompilations through 10 growths: {recompilations(device)}")
