@@ -30,7 +30,7 @@ from dynmoe.growth import GrowthController
 from dynmoe.growth.cuts.first import FirstCut
 from dynmoe.memory import keep_freed_memory
 from dynmoe.moe import MoELayer
-from dynmoe.moe.routers.slots import SlotsRouter
+from dynmoe.moe.routers.slots import SlotRouter
 from dynmoe.moe.routers.topk import TopKRouter
 
 SHAPES = ((2048, 512, 4), (2048, 512, 16), (2048, 768, 8), (8192, 512, 8))
@@ -44,7 +44,7 @@ def layers(dim: int, experts: int) -> dict[str, nn.Module]:
         make = {"num_experts": experts, "max_experts": 2 * experts, "activation": "gelu"}
         return MoELayer(dim, dim, 4 * dim, **make, **options)  # type: ignore[arg-type]
 
-    slots = SlotsRouter.Config(slots_per_expert=GROUP // experts)
+    slots = SlotRouter.Config(slots_per_expert=GROUP // experts)
     peers = {name: make(dim, experts) for name, make in installed().items()}
     return {
         "dense": dense(dim, 4 * dim),

@@ -8,7 +8,9 @@ from dynmoe.moe.layer import moe_layers as moe_layers
 from dynmoe.moe.layer import routing_inputs as routing_inputs
 from dynmoe.moe.loss import AuxLoss as AuxLoss
 from dynmoe.moe.loss import LossInput as LossInput
+from dynmoe.moe.multi_head import MultiHead as MultiHead
 from dynmoe.moe.router import Router as Router
 from dynmoe.moe.routing import RouterInput as RouterInput
 from dynmoe.moe.routing import Routing as Routing
+from dynmoe.moe.share import share_router as share_router
 from dynmoe.moe.stats import routing_stats as routing_stats

@@ -101,7 +101,7 @@ class Routing:
         )
 
     def repeated(self, times: int) -> Routing:
-        """One decision per token, from one per sample of `times` tokens each; load is left out."""
+        """One decision per token, from one per sample of `times` tokens each."""
 
         def each(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(times, dim=0)
@@ -113,7 +113,7 @@ class Routing:
             probabilities=each(self.probabilities),
             chosen=None if self.chosen is None else each(self.chosen),
             mask=None if self.mask is None else each(self.mask),
-            load=None,
+            load=None if self.load is None else each(self.load),
         )
 
 

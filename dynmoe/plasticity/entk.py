@@ -32,7 +32,7 @@ def entk_matrix(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> Tens
     kernel = torch.zeros(m, m, dtype=torch.double, device=parameters[0].device)
     for j, parameter in enumerate(parameters):
         found = [row[j] if row[j] is not None else torch.zeros_like(parameter) for row in rows]
-        block = torch.stack(found).flatten(1).double()
+        block = torch.stack(found).reshape(m, -1).double()
         kernel += block @ block.T
     return kernel
 

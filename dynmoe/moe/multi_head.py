@@ -1,0 +1,83 @@
+"""Multi-head mixtures: tokens are split into sub-tokens, which are routed one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.linear import seeded_linear
+
+MakeLayer = Callable[[int, int], MoELayer]
+"""(width in, width out) -> the layer that the sub-tokens go through"""
+
+
+class MultiHead(nn.Module):
+    """An MoE layer on sub-tokens, `[..., D_in] -> [..., D_out]`.
+
+    A linear map, a split of every token into h sub-tokens of D_in/h channels, an MoE layer from
+    D_in/h to D_out/h, and a linear map of what they add up to (MH-MoE, Wu et al. 2024,
+    arXiv 2404.15045, Section 2.2). Sub-tokens of a token stand side by side in its sequence, and
+    compete there in routers whose tokens do.
+
+    Args:
+        dim_in, dim_out: widths of the whole.
+        heads: h; divides both.
+        make_layer: makes the layer, called once with (D_in/h, D_out/h).
+        generator: draws the weights of the two linear maps; default one seeded with 0.
+
+    Raises:
+        UserError: heads do not divide a width.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        heads: int,
+        make_layer: MakeLayer,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim_in % heads or dim_out % heads:
+            raise UserError(
+                f"multi-head layer: heads={heads} must be at least 1 and divide the widths "
+                f"{dim_in} and {dim_out}"
+            )
+        generator = generator or torch.Generator().manual_seed(0)
+        self.heads = heads
+        self.split = seeded_linear(dim_in, dim_in, generator)
+        self.layer = make_layer(dim_in // heads, dim_out // heads)
+        self.merge = seeded_linear(dim_out, dim_out, generator)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Split, route, mix and merge x [..., D_in] to [..., D_out].
+
+        Args:
+            x: the input.
+            mask: bool, False for padding, one entry per position (or per sample, as the layer has
+                it). A sub-token is padding if its token is. Padding gets output 0.
+            context: what the router may look at, one entry per position or per sample.
+
+        Both fall back on what `routing_inputs` gives.
+        """
+        mask = self.layer.given[0] if mask is None else mask
+        context = self.layer.given[1] if context is None else context
+        parts = self.split(x).unflatten(-1, (self.heads, -1)).flatten(-3, -2)
+        y = self.layer(parts, self._per_part(mask, x), self._per_part(context, x))
+        y = self.merge(y.unflatten(-2, (-1, self.heads)).flatten(-2))
+        if mask is None:
+            return y
+        return torch.where(mask.view(*mask.shape, *[1] * (y.dim() - mask.dim())), y, 0.0)
+
+    def _per_part(self, given: Tensor | None, x: Tensor) -> Tensor | None:
+        """What is given per position, repeated for its sub-tokens; per sample, as it is."""
+        positions = x.shape[:-1]
+        if given is None or given.shape[: len(positions)] != positions:
+            return given
+        return given.repeat_interleave(self.heads, dim=len(positions) - 1)

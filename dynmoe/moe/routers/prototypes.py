@@ -1,0 +1,150 @@
+"""Routing by clusters: each sample goes to the expert of its nearest prototype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.linear import distances
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.registry import PartConfig
+
+
+class PrototypeRouter(
+    Router,
+    name="prototypes",
+    source="Nzoyem et al. 2025 (arXiv 2502.05335); Zhang et al. 2025 (arXiv 2507.11181), Eq. 19",
+):
+    """The expert whose prototype is nearest, with gate 1; prototypes follow their samples.
+
+    Clustering in place of gradients, as MixER does (Nzoyem et al. 2025, arXiv 2502.05335; Eq. 19
+    of Zhang et al. 2025, arXiv 2507.11181). No gradient reaches prototypes or passes through
+    them. Our choices: features are x itself or the context given, without a learned map; in
+    training mode each prototype moves to the running mean of its samples (online k-means), after
+    they have been routed.
+
+    A prototype without samples stays where it is, also a newborn one, which is drawn near 0. After
+    `patience` batches without any it moves onto the sample that is farthest from its own
+    prototype (the restart of k-means); several take the farthest samples in turn.
+
+    Attributes:
+        weight: Parameter [M, D] without gradient, the prototypes ([M, C] for contexts).
+        idle: buffer [M] int64, batches since each living expert had a sample.
+
+    Raises:
+        UserError: `use` is context and the context is missing or not C wide.
+    """
+
+    k = 1
+    idle: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the prototype router."""
+
+        use: Literal["x", "context"] = "x"
+        """what is compared: the layer's input, or the context given with it"""
+        context_dim: int = 0
+        """width C of the context [N, C]; needed where that is used"""
+        decay: float = 0.99
+        """how much of a prototype is left after a batch; the rest is the mean of its samples"""
+        patience: int = 20
+        """batches without samples after which a prototype restarts; 0: never"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        _check(config)
+        self.by_context = config.use == "context"
+        width = config.context_dim if self.by_context else dim
+        super().__init__(width, num_experts, max_experts, generator)
+        self.weight.requires_grad_(False)
+        self.decay = config.decay
+        self.patience = config.patience
+        self.register_buffer("idle", torch.zeros(max_experts, dtype=torch.long))
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""
+        seen = self._features(given)
+        squared = distances(seen, self.weight).square().to(self.weight.dtype)
+        logits = self.mask(-squared)
+        chosen = self.choose(logits, 1)
+        if self.training:
+            own = chosen if given.mask is None else chosen & given.mask.unsqueeze(1)
+            self._follow(seen, squared, own)
+        return Routing(
+            gates=chosen.to(given.x.dtype),
+            logits=logits,
+            probabilities=logits.softmax(dim=1),
+            alive=self.alive,
+            chosen=chosen,
+        )
+
+    def _features(self, given: RouterInput) -> Tensor:
+        """[N, D] what is compared with the prototypes."""
+        if not self.by_context:
+            return given.x.detach().to(self.weight.dtype)
+        width = self.weight.shape[1]
+        if given.context is None:
+            raise UserError(
+                f"prototypes router: use=context needs a context [N, {width}]; give it to the "
+                "layer, or to the whole model with dynmoe.moe.routing_inputs"
+            )
+        if given.context.shape != (len(given.x), width):
+            raise UserError(
+                f"prototypes router: the context is {list(given.context.shape)}, but must be "
+                f"[{len(given.x)}, {width}] (context_dim={width})"
+            )
+        return given.context.detach().to(self.weight.dtype)
+
+    @torch.no_grad()
+    def _follow(self, seen: Tensor, squared: Tensor, own: Tensor) -> None:
+        """Move the prototypes after a batch.
+
+        Args:
+            seen: [N, D] features. squared: [N, M] their squared distances.
+            own: [N, M] bool, the prototype of each real sample.
+        """
+        picks = own.to(seen.dtype)
+        count = picks.sum(dim=0)
+        with torch.autocast(seen.device.type, enabled=False):
+            means = picks.T @ seen / count.clamp(min=1).unsqueeze(1)
+        has = count > 0
+        moved = self.decay * self.weight + (1 - self.decay) * means
+        moved = torch.where(has.unsqueeze(1), moved, self.weight)
+        lonely = self.alive & ~has & has.any()
+        idle = torch.where(lonely, self.idle + 1, torch.where(has, 0, self.idle))
+        if self.patience:
+            late = self.alive & (idle >= self.patience)
+            off = torch.where(own, squared, 0.0).sum(dim=1)  # [N], 0 for padding
+            turn = late.cumsum(dim=0) - 1
+            source = off.argsort(descending=True)[turn.clamp(0, len(seen) - 1)]  # [M]
+            late = late & (turn < len(seen)) & (off[source] > 0)
+            moved = torch.where(late.unsqueeze(1), seen[source], moved)
+            idle = torch.where(late, 0, idle)
+        self.weight.copy_(moved)
+        self.idle.copy_(idle)
+
+
+def _check(config: PrototypeRouter.Config) -> None:
+    if config.use not in ("x", "context"):
+        raise UserError(f"prototypes router: use={config.use!r} must be x or context")
+    if config.use == "context" and config.context_dim < 1:
+        raise UserError(
+            f"prototypes router: context_dim={config.context_dim} must be at least 1 with "
+            "use=context"
+        )
+    if not 0 <= config.decay <= 1:
+        raise UserError(f"prototypes router: decay={config.decay} must be between 0 and 1")
+    if config.patience < 0:
+        raise UserError(f"prototypes router: patience={config.patience} must be at least 0")

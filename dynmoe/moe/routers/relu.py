@@ -1,0 +1,103 @@
+"""ReMoE: ReLU gates, kept sparse by an L1 loss whose weight adapts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.registry import PartConfig
+
+LOWEST, HIGHEST = 1e-12, 1e6
+"""bounds of the loss's weight: it multiplies, and could never leave 0 or infinity"""
+
+
+class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711), Section 3"):
+    """Gates `ReLU(x W^T)`: each sample uses the experts whose score is positive, few on average.
+
+    ReMoE, Wang et al. 2024 (arXiv 2412.14711), Section 3. In training mode the router adds a loss
+    `sparsity` of its own, `strength * mean_t sum_e f_e gate_te`, where `f_e = E / k * (share of
+    samples that use e)` has no gradient and balances the load. After each batch, strength is
+    multiplied by `alpha ** sign((1 - k / E) - S)`, S being the share of zero gates among the living
+    experts: gates that are too dense raise it. The target follows E as the layer grows.
+
+    A sample may use no expert at all; its output then is that of the shared expert, or 0. Scores
+    that are never positive have no gradient. Ours: strength is kept between 1e-12 and 1e6, every
+    layer has its own, and a shift s of the logits multiplies the gate by exp(s), so that copies of
+    an expert share its gate.
+
+    Attributes:
+        strength: buffer, scalar, the present weight of the loss (the paper's lambda).
+    """
+
+    normalised = False
+    strength: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the ReLU router."""
+
+        k: float = 2.0
+        """experts that a sample shall use, on average; all of them while fewer exist"""
+        strength: float = 1e-8
+        """the loss's weight at the start (the paper's lambda_0)"""
+        alpha: float = 1.2
+        """factor of each change of that weight"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        if config.k <= 0:
+            raise UserError(f"relu router: k={config.k} must be above 0")
+        if not LOWEST <= config.strength <= HIGHEST:
+            raise UserError(
+                f"relu router: strength={config.strength} must be between {LOWEST} and {HIGHEST}"
+            )
+        if config.alpha < 1:
+            raise UserError(f"relu router: alpha={config.alpha} must be at least 1")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.mean_used = config.k
+        self.alpha = config.alpha
+        self.register_buffer("strength", torch.tensor(config.strength))
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
+        scores = F.linear(given.x, self.weight)
+        gates = torch.where(self.alive, scores.relu(), 0.0) * self.logit_shift.exp()
+        total = gates.sum(dim=1, keepdim=True)
+        uniform = self.alive.to(gates.dtype) / self.alive.sum()
+        some = total > 0
+        routing = Routing(
+            gates=gates,
+            logits=self.mask(scores),
+            probabilities=torch.where(some, gates / torch.where(some, total, 1.0), uniform),
+            alive=self.alive,
+            chosen=gates > 0,
+        ).without_padding(given.mask)
+        if self.training:
+            routing.losses["sparsity"] = self._sparsity(routing)
+        return routing
+
+    def _sparsity(self, routing: Routing) -> Tensor:
+        """The batch's loss at the present strength; adapts the strength for the next one."""
+        experts = self.alive.sum()
+        use = routing.mean(routing.picks()).detach()  # [M]
+        loss = (experts / self.mean_used * use * routing.mean(routing.gates)).sum()
+        loss = self.strength.clone() * loss
+        with torch.no_grad():
+            target = (1 - self.mean_used / experts).clamp(min=0.0)
+            sign = (target - (1 - use.sum() / experts)).sign()
+            if routing.mask is not None:  # a batch of padding says nothing
+                sign = sign * routing.mask.any()
+            self.strength.copy_((self.strength * self.alpha**sign).clamp(LOWEST, HIGHEST))
+        return loss

@@ -1,0 +1,99 @@
+"""Soft-MoE: experts see weighted mixtures of all tokens instead of some of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing, Slots
+from dynmoe.registry import PartConfig
+
+
+class SlotRouter(
+    Router, name="slots", source="Puigcerver et al. 2024 (arXiv 2308.00951), Sections 2.1 and 2.3"
+):
+    """Soft-MoE: each expert has p slots; slots get mixtures of tokens, tokens mixtures of slots.
+
+    Puigcerver et al. 2024 (arXiv 2308.00951): scores are `scale * cos(x, phi)` with a learned scale
+    (Section 2.3), the dispatch weights a softmax over the tokens of a sequence, the combine weights
+    a softmax over all slots (Section 2.1). Everything is differentiable and no token is dropped.
+    Tokens mix, later ones too; for x [N, D] the batch is one sequence, so that samples mix.
+
+    A token's gate for an expert is the sum of its slots' combine weights; gates are never scaled.
+    Shifted logits divide the combine weights alone, so copies of an expert see equal slots.
+
+    Attributes:
+        weight: Parameter [M, D], phi of each expert's first slot.
+        others: Parameter [M, p - 1, D], phi of its other slots; absent for p = 1.
+        scale: Parameter, scalar, 1 at the start.
+    """
+
+    normalised = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the slot router."""
+
+        slots_per_expert: int = 1
+        """slots of each expert (the paper's p)"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator,
+    ) -> None:
+        slots = config.slots_per_expert
+        if slots < 1:
+            raise UserError(f"slots router: slots_per_expert={slots} must be at least 1")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.slots = slots
+        if slots > 1:
+            self.others = nn.Parameter(torch.empty(max_experts, slots - 1, dim))
+            self.draw_rows(torch.arange(max_experts), generator)
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] in `given.groups` sequences of equal length."""
+        phi = self.weight.unsqueeze(1)
+        if self.slots > 1:
+            phi = torch.cat([phi, self.others], dim=1)
+        scores = self.scale * F.linear(
+            F.normalize(given.x, dim=1), F.normalize(phi.flatten(0, 1), dim=1)
+        )  # [N, S]
+        owner = torch.arange(len(scores[0]), device=scores.device) // self.slots
+        used = self.alive[owner]
+        masked = (scores + self.logit_shift[owner]).masked_fill(~used, float("-inf"))
+        combine = masked.softmax(dim=1)
+        real = given.mask
+        if real is None:
+            real = torch.ones_like(scores[:, 0], dtype=torch.bool)
+        gates = combine.unflatten(1, (-1, self.slots)).sum(dim=2)
+        shape = (given.groups, -1)
+        return Routing(
+            gates=gates,
+            logits=self.mask(scores.unflatten(1, (-1, self.slots)).logsumexp(dim=2)),
+            probabilities=gates,
+            alive=self.alive,
+            slots=Slots(
+                dispatch=_dispatch(scores.unflatten(0, shape), real.view(shape), used),
+                combine=torch.where(real.unsqueeze(1), combine, 0.0).unflatten(0, shape),
+                owner=owner,
+                used=used,
+            ),
+        )
+
+
+def _dispatch(scores: Tensor, real: Tensor, used: Tensor) -> Tensor:
+    """[G, T, S] softmax of scores over the real tokens [G, T]; 0 for padding and unused slots."""
+    real = real.unsqueeze(2)
+    # The lowest finite number, since sequences of padding alone would make NaN out of -inf.
+    low = torch.finfo(scores.dtype).min
+    return torch.where(real & used, scores.masked_fill(~real, low).softmax(dim=1), 0.0)
