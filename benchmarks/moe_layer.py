@@ -42,7 +42,7 @@ def layers(dim: int, experts: int) -> dict[str, nn.Module]:
 
     def ours(**options: object) -> MoELayer:
         make = {"num_experts": experts, "max_experts": 2 * experts, "activation": "gelu"}
-        return MoELayer(dim, dim, 4 * dim, **make, **options)  # type: ignore[arg-type]
+        return MoELayer(dim, dim, 4 * dim, **(make | options))  # type: ignore[arg-type]
 
     slots = SlotRouter.Config(slots_per_expert=GROUP // experts)
     peers = {name: make(dim, experts) for name, make in installed().items()}
@@ -51,7 +51,7 @@ def layers(dim: int, experts: int) -> dict[str, nn.Module]:
         "soft": ours(),
         "floor": dense(dim, 2 * 4 * dim // experts),
         "top-2": ours(router=TopKRouter.Config(k=2)),
-        "slots": InGroups(ours(router=slots)),
+        "slots": InGroups(ours(router=slots, max_experts=experts)),  # slots in reserve cost work
         "loop": LoopMoE(dim, experts),
         **peers,
     }
@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--memory", choices=("keep", "default"), default="keep",
-                        help="keep: glibc keeps what is freed, as dynmoe.rl asks of it")  # fmt: skip
+    memory = "keep: glibc keeps what is freed, as dynmoe.rl asks of it"
+    parser.add_argument("--memory", choices=("keep", "default"), default="keep", help=memory)
     parser.add_argument("--quick", action="store_true", help="first shape only, no torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

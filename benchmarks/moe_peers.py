@@ -82,7 +82,9 @@ def hf_grouped(dim: int, experts: int) -> nn.Module:
         def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
             raise AssertionError("transformers takes over")
 
-    return Transformers(dim, Experts(SimpleNamespace(_experts_implementation="grouped_mm")), experts)
+    return Transformers(
+        dim, Experts(SimpleNamespace(_experts_implementation="grouped_mm")), experts
+    )
 
 
 def hf_eager(dim: int, experts: int) -> nn.Module:

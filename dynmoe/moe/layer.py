@@ -52,7 +52,7 @@ class MoELayer(nn.Module):
         last_losses: its auxiliary losses by name, weighted; empty outside training mode.
 
     Raises:
-        UserError: an expert would be left without hidden units.
+        UserError: an expert would be left without hidden units, or a loss is given twice.
     """
 
     birth: Tensor
@@ -101,6 +101,7 @@ class MoELayer(nn.Module):
         self.losses = nn.ModuleList(
             loss.build(max_experts) for loss in losses if not isinstance(loss, NoLoss.Config)
         )
+        _check_once([loss.part.name for loss in losses if not isinstance(loss, NoLoss.Config)])
         self.register_buffer("birth", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -195,6 +196,13 @@ class MoELayer(nn.Module):
         if isinstance(self.bank, UnitBank):
             text += f", hidden_sizes={self.bank.hidden_sizes()}"
         return text
+
+
+def _check_once(names: list[str]) -> None:
+    """Refuse a loss that is given twice: losses are kept by name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"loss {name} is given twice; give it once, with another weight")
 
 
 def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Router(nn.Module, Part, kind="router"):
         normalised: the gates of a sample that is routed anywhere sum to 1, or to the chosen
             experts' share of 1; else they have a scale of their own, which layers leave alone.
         uses_sizes: `RouterInput.sizes` is wanted.
+        steerable: the selection bias has a say in which experts are chosen.
     """
 
     alive: Tensor
@@ -41,6 +42,7 @@ class Router(nn.Module, Part, kind="router"):
     k: int | None = None
     normalised: ClassVar[bool] = True
     uses_sizes: ClassVar[bool] = False
+    steerable: ClassVar[bool] = False
 
     def __init__(
         self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator

@@ -24,6 +24,7 @@ class CostAwareRouter(
     """
 
     k = 1
+    steerable = True
     uses_sizes = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ class DomainRouter(
         prior: Parameter [M], logits of the components' weights.
     """
 
+    steerable = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the domain router."""

@@ -32,6 +32,7 @@ class NoisyTopKRouter(
     """
 
     k: int
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

@@ -22,6 +22,7 @@ class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.1118
     """
 
     k: int
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

@@ -40,8 +40,9 @@ class PrototypeRouter(
         UserError: `use` is context and the context is missing or not C wide.
     """
 
-    k = 1
     idle: Tensor
+    k = 1
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

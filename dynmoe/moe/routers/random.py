@@ -22,6 +22,7 @@ class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.
     """
 
     k: int
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

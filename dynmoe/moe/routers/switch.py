@@ -25,6 +25,7 @@ class SwitchRouter(
     """
 
     k = 1
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

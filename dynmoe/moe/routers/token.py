@@ -37,6 +37,7 @@ class TokenRouter(
     """
 
     k = 1
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

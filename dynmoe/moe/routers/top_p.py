@@ -20,6 +20,8 @@ class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.076
     used; of equally probable experts the older one comes first.
     """
 
+    steerable = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the top-p router."""

@@ -22,6 +22,7 @@ class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06
     """
 
     k: int
+    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

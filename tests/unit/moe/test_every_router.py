@@ -103,6 +103,20 @@ def test_padding_gets_nothing_and_changes_nothing(name, training):
 
 
 @every_router
+def test_the_selection_bias_decides_only_where_a_router_says_so(name):
+    router, x = make_router(name).eval(), samples(20)
+    before = route(router, x)
+    router.selection_bias[2] = 1e3
+    after = route(router, x)
+    if router.steerable and before.chosen is not None:
+        taken = after.chosen.any(dim=1)  # a full expert takes no more
+        assert after.chosen[taken, 2].all() and not before.chosen[taken, 2].all()
+        torch.testing.assert_close(after.probabilities, before.probabilities)
+    else:
+        same_routing(after, before)
+
+
+@every_router
 def test_real_samples_are_routed_as_without_padding(name):
     router, x, context = make_router(name).eval(), samples(21), torch.arange(21) % 3
     mask = torch.arange(21) % 4 != 1

@@ -219,3 +219,8 @@ def test_float32_stays_close_to_the_loop_in_float64():
         result = copy.deepcopy(exact).float()(x)
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_loss_given_twice_is_refused():
+    with pytest.raises(UserError, match="loss switch is given twice"):
+        MoELayer(3, 3, 6, losses=(SwitchLoss.Config(), SwitchLoss.Config(weight=1.0)))

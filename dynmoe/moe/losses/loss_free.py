@@ -1,0 +1,79 @@
+"""Balancing without a loss: a bias per expert steers the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.processes import sum_over_processes
+
+
+class LossFree(
+    AuxLoss, name="loss-free", source="Wang et al. 2024 (arXiv 2408.15664), Section 3, Algorithm 1"
+):
+    """Bias balancing: after each training pass, experts below the mean count get a larger bias.
+
+    `bias_e += rate * sign(mean count - count_e)` on `Router.selection_bias`, which decides who is
+    chosen and never enters a gate; the loss itself is 0. Also DeepSeek-V3 (arXiv 2412.19437),
+    Section 2.1.2. Counts are added up over processes. Only routers that are
+    `steerable` can be balanced so, such as topk. With one living expert nothing happens.
+
+    Our choice: biases are kept at mean 0 over the living experts. That changes no choice, and lets
+    a newborn expert, whose bias is 0, start level with the others.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AuxLoss.Config):
+        """Options of bias balancing."""
+
+        weight: float = 0.0
+        """has no effect"""
+        rate: float = 0.001
+        """step of the biases per forward pass, in units of the router's scores"""
+        update: Literal["sign", "proportional"] = "sign"
+        """step by the sign of the missing count, or by the missing count over the mean count (the
+        paper's variant takes the plain count; the share does not depend on the batch size)"""
+
+    def __init__(self, config: Config, max_experts: int) -> None:
+        super().__init__(config, max_experts)
+        if config.rate <= 0:
+            raise UserError(f"loss-free balancing: rate={config.rate} must be above 0")
+        if config.update not in ("sign", "proportional"):
+            raise UserError(
+                f"loss-free balancing: update={config.update!r} must be sign or proportional"
+            )
+        self.rate, self.update = config.rate, config.update
+
+    def forward(self, given: LossInput) -> Tensor:
+        """0; in training, moves the router's selection bias.
+
+        Raises:
+            UserError: the router is dense, or chooses by other means than its scores, so that no
+                bias can steer it.
+        """
+        chosen, bias = given.routing.chosen, given.router.selection_bias
+        if chosen is None or not given.router.steerable:
+            raise UserError(
+                f"loss-free balancing: router {given.router.name!r} makes no choice that a bias "
+                "could steer; take one such as 'topk', or another loss"
+            )
+        if self.training:
+            self._steer(bias, chosen, given.routing.alive)
+        return given.routing.gates.new_zeros(())
+
+    @torch.no_grad()
+    def _steer(self, bias: Tensor, chosen: Tensor, alive: Tensor) -> None:
+        """Move the biases [M] in place, by the experts chosen [N, M]."""
+        wide = torch.promote_types(bias.dtype, torch.float32)  # half precision: no large counts
+        counts = sum_over_processes(chosen.long().sum(dim=0)).to(wide)
+        experts = alive.sum()
+        mean = counts.sum() / experts
+        missing = mean - counts
+        step = missing.sign() if self.update == "sign" else missing / mean.clamp_min(1e-12)
+        moved = torch.where(alive, bias + self.rate * step, 0.0)
+        bias.copy_(torch.where(alive, moved - moved.sum() / experts, bias))
