@@ -37,8 +37,7 @@ def expert_maps(
         by_task = torch.stack([gate_shares(g[name]).mean(dim=0) for g in gates], dim=1)
         similar = {
             "weights": weight_similarity(layer),
-            "outputs, cosine": output_similarity(layer, inputs[name], "cosine"),
-            "outputs, CKA": output_similarity(layer, inputs[name], "cka"),
+            "outputs": output_similarity(layer, inputs[name], "cka"),
         }
         classes = [str(c) for c in range(by_class.shape[1])]
         maps[f"experts/class/{name}"] = heat_map(by_class, experts, classes, "load by class")

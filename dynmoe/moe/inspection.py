@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NUMBERS = 100
+MOST_NUMBERS = 36
 """Cells up to which a heat map shows their values."""
-MOST_TICKS = 24
+MOST_TICKS = 10
 """Labels along each side of a heat map; of more, every second or third is shown."""
 
 
@@ -136,7 +136,7 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def heat_map(table: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Tensor:
     """A picture of a table for TensorBoard's `add_image`: uint8 [3, H, W]. Drawn by matplotlib.
 
-    Up to 100 cells show their value; cells that are nan stay white. Colours go from 0, or the
+    Up to 36 cells show their value; cells that are nan stay white. Colours go from 0, or the
     least value if that is below, to the largest.
 
     Args:
