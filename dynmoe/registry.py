@@ -37,7 +37,8 @@ FOLDERS = {
     "agent": "agents.methods",
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
-    "method": "cl_benchmarks.strategies",
+    "method": "cl_benchmarks.methods",
+    "strategy": "cl_benchmarks.strategies",
 }
 """Kind of part -> the package whose modules define it."""
 

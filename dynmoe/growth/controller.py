@@ -76,6 +76,8 @@ class GrowthController:
 
     Attributes:
         events: every growth so far.
+        listeners: called after each growth with the old values of the MoE layers' parameters, by
+            their names in the model.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class GrowthController:
         self.measure_shock = measure_shock
         self.generator = generator or torch.Generator().manual_seed(0)
         self.events: list[GrowthEvent] = []
+        self.listeners: list[Callable[[dict[str, Tensor]], None]] = []
 
     def step(
         self, signals: Signals, make_probe: Callable[[], Probe] | None = None
@@ -134,8 +137,11 @@ class GrowthController:
             name: self.init.plan(self._request(layer, activations.get(name)))
             for name, layer in layers.items()
         }
+        old = self._parameters() if self.listeners else {}
         for name, layer in layers.items():
             grow_layer(layer, plans[name], count, self.generator, self.optimizer, self.moments)
+        for listener in self.listeners:
+            listener(old)
         after, _ = self._observe(probe)
         event = GrowthEvent(
             step=step,
@@ -168,6 +174,14 @@ class GrowthController:
             scale=layer.gate_factor(experts) / layer.gate_factor(len(target)),
             generator=self.generator,
         )
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Copies of the MoE layers' parameters, by name."""
+        return {
+            f"{name}.{own}" if name else own: parameter.detach().clone()
+            for name, layer in moe_layers(self.model)
+            for own, parameter in layer.named_parameters()
+        }
 
     @torch.no_grad()
     def _observe(self, probe: Probe | None) -> tuple[Any, dict[str, Tensor]]:
