@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Anchor:
     """Each parameter's value at birth.
 
-    What a growth draws or copies is born with the value that the growth gave it.
+    What a growth draws, copies or rescales is born with the value that the growth gave it.
 
     Args:
         model: its present weights are the first ones.
@@ -30,6 +30,11 @@ class Anchor:
             if parameter.requires_grad:
                 yield parameter, self.first[name]
 
+    def load(self, first: dict[str, Tensor]) -> None:
+        """Take copies of saved values at birth, to where the parameters are."""
+        parameters = dict(self.model.named_parameters())
+        self.first = {name: first[name].clone().to(p.device) for name, p in parameters.items()}
+
     @torch.no_grad()
     def grown(self, before: dict[str, Tensor]) -> None:
         """The network has grown; `before` holds the parameters that growth may have changed."""
@@ -40,3 +45,5 @@ class Anchor:
             same = born[kept] == old
             born[kept] = torch.where(same, self.first[name], born[kept])
             self.first[name] = born
+        for name in parameters.keys() - self.first.keys():
+            self.first[name] = parameters[name].detach().clone()

@@ -12,7 +12,7 @@ from torch import nn
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.intervention import Intervention, StrategyPlugin
+from cl_benchmarks.intervention import Intervention
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.recorder import Recorder
 from cl_benchmarks.settings import Config
@@ -118,15 +118,13 @@ def prepare(
     return Training(model, _optimizer(config, model), generator, new_model, strategy)
 
 
-def attach_strategy(
-    config: Config, training: Training, growth: GrowthPlugin | None
-) -> StrategyPlugin:
-    """The strategy of the settings at work on a network, as a plugin."""
+def attach_strategy(config: Config, training: Training, growth: GrowthPlugin | None) -> Any:
+    """The strategy of the settings at work on a network, as an Avalanche plugin."""
     strategy = training.strategy
     strategy.attach(training.model, training.optimizer, seeding.generator(config.seed, "strategy"))
     if growth is not None:
         growth.controller.listeners.append(strategy.grown)
-    return StrategyPlugin(strategy)
+    return strategy.plugin()
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

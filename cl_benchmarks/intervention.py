@@ -11,13 +11,16 @@ from its own loop. Its hooks do nothing unless a subclass defines them.
     strategy.gradients_ready()                       between backward pass and optimizer step
     strategy.step_done()                             after each optimizer step
     strategy.grown(before)                           after a growth
+
+To resume: `transform` and `attach` as ever, `rebuild_from(saved)`, then the weights' and the
+optimizer's own states, then `load_state_dict(saved)`.
 """
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +38,10 @@ class Intervention(Part, ABC, kind="strategy"):
     Attributes:
         model, optimizer, generator: set by `attach`; the generator serves the strategy's own draws.
         steps: optimizer steps since then.
+        reshapes: it changes what parameters there are in the midst of training.
     """
 
+    reshapes: ClassVar[bool] = False
     model: nn.Module
     optimizer: Optimizer
     generator: torch.Generator
@@ -85,7 +90,25 @@ class Intervention(Part, ABC, kind="strategy"):
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave; the weights are back already."""
+
+    def rebuild(self, state: dict[str, Any]) -> None:
+        """Give the network the make that it had when `state` was taken, before weights are loaded.
+
+        Needed only of strategies that change the network's parameters in the midst of training.
+        """
+
+    def plugin(self) -> Any:
+        """What acts for it in Avalanche's loop; call once, after `attach`.
+
+        Overridden where a plugin of Avalanche's own does the work. Such a one needs `state_dict`
+        and `load_state_dict` besides its callbacks.
+        """
+        return StrategyPlugin(self)
+
+    def without_tasks(self) -> str | None:
+        """Why it cannot work in a loop without tasks, with the way out; None where it can."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from."""
@@ -95,8 +118,12 @@ class Intervention(Part, ABC, kind="strategy"):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.steps = state["steps"]
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.restore(state["own"])
+
+    def rebuild_from(self, state: dict[str, Any]) -> None:
+        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
+        self.rebuild(state["own"])
 
 
 class StrategyPlugin:
@@ -116,10 +143,14 @@ class StrategyPlugin:
             return
 
         def batches() -> Iterable[tuple[Tensor, Tensor]]:
+            position = getattr(strategy, "position", None)
+            if position is not None:  # our own batches go on from there; training sets it anew
+                position.epoch = position.batch = 0
             for batch in strategy.dataloader:
                 yield batch[0].to(strategy.device), batch[1].to(strategy.device)
 
         self.intervention.task_starts(task, batches)
+        self._record(strategy)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty."""
@@ -132,6 +163,16 @@ class StrategyPlugin:
     def after_update(self, strategy: Any, **_: Any) -> None:
         """The optimizer has stepped."""
         self.intervention.step_done()
+        self._record(strategy)
+
+    def rebuild_from(self, state: dict[str, Any]) -> None:
+        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
+        self.intervention.rebuild_from(state)
+
+    @staticmethod
+    def _record(strategy: Any) -> None:
+        """Keep Avalanche's record of the optimizer's parameters: some may have been replaced."""
+        strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The strategy's state."""

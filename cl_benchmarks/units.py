@@ -47,6 +47,11 @@ class Slot:
         """The parameter, as it is now."""
         return getattr(self.module, self.name)
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What is added to these weights' outputs: a vector, in a pool maybe a row per expert."""
+        return getattr(self.module, self.name.replace("w_", "b_").replace("weight", "bias"), None)
+
     def entries(self, units: Tensor) -> Tensor:
         """[n * repeat] positions along `axis` of the units [n]."""
         if self.repeat == 1:
@@ -70,6 +75,8 @@ class UnitLayer:
     """called once per forward pass: what stands before the activation function, or an MoE layer"""
     activation: nn.Module | None
     """the activation function; it may be shared between layers. None for an MoE layer"""
+    bank: UnitBank | None
+    """the pool that the units are, in an MoE layer: of its routed experts, or of its shared one"""
     incoming: list[Slot]
     """weights and biases that feed a unit, axis 0"""
     outgoing: list[Slot]
@@ -85,13 +92,13 @@ class UnitLayer:
     @torch.no_grad()
     def activations(self, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """[rows, U] activations in one forward call of `source`: a row per sample and position."""
-        if isinstance(self.source, MoELayer):
-            bank = self.source.bank
-            assert isinstance(bank, UnitBank)
-            return bank.hidden(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+        if self.bank is not None:
+            hidden = self.bank.hidden(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+            return full_precision(hidden)
         assert self.activation is not None
         before = output.detach().movedim(1 if output.dim() == 4 else -1, -1)
-        return self.activation(before.flatten(0, -2).clone())  # it may work in place
+        rows = before.flatten(0, -2).clone()  # the activation may work in place
+        return full_precision(self.activation.forward(rows))  # past the hooks of others
 
     @torch.no_grad()
     def draw_incoming(self, index: Tensor, generator: torch.Generator) -> None:
@@ -100,10 +107,8 @@ class UnitLayer:
         Weights are uniform in +-1/sqrt(fan_in), biases 0; normalisation gets scale 1, shift 0 and
         the running statistics of a unit that has seen nothing.
         """
-        if isinstance(self.source, MoELayer):
-            bank = self.source.bank
-            assert isinstance(bank, UnitBank)
-            bank.draw_units(index, generator)
+        if self.bank is not None:
+            self.bank.draw_units(index, generator)
             return
         for slot in self.incoming:
             weight = slot.parameter
@@ -118,7 +123,7 @@ class UnitLayer:
             fills = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
             for name, value in fills.items():
                 tensor = getattr(norm, name, None)
-                if tensor is not None and len(tensor) == self.units:
+                if tensor is not None and tensor.shape == (self.units,):
                     tensor.index_fill_(0, index, value)
 
     @torch.no_grad()
@@ -131,6 +136,10 @@ class UnitLayer:
         """Forget the optimizer's state of all weights of the units `index` [n]; steps count on."""
         for slot in (*self.incoming, *self.outgoing):
             neutral_state(optimizer, slot.parameter, slot.axis, slot.entries(index), {})
+        for norm in self.norms:
+            for parameter in norm.parameters(recurse=False):
+                if parameter.shape == (self.units,):
+                    neutral_state(optimizer, parameter, 0, index, {})
 
 
 def find_units(model: nn.Module) -> list[UnitLayer]:
@@ -154,8 +163,8 @@ def find_units(model: nn.Module) -> list[UnitLayer]:
         if isinstance(module, Producer):
             layer = _behind(node, module, modules, graph)
             found += [layer] if layer else []
-        elif isinstance(module, MoELayer) and _has_pool(module):
-            found.append(_pool(str(node.target), module))
+        elif isinstance(module, MoELayer):
+            found += [_pool(str(node.target), module, bank) for bank in unit_banks(module)]
     if not found:
         raise UserError(
             "the network has no hidden units that can be found: activation functions must be "
@@ -165,12 +174,19 @@ def find_units(model: nn.Module) -> list[UnitLayer]:
 
 
 def watch(
-    layer: UnitLayer, number: int, seen: Callable[[int, Tensor], None]
+    layer: UnitLayer,
+    number: int,
+    seen: Callable[[int, Tensor], None],
+    wanted: Callable[[], bool] = lambda: True,
 ) -> torch.utils.hooks.RemovableHandle:
-    """Call `seen(number, activations [rows, U])` on every forward pass in training mode."""
+    """Call `seen(number, activations [rows, U])` on every forward pass that training learns from.
+
+    That is in training mode and with gradients: a PPO agent that only acts is not seen. Passes
+    while `wanted()` is false cost nothing.
+    """
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if module.training:
+        if module.training and torch.is_grad_enabled() and wanted():
             with torch.no_grad():
                 seen(number, layer.activations(inputs, output))
 
@@ -184,6 +200,37 @@ class _Tracer(fx.Tracer):
         return isinstance(m, MoELayer) or super().is_leaf_module(m, module_qualified_name)
 
 
+def unit_banks(layer: MoELayer) -> list[UnitBank]:
+    """The pools of hidden units in an MoE layer: of the routed experts, and of the shared one."""
+    banks = (layer.bank, layer.shared)
+    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.whole]
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has fewer bits: means over many rows need them."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def renewed(layer: UnitLayer, model: nn.Module, before: dict[str, Tensor]) -> Tensor:
+    """[U] bool: units whose incoming weights a growth has drawn, copied or added.
+
+    Args:
+        before: old values of the MoE layers' parameters, by name (see `Intervention.grown`).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    device = layer.incoming[0].parameter.device
+    new = torch.zeros(layer.units, dtype=torch.bool, device=device)
+    for slot in layer.incoming:
+        prefix = names[slot.module]
+        old = before.get(f"{prefix}.{slot.name}" if prefix else slot.name)
+        if old is None:
+            continue
+        now = slot.parameter.detach()[tuple(slice(n) for n in old.shape)]
+        new[: len(old)] |= (now != old).flatten(1).any(dim=1) if old.dim() > 1 else now != old
+        new[len(old) :] = True
+    return new
+
+
 def _behind(
     node: fx.Node, producer: Producer, modules: dict[str, nn.Module], graph: fx.Graph
 ) -> UnitLayer | None:
@@ -195,15 +242,16 @@ def _behind(
         module = modules.get(str(step.target)) if step.op == "call_module" else None
         if isinstance(module, ACTIVATIONS):
             readers = _readers(step, producer.weight.shape[0], modules)
-            if not readers or _calls(graph, node.target) > 1:
+            if not readers or _calls(graph, node) > 1 or _calls(graph, before) > 1:
                 return None
             bias = [] if producer.bias is None else [Slot(producer, "bias", 0)]
             incoming = [Slot(producer, "weight", 0), *bias]
             source = modules[str(before.target)]
-            return UnitLayer(str(node.target), source, module, incoming, readers, norms)
+            name = str(node.target)
+            return UnitLayer(name, source, module, None, incoming, readers, norms)
         if isinstance(module, NORMS):
             norms.append(module)
-        elif not isinstance(module, PASSED):
+        elif not isinstance(module, PASSED) or isinstance(module, nn.Flatten):
             return None
     return None
 
@@ -213,15 +261,15 @@ def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[S
     slots: list[Slot] = []
     for user in node.users:
         module = modules.get(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.in_features % units == 0:
             slots.append(Slot(module, "weight", 1, module.in_features // units))
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             slots.append(Slot(module, "weight", 1))
-        elif isinstance(module, MoELayer) and _has_pool(module):
-            inner = _pool(str(user.target), module).incoming
+        elif isinstance(module, MoELayer) and unit_banks(module):
+            inner = [s for b in unit_banks(module) for s in _pool("", module, b).incoming]
             matrices = [s for s in inner if s.parameter.dim() == 2]
             slots += [Slot(s.module, s.name, 1, s.parameter.shape[1] // units) for s in matrices]
-        elif isinstance(module, PASSED) or _is_flatten(user):
+        elif _keeps_units(user, module):
             behind = _readers(user, units, modules)
             if not behind:
                 return []
@@ -231,23 +279,27 @@ def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[S
     return slots
 
 
-def _has_pool(layer: MoELayer) -> bool:
-    return isinstance(layer.bank, UnitBank) and not layer.bank.whole
-
-
-def _pool(name: str, layer: MoELayer) -> UnitLayer:
+def _pool(name: str, layer: MoELayer, bank: UnitBank) -> UnitLayer:
     """The hidden units of an MoE layer."""
-    bank = layer.bank
-    assert isinstance(bank, UnitBank)
     out = bank.output_weight()
     axes = bank.unit_axes()
     reading = [Slot(bank, n, axis) for n, axis in axes if getattr(bank, n) is out]
-    return UnitLayer(name, layer, None, [Slot(bank, n, a) for n, a in axes if a == 0], reading)
+    name = name if bank is layer.bank else f"{name}.shared"
+    feeding = [Slot(bank, n, axis) for n, axis in axes if axis == 0]
+    return UnitLayer(name, layer, None, bank, feeding, reading)
 
 
-def _is_flatten(node: fx.Node) -> bool:
-    return node.target in ("flatten", torch.flatten)
+def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a unit's activations leave a node as one run per sample, as they came."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    if isinstance(module, PASSED):
+        return True
+    if node.op == "call_module" or node.target not in ("flatten", torch.flatten):
+        return False
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
 
 
-def _calls(graph: fx.Graph, target: Any) -> int:
-    return sum(node.target == target for node in graph.nodes)
+def _calls(graph: fx.Graph, called: fx.Node) -> int:
+    return sum(node.target == called.target for node in graph.nodes)

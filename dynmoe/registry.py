@@ -39,6 +39,7 @@ FOLDERS = {
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
     "strategy": "cl_benchmarks.strategies",
+    "study": "dynmoe.studies",
 }
 """Kind of part -> the package whose modules define it."""
 

@@ -52,7 +52,7 @@ class L2Init(
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put the first weights back."""
-        self.anchor.first = state["first"]
+        self.anchor.load(state["first"])
 
     def grown(self, before: dict[str, Tensor]) -> None:
         """New units are measured from where they begin."""

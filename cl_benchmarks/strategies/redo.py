@@ -43,13 +43,14 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
         self.layers = find_units(self.model)
         self.activity: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers):
-            watch(layer, number, self._see)
+            watch(layer, number, self._see, self._due)
 
     def after_step(self) -> None:
         """Recycle when it is time."""
-        if self.steps % self.config.period == 0:
-            for number, layer in enumerate(self.layers):
-                self.recycle(layer, self.activity[number])
+        if self.steps % self.config.period == 0:  # after the step that `_due` announced
+            for number, activity in self.activity.items():
+                self.recycle(self.layers[number], activity)
+            self.activity.clear()
 
     def recycle(self, layer: UnitLayer, activity: Tensor) -> Tensor:
         """Draw the dormant units of a layer afresh; returns their numbers [n].
@@ -64,6 +65,10 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
             layer.silence(dormant)
             layer.restart_moments(dormant, self.optimizer)
         return dormant
+
+    def _due(self) -> bool:
+        """Whether the step that comes is one after which units are recycled."""
+        return (self.steps + 1) % self.config.period == 0
 
     def _see(self, number: int, activations: Tensor) -> None:
         self.activity[number] = activations.abs().mean(dim=0)
