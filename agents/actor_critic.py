@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from agents.encoder import Encoder, orthogonal
@@ -83,12 +84,17 @@ class ActorCritic(nn.Module):
             last = last[-1]
         return last
 
+    def output_layers(self) -> list[nn.Module]:
+        """The modules that give the outputs of actor and critic."""
+        return [self.output_layer("actor"), self.output_layer("critic")]
+
     def path(self, head: str) -> nn.Sequential:
         """The network of one head alone, "actor" or "critic"; its modules are this network's."""
         parts = [("trunk", self.trunk), (head, getattr(self, head))]
         return nn.Sequential(OrderedDict(parts))
 
 
+@torch.fx.wrap  # one piece in a traced graph: it looks at its argument's type
 def as_input(x: Tensor) -> Tensor:
     """uint8 frames as floats in [0, 1], in bfloat16 under autocast; floats unchanged."""
     if x.dtype != torch.uint8:

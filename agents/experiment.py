@@ -20,6 +20,7 @@ from agents.ppo import train
 from agents.recorder import Recorder
 from agents.settings import Config
 from agents.statistics import learning_curve
+from cl_benchmarks.intervention import Intervention
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.controller import GrowthController
@@ -40,16 +41,17 @@ def run_all(preset: str, config: Config) -> None:
     folders: list[Path] = []
     for name, method in zip(names, (config.method, *others), strict=True):
         own_name = f"{config.name}-{name}" if config.name and folders else config.name
-        folder, summary = run_training(preset, replace(config, method=method, name=own_name))
+        one = replace(config, method=method, name=own_name)
+        folder, summary = run_training(preset, one)
         folders.append(folder)
-        summaries[name] = summary
+        summaries[one.variant] = summary
         learning_figure(
-            folder / "learning.png", {name: learning_curve([summary])}, _title(config),
+            folder / "learning.png", {one.variant: learning_curve([summary])}, _title(config),
             summary["max_return"],
         )  # fmt: skip
     if others:
         curves = {name: learning_curve([summary]) for name, summary in summaries.items()}
-        most = summaries[config.method.part.name]["max_return"]
+        most = summaries[config.variant]["max_return"]
         learning_figure(folders[0] / "comparison.png", curves, _title(config), most)
     print_agents(summaries, _title(config))
     print(f"results: {folders[0]}")
@@ -63,7 +65,7 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
     """
     check(config)
     kept = keep_freed_memory()
-    with Run("rl", preset, config, label=f"{config.method.part.name}-{config.env}") as run:
+    with Run("rl", preset, config, label=f"{config.variant}-{config.env}") as run:
         if run.summary is None:
             if run.restored is None:
                 run.log.event(0, "memory", {"freed_memory_is_kept": kept})
@@ -88,6 +90,10 @@ def check(config: Config) -> None:
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(config, name)} is too small; use 1 or more")
+    strategy: Intervention = config.strategy.build()
+    reason = strategy.without_tasks()
+    if reason is not None:
+        raise UserError(reason)
     agent: Agent = config.method.build()
     agent.make_block(config, _growing_steps(config), config.seed)(
         config.encoder.hidden, config.encoder.hidden, 1
@@ -110,14 +116,17 @@ def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
     )  # fmt: skip
 
 
-def make_policy(config: Config, env: TorchVectorEnv, device: torch.device) -> ActorCritic:
-    """The network of a run, as drawn from its seed."""
+def make_policy(
+    config: Config, env: TorchVectorEnv, device: torch.device, strategy: Intervention
+) -> ActorCritic:
+    """The network of a run, as drawn from its seed and made over by the strategy."""
     agent: Agent = config.method.build()
     steps = _growing_steps(config)
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
         policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)
     config.join_routers(policy)
+    strategy.transform(policy, seeding.generator(config.seed, "transform"))
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
         policy.to(memory_format=torch.channels_last)
     return policy.to(device)
@@ -126,21 +135,26 @@ def make_policy(config: Config, env: TorchVectorEnv, device: torch.device) -> Ac
 def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     """All updates, from the start or from the run's checkpoint; returns the summary."""
     agent: Agent = config.method.build()
-    policy = make_policy(config, env, run.device)
+    strategy: Intervention = config.strategy.build()
+    policy = make_policy(config, env, run.device, strategy)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
+    strategy.attach(policy, optimizer, seeding.generator(config.seed, "strategy"))
     controller = None
     if agent.grows:
         dice = seeding.generator(config.seed, "growth")
         controller = config.make_controller(policy, optimizer, dice, policy_shock)
+        controller.listeners.append(strategy.grown)
     observations, info = env.reset(seed=config.seed)
     floors, start = info["floor"], 0
     with ProgressLine(config.env, config.updates * config.batch_size) as progress:
-        recorder = Recorder(run, config, env, policy, optimizer, controller, progress)
+        recorder = Recorder(run, config, env, policy, optimizer, controller, progress, strategy)
         if run.restored is not None:
             state, start = run.restored, run.restored["update"]
+            strategy.rebuild_from(state["strategy"])
             match_shapes(policy, state["policy"], optimizer)
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
+            strategy.load_state_dict(state["strategy"])
             if controller is not None:
                 controller.load_state_dict(state["controller"])
             recorder.load_state_dict(state["recorder"])
@@ -148,7 +162,7 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
             floors = state["floors"].to(run.device)
             progress.start_at(start * config.batch_size)
         train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
-              start, agent.learns, agent.acts)  # fmt: skip
+              start, agent.learns, agent.acts, strategy)  # fmt: skip
     return _summary(config, env, policy, recorder, controller)
 
 
@@ -181,7 +195,7 @@ def _summary(
     known = [value for _, value in recorder.curve if value is not None]
     tail = known[-max(1, math.ceil(len(known) / 10)) :]
     return {
-        "method": config.method.part.name,
+        "method": config.variant,
         "env": config.env,
         "seed": config.seed,
         "env_steps": config.updates * config.batch_size,

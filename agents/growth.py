@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from agents.ppo import UpdateStats
 from agents.rollout import Rollout
 from dynmoe.growth.trigger import Signals
 
@@ -12,14 +17,30 @@ Outputs = tuple[Tensor, Tensor]
 """Logits [B, A] and values [B]."""
 
 
-def signals(env_steps: int, rollout: Rollout, num_floors: int, score: float) -> Signals:
+FIGURES = {"effective_rank": "actor/rank/effective_rank", "dormant": "actor/dormant/0.1"}
+"""Figure of `Signals` -> the tag under which it is logged."""
+
+
+def signals(
+    env_steps: int,
+    rollout: Rollout,
+    num_floors: int,
+    score: float,
+    stats: UpdateStats | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> Signals:
     """What triggers may look at after a rollout.
 
-    `reached` counts the environments that were on a floor at any step of the rollout.
+    `reached` counts the environments that were on a floor at any step of the rollout. `stats` are
+    those of the update with it. `measured` is what was logged with it of the actor's network.
     """
+    measured = measured or {}
+    figures: dict[str, Any] = {name: measured.get(tag, math.nan) for name, tag in FIGURES.items()}
+    figures["loss"] = stats.value_loss if stats else math.nan
+    figures["grad_norm"] = stats.grad_norm if stats else math.nan
     there = [(rollout.floors == floor).any(dim=0) for floor in range(num_floors)]
     reached = [int(envs.sum()) / len(envs) for envs in there]
-    return Signals(step=env_steps, reached=tuple(reached), score=score)
+    return Signals(step=env_steps, reached=tuple(reached), score=score, **figures)
 
 
 def policy_shock(before: Outputs, after: Outputs, labels: Tensor | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
 from agents.traces import Traces
+from cl_benchmarks.intervention import Intervention
 from dynmoe.errors import NumericError
 from dynmoe.figures import as_image
 from dynmoe.growth.controller import GrowthController
@@ -49,16 +50,18 @@ class Recorder:
         optimizer: Optimizer,
         controller: GrowthController | None,
         progress: ProgressLine,
+        strategy: Intervention,
     ) -> None:
         self.run, self.config, self.env = run, config, env
         self.policy, self.optimizer, self.controller = policy, optimizer, controller
-        self.progress = progress
+        self.progress, self.strategy = progress, strategy
         self.initial = _outside_experts(policy)
         self.episodes = EpisodeStats(env)
         self.routing = FloorRouting(env.num_floors)
         self.traces = Traces()
         self.curve: list[list[float | None]] = []
         self.began = (time.monotonic(), 0)
+        self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
         run.log.tensorboard.add_custom_scalars(layout())
 
     def update_done(self, update: int, rollout: Rollout, stats: UpdateStats | None) -> None:
@@ -73,7 +76,8 @@ class Recorder:
         if last or update % config.probe_every == 0:
             self._look(steps, rollout)
         if not last:
-            self._grow(steps, rollout)
+            self._grow(steps, rollout, stats)
+        self.measured = {}
         if self.progress.due(steps) or last:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
         if last or self.run.checkpoint_due():
@@ -92,7 +96,8 @@ class Recorder:
         values = self.episodes.values() | self.routing.values(self._experts())
         for layer, use in routing_stats(self.policy).items():
             values |= {f"router/{name}/{layer}": value for name, value in use.items()}
-        values |= self._plasticity(rollout)
+        self.measured = self._plasticity(rollout)
+        values |= self.measured
         self.run.log.scalars(steps, values)
         self.curve.append([steps, values.get("episode/return")])
         now, (then, done) = time.monotonic(), self.began
@@ -144,11 +149,13 @@ class Recorder:
         """Float inputs [B, ...] of the network for samples of the flattened rollout."""
         return as_input(self.env.unpack(rollout.observations.flatten(0, 1)[index]))
 
-    def _grow(self, steps: int, rollout: Rollout) -> None:
+    def _grow(self, steps: int, rollout: Rollout, stats: UpdateStats | None) -> None:
         """Ask the controller, and log what it did."""
         if self.controller is None:
             return
-        seen = signals(steps, rollout, self.env.num_floors, self.episodes.score)
+        seen = signals(
+            steps, rollout, self.env.num_floors, self.episodes.score, stats, self.measured
+        )
         index = sample(rollout, self.config.probe_samples)
         event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:
@@ -163,6 +170,7 @@ class Recorder:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
+            "strategy": self.strategy.state_dict(),
             "env": self.env.state_dict(),
             "floors": rollout.next_floors,
             "recorder": {

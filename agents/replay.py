@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agents.evaluate import evaluation_summary, play, print_evaluation
 from agents.experiment import make_env, make_policy
 from agents.figures import router_figure, write_figure
 from agents.settings import Config
 from agents.video import write_video
+from cl_benchmarks.intervention import Intervention
 from dynmoe import checkpoint
 from dynmoe.config import from_dict
 from dynmoe.device import resolve
@@ -28,7 +31,11 @@ def run_evaluation(config: Config) -> None:
     keep_freed_memory()
     device = resolve(config.device)
     env = make_env(trained, device)
-    policy = make_policy(trained, env, device)
+    strategy: Intervention = trained.strategy.build()
+    policy = make_policy(trained, env, device, strategy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the strategy rebuilds
+    strategy.attach(policy, optimizer, torch.Generator())
+    strategy.rebuild_from(state["strategy"])
     match_shapes(policy, state["policy"])
     policy.load_state_dict(state["policy"])
     with ProgressLine("evaluation", config.max_steps) as progress:
@@ -38,7 +45,7 @@ def run_evaluation(config: Config) -> None:
         )  # fmt: skip
     summary = evaluation_summary(env, episodes, unfinished)
     steps = state["update"] * trained.batch_size
-    title = f"{trained.method.part.name} on {trained.env} after {steps:,} steps"
+    title = f"{trained.variant} on {trained.env} after {steps:,} steps"
     print_evaluation(summary, title)
     name = f"evaluation-{steps}-seed-{config.seed}"
     write_json(folder / f"{name}.json", summary)

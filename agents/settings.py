@@ -24,6 +24,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     renderer: Literal["fast", "upstream"] = "fast"
     """who draws Craftax's frames: our renderer from compact codes, or the package's own"""
     method: PartConfig = slot("agent", "dynamicmoe")
+    strategy: PartConfig = slot("strategy", "none")
     compare: tuple[str, ...] = place(())
     """methods to run as well, one after the other, for the figure and the table"""
     encoder: Encoder.Config = slot("encoder", "patch")
@@ -41,3 +42,9 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     """with --evaluate: write the best episode, router weights beneath, to this .mp4 file"""
     max_steps: int = place(2000)
     """with --evaluate: steps after which episodes still running are left out"""
+
+    @property
+    def variant(self) -> str:
+        """The method, and the strategy if there is one."""
+        method, strategy = self.method.part.name, self.strategy.part.name
+        return method if strategy == "none" else f"{method}+{strategy}"

@@ -12,6 +12,7 @@ from torch import nn
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
+from cl_benchmarks.intervention import Intervention
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.recorder import Recorder
 from cl_benchmarks.settings import Config
@@ -42,7 +43,7 @@ def run_all(preset: str, config: Config) -> None:
     data = config.dataset.build().load(DATA_SEED)
     summaries = {}
     for one in configs:
-        folder, summaries[one.method.part.name] = run_method(preset, one, data)
+        folder, summaries[one.variant] = run_method(preset, one, data)
         if one is config:
             main_folder = folder
     if len(summaries) > 1:
@@ -58,8 +59,8 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
     Returns:
         the run's folder and its summary.
     """
-    with Run("cl", preset, config, label=f"{config.method.part.name}-{data.name}") as run:
-        method, summary = config.method.part.name, run.summary
+    with Run("cl", preset, config, label=f"{config.variant}-{data.name}") as run:
+        method, summary = config.variant, run.summary
         known = (summary or run.restored or {}).get("dataset", data.name)
         if known != data.name:  # `auto` may find another data set than it did before
             raise UserError(
@@ -85,7 +86,8 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     training = prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
     plugins = config.method.build().plugins(config, training)
     growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
-    with ProgressLine(config.method.part.name, steps) as progress:
+    plugins.append(attach_strategy(config, training, growth))
+    with ProgressLine(config.variant, steps) as progress:
         recorder = Recorder(run, config, data.name, train, test, training.model, growth, progress)
         strategy = make_strategy(config, training, plugins, recorder, run.device)
         if run.restored is not None:
@@ -102,17 +104,28 @@ def prepare(
 ) -> Training:
     """Network and optimizer. Network `draw` is the same in every run of this seed."""
     method: Method = config.method.build()
+    strategy: Intervention = config.strategy.build()
 
     def new_model(draw: int) -> Network:
         make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
         with seeding.seeded(config.seed, "network", draw):
             network = build_network(config.network, data.shape, outputs, make)
         config.join_routers(network)
+        strategy.transform(network, seeding.generator(config.seed, "transform", draw))
         return network
 
     model = new_model(0).to(device)
     generator = seeding.generator(config.seed, "method")
-    return Training(model, _optimizer(config, model), generator, new_model)
+    return Training(model, _optimizer(config, model), generator, new_model, strategy)
+
+
+def attach_strategy(config: Config, training: Training, growth: GrowthPlugin | None) -> Any:
+    """The strategy of the settings at work on a network, as an Avalanche plugin."""
+    strategy = training.strategy
+    strategy.attach(training.model, training.optimizer, seeding.generator(config.seed, "strategy"))
+    if growth is not None:
+        growth.controller.listeners.append(strategy.grown)
+    return strategy.plugin()
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -158,7 +171,7 @@ def _summary(config: Config, data: ImageData, recorder: Recorder) -> dict[str, A
     rows = [asdict(row) for row in recorder.rows]
     growth = recorder.growth
     return {
-        "method": config.method.part.name,
+        "method": config.variant,
         "dataset": data.name,
         "protocol": config.protocol.part.name,
         "access": config.access,
@@ -183,17 +196,24 @@ def _check(config: Config) -> None:
 
 def _others(config: Config) -> list[str]:
     """Methods to compare with. Those by default leave out the method itself."""
-    own = config.method.part.name if config.compare == type(config).compare else None
+    own = config.variant if config.compare == type(config).compare else None
     return [name for name in config.compare if name != own]
 
 
 def _compared(config: Config, name: str) -> Config:
-    """The same settings with another method; a run of its own, next to the main one."""
-    if name == config.method.part.name:
-        raise UserError(f"--compare {name}: that is the method itself; name others")
+    """The same settings with another method, or the dense network with a strategy."""
+    if name == config.variant:
+        raise UserError(f"--compare {name}: that is the main run itself; name others")
     own_name = f"{config.name}-{name}" if config.name else None
-    method = registry.get("method", name).Config()
-    return replace(config, method=method, name=own_name)
+    method, strategy = "dense", name
+    if name not in registry.names("strategy"):
+        method, strategy = name, "none"
+    return replace(
+        config,
+        method=registry.get("method", method).Config(),
+        strategy=registry.get("strategy", strategy).Config(),
+        name=own_name,
+    )
 
 
 def _title(config: Config, data: ImageData) -> str:

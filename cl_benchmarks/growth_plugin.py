@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from dynmoe.growth.controller import GrowthController, Probe
+from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.trigger import Signals
+from dynmoe.plasticity.metrics.dormant import mean_activity, redo_scores
+from dynmoe.plasticity.metrics.rank import effective_rank, singular_values
+from dynmoe.plasticity.probes import take_probe
 
 PROBE_SAMPLES = 512
+DORMANT_SCORE = 0.1
+"""Largest ReDo score of a unit that triggers are told is dormant."""
+STEP_FIGURES = {"loss", "grad_norm"}
+PROBE_FIGURES = {"effective_rank", "dormant"}
 
 
 class GrowthPlugin:
@@ -30,6 +39,7 @@ class GrowthPlugin:
         self.controller = controller
         self.probe_samples = probe_samples
         self._dataset: Any = None  # of the task trained last
+        self._latest: dict[str, float] = {}  # what the trigger needs of the latest step
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts: with what was learnt before it as the probe."""
@@ -37,27 +47,51 @@ class GrowthPlugin:
         if getattr(strategy, "resuming", False):
             return
         starts = strategy.clock.train_exp_counter > 0
-        signals = Signals(step=strategy.clock.train_iterations, task_starts=starts)
+        step, needs = strategy.clock.train_iterations, self.controller.trigger.needs
+        figures: dict[str, Any] = dict.fromkeys(needs & (STEP_FIGURES | PROBE_FIGURES), math.nan)
+        signals = Signals(step=step, task_starts=starts, **figures)
         self._step(strategy, signals, previous or self._dataset)
 
     def before_training_iteration(self, strategy: Any, **_: Any) -> None:
         """An optimizer step comes, after those that the clock has counted."""
-        self._step(strategy, Signals(step=strategy.clock.train_iterations), self._dataset)
+        step = strategy.clock.train_iterations
+        signals = Signals(step=step, **self._figures(strategy, step))
+        self._step(strategy, signals, self._dataset)
+
+    def after_backward(self, strategy: Any, **_: Any) -> None:
+        """Gradients are there, and not clipped yet: note what the trigger needs of them."""
+        needs = self.controller.trigger.needs
+        if "loss" in needs:
+            self._latest["loss"] = float(strategy.loss.detach())
+        if "grad_norm" in needs:
+            gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
+            self._latest["grad_norm"] = float(nn.utils.get_total_norm(gradients))
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state."""
-        return self.controller.state_dict()
+        """The controller's state, and the figures of the latest step."""
+        return {"controller": self.controller.state_dict(), "latest": dict(self._latest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
-        self.controller.load_state_dict(state)
+        self.controller.load_state_dict(state["controller"])
+        self._latest = dict(state["latest"])
+
+    def _figures(self, strategy: Any, step: int) -> dict[str, Any]:
+        """What the trigger needs; nan where there is no new value."""
+        needs = self.controller.trigger.needs
+        figures = {name: self._latest.get(name, math.nan) for name in needs & STEP_FIGURES}
+        figures |= dict.fromkeys(needs & PROBE_FIGURES, math.nan)
+        if needs & PROBE_FIGURES and step % self.controller.trigger.every == 0:
+            measured = probe_figures(strategy.model, *self._probe(self._dataset, strategy.device))
+            figures |= {name: measured[name] for name in needs & PROBE_FIGURES}
+        return figures
 
     def _step(self, strategy: Any, signals: Signals, dataset: Any) -> None:
         event = self.controller.step(signals, lambda: self._probe(dataset, strategy.device))
         if event is not None:
             strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
-    def _probe(self, dataset: Any, device: torch.device) -> Probe:
+    def _probe(self, dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """Evenly spaced samples of an Avalanche classification dataset: [N, C, H, W], [N]."""
         count = min(self.probe_samples, len(dataset))
         index = torch.linspace(0, len(dataset) - 1, count).long().tolist()
@@ -65,3 +99,13 @@ class GrowthPlugin:
         images = torch.stack([sample[0] for sample in samples])
         labels = torch.tensor([int(sample[1]) for sample in samples])
         return images.to(device), labels.to(device)
+
+
+def probe_figures(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """`effective_rank` of the features, and the `dormant` share of hidden units; see `Signals`."""
+    probe = take_probe(model, images, labels)
+    scores = torch.cat([redo_scores(mean_activity(h)) for h in probe.activations.values()])
+    return {
+        "effective_rank": effective_rank(singular_values(probe.features)),
+        "dormant": float((scores <= DORMANT_SCORE).double().mean()),
+    }

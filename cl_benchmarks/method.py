@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cl_benchmarks.intervention import Intervention
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.network import MakeBlock, dense_block
 from dynmoe.registry import Part, PartConfig
@@ -38,6 +39,8 @@ class Training:
     """for the method's own random choices"""
     new_model: Callable[[int], nn.Module]
     """a freshly drawn network of the same make, by task number"""
+    strategy: Intervention
+    """acts on the network; not attached yet"""
 
 
 class Method(Part, ABC, kind="method"):

@@ -1,7 +1,8 @@
 """The kind of part that cuts a data set into chunks: `--protocol NAME`.
 
 A chunk is what the learner sees between two boundaries. Protocols deal in indices into the images
-of a data set and in labels, which a protocol may change; they never copy an image.
+of a data set, in labels, which a protocol may change, and in the order of pixels; they never copy
+an image.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Access = Literal["limited", "cumulative"]
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One part of a stream. All int64."""
+    """One part of a stream. All int64; H and W are the images' height and width."""
 
     train_index: Tensor
     """`[n]` into `ImageData.train_images`"""
@@ -34,6 +35,9 @@ class Chunk:
     """`[m]` into `ImageData.test_images`"""
     test_labels: Tensor
     """`[m]`"""
+    pixels: Tensor | None = None
+    """`[H * W]` where each pixel of an image of this chunk comes from, row by row; None for images
+    as they are"""
 
 
 class Protocol(Part, ABC, kind="protocol"):
@@ -140,6 +144,18 @@ def balanced_parts(labels: Tensor, parts: int, rng: np.random.Generator) -> list
     order = rng.permutation(len(labels))
     dealt = order[np.argsort(labels.numpy()[order], kind="stable")]
     return [torch.from_numpy(rng.permutation(dealt[k::parts])) for k in range(parts)]
+
+
+def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Indices `[count]` of random images; counts of two classes differ by one at most.
+
+    Unless a class has fewer images than that: then it gives all.
+    """
+    order = rng.permutation(len(labels))
+    by_class = order[np.argsort(labels.numpy()[order], kind="stable")]
+    turn = np.empty(len(labels), dtype=np.int64)  # how many of its class come before an image
+    turn[by_class] = np.concatenate([np.arange(n) for n in np.bincount(labels.numpy())])
+    return torch.from_numpy(rng.permutation(order[np.argsort(turn[order], kind="stable")][:count]))
 
 
 def whole_test_set(data: ImageData) -> tuple[Tensor, Tensor]:

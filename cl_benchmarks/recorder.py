@@ -102,7 +102,7 @@ class Recorder:
     def epoch_done(self, strategy: StreamStrategy) -> None:
         """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
         task, device = strategy.position.task, self.run.device
-        probe = take_probe(strategy.model, *self.probes[task], initial=self.initial)
+        probe = take_probe(strategy.model, *self.probes[task], initial=self._initial(strategy))
         right = probe.logits.argmax(dim=1) == self.probes[task][1]
         values = {
             "epoch/train_accuracy": float(right.float().mean()),
@@ -179,6 +179,11 @@ class Recorder:
         self.online_sum = torch.zeros((), device=self.run.device)
         self.online_batches = 0
 
+    def _initial(self, strategy: StreamStrategy) -> dict[str, Tensor]:
+        """The first values of the parameters that still have their first shape."""
+        now = dict(strategy.model.named_parameters())
+        return {n: p for n, p in self.initial.items() if n in now and now[n].shape == p.shape}
+
     def _experts(self, strategy: StreamStrategy) -> int:
         return max((layer.num_experts for _, layer in moe_layers(strategy.model)), default=1)
 
@@ -213,8 +218,8 @@ class Recorder:
 def _probe(chunk: ChunkDataset, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Evenly spaced training images of a chunk: float32 [N, C, H, W], labels [N]."""
     index = torch.linspace(0, len(chunk) - 1, min(samples, len(chunk))).long()
-    images = standardise(chunk.images[chunk.index[index]], chunk.mean, chunk.std)
-    return images.to(device), chunk.labels[index].to(device)
+    images, labels = chunk.take(index)
+    return standardise(images, chunk.mean, chunk.std).to(device), labels.to(device)
 
 
 def _outside_experts(model: nn.Module) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ class Config(RunConfig, GrowthSettings):
     """Settings of a continual-learning run."""
 
     method: PartConfig = slot("method", "dynamicmoe")
+    strategy: PartConfig = slot("strategy", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods to run as well, for the figure and the table; none if nothing follows the flag"""
+    """methods to run as well, or strategies on the dense network, for the figure and the table;
+    none if nothing follows the flag"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
     access: Literal["limited", "cumulative"] = "limited"
@@ -44,3 +46,11 @@ class Config(RunConfig, GrowthSettings):
     """test images for each epoch's accuracy; a task's end looks at all"""
     probe_samples: int = 256
     """training images for each epoch's accuracy and plasticity metrics"""
+
+    @property
+    def variant(self) -> str:
+        """What is compared: the method, the strategy on the dense network, or both."""
+        method, strategy = self.method.part.name, self.strategy.part.name
+        if strategy == "none":
+            return method
+        return strategy if method == "dense" else f"{method}+{strategy}"

@@ -187,6 +187,9 @@ class StreamStrategy(SupervisedTemplate):
 
     def _put_back(self, state: dict[str, Any]) -> None:
         self._saved = None
+        for plugin, saved in zip(self.own_plugins, state["plugins"], strict=True):
+            if hasattr(plugin, "rebuild_from"):  # it may have changed what parameters there are
+                plugin.rebuild_from(saved)
         match_shapes(self.model, state["model"], self.optimizer)
         self.optimized_param_id = dict(self.model.named_parameters())
         self.model.load_state_dict(state["model"])

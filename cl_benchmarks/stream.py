@@ -28,11 +28,20 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, images: Tensor, index: Tensor, labels: Tensor, mean: Tensor, std: Tensor
+        self,
+        images: Tensor,
+        index: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        pixels: Tensor | None = None,
     ) -> None:
-        """Args: uint8 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, float `[C]`, `[C]`."""
+        """Args: uint8 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, float `[C]`, `[C]`.
+
+        And the order of pixels, int64 `[H * W]`, as a `Chunk` has it.
+        """
         self.images, self.index, self.labels = images, index, labels
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.pixels = mean, std, pixels
         self.targets: list[int] = labels.tolist()
 
     def __len__(self) -> int:
@@ -41,12 +50,19 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         """One standardised image, float32 `[C, H, W]`, and its label."""
-        image = self.images[self.index[item]]
-        return standardise(image, self.mean, self.std), self.targets[item]
+        images, _ = self.take(torch.tensor([item]))
+        return standardise(images[0], self.mean, self.std), self.targets[item]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All images, uint8 `[n, C, H, W]` (a copy), and labels, int64 `[n]`."""
-        return self.images[self.index], self.labels
+        return self.take(torch.arange(len(self)))
+
+    def take(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Some images, uint8 `[k, C, H, W]` (a copy), and their labels, int64 `[k]`."""
+        images = self.images[self.index[items]]
+        if self.pixels is not None:
+            images = images.flatten(2)[:, :, self.pixels].view_as(images)
+        return images, self.labels[items]
 
 
 def chunk_datasets(
@@ -58,9 +74,13 @@ def chunk_datasets(
     """
     mean, std = channel_stats(data.train_images)
     train = [
-        ChunkDataset(data.train_images, c.train_index, c.train_labels, mean, std) for c in chunks
+        ChunkDataset(data.train_images, c.train_index, c.train_labels, mean, std, c.pixels)
+        for c in chunks
     ]
-    test = [ChunkDataset(data.test_images, c.test_index, c.test_labels, mean, std) for c in chunks]
+    test = [
+        ChunkDataset(data.test_images, c.test_index, c.test_labels, mean, std, c.pixels)
+        for c in chunks
+    ]
     return train, test
 
 

@@ -38,7 +38,9 @@ FOLDERS = {
     "agent": "agents.methods",
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
-    "method": "cl_benchmarks.strategies",
+    "method": "cl_benchmarks.methods",
+    "strategy": "cl_benchmarks.strategies",
+    "study": "dynmoe.studies",
 }
 """Kind of part -> the package whose modules define it."""
 

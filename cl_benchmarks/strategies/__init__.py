@@ -1,1 +1,1 @@
-"""Methods that learn a stream: DynamicMoE and what it is compared with, one file each."""
+"""What keeps a network plastic, one file each; on any network, in any training loop."""

@@ -16,6 +16,7 @@ from dynmoe.growth.cut import Cut
 from dynmoe.growth.cuts.utility import UtilityCut
 from dynmoe.growth.init import Init, Request
 from dynmoe.growth.inits.random import RandomInit
+from dynmoe.growth.newborn import Newborn, Nursery
 from dynmoe.growth.surgery import Moments, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
@@ -72,10 +73,13 @@ class GrowthController:
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `surgery.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
+        newborn: how the experts of the latest growth are treated for a while.
         generator: draws fresh weights and random choices; default one seeded with 0.
 
     Attributes:
         events: every growth so far.
+        listeners: called after each growth with the old values of the MoE layers' parameters, by
+            their names in the model.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class GrowthController:
         init: PartConfig | None = None,
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
+        newborn: Newborn | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.model = model
@@ -101,8 +106,10 @@ class GrowthController:
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
         self.measure_shock = measure_shock
+        self.nursery = Nursery(newborn or Newborn(), model, optimizer)
         self.generator = generator or torch.Generator().manual_seed(0)
         self.events: list[GrowthEvent] = []
+        self.listeners: list[Callable[[dict[str, Tensor]], None]] = []
 
     def step(
         self, signals: Signals, make_probe: Callable[[], Probe] | None = None
@@ -129,13 +136,18 @@ class GrowthController:
         count, layers = len(self.events) + 1, dict(moe_layers(self.model))
         for layer in layers.values():
             check_room(layer, layer.num_experts + self.granularity)
+        self.nursery.end()
         before, activations = self._observe(probe)
         plans = {
             name: self.init.plan(self._request(layer, activations.get(name)))
             for name, layer in layers.items()
         }
+        old = self._parameters() if self.listeners else {}
         for name, layer in layers.items():
             grow_layer(layer, plans[name], count, self.generator, self.optimizer, self.moments)
+        self.nursery.begin()
+        for listener in self.listeners:
+            listener(old)
         after, _ = self._observe(probe)
         event = GrowthEvent(
             step=step,
@@ -168,6 +180,14 @@ class GrowthController:
             scale=layer.gate_factor(experts) / layer.gate_factor(len(target)),
             generator=self.generator,
         )
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Copies of the MoE layers' parameters, by name."""
+        return {
+            f"{name}.{own}" if name else own: parameter.detach().clone()
+            for name, layer in moe_layers(self.model)
+            for own, parameter in layer.named_parameters()
+        }
 
     @torch.no_grad()
     def _observe(self, probe: Probe | None) -> tuple[Any, dict[str, Tensor]]:
@@ -202,6 +222,7 @@ class GrowthController:
             "events": [asdict(event) for event in self.events],
             "generator": self.generator.get_state(),
             "trigger": self.trigger.state_dict(),
+            "nursery": self.nursery.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -209,3 +230,4 @@ class GrowthController:
         self.events = [GrowthEvent(**event) for event in state["events"]]
         self.generator.set_state(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
+        self.nursery.load_state_dict(state["nursery"])

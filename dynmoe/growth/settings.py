@@ -12,6 +12,7 @@ from dynmoe.config import slot
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController, MeasureShock, classification_shock
+from dynmoe.growth.newborn import Newborn
 from dynmoe.growth.surgery import Moments
 from dynmoe.growth.trigger import Trigger
 from dynmoe.moe.bank import UnitBank, spread_sizes
@@ -42,6 +43,7 @@ class GrowthSettings:
     init: PartConfig = slot("init", "random")
     moments: Moments = "mean"
     """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
+    newborn: Newborn = field(default_factory=Newborn)
 
     def most_experts(self, steps: int, tasks: int) -> int:
         """Experts at the end of a run of that many steps of its clock, and tasks.
@@ -126,5 +128,6 @@ class GrowthSettings:
             init=self.init,
             moments=self.moments,
             measure_shock=measure_shock,
+            newborn=self.newborn,
             generator=generator,
         )

@@ -181,12 +181,22 @@ def append_units(bank: UnitBank, count: int, optimizer: Optimizer | None) -> Non
     if count <= 0:
         return
     for name, axis in bank.unit_axes():
-        old: nn.Parameter = getattr(bank, name)
-        new = nn.Parameter(_padded(old.detach(), axis, count), requires_grad=old.requires_grad)
-        setattr(bank, name, new)
-        if optimizer is not None:
-            _replace_parameter(optimizer, old, new, axis, count)
+        append_entries(bank, name, axis, count, optimizer)
     bank.segment = _padded(bank.segment, 0, count)
+
+
+def append_entries(
+    module: nn.Module, name: str, axis: int, count: int, optimizer: Optimizer | None
+) -> None:
+    """Give a parameter `count` zero entries more along `axis`, with zero optimizer state.
+
+    A new Parameter takes the old one's place, in the module and the optimizer.
+    """
+    old: nn.Parameter = getattr(module, name)
+    new = nn.Parameter(_padded(old.detach(), axis, count), requires_grad=old.requires_grad)
+    setattr(module, name, new)
+    if optimizer is not None:
+        _replace_parameter(optimizer, old, new, axis, count)
 
 
 def mean_moments(

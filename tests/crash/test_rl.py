@@ -29,6 +29,13 @@ CASES = {
     "every": "--trigger every --trigger.steps 100 --granularity 2",
     "constant": "--trigger every --trigger.steps 150 --budget.mode constant --cut utility",
     "plateau": "--trigger plateau --trigger.patience 70 --trigger.limit 2",
+    "gradient": "--trigger gradient --trigger.share 0.99 --trigger.memory 1 --trigger.cooldown 64 "
+    "--trigger.limit 2 --newborn.lr 0.5 --newborn.lr-steps 3 --newborn.logit -1 "
+    "--newborn.logit-steps 6",
+    "drift": "--trigger drift --trigger.warmup 1 --trigger.threshold 1e-6 --trigger.delta 0 "
+    "--trigger.cooldown 64 --trigger.limit 2",
+    "rank": "--trigger rank --trigger.share 0.9999 --trigger.cooldown 64 --trigger.limit 2 "
+    "--probe-every 1",
     "trunk": "--trigger at --trigger.steps 150 --encoder.place trunk actor critic --router topk "
     "--balance switch",
     "dense": "--method dense --env Identity-v0",
@@ -88,7 +95,8 @@ def test_stopped_after_every_update(
     first = json.loads((whole / "log.jsonl").read_text().split("\n")[0])
     assert first["event"] == "memory" and isinstance(first["freed_memory_is_kept"], bool)
     grown = len(json.loads((whole / "summary.json").read_text())["growth"])
-    assert grown == {"every": 4, "constant": 2, "plateau": 2, "dense": 0, "random": 0}.get(case, 1)
+    expected = {"every": 4, "constant": 2, "plateau": 2, "gradient": 2, "drift": 2, "rank": 2}
+    assert grown == (expected | {"dense": 0, "random": 0}).get(case, 1)
 
 
 def test_sigterm_to_a_real_process(tmp_path: Path) -> None:

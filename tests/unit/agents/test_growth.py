@@ -37,6 +37,19 @@ def test_reached_counts_environments_once_however_long_they_stay() -> None:
     assert math.isnan(signals(1, rollout_of(floors=floors), 4, math.nan).score or 0.0)
 
 
+def test_figures_are_those_of_the_update_and_of_the_actor() -> None:
+    """nan, and not None, where there is no new value: triggers wait then, and do not refuse."""
+    rollout = rollout_of(floors=torch.zeros(2, 3, dtype=torch.long))
+    stats = UpdateStats(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    measured = {"actor/rank/effective_rank": 8.0, "critic/rank/effective_rank": 9.0,
+                "actor/dormant/0.1": 0.25, "actor/dormant/0": 0.5}  # fmt: skip
+    seen = signals(1, rollout, 4, 0.0, stats, measured)
+    assert (seen.loss, seen.grad_norm, seen.effective_rank, seen.dormant) == (2.0, 6.0, 8.0, 0.25)
+    none = signals(1, rollout, 4, 0.0)
+    for name in ("loss", "grad_norm", "effective_rank", "dormant"):
+        assert math.isnan(getattr(none, name))
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 40), st.integers(1, 5))
 def test_reached_is_that_of_loops(seed: int, steps: int, envs: int, floors: int) -> None:

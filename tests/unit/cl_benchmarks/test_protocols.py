@@ -17,13 +17,14 @@ NAMES = registry.names("protocol")
 
 
 def _make(name: str, **options: Any) -> Protocol:
-    if name == "shuffle":
+    if name in ("shuffle", "permuted"):
         options = {"images": 100, **options}
     return registry.get("protocol", name).Config(**options).build()
 
 
 def _tensors(chunk: Chunk) -> list[Tensor]:
-    return [chunk.train_index, chunk.train_labels, chunk.test_index, chunk.test_labels]
+    own = [chunk.train_index, chunk.train_labels, chunk.test_index, chunk.test_labels]
+    return own if chunk.pixels is None else [*own, chunk.pixels]
 
 
 def _same(a: list[Chunk], b: list[Chunk]) -> bool:
@@ -35,8 +36,9 @@ def _same(a: list[Chunk], b: list[Chunk]) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-def test_the_four_protocols_are_there() -> None:
-    assert {"iid", "class", "noise", "shuffle"} <= set(NAMES)
+def test_the_protocols_are_there() -> None:
+    new = {"warmstart", "permuted", "blurred", "unknown"}
+    assert {"iid", "class", "noise", "shuffle", *new} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,7 +64,7 @@ def test_chunks_are_well_formed_and_follow_the_seed(name: str, data: ImageData) 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunks", [0, -3, 7])
 def test_impossible_chunk_counts_are_refused(name: str, chunks: int, data: ImageData) -> None:
-    if name == "shuffle" and chunks == 7:
+    if name in ("shuffle", "permuted", "warmstart") and chunks == 7:
         assert len(_make(name).split(data, chunks, 0)) == 7
         return
     with pytest.raises(UserError, match=f"{chunks} chunks .*use --chunks [0-9]"):

@@ -31,7 +31,7 @@ def fires(trigger: Trigger, tasks: int, steps_per_task: int) -> list[int]:
         if trigger.fires(signals):
             fired.append(signals.step)
 
-    plugin = GrowthPlugin(SimpleNamespace(step=step))
+    plugin = GrowthPlugin(SimpleNamespace(step=step, trigger=trigger))
     clock = SimpleNamespace(train_iterations=0, train_exp_counter=0)
     strategy = SimpleNamespace(clock=clock, experience=SimpleNamespace(dataset=None))
     for task in range(tasks):
@@ -61,8 +61,11 @@ def scored(*scores: float) -> list[Signals]:
 
 
 def random_run(seed: int, length: int = 40) -> list[Signals]:
-    """Asks at a clock that jumps; agents get deeper, and their score rises and stalls."""
-    rng, step, deepest, score = random.Random(seed), 0, 0, 0.0
+    """Asks at a clock that jumps; agents get deeper, their score rises and stalls.
+
+    The other figures lie on one level for a while and then on another, with noise, or are unknown.
+    """
+    rng, step, deepest, score, level = random.Random(seed), 0, 0, 0.0, 1.0
     signals = []
     for _ in range(length):
         step += rng.randint(1, 60)
@@ -71,8 +74,11 @@ def random_run(seed: int, length: int = 40) -> list[Signals]:
         score += rng.choice([0.0, 0.0, -0.1, 0.5])
         unknown = len(signals) < rng.randint(0, 5)
         task = rng.random() < 0.1
+        level = rng.choice([0.1, 0.5, 1.0]) if rng.random() < 0.2 else level
+        figure = math.nan if rng.random() < 0.1 else level * rng.uniform(0.9, 1.0)
         signals.append(Signals(step=step, task_starts=task, reached=reached,
-                               score=math.nan if unknown else score))  # fmt: skip
+                               score=math.nan if unknown else score, loss=figure, grad_norm=figure,
+                               effective_rank=figure, dormant=figure))  # fmt: skip
     return signals
 
 
@@ -81,6 +87,11 @@ OPTIONS = {
     "every": {"steps": 90},
     "stage": {"share": 0.3, "limit": 3},
     "plateau": {"patience": 120, "limit": 4},
+    "gradient": {"share": 0.7, "memory": 2, "cooldown": 60},
+    "rank": {"share": 0.7, "cooldown": 60},
+    "dormancy": {"rise": 0.2, "cooldown": 60},
+    "drift": {"threshold": 0.3, "warmup": 2, "cooldown": 60},
+    "adwin": {"confidence": 0.9, "scale": 1.0, "cooldown": 60},
 }
 """Of triggers that shall fire several times in a run of about 1200 steps."""
 counts = st.integers(1, 6), st.integers(1, 12)
@@ -123,7 +134,8 @@ def test_every_refuses_bad_steps(steps):
 
 def test_a_resuming_strategy_does_not_grow_at_the_task_start():
     asked: list[Signals] = []
-    plugin = GrowthPlugin(SimpleNamespace(step=lambda signals, _: asked.append(signals)))
+    controller = SimpleNamespace(step=lambda seen, _: asked.append(seen), trigger=trigger("task"))
+    plugin = GrowthPlugin(controller)
     clock = SimpleNamespace(train_iterations=8, train_exp_counter=2)
     experience = SimpleNamespace(dataset=None)
     plugin.before_training_exp(SimpleNamespace(clock=clock, experience=experience, resuming=True))
@@ -279,7 +291,7 @@ def test_plateau_refuses_bad_options(options):
 @pytest.mark.parametrize("name", registry.names("trigger"))
 def test_a_restored_trigger_goes_on_as_the_one_that_was_saved(name):
     """At each ask of a run, through a file of plain values."""
-    run, uninterrupted = random_run(3), trigger(name, **OPTIONS.get(name, {}))
+    run, uninterrupted = random_run(3, 160), trigger(name, **OPTIONS.get(name, {}))
     expected = asked(uninterrupted, run)
     assert len(expected) >= 2
     one = trigger(name, **OPTIONS.get(name, {}))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cl_benchmarks.method import DenseMethod, Training
+from dynmoe.errors import UserError
 from dynmoe.growth.settings import GrowthSettings
 
 
@@ -14,7 +15,16 @@ class Fresh(DenseMethod, name="fresh"):
     """The dense network drawn anew, optimizer too, at every task: the level of full plasticity."""
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """The plugin that renews the network."""
+        """The plugin that renews the network.
+
+        Raises:
+            UserError: the strategy changes the network's make on the way.
+        """
+        if training.strategy.reshapes:
+            raise UserError(
+                f"method fresh draws a new network for each task, so strategy "
+                f"{training.strategy.name} has nothing to work on; use --method dense"
+            )
         return [RenewPlugin(training)]
 
 

@@ -1,0 +1,183 @@
+"""The kind of part that keeps a network plastic: `--strategy NAME`.
+
+A strategy acts on a network and its optimizer at given moments of a training loop. It knows no
+data set and no framework: `StrategyPlugin` calls it from any Avalanche strategy, and PPO calls it
+from its own loop. Its hooks do nothing unless a subclass defines them.
+
+    strategy.transform(model, generator)             before the optimizer is made
+    strategy.attach(model, optimizer, generator)     once
+    strategy.task_starts(task, batches)              at every task but the first
+    loss = loss + strategy.penalty()                 before each backward pass
+    strategy.gradients_ready()                       between backward pass and optimizer step
+    strategy.step_done()                             after each optimizer step
+    strategy.grown(before)                           after a growth
+
+To resume: `transform` and `attach` as ever, `rebuild_from(saved)`, then the weights' and the
+optimizer's own states, then `load_state_dict(saved)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynmoe.registry import Part, PartConfig
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Gives the next task's training batches: inputs [B, ...] and labels [B], on the model's device."""
+
+
+class Intervention(Part, ABC, kind="strategy"):
+    """Base of all strategies. Use one object per training run.
+
+    Attributes:
+        model, optimizer, generator: set by `attach`; the generator serves the strategy's own draws.
+        steps: optimizer steps since then.
+        reshapes: it changes what parameters there are in the midst of training.
+    """
+
+    reshapes: ClassVar[bool] = False
+    model: nn.Module
+    optimizer: Optimizer
+    generator: torch.Generator
+
+    def __init__(self, config: PartConfig) -> None:
+        self.config = config
+        self.steps = 0
+
+    def transform(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Change the network's make, in place, before training and before its optimizer exists."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> None:
+        """Begin: the network has its first weights. Call once, with the network on its device."""
+        self.model, self.optimizer, self.generator = model, optimizer, generator
+        self.begin()
+
+    def begin(self) -> None:
+        """Keep what is needed of the first weights; set hooks."""
+
+    def task_starts(self, task: int, batches: Batches | None) -> None:
+        """Task number `task` >= 1 comes next; `batches` is None in loops without tasks' data."""
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the training loss, nats."""
+        return 0.0
+
+    def gradients_ready(self) -> None:
+        """Gradients stand in `.grad`, and are not clipped yet."""
+
+    def step_done(self) -> None:
+        """The optimizer has taken a step."""
+        self.steps += 1
+        self.after_step()
+
+    def after_step(self) -> None:
+        """The optimizer has taken step number `self.steps`."""
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """The network has grown. `before`: old values of the MoE layers' parameters, by name.
+
+        Parameters may have been replaced by longer ones; hidden units are found anew if needed.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What training depends on beside weights and optimizer: plain values and tensors."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave; the weights are back already."""
+
+    def rebuild(self, state: dict[str, Any]) -> None:
+        """Give the network the make that it had when `state` was taken, before weights are loaded.
+
+        Needed only of strategies that change the network's parameters in the midst of training.
+        """
+
+    def plugin(self) -> Any:
+        """What acts for it in Avalanche's loop; call once, after `attach`.
+
+        Overridden where a plugin of Avalanche's own does the work. Such a one needs `state_dict`
+        and `load_state_dict` besides its callbacks.
+        """
+        return StrategyPlugin(self)
+
+    def without_tasks(self) -> str | None:
+        """Why it cannot work in a loop without tasks, with the way out; None where it can."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from."""
+        own = {"steps": self.steps, "generator": self.generator.get_state()}
+        return own | {"own": self.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.steps = state["steps"]
+        self.generator.set_state(state["generator"].cpu())
+        self.restore(state["own"])
+
+    def rebuild_from(self, state: dict[str, Any]) -> None:
+        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
+        self.rebuild(state["own"])
+
+
+class StrategyPlugin:
+    """Avalanche plugin that calls a strategy's hooks; works with any Avalanche strategy.
+
+    Args:
+        intervention: already attached to the strategy's model and optimizer.
+    """
+
+    def __init__(self, intervention: Intervention) -> None:
+        self.intervention = intervention
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """A task starts."""
+        task = strategy.clock.train_exp_counter
+        if task == 0 or getattr(strategy, "resuming", False):
+            return
+
+        def batches() -> Iterable[tuple[Tensor, Tensor]]:
+            position = getattr(strategy, "position", None)
+            if position is not None:  # our own batches go on from there; training sets it anew
+                position.epoch = position.batch = 0
+            for batch in strategy.dataloader:
+                yield batch[0].to(strategy.device), batch[1].to(strategy.device)
+
+        self.intervention.task_starts(task, batches)
+        self._record(strategy)
+
+    def before_backward(self, strategy: Any, **_: Any) -> None:
+        """Add the penalty."""
+        strategy.loss = strategy.loss + self.intervention.penalty()
+
+    def after_backward(self, strategy: Any, **_: Any) -> None:
+        """Gradients are there."""
+        self.intervention.gradients_ready()
+
+    def after_update(self, strategy: Any, **_: Any) -> None:
+        """The optimizer has stepped."""
+        self.intervention.step_done()
+        self._record(strategy)
+
+    def rebuild_from(self, state: dict[str, Any]) -> None:
+        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
+        self.intervention.rebuild_from(state)
+
+    @staticmethod
+    def _record(strategy: Any) -> None:
+        """Keep Avalanche's record of the optimizer's parameters: some may have been replaced."""
+        strategy.optimized_param_id = dict(strategy.model.named_parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strategy's state."""
+        return self.intervention.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.intervention.load_state_dict(state)

@@ -1,0 +1,177 @@
+"""A dense network whose hidden units are duplicated at every task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_benchmarks.method import Horizon, Method, Training
+from dynmoe.errors import UserError
+from dynmoe.growth.settings import GrowthSettings
+from dynmoe.growth.surgery import Moments, append_entries, mean_moments, neutral_state
+from dynmoe.network import MakeBlock
+from dynmoe.registry import PartConfig
+
+
+class Net2Wider(
+    Method, name="net2wider", source="Chen et al. 2016 (arXiv 1511.05641), Section 2.2"
+):
+    """The dense block is widened at each task by copies of its units, without changing its outputs.
+
+    Its width grows in equal steps, from a share 1 / tasks of the last one (our choice; with
+    `--budget.mode per-growth` that is where DynamicMoE begins, too).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of Net2Wider."""
+
+        factor: float = 0.0
+        """hidden units in the last task, as a multiple of the other methods'; 0 for as many as
+        DynamicMoE ends with under `--budget`"""
+        noise: float = 0.01
+        """deviation of the noise on what feeds a copy, as a multiple of that of the weights there;
+        0 preserves the function exactly, but then copies stay alike for ever"""
+
+    def __init__(self, config: Config) -> None:
+        for name in ("factor", "noise"):
+            value = getattr(config, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"method net2wider: {name}={value} must be at least 0")
+        super().__init__(config)
+        self.factor, self.noise = config.factor, config.noise
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """A block that knows how wide it is to be in each task."""
+        most = growth.most_experts(horizon.steps, horizon.tasks)
+
+        def make(width: int, hidden: int) -> nn.Module:
+            if self.factor:
+                last = round(self.factor * hidden)
+            else:
+                growth.check_budget(hidden, most)
+                last = growth.final_hidden(hidden, most)
+            if last < horizon.tasks:
+                raise UserError(
+                    f"method net2wider: {last} hidden units in the end are too few for a growth at "
+                    f"each of {horizon.tasks} tasks; use a larger --network.hidden or "
+                    "--method.factor"
+                )
+            widths = [round(last * task / horizon.tasks) for task in range(1, horizon.tasks + 1)]
+            return WideningBlock(width, widths)
+
+        return make
+
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """The plugin that widens the blocks."""
+        return [WidenPlugin(training, self.noise, growth.moments)]
+
+
+class WideningBlock(nn.Sequential):
+    """A two-layer ReLU MLP, [B, W] -> [B, W], to have `widths[k]` hidden units in task k."""
+
+    def __init__(self, width: int, widths: list[int]) -> None:
+        super().__init__(nn.Linear(width, widths[0]), nn.ReLU(), nn.Linear(widths[0], width))
+        self.widths = widths
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units now."""
+        return self.layers[0].out_features
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """What feeds the hidden units, and what reads them."""
+        first, second = self[0], self[2]
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return first, second
+
+    def append(self, count: int, optimizer: Optimizer | None) -> None:  # type: ignore[override]
+        """Add `count` hidden units with weights 0."""
+        first, second = self.layers
+        append_entries(first, "weight", 0, count, optimizer)
+        append_entries(first, "bias", 0, count, optimizer)
+        append_entries(second, "weight", 1, count, optimizer)
+        first.out_features = second.in_features = len(first.bias)
+
+
+@torch.no_grad()
+def widen(
+    block: WideningBlock,
+    hidden: int,
+    noise: float,
+    generator: torch.Generator,
+    optimizer: Optimizer | None = None,
+    moments: Moments = "mean",
+) -> None:
+    """Widen a block to `hidden` units by copies of random units (Eqs. 4 and 5 of the paper).
+
+    All copies of a unit share its outgoing weights equally. Old units keep their optimizer state;
+    that of copies begins as `surgery.neutral_state` says.
+    """
+    old = block.hidden
+    parent = torch.randint(old, (hidden - old,), generator=generator)
+    first, second = block.layers
+    slots = [(first, "weight", 0), (first, "bias", 0), (second, "weight", 1)]
+    means = [mean_moments(optimizer, getattr(m, name), moments) for m, name, _ in slots]
+    spread = float(first.weight.detach().std())
+    block.append(hidden - old, optimizer)
+    source = torch.cat([torch.arange(old), parent])
+    copies = torch.bincount(source, minlength=old)[source].to(second.weight)
+    new = torch.arange(old, hidden, device=first.weight.device)
+    source = source.to(new.device)
+    for (module, name, axis), mean in zip(slots, means, strict=True):
+        parameter = getattr(module, name)
+        parameter.copy_(parameter.index_select(axis, source))
+        neutral_state(optimizer, parameter, axis, new, mean)
+    second.weight.div_(copies)
+    for parameter in (first.weight, first.bias):
+        draw = torch.randn((len(new), *parameter.shape[1:]), generator=generator)
+        parameter[new] += noise * spread * draw.to(parameter)
+
+
+class WidenPlugin:
+    """Avalanche plugin: widens each `WideningBlock` at the start of each later task.
+
+    Args:
+        training: the model, its optimizer, and the generator that chooses and disturbs copies.
+        noise: see `Net2Wider.Config`.
+        moments: optimizer state of the copies.
+    """
+
+    def __init__(self, training: Training, noise: float, moments: Moments) -> None:
+        self.training, self.noise, self.moments = training, noise, moments
+        blocks = training.model.named_modules()
+        self.blocks = {name: m for name, m in blocks if isinstance(m, WideningBlock)}
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Widen, unless this is the first task or a resumed one."""
+        task, training = strategy.clock.train_exp_counter, self.training
+        if task == 0 or getattr(strategy, "resuming", False):
+            return
+        before: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            own = {f"{name}.{own}": p.detach().clone() for own, p in block.named_parameters()}
+            before |= own
+            hidden = block.widths[min(task, len(block.widths) - 1)]
+            widen(block, hidden, self.noise, training.generator, training.optimizer, self.moments)
+        strategy.optimized_param_id = dict(strategy.model.named_parameters())
+        training.strategy.grown(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Widths, and the generator."""
+        hidden = [block.hidden for block in self.blocks.values()]
+        return {"hidden": hidden, "generator": self.training.generator.get_state()}
+
+    def rebuild_from(self, state: dict[str, Any]) -> None:
+        """Give the blocks their saved widths, before weights and optimizer state are loaded."""
+        for block, hidden in zip(self.blocks.values(), state["hidden"], strict=True):
+            block.append(hidden - block.hidden, self.training.optimizer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.training.generator.set_state(state["generator"].cpu())

@@ -1,0 +1,57 @@
+"""Orthogonal weights at each task start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cl_benchmarks.periodic import Periodic
+from cl_benchmarks.weights import weight_matrices
+from dynmoe.errors import UserError
+
+
+class FIRE(Periodic, name="fire", source="FIRE 2026 (arXiv 2602.08040)"):
+    """At each task start, replaces every weight matrix by the orthogonal one nearest to it.
+
+    `W <- sqrt(d_out / d_in) * polar(W)`, with the polar factor by Newton-Schulz iterations
+    `X <- 1.5 X - 0.5 X X^T X` from `W / ||W||_F`. A convolution is treated tap by tap and divided
+    by the number of taps. Biases and optimizer state are left alone.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Periodic.Config):
+        """Options of FIRE."""
+
+        iterations: int = 10
+        """of Newton-Schulz"""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.iterations < 1:
+            raise UserError(f"fire: iterations={config.iterations} must be at least 1")
+
+    @torch.no_grad()
+    def act(self) -> None:
+        """Make all matrices orthogonal."""
+        for slot in weight_matrices(self.model):
+            weight = slot.parameter
+            taps = weight.flatten(2).movedim(2, 0) if weight.dim() > 2 else weight.unsqueeze(0)
+            scale = math.sqrt(weight.shape[0] / weight.shape[1]) / len(taps)
+            new = scale * polar(taps, self.config.iterations)
+            weight.copy_(new.movedim(0, 2).reshape(weight.shape))
+
+
+def polar(matrices: Tensor, iterations: int) -> Tensor:
+    """Nearly the orthogonal polar factors of `[..., n, m]`; zero matrices stay zero."""
+    norm = matrices.flatten(-2).norm(dim=-1).clamp_min(1e-12)
+    x = matrices / norm[..., None, None]
+    wide = x.shape[-1] > x.shape[-2]
+    x = x.mT if wide else x
+    for _ in range(iterations):
+        x = 1.5 * x - 0.5 * x @ (x.mT @ x)
+    return x.mT if wide else x

@@ -1,0 +1,305 @@
+"""The hidden units of any network: what feeds each of them, and what it feeds.
+
+Found by tracing the network with torch.fx. A layer of units is a linear or convolutional layer, an
+activation function behind it (normalisation and dropout may stand between), and the linear,
+convolutional or MoE layers that read the activations. The pool of an MoE layer is one such layer,
+too. Units that are added to others (behind a residual connection) have no output of their own and
+are left out.
+
+Shapes: B samples, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from dynmoe.errors import UserError
+from dynmoe.growth.surgery import neutral_state
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.layer import MoELayer
+from dynmoe.plasticity.probes import ACTIVATIONS
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+PASSED = (nn.Dropout, nn.Identity, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+"""Modules through which a unit stays itself."""
+Producer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The entries of one parameter that belong to the units of a layer."""
+
+    module: nn.Module
+    name: str
+    """of the parameter in the module: read it there, since growth may replace it"""
+    axis: int
+    repeat: int = 1
+    """consecutive entries per unit: the positions of a feature map that was flattened"""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter, as it is now."""
+        return getattr(self.module, self.name)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What is added to these weights' outputs: a vector, in a pool maybe a row per expert."""
+        return getattr(self.module, self.name.replace("w_", "b_").replace("weight", "bias"), None)
+
+    def entries(self, units: Tensor) -> Tensor:
+        """[n * repeat] positions along `axis` of the units [n]."""
+        if self.repeat == 1:
+            return units
+        offsets = torch.arange(self.repeat, device=units.device)
+        return (units.unsqueeze(1) * self.repeat + offsets).flatten()
+
+    def unit_major(self, values: Tensor) -> Tensor:
+        """Values of the parameter's shape as [U, everything else that belongs to a unit]."""
+        first = values.movedim(self.axis, 0)
+        return first.reshape(first.shape[0] // self.repeat, -1)
+
+
+@dataclass(eq=False)
+class UnitLayer:
+    """One layer of hidden units."""
+
+    name: str
+    """of the module whose outputs they are, or of the MoE layer"""
+    source: nn.Module
+    """called once per forward pass: what stands before the activation function, or an MoE layer"""
+    activation: nn.Module | None
+    """the activation function; it may be shared between layers. None for an MoE layer"""
+    bank: UnitBank | None
+    """the pool that the units are, in an MoE layer: of its routed experts, or of its shared one"""
+    incoming: list[Slot]
+    """weights and biases that feed a unit, axis 0"""
+    outgoing: list[Slot]
+    """weights that read it"""
+    norms: list[nn.Module] = field(default_factory=list)
+    """normalisation layers between the weights and the activation"""
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return self.incoming[0].parameter.shape[0]
+
+    @torch.no_grad()
+    def activations(self, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """[rows, U] activations in one forward call of `source`: a row per sample and position."""
+        if self.bank is not None:
+            hidden = self.bank.hidden(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+            return full_precision(hidden)
+        assert self.activation is not None
+        before = output.detach().movedim(1 if output.dim() == 4 else -1, -1)
+        rows = before.flatten(0, -2).clone()  # the activation may work in place
+        return full_precision(self.activation.forward(rows))  # past the hooks of others
+
+    @torch.no_grad()
+    def draw_incoming(self, index: Tensor, generator: torch.Generator) -> None:
+        """Draw what feeds the units `index` [n] afresh, from the range of torch's layers.
+
+        Weights are uniform in +-1/sqrt(fan_in), biases 0; normalisation gets scale 1, shift 0 and
+        the running statistics of a unit that has seen nothing.
+        """
+        if self.bank is not None:
+            self.bank.draw_units(index, generator)
+            return
+        for slot in self.incoming:
+            weight = slot.parameter
+            if weight.dim() == 1:
+                weight.index_fill_(0, index, 0.0)
+                continue
+            bound = weight[0].numel() ** -0.5
+            fresh = torch.empty(len(index), *weight.shape[1:])
+            fresh.uniform_(-bound, bound, generator=generator)
+            weight.index_copy_(0, index, fresh.to(weight))
+        for norm in self.norms:
+            fills = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+            for name, value in fills.items():
+                tensor = getattr(norm, name, None)
+                if tensor is not None and tensor.shape == (self.units,):
+                    tensor.index_fill_(0, index, value)
+
+    @torch.no_grad()
+    def silence(self, index: Tensor) -> None:
+        """Set the weights that read the units `index` [n] to 0."""
+        for slot in self.outgoing:
+            slot.parameter.index_fill_(slot.axis, slot.entries(index), 0.0)
+
+    def restart_moments(self, index: Tensor, optimizer: Optimizer) -> None:
+        """Forget the optimizer's state of all weights of the units `index` [n]; steps count on."""
+        for slot in (*self.incoming, *self.outgoing):
+            neutral_state(optimizer, slot.parameter, slot.axis, slot.entries(index), {})
+        for norm in self.norms:
+            for parameter in norm.parameters(recurse=False):
+                if parameter.shape == (self.units,):
+                    neutral_state(optimizer, parameter, 0, index, {})
+
+
+def find_units(model: nn.Module) -> list[UnitLayer]:
+    """All layers of hidden units of a network, in the order of its forward pass.
+
+    Raises:
+        UserError: torch.fx cannot trace the network, or it has no hidden units that can be found.
+    """
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # fx raises what the traced code does
+        reason = str(error).split("\n")[0]
+        raise UserError(f"the hidden units of the network cannot be traced: {reason}") from error
+    modules = dict(model.named_modules())
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = modules[str(node.target)]
+        if isinstance(module, Producer):
+            layer = _behind(node, module, modules, graph)
+            found += [layer] if layer else []
+        elif isinstance(module, MoELayer):
+            found += [_pool(str(node.target), module, bank) for bank in unit_banks(module)]
+    if not found:
+        raise UserError(
+            "the network has no hidden units that can be found: activation functions must be "
+            "modules (nn.ReLU() rather than F.relu) between linear or convolutional layers"
+        )
+    return found
+
+
+def watch(
+    layer: UnitLayer,
+    number: int,
+    seen: Callable[[int, Tensor], None],
+    wanted: Callable[[], bool] = lambda: True,
+) -> torch.utils.hooks.RemovableHandle:
+    """Call `seen(number, activations [rows, U])` on every forward pass that training learns from.
+
+    That is in training mode and with gradients: a PPO agent that only acts is not seen. Passes
+    while `wanted()` is false cost nothing.
+    """
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if module.training and torch.is_grad_enabled() and wanted():
+            with torch.no_grad():
+                seen(number, layer.activations(inputs, output))
+
+    return layer.source.register_forward_hook(hook)
+
+
+class _Tracer(fx.Tracer):
+    """MoE layers are one piece."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, MoELayer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def unit_banks(layer: MoELayer) -> list[UnitBank]:
+    """The pools of hidden units in an MoE layer: of the routed experts, and of the shared one."""
+    banks = (layer.bank, layer.shared)
+    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.whole]
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it has fewer bits: means over many rows need them."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def renewed(layer: UnitLayer, model: nn.Module, before: dict[str, Tensor]) -> Tensor:
+    """[U] bool: units whose incoming weights a growth has drawn, copied or added.
+
+    Args:
+        before: old values of the MoE layers' parameters, by name (see `Intervention.grown`).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    device = layer.incoming[0].parameter.device
+    new = torch.zeros(layer.units, dtype=torch.bool, device=device)
+    for slot in layer.incoming:
+        prefix = names[slot.module]
+        old = before.get(f"{prefix}.{slot.name}" if prefix else slot.name)
+        if old is None:
+            continue
+        now = slot.parameter.detach()[tuple(slice(n) for n in old.shape)]
+        new[: len(old)] |= (now != old).flatten(1).any(dim=1) if old.dim() > 1 else now != old
+        new[len(old) :] = True
+    return new
+
+
+def _behind(
+    node: fx.Node, producer: Producer, modules: dict[str, nn.Module], graph: fx.Graph
+) -> UnitLayer | None:
+    """The layer of units that a producer feeds; None where its outputs are no units."""
+    norms: list[nn.Module] = []
+    step, before = node, node
+    while len(step.users) == 1:
+        before, step = step, next(iter(step.users))
+        module = modules.get(str(step.target)) if step.op == "call_module" else None
+        if isinstance(module, ACTIVATIONS):
+            readers = _readers(step, producer.weight.shape[0], modules)
+            if not readers or _calls(graph, node) > 1 or _calls(graph, before) > 1:
+                return None
+            bias = [] if producer.bias is None else [Slot(producer, "bias", 0)]
+            incoming = [Slot(producer, "weight", 0), *bias]
+            source = modules[str(before.target)]
+            name = str(node.target)
+            return UnitLayer(name, source, module, None, incoming, readers, norms)
+        if isinstance(module, NORMS):
+            norms.append(module)
+        elif not isinstance(module, PASSED) or isinstance(module, nn.Flatten):
+            return None
+    return None
+
+
+def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[Slot]:
+    """What reads a node's output; empty where anything but weights does."""
+    slots: list[Slot] = []
+    for user in node.users:
+        module = modules.get(str(user.target)) if user.op == "call_module" else None
+        if isinstance(module, nn.Linear) and module.in_features % units == 0:
+            slots.append(Slot(module, "weight", 1, module.in_features // units))
+        elif isinstance(module, nn.Conv2d) and module.groups == 1:
+            slots.append(Slot(module, "weight", 1))
+        elif isinstance(module, MoELayer) and unit_banks(module):
+            inner = [s for b in unit_banks(module) for s in _pool("", module, b).incoming]
+            matrices = [s for s in inner if s.parameter.dim() == 2]
+            slots += [Slot(s.module, s.name, 1, s.parameter.shape[1] // units) for s in matrices]
+        elif _keeps_units(user, module):
+            behind = _readers(user, units, modules)
+            if not behind:
+                return []
+            slots += behind
+        else:
+            return []
+    return slots
+
+
+def _pool(name: str, layer: MoELayer, bank: UnitBank) -> UnitLayer:
+    """The hidden units of an MoE layer."""
+    out = bank.output_weight()
+    axes = bank.unit_axes()
+    reading = [Slot(bank, n, axis) for n, axis in axes if getattr(bank, n) is out]
+    name = name if bank is layer.bank else f"{name}.shared"
+    feeding = [Slot(bank, n, axis) for n, axis in axes if axis == 0]
+    return UnitLayer(name, layer, None, bank, feeding, reading)
+
+
+def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a unit's activations leave a node as one run per sample, as they came."""
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    if isinstance(module, PASSED):
+        return True
+    if node.op == "call_module" or node.target not in ("flatten", torch.flatten):
+        return False
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
+
+
+def _calls(graph: fx.Graph, called: fx.Node) -> int:
+    return sum(node.target == called.target for node in graph.nodes)

@@ -1,0 +1,153 @@
+"""How the experts of the latest growth are treated for a while: their pace and their share.
+
+Both work by hooks on the optimizer, so that any training loop has them. Clock: optimizer steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.router import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newborn:
+    """Options for the experts of the latest growth; the defaults treat them as all others."""
+
+    lr: float = 1.0
+    """multiplies each step that their weights and router rows take (the step and not the gradient,
+    whose scale Adam ignores)"""
+    lr_steps: int = 100
+    """optimizer steps after a growth for which that holds"""
+    logit: float = 0.0
+    """added to their router logits at a growth: negative for a small share of the gate at first,
+    positive for a large one; has no effect on routers that do not use `logit_shift`"""
+    logit_steps: int = 100
+    """optimizer steps in which that fades linearly to 0"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr < float("inf") or not abs(self.logit) < float("inf"):
+            raise UserError(
+                f"newborn: lr={self.lr} must be finite and at least 0, logit={self.logit} finite"
+            )
+        if self.lr_steps < 1 or self.logit_steps < 1:
+            raise UserError(
+                f"newborn: lr_steps={self.lr_steps} and logit_steps={self.logit_steps} must be at "
+                "least 1"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is special about them."""
+        return self.lr == 1 and self.logit == 0
+
+
+class Nursery:
+    """Carries out `Newborn` on a model's MoE layers.
+
+    The newborn experts of a layer are those with its latest birth; theirs are their hidden units,
+    bank rows and router rows, whether drawn or copied.
+
+    Args:
+        options: what is special about them.
+        model, optimizer: where; hooks are set unless the options are plain.
+    """
+
+    def __init__(self, options: Newborn, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.options, self.model = options, model
+        self.age: int | None = None  # optimizer steps since the latest growth
+        self.base: list[Tensor] = []  # [M] of each router, the logit shifts that are to remain
+        self._before: list[tuple[nn.Parameter, int, Tensor, Tensor]] = []
+        if optimizer is not None and not options.plain:
+            optimizer.register_step_pre_hook(lambda *_: self._step_comes())
+            optimizer.register_step_post_hook(lambda *_: self._step_done())
+
+    def end(self) -> None:
+        """A growth is about to come: let the logit shifts of the one before be as they shall."""
+        for router, base in zip(self._routers(), self.base, strict=False):
+            router.logit_shift.copy_(base)
+        self.age, self.base = None, []
+
+    def begin(self) -> None:
+        """A growth has happened."""
+        if self.options.plain:
+            return
+        self.age = 0
+        if self.options.logit != 0:
+            self.base = [router.logit_shift.clone() for router in self._routers()]
+        self._set_logits()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The age and the logit shifts that are to remain."""
+        return {"age": self.age, "base": self.base}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        routers = self._routers()
+        self.age = state["age"]
+        self.base = [b.to(r.logit_shift) for b, r in zip(state["base"], routers, strict=False)]
+
+    @torch.no_grad()
+    def _step_comes(self) -> None:
+        """Note where the newborn experts' entries stand."""
+        if self.age is None or self.age >= self.options.lr_steps or self.options.lr == 1:
+            return
+        for _, layer in moe_layers(self.model):
+            for parameter, axis, index in newborn_entries(layer):
+                value = parameter.index_select(axis, index)
+                self._before.append((parameter, axis, index, value))
+
+    @torch.no_grad()
+    def _step_done(self) -> None:
+        """Shorten or lengthen the step that they took; let the logits fade."""
+        for parameter, axis, index, before in self._before:
+            moved = parameter.index_select(axis, index) - before
+            parameter.index_copy_(axis, index, before + self.options.lr * moved)
+        self._before = []
+        if self.age is not None:
+            self.age += 1
+            self._set_logits()
+
+    @torch.no_grad()
+    def _set_logits(self) -> None:
+        assert self.age is not None
+        left = max(0.0, 1 - self.age / self.options.logit_steps)
+        if self.options.logit == 0 or self.age > self.options.logit_steps:
+            return
+        for router, base, newborn in zip(self._routers(), self.base, self._newborn(), strict=True):
+            router.logit_shift.copy_(base)
+            router.logit_shift[newborn] += left * self.options.logit
+
+    def _routers(self) -> list[Router]:
+        """Each router once: layers may share one."""
+        return list(dict.fromkeys(layer.router for _, layer in moe_layers(self.model)))
+
+    def _newborn(self) -> list[Tensor]:
+        """[n] the newborn experts of each router."""
+        layers = {layer.router: layer for _, layer in moe_layers(self.model)}
+        return [newborn_experts(layer) for layer in layers.values()]
+
+
+def newborn_experts(layer: MoELayer) -> Tensor:
+    """[n] the experts that a layer's latest growth brought; none before its first."""
+    latest = layer.birth.max()
+    return ((layer.birth == latest) & (latest > 0)).nonzero().flatten()
+
+
+def newborn_entries(layer: MoELayer) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """(parameter, axis, index) of all entries that belong to a layer's newborn experts alone."""
+    experts, bank = newborn_experts(layer), layer.bank
+    rows = [*layer.router.expert_rows(), *bank.expert_rows()]
+    entries = [(parameter, 0, experts) for parameter in rows]
+    if isinstance(bank, UnitBank):
+        units = torch.isin(bank.segment, experts).nonzero().flatten()
+        entries += [(getattr(bank, name), axis, units) for name, axis in bank.unit_axes()]
+    return entries

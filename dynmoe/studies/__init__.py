@@ -1,0 +1,1 @@
+"""Questions to the laboratory, one file each: `python -m dynmoe.study NAME`."""

@@ -1,0 +1,154 @@
+"""What a study is: variants on streams, and a verdict computed from their numbers.
+
+Shapes: S seeds, T tasks. Accuracies are shares in 0..1, differences are given in points (of 100).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from dynmoe.registry import Part
+from dynmoe.stats import Interval, bootstrap_interval, paired_difference, probability_of_improvement
+
+Preset = Literal["laptop", "paper"]
+At = Literal["first", "last", "mean"]
+"""of the tasks of a stream"""
+
+
+class Study(Part, ABC, kind="study"):
+    """Base of all studies. The first line of a study's docstring is its question.
+
+    Attributes:
+        command: "cl" or "rl".
+        seeds: for each preset.
+        more_seeds: what a verdict at the laptop's seeds cannot settle; empty if nothing.
+        tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
+    """
+
+    command: ClassVar[Literal["cl", "rl"]] = "cl"
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
+    more_seeds: ClassVar[str] = ""
+    tags: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    @abstractmethod
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """Stream -> flags of all runs on it."""
+
+    @abstractmethod
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Variant -> its own flags."""
+
+    @abstractmethod
+    def verdict(self, results: Results) -> list[str]:
+        """Sentences that follow from the numbers, each with its interval."""
+
+    def flags_on(self, stream: str, flags: str) -> str:
+        """A variant's flags on one stream; as they are unless defined."""
+        return flags
+
+    def searches(self, preset: Preset) -> dict[str, list[str]]:
+        """Variant -> flags to choose among before the seeds are run; none unless defined."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Results:
+    """All finished runs of a study."""
+
+    runs: dict[str, dict[str, list[dict[str, Any]]]]
+    """stream -> variant -> summaries, one per seed"""
+    folders: dict[str, dict[str, list[Path]]]
+    """stream -> variant -> run folders, one per seed"""
+
+    @property
+    def streams(self) -> list[str]:
+        """Names, in order."""
+        return list(self.runs)
+
+    def tasks(self, stream: str, variant: str, metric: str) -> list[list[float]]:
+        """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
+        return [[task[metric] for task in run["tasks"]] for run in self.runs[stream][variant]]
+
+    def values(
+        self, stream: str, variant: str, metric: str = "train_accuracy", at: At = "last"
+    ) -> list[float]:
+        """[S] one number per seed; `final_return` is the score of an agent."""
+        if metric == "final_return":
+            return [run["final_return"] for run in self.runs[stream][variant]]
+        chosen = {"first": lambda v: v[0], "last": lambda v: v[-1], "mean": lambda v: _mean(v)}[at]
+        return [chosen(v) for v in self.tasks(stream, variant, metric)]
+
+    def scalars(self, stream: str, variant: str, tag: str) -> list[list[float]]:
+        """[S][points] of a tag in the runs' logs, in order of time."""
+        return [logged(folder, tag) for folder in self.folders[stream][variant]]
+
+    def difference(
+        self,
+        stream: str,
+        a: str,
+        b: str,
+        metric: str = "train_accuracy",
+        at: At = "last",
+    ) -> Interval:
+        """Mean of a - b over seeds, paired by seed, with its 95 % bootstrap interval."""
+        return paired_difference(
+            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
+        )
+
+    def says(
+        self,
+        stream: str,
+        a: str,
+        b: str,
+        metric: str = "train_accuracy",
+        at: At = "last",
+    ) -> str:
+        """One sentence: is a above b on this stream? The interval decides."""
+        gap = self.difference(stream, a, b, metric, at)
+        chance = probability_of_improvement(
+            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
+        )
+        share = metric != "final_return"
+        factor, unit = (100, " points") if share else (1, "")
+        what = f"{metric.replace('_', ' ')}, {at} task" if share else "final return"
+        low, high = factor * gap.low, factor * gap.high
+        word = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
+        return (
+            f"{stream}: {a} against {b}: {factor * gap.point:+.1f}{unit} [{low:.1f}, {high:.1f}], "
+            f"{word} ({what}; better with probability {chance.point:.2f})."
+        )
+
+    def kept(self, stream: str, variant: str, metric: str = "train_accuracy") -> str:
+        """One sentence: does a variant hold the level of its first task to the last?"""
+        first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
+        gap = paired_difference(last, first)
+        point, low, high = (100 * x for x in gap)
+        word = "gains" if low > 0 else "loses" if high < 0 else "no change seen"
+        return (
+            f"{stream}: {variant} from first to last task: {point:+.1f} points [{low:.1f}, "
+            f"{high:.1f}], {word} ({metric.replace('_', ' ')})."
+        )
+
+    def interval(
+        self, stream: str, variant: str, metric: str = "train_accuracy", at: At = "last"
+    ) -> Interval:
+        """Mean over seeds with its 95 % bootstrap interval."""
+        return bootstrap_interval(self.values(stream, variant, metric, at), "mean")
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    """All values of one tag in a run's log, in order; missing numbers are left out."""
+    found = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        value = json.loads(line).get(tag)
+        if isinstance(value, int | float):
+            found.append(float(value))
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

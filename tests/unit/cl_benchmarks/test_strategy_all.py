@@ -1,0 +1,139 @@
+"""What every strategy must do: resume exactly, follow growth, refuse bad options, name a source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from strategy_helpers import Loop, assert_equal, batch, make
+
+from dynmoe import registry
+from dynmoe.errors import UserError
+from dynmoe.growth.budget import Budget
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "cbp": {"rate": 0.1, "maturity": 2},
+    "crelu": {},
+    "dash": {},
+    "fire": {},
+    "hare-tortoise": {"period": 3, "momentum": 0.7},
+    "head-reset": {},
+    "injection": {},
+    "l2": {},
+    "l2-init": {},
+    "layernorm": {},
+    "nap": {"every": 2},
+    "parseval": {},
+    "redo": {"period": 3, "tau": 0.5},
+    "shrink-perturb": {},
+    "snr": {"limit": 2, "period": 2},
+    "spectral": {},
+}
+"""Strategies that need nothing but the loop, with options that let them act in a few steps."""
+EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
+    "towards": ("shrink-perturb", {"towards_init": True}),
+    "normal": ("shrink-perturb", {"noise": "normal"}),
+    "zeros": ("head-reset", {"to": "zeros"}),
+}
+CASES = {name: (name, options) for name, options in OPTIONS.items()} | EXTRA
+EVERY = {"fire": 3, "head-reset": 3, "shrink-perturb": 3}
+BAD = [
+    ("cbp", "rate", 2.0), ("cbp", "maturity", -1), ("cbp", "decay", 1.0), ("dash", "alpha", 0.0),
+    ("dash", "least", 1.5), ("fire", "every", -1), ("fire", "iterations", 0),
+    ("hare-tortoise", "momentum", 1.0), ("hare-tortoise", "period", 0), ("injection", "task", 0),
+    ("injection", "step", -1), ("l2", "strength", float("nan")), ("l2-init", "strength", -1.0),
+    ("nap", "every", 0), ("parseval", "strength", -1.0), ("parseval", "scale", 0.0),
+    ("redo", "tau", 1.0), ("redo", "period", 0), ("shrink-perturb", "shrink", 1.1),
+    ("shrink-perturb", "sigma", -0.1), ("snr", "quantile", 1.0), ("snr", "period", 0),
+    ("snr", "limit", 0), ("spectral", "power", 0), ("spectral", "strength", -1.0),
+]  # fmt: skip
+
+
+def test_all_are_tested_here() -> None:
+    """Those of the framework's own plugins have tests of their own."""
+    assert set(registry.names("strategy")) - {"replay", "ewc"} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "moe"])
+@pytest.mark.parametrize("case", CASES)
+def test_resumes_exactly(case: str, network: str) -> None:
+    """Stopped and restored at every second step, through growths of both budgets."""
+    name, options = CASES[case]
+    for budget in (None, Budget(mode="per-growth")) if network == "moe" else (None,):
+        how = {"grows": (3, 9) if network == "moe" else (), "budget": budget, **options}
+        whole = Loop(network, name, **how).run(13).state()
+        cut = Loop(network, name, **how).run(2)
+        for until in (5, 8, 10, 13):
+            state = cut.state()
+            cut = Loop(network, name, **how).restore(state).run(until)
+        assert_equal(whole, cut.state())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("none", "layernorm", "crelu")])
+def test_changes_training(case: str) -> None:
+    name, options = CASES[case]
+    plain, acted = Loop("mlp", "none").run(13), Loop("mlp", name, **options).run(13)
+    with torch.no_grad():
+        images = batch(1)[0]
+        assert not torch.equal(plain.model(images), acted.model(images))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_works_in_a_loop_without_tasks_or_says_why_not(case: str) -> None:
+    name, options = CASES[case]
+    strategy = make(name, **options)
+    if name == "dash":
+        assert "no tasks here" in (strategy.without_tasks() or "")
+        return
+    if name in EVERY:
+        assert "set its every" in (strategy.without_tasks() or "")
+        options = {**options, "every": EVERY[name]}
+    if name == "injection":
+        assert "set its step" in (strategy.without_tasks() or "")
+        options = {"step": 3}
+    assert make(name, **options).without_tasks() is None
+    whole = Loop("moe", name, tasks=False, grows=(4,), **options).run(9).state()
+    cut = Loop("moe", name, tasks=False, grows=(4,), **options).run(5).state()
+    again = Loop("moe", name, tasks=False, grows=(4,), **options).restore(cut).run(9)
+    assert_equal(whole, again.state())
+
+
+@pytest.mark.parametrize(("name", "option", "value"), BAD)
+def test_bad_options_are_refused_in_one_line(name: str, option: str, value: Any) -> None:
+    with pytest.raises(UserError) as error:
+        make(name, **{option: value})
+    text = str(error.value)
+    assert text.startswith(f"{name}: {option}={value}") and "\n" not in text
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sources_are_named(name: str) -> None:
+    part = registry.get("strategy", name)
+    assert name == "none" or any(c.isdigit() for c in part.source)
+
+
+def test_trained_weights_and_optimizer_stay_one() -> None:
+    """Whatever a strategy replaces, the optimizer holds exactly the network's parameters."""
+    for name, options in CASES.values():
+        loop = Loop("moe", name, grows=(3,), budget=Budget(mode="per-growth"), **options).run(10)
+        held = [id(p) for group in loop.optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in loop.model.parameters()), name
+        assert {id(p) for p in loop.optimizer.state} <= set(held), name
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "moe"])
+@pytest.mark.parametrize("case", CASES)
+def test_draws_nothing_from_torchs_own_generator(case: str, network: str) -> None:
+    """What a run is without its strategy's draws does not depend on these."""
+    name, options = CASES[case]
+    torch.manual_seed(3)
+    loop = Loop(network, name, **options)
+    torch.manual_seed(3)
+    loop.run(10)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(3)
+    for _ in range(10):
+        torch.rand(1)
+    assert torch.equal(drawn, torch.get_rng_state())

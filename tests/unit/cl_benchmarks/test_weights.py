@@ -1,0 +1,101 @@
+"""Weight matrices, output layers, and new first values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategy_helpers import NETWORKS, conv, dice, mlp, moe, weights
+from torch import nn
+
+from cl_benchmarks.weights import (
+    fresh_draw,
+    linear_outputs,
+    output_layers,
+    replace_module,
+    swap_parameter,
+    weight_matrices,
+)
+from dynmoe.errors import UserError
+from dynmoe.moe.layer import MoELayer
+
+
+def names_of(model: nn.Module, outputs: bool = True) -> set[str]:
+    known = {id(p): name for name, p in model.named_parameters()}
+    return {known[id(slot.parameter)] for slot in weight_matrices(model, outputs)}
+
+
+def test_matrices_are_those_of_layers_and_pools() -> None:
+    assert names_of(mlp()) == {"1.weight", "3.weight", "5.weight"}
+    assert names_of(conv()) == {"0.weight", "4.weight", "7.weight", "10.weight"}
+    pools = {f"3.{bank}.{w}" for bank in ("bank", "shared") for w in ("w_in", "w_out")}
+    assert names_of(moe()) == {"1.weight", "4.weight"} | pools
+    assert names_of(moe()) - names_of(moe(), outputs=False) == {"4.weight"}
+
+
+class TwoHeads(nn.Module):
+    """Names its output layers; one is an MoE layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.mixed, self.last = nn.Linear(4, 2), MoELayer(4, 2, 6), nn.Linear(4, 4)
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.head, self.mixed]
+
+
+def test_output_layers_may_be_named() -> None:
+    model = TwoHeads()
+    assert output_layers(model) == [model.head, model.mixed]
+    assert names_of(model, outputs=False) == {"mixed.bank.w_in", "last.weight"}
+    with pytest.raises(UserError, match="strategy x needs linear output layers.*MoELayer"):
+        linear_outputs(model, "x")
+    plain = mlp()
+    assert linear_outputs(plain, "x") == [plain[5]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_fresh_values_are_new_and_of_the_same_kind(network: str) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[network]()
+    model.train()
+    before, buffers = weights(model), {n: b.clone() for n, b in model.named_buffers()}
+    drawn, again, other = (fresh_draw(model, dice(s)) for s in (1, 1, 2))
+    assert drawn.keys() == before.keys()
+    for name, value in drawn.items():
+        assert value.shape == before[name].shape and not value.requires_grad
+        assert torch.equal(value, again[name])
+        if value.std() > 0:  # not those of normalisation
+            assert not torch.equal(value, other[name]) and not torch.equal(value, before[name])
+            ratio = float(value.abs().max() / before[name].abs().max())
+            assert 0.3 < ratio < 3 or value.numel() < 8
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_fresh_values_leave_torchs_generator_alone_and_the_rest_out() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+
+    model, state = Scaled(), torch.get_rng_state()
+    assert fresh_draw(model, dice()).keys() == {"linear.weight", "linear.bias"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_swapped_parameters_are_trained_in_their_place() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    old, new = model[5].weight, nn.Parameter(torch.zeros(3, 8))  # type: ignore[index]
+    old.grad = torch.ones_like(old)
+    optimizer.step()
+    place = [id(p) for p in optimizer.param_groups[0]["params"]].index(id(old))
+    swap_parameter(optimizer, old, new)
+    assert optimizer.param_groups[0]["params"][place] is new and old not in optimizer.state
+
+
+def test_modules_are_replaced_wherever_they_stand() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(shared, nn.Sequential(nn.Linear(1, 1), shared))
+    replace_module(model, shared, nn.Tanh())
+    assert isinstance(model[0], nn.Tanh) and model[1][1] is model[0]
