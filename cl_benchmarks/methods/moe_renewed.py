@@ -63,7 +63,7 @@ class RenewExperts:
         if strategy.clock.train_exp_counter == 0 or getattr(strategy, "resuming", False):
             return
         generator, optimizer = self.training.generator, self.training.optimizer
-        for _, layer in moe_layers(strategy.model):
+        for layer in dict(moe_layers(strategy.model)).values():
             every = torch.arange(layer.num_experts, device=layer.birth.device)
             slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
             slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
