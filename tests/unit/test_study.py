@@ -1,0 +1,141 @@
+"""Studies: sentences that follow from numbers, flags that parse, and a small one run for real."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe import cl, registry, rl
+from dynmoe.config import parse
+from dynmoe.errors import UserError
+from dynmoe.study import Config, main, run_study
+from dynmoe.study_design import Preset, Results, Study, logged
+
+STUDIES = registry.names("study")
+
+
+def results(**variants: list[list[float]]) -> Results:
+    """A stream "s" whose variants have [S][T] train accuracies."""
+    runs = {
+        name: [{"tasks": [{"train_accuracy": x} for x in seed]} for seed in seeds]
+        for name, seeds in variants.items()
+    }
+    return Results({"s": runs}, {"s": {}})
+
+
+def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
+    r = results(
+        a=[[0.5, 0.9], [0.2, 0.61], [0.1, 0.32]],
+        b=[[0.5, 0.8], [0.2, 0.5], [0.1, 0.2]],
+        c=[[0.5, 0.6], [0.2, 0.9], [0.1, 0.3]],
+    )
+    gap = r.difference("s", "a", "b")
+    assert gap.point == pytest.approx(0.11) and 0.0999 < gap.low <= gap.high < 0.1201
+    assert "s: a against b: +11.0 points [10." in r.says("s", "a", "b")
+    assert "higher (train accuracy, last task; better with probability 0.67)" in r.says(
+        "s", "a", "b"
+    )
+    assert "lower" in r.says("s", "b", "a")
+    assert "no difference seen" in r.says("s", "a", "c")
+    assert "+5.5 points" in r.says("s", "a", "b", at="mean")
+    assert "+0.0 points" in r.says("s", "a", "b", at="first")
+
+
+def test_what_is_kept_from_first_to_last_task() -> None:
+    r = results(
+        up=[[0.1, 0.0, 0.3], [0.2, 0.0, 0.5]],
+        down=[[0.9, 0.5, 0.1], [0.8, 0.5, 0.3]],
+        level=[[0.5, 0.5, 0.4], [0.5, 0.5, 0.6]],
+    )
+    assert "+25.0 points [20.0, 30.0], gains" in r.kept("s", "up")
+    assert "-65.0 points [-80.0, -50.0], loses" in r.kept("s", "down")
+    assert "no change seen" in r.kept("s", "level")
+
+
+def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:
+    lines = [{"step": 1, "x": 0.5}, {"step": 1, "event": "task"}, {"step": 2, "x": 2, "y": None}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert logged(tmp_path, "x") == [0.5, 2.0] and logged(tmp_path, "y") == []
+
+
+@pytest.mark.parametrize("preset", ["laptop", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:
+    study: Study = registry.get("study", name)()
+    presets: Any = {"cl": cl.presets, "rl": rl.presets}[study.command]()
+    variants = study.variants(preset)
+    searched = {f"{v}-{i}": own for v, all_ in study.searches(preset).items()
+                for i, own in enumerate(all_)}  # fmt: skip
+    assert "dense" in variants
+    assert study.command == "rl" or "fresh" in variants
+    for stream, common in study.streams(preset).items():
+        for label, own in (variants | searched).items():
+            argv = [*shlex.split(study.flags_on(stream, own)), *shlex.split(common)]
+            _, config = parse(presets, argv, "study", "")
+            config.method.build()
+            if study.command == "cl":
+                config.strategy.build()
+            assert "/" not in label
+
+
+class Tiny(Study, name="tiny-test", source="ours"):
+    """Does a network learn more when it learns at all?"""
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        short = "--dataset digits --chunks 2 --epochs 2 --network mlp"
+        return {"class": f"--protocol class {short}"}
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        return {"still": "--method dense --lr {none}", "dense": "--method dense"}
+
+    def flags_on(self, stream: str, flags: str) -> str:
+        return flags.format(none=0)
+
+    def searches(self, preset: Preset) -> dict[str, list[str]]:
+        return {"searched": ["--method dense --lr 1e-9", "--method dense --lr 2e-3"]}
+
+    def verdict(self, results: Results) -> list[str]:
+        return [results.says("class", "dense", "still")]
+
+
+def test_a_study_runs_searches_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(study="tiny-test", seeds=2, runs_dir=tmp_path, jobs=2)
+    run_study(Tiny(), config, ["--threads", "1"])
+    out = tmp_path / "study" / "tiny-test-laptop"
+    found = json.loads((out / "results.json").read_text())
+    assert found["question"] == "Does a network learn more when it learns at all?"
+    assert found["command"] == (
+        "python -m dynmoe.study tiny-test --preset laptop --seeds 2 -- --threads 1"
+    )
+    variants = found["streams"]["class"]
+    assert list(variants) == ["still", "dense", "searched"]
+    assert variants["still"]["flags"] == "--method dense --lr 0"
+    assert variants["searched"]["flags"] == "--method dense --lr 2e-3"
+    run = json.loads((tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").read_text())
+    expected = [round(task["train_accuracy"], 4) for task in run["tasks"]]
+    assert variants["dense"]["train_accuracy"][1] == expected
+    assert "higher" in found["verdict"][0] and "2 seeds" in found["verdict"][1]
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert found["verdict"][0] in printed and "searched" in printed
+
+    before = (tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").stat()
+    run_study(Tiny(), config, ["--threads", "1"])  # all is read, nothing run again
+    after = (tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").stat()
+    assert before == after
+
+
+def test_the_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--list"])
+    printed = capsys.readouterr().out
+    assert "granularity: Is trainability kept only for granularity 2 and more?" in printed
+    with pytest.raises(UserError, match=r"unknown study 'granulrity'.*Did you mean 'granularity'"):
+        main(["granulrity"])
+    with pytest.raises(UserError, match="--seeds -1 is too small"):
+        main(["granularity", "--seeds", "-1"])
