@@ -85,9 +85,17 @@ class WideningBlock(nn.Sequential):
 
     @property
     def layers(self) -> tuple[nn.Linear, nn.Linear]:
-        """What feeds the hidden units, and what reads them."""
+        """What feeds the hidden units, and what reads them.
+
+        Raises:
+            UserError: a strategy has put something else in their place.
+        """
         first, second = self[0], self[2]
-        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+            raise UserError(
+                "method net2wider cannot widen a block that a strategy has rebuilt (layernorm, "
+                "crelu, nap); use another --strategy"
+            )
         return first, second
 
     def append(self, count: int, optimizer: Optimizer | None) -> None:  # type: ignore[override]

@@ -15,6 +15,7 @@ from cl_benchmarks.experiment import run_method
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.net2wider import WideningBlock, WidenPlugin, widen
 from cl_benchmarks.strategies.l2_init import L2Init
+from cl_benchmarks.strategies.layernorm import insert_norms
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.registry import get
@@ -203,3 +204,11 @@ def test_the_block_starts_as_a_dense_one_of_its_width() -> None:
     dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
     x, _ = batch(1)
     assert torch.equal(block(x), dense(x))
+
+
+def test_a_block_that_a_strategy_has_rebuilt_is_refused_in_one_line() -> None:
+    block = WideningBlock(4, [2, 4])
+    insert_norms(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), block))
+    with pytest.raises(UserError, match="net2wider cannot widen a block that a strategy") as error:
+        block.append(2, None)
+    assert "\n" not in str(error.value)
