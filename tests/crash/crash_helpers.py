@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 
 from dynmoe.config import run_command
@@ -16,6 +19,20 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def stop_at(patch: pytest.MonkeyPatch, recorder: type[Any], moment: str, every: int = 1) -> None:
+    """Let SIGTERM arrive at every `every`-th call of a recorder's method, over all sessions."""
+    original, calls = getattr(recorder, moment), 0
+
+    def signalled(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % every == 0:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, *args)
+
+    patch.setattr(recorder, moment, signalled)
 
 
 def error_line(err: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_helpers import assert_same, exit_code
+from crash_helpers import assert_same, exit_code, stop_at
 
 from cl_benchmarks.recorder import Recorder
 from dynmoe import checkpoint, cl
@@ -91,32 +91,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return get
 
 
-def _stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let SIGTERM arrive each time the recorder is told of a step, an epoch or a task."""
-    original = getattr(Recorder, name)
-
-    def signalled(self: Recorder, strategy: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        original(self, strategy)
-
-    monkeypatch.setattr(Recorder, name, signalled)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_stopped_after_every_single_step(
+@pytest.mark.parametrize(
+    ("case", "every"), [("growth within tasks", 1), *((case, 3) for case in CASES)]
+)
+def test_stopped_after_steps(
     case: str,
+    every: int,
     uninterrupted: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = uninterrupted(CASES[case])
-    _stop_in(monkeypatch, "step_done")
+    stop_at(monkeypatch, Recorder, "step_done", every)
     sessions = 1
     while (code := _exit_code(_argv(tmp_path, f"{CASES[case]} --resume"))) != 0:
         assert code == 143
         sessions += 1
     steps = checkpoint.load_latest(whole / "checkpoints")["step"]  # type: ignore[index]
-    assert sessions == steps + 1 > 15
+    assert steps > 14 and sessions == steps // every + 1
     _assert_same_run(whole, _folder(tmp_path))
 
 
@@ -130,7 +122,7 @@ def test_stopped_between_epochs_and_tasks(
 ) -> None:
     extra = CASES["growth within tasks"]
     whole = uninterrupted(extra)
-    _stop_in(monkeypatch, moment)
+    stop_at(monkeypatch, Recorder, moment)
     codes = [_exit_code(_argv(tmp_path, f"{extra} --resume")) for _ in range(stops + 1)]
     assert codes == [143] * stops + [0]
     _assert_same_run(whole, _folder(tmp_path))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code
+from crash_helpers import assert_same, error_line, exit_code, stop_at
 
 from agents.recorder import Recorder
 from dynmoe import checkpoint, rl
@@ -73,23 +73,17 @@ def _assert_same_run(one: Path, two: Path) -> None:
     assert_same(last[0], last[1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stopped_after_every_update(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("case", "every"), [("every", 1), *((case, 2) for case in CASES)])
+def test_stopped_after_updates(
+    case: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _exit_code(_argv(tmp_path / "whole", f"{CASES[case]} --checkpoint-every-s 999")) == 0
-    original = Recorder.update_done
-
-    def signalled(self: Recorder, *args: object) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        original(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Recorder, "update_done", signalled)
+    stop_at(monkeypatch, Recorder, "update_done", every)
     sessions = 1
     while (code := _exit_code(_argv(tmp_path / "cut", f"{CASES[case]} --resume"))) != 0:
         assert code == 143
         sessions += 1
-    assert sessions == 8 + 1
+    assert sessions == 8 // every + 1
     whole = _folder(tmp_path / "whole")
     _assert_same_run(whole, _folder(tmp_path / "cut"))
     first = json.loads((whole / "log.jsonl").read_text().split("\n")[0])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code
+from crash_helpers import assert_same, error_line, exit_code, stop_at
 
 import agents.recorder
 import cl_benchmarks.recorder
@@ -47,22 +46,22 @@ RL_CASES = {
 
 
 def _stopped(
-    main: Any, recorder: Any, moment: str, flags: str, tmp_path: Path, patch: pytest.MonkeyPatch
+    main: Any,
+    recorder: Any,
+    moment: str,
+    every: int,
+    flags: str,
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
 ) -> tuple[Path, int]:
-    """The run left alone and the run that was stopped at each moment; checked to be the same."""
+    """Left alone, and stopped at every `every`-th moment; checked to be the same."""
     command = "cl" if main is cl.main else "rl"
 
     def argv(runs: str, extra: str) -> list[str]:
         return f"{flags} {extra} --name x --runs-dir {tmp_path / runs}".split()
 
     assert exit_code(main, argv("whole", "--checkpoint-every-s 999")) == 0
-    original = getattr(recorder, moment)
-
-    def signalled(self: Any, *args: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        original(self, *args)
-
-    patch.setattr(recorder, moment, signalled)
+    stop_at(patch, recorder, moment, every)
     sessions = 1
     while (code := exit_code(main, argv("cut", "--resume"))) != 0:
         assert code == 143
@@ -80,16 +79,16 @@ def _stopped(
 def test_learning_of_a_stream(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{CL} {CL_CASES[case]}"
     recorder = cl_benchmarks.recorder.Recorder
-    _, sessions = _stopped(cl.main, recorder, "step_done", flags, tmp_path, monkeypatch)
-    assert sessions == 18 + 1
+    _, sessions = _stopped(cl.main, recorder, "step_done", 3, flags, tmp_path, monkeypatch)
+    assert sessions == 18 // 3 + 1
 
 
 @pytest.mark.parametrize("case", RL_CASES)
 def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{RL} {RL_CASES[case]}"
     recorder = agents.recorder.Recorder
-    folder, sessions = _stopped(rl.main, recorder, "update_done", flags, tmp_path, monkeypatch)
-    assert sessions == 8 + 1
+    folder, sessions = _stopped(rl.main, recorder, "update_done", 2, flags, tmp_path, monkeypatch)
+    assert sessions == 8 // 2 + 1
     name = RL_CASES[case].split("--strategy ")[1].split()[0]
     assert json.loads((folder / "summary.json").read_text())["method"].endswith(f"+{name}")
     assert exit_code(rl.main, ["--evaluate", str(folder)]) == 0

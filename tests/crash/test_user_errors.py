@@ -19,7 +19,7 @@ import torch
 from crash_helpers import error_line, exit_code
 from PIL import Image
 
-from dynmoe import checkpoint, cl, files
+from dynmoe import checkpoint, cl, files, registry
 from dynmoe.config import run_command
 from dynmoe.run import Run
 
@@ -49,10 +49,10 @@ def _run(flags: str, *more: str) -> int:
     [
         ("--preset smok", "unknown preset 'smok'; known: laptop, smoke, plain, paper. Did you mean "
          "'smoke'?"),
-        ("--method dynamcmoe", "unknown method 'dynamcmoe'; known: dense, dynamicmoe, fresh, "
-         "moe-static, wide. Did you mean 'dynamicmoe'?"),
-        ("--protocol shufle", "unknown protocol 'shufle'; known: class, iid, noise, shuffle. Did "
-         "you mean 'shuffle'?"),
+        ("--method dynamcmoe", "unknown method 'dynamcmoe'; known: "
+         + ", ".join(registry.names("method")) + ". Did you mean 'dynamicmoe'?"),
+        ("--protocol shufle", "Did you mean 'shuffle'?"),
+        ("--strategy red", "Did you mean 'redo'?"),
         ("--router cosin", "Did you mean 'cosine'?"),
         ("--dataset digit", "Did you mean 'digits'?"),
         ("--compare fresk", "unknown method 'fresk'"),
@@ -79,7 +79,7 @@ def _run(flags: str, *more: str) -> int:
         ("--seed -1", "seed -1 is negative"),
         ("--device cuda:99", "use --device cpu or --device auto"),
         ("--device tpu", "unknown device 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
-        ("--compare dynamicmoe", "--compare dynamicmoe: that is the method itself"),
+        ("--compare dynamicmoe", "--compare dynamicmoe: that is the main run itself"),
     ],
 )  # fmt: skip
 def test_bad_settings(
