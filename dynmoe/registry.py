@@ -34,6 +34,7 @@ FOLDERS = {
     "init": "dynmoe.growth.inits",
     "metric": "dynmoe.plasticity.metrics",
     "network": "dynmoe.nets",
+    "tta": "dynmoe.tta.methods",
     "encoder": "agents.encoders",
     "agent": "agents.methods",
     "dataset": "cl_benchmarks.datasets",

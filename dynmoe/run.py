@@ -34,7 +34,8 @@ from dynmoe.errors import Interrupted, UserError
 from dynmoe.files import remove_leftovers, write_json
 from dynmoe.log import Logger
 
-PACKAGES = ("torch", "torchvision", "numpy", "avalanche-lib", "gymnasium", "craftax", "jax")
+PACKAGES = ("torch", "torchvision", "numpy", "avalanche-lib", "gymnasium", "craftax", "jax",
+            "timm")  # fmt: skip
 
 
 class Run:

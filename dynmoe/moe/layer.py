@@ -108,7 +108,11 @@ class MoELayer(nn.Module):
         self.given: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Route and mix x [..., D_in] to [..., D_out].
 
@@ -117,15 +121,17 @@ class MoELayer(nn.Module):
             mask: bool, False for padding: one entry per position, or per sample where samples are
                 routed. Padding gets output 0 and moves no statistics.
             context: what the router may look at beside x, one entry per position or per sample.
+            seen: [B, D_in] what samples are routed by, instead of the mean over their positions.
 
-        Both fall back on what `routing_inputs` gives.
+        Mask and context fall back on what `routing_inputs` gives.
         """
         mask = self.given[0] if mask is None else mask
         context = self.given[1] if context is None else context
         rows = x if self.bank.whole else x.reshape(-1, x.shape[-1])
-        seen = rows
-        if self.bank.whole or self.route_per == "sample":
-            seen = _sample_means(x, self.bank.channel_axis)
+        if seen is None:
+            seen = rows
+            if self.bank.whole or self.route_per == "sample":
+                seen = _sample_means(x, self.bank.channel_axis)
         routing = self.router(
             seen,
             None if mask is None else mask.reshape(-1),

@@ -21,6 +21,7 @@ STRATEGIES = ("cl_benchmarks.intervention", "cl_benchmarks.strategies")
 CORE = ["dynmoe/moe", "dynmoe/growth", "dynmoe/plasticity"]
 DATA = [f"cl_benchmarks/{name}" for name in (
     "images.py", "dataset.py", "datasets", "protocol.py", "protocols", "fractals.py", "stream.py",
+    "shifts",
 )]  # fmt: skip
 
 

@@ -22,17 +22,20 @@ class AffineBank(
 
     x is normalised already and keeps its shape, [N, ..., D] with D_in = D_out = D; a sample is
     routed as a whole, and all its positions get one scale and shift. Rows start at 0: they are
-    changes of a normalisation's own scale and shift, to be added to its output. The layer's
-    `hidden` and `activation` are not used.
+    changes of a normalisation's own scale and shift, which `stand_on` adds to them, or which are
+    left to be added to its output. The layer's `hidden` and `activation` are not used.
 
     Attributes:
         gamma, beta: Parameters [M, D].
+        base_gamma, base_beta: buffers [D], frozen scale and shift that every sample gets; or None.
 
     Raises:
         UserError: D_in is not D_out, or init_scale below 0.
     """
 
     whole = True
+    base_gamma: Tensor | None
+    base_beta: Tensor | None
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -63,17 +66,25 @@ class AffineBank(
         self.init_scale = config.init_scale
         self.gamma = nn.Parameter(torch.empty(max_experts, dim_in))
         self.beta = nn.Parameter(torch.empty(max_experts, dim_in))
+        self.register_buffer("base_gamma", None)
+        self.register_buffer("base_beta", None)
         self.draw_experts(torch.arange(max_experts), generator)
+
+    def stand_on(self, gamma: Tensor, beta: Tensor) -> None:
+        """Let the experts be changes of this frozen scale and shift [D] (copied)."""
+        self.base_gamma, self.base_beta = gamma.detach().clone(), beta.detach().clone()
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Scale and shift x [N, ..., D] by the mixed rows of each sample."""
         gates = routing.gates * gate_scale
+        gamma, beta = gates @ self.gamma, gates @ self.beta
+        if self.base_gamma is not None and self.base_beta is not None:
+            gamma, beta = self.base_gamma + gamma, self.base_beta + beta
         one_position = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
-        gamma = (gates @ self.gamma).view(one_position)
-        return x * gamma + (gates @ self.beta).view(one_position)
+        return torch.addcmul(beta.view(one_position), x, gamma.view(one_position))
 
     def expert_outputs(self, x: Tensor) -> Tensor:
-        """[M, N, ..., D] what each expert alone says to x [N, ..., D]."""
+        """[M, N, ..., D] what each expert alone says to x [N, ..., D], the base left out."""
         rows = (len(self.gamma), *[1] * (x.dim() - 1), x.shape[-1])
         return x * self.gamma.view(rows) + self.beta.view(rows)
 

@@ -1,0 +1,1 @@
+"""Shifted test images in streams: what test-time adaptation is measured on. Data only."""

@@ -1,0 +1,178 @@
+"""ImageNet's shifted test sets, read from the folders that their archives unpack to.
+
+    DIR/imagenet-c/<corruption>/<severity>/<wnid>/*.JPEG      1000 classes, 224 pixels already
+    DIR/imagenet-r/<wnid>/*            200 classes
+    DIR/imagenet-a/<wnid>/*            200 classes
+    DIR/imagenet-sketch/sketch/<wnid>/*   1000 classes (or without sketch/)
+    DIR/imagenet-1k_2012/val/<wnid>/*  1000 classes, the clean validation set
+
+ImageNet-C's archives hold groups (noise/, blur/, weather/, digital/, extra/); corruptions are found
+inside these too.
+
+Two label protocols, which give different numbers and must not be mixed. all-1000 (MoETTA's): the
+label is ImageNet's index and the model answers with all 1000 classes. subset (the sets' authors',
+EATA's and DeYO's): the model's outputs are first cut down to the set's 200 classes, and the label
+is an index among them; it exists for the streams rendition and adversarial alone.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_benchmarks.images import class_folders, image_files
+from cl_benchmarks.shifts.domain import Domain, Files
+from cl_benchmarks.shifts.library import GROUPS, Corrupted, check
+from cl_benchmarks.shifts.source import OTHERS, ShiftSource
+from dynmoe import cache
+from dynmoe.errors import UserError, unknown
+
+Labels = Literal["all-1000", "subset"]
+CLASSES, SIZE, RESIZE = 1000, 224, 256
+PLACES = {
+    "corruption": ("imagenet-c", "ImageNet-C", "imagenet_c"),
+    "rendition": ("imagenet-r", "ImageNet-R", "imagenet_r"),
+    "adversarial": ("imagenet-a", "ImageNet-A", "imagenet_a"),
+    "sketch": ("imagenet-sketch/sketch", "imagenet-sketch", "ImageNet-Sketch/sketch"),
+    "clean": ("imagenet-1k_2012/val", "imagenet/val", "imagenet-1k/val", "val"),
+}
+"""Where each set may lie below the data folder; the first that is there is taken."""
+SUBSETS = {"rendition": "imagenet_r_indices.txt", "adversarial": "imagenet_a_indices.txt"}
+"""timm's lists of the classes that the two sets have."""
+
+
+class Imagenet(ShiftSource):
+    """The test sets below one folder.
+
+    Args:
+        root: the folder that holds imagenet-c and the others, those that the stream needs.
+        labels: the label protocol, see above.
+        on_the_fly: corrupt the clean validation set here, through imagecorruptions-imaug and a disk
+            cache, instead of reading imagenet-c.
+        mean, std: what the model expects.
+        seed: of the on-the-fly corruptions.
+
+    Raises:
+        UserError: no folder given, or it is not there.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        labels: Labels = "all-1000",
+        on_the_fly: bool = False,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        seed: int = 0,
+    ) -> None:
+        if root is None:
+            raise UserError("no data folder; give the one with imagenet-c in it as --data-dir DIR")
+        self.root = root.expanduser()
+        if not self.root.is_dir():
+            raise UserError(f"data folder {self.root} is not there; give another --data-dir")
+        self.labels, self.on_the_fly, self.seed = labels, on_the_fly, seed
+        self.name = "ImageNet" if labels == "all-1000" else "ImageNet, 200 classes"
+        self.num_classes, self.size, self.mean, self.std = CLASSES, SIZE, mean, std
+        if labels == "subset":
+            self.num_classes = 200
+
+    def corrupted(self, corruption: str, severity: int) -> Domain:
+        """See ShiftSource.
+
+        Raises:
+            UserError: a corruption or severity without a folder, wrong classes, an empty class.
+        """
+        check(corruption, severity)
+        if self.on_the_fly:
+            clean = self.other("clean")
+            assert isinstance(clean, Files)
+            return Corrupted(clean, _identity(clean), corruption, severity, self.seed)
+        root = self._place("corruption")
+        groups = [group for group, names in GROUPS.items() if corruption in names] or ["extra"]
+        places = [root / corruption, *(root / group / corruption for group in groups)]
+        found = [place for place in places if place.is_dir()]
+        if not found:
+            have = ", ".join(p.name for p in class_folders(root)) or "none"
+            raise UserError(f"no corruption {corruption!r} in {root}; folders there: {have}")
+        folder = found[0] / str(severity)
+        if not folder.is_dir():
+            have = ", ".join(p.name for p in class_folders(found[0])) or "none"
+            raise UserError(f"no severity {severity} of {corruption} in {found[0]}; there: {have}")
+        return self._read(corruption, folder, None, torch.arange(CLASSES))
+
+    def other(self, shift: str) -> Domain:
+        """See ShiftSource.
+
+        Raises:
+            UserError: a set that is not there, wrong classes, an empty class.
+        """
+        if shift not in (*OTHERS, "clean"):
+            raise unknown("shift", shift, (*OTHERS, "clean"))
+        indices = subset(shift) if shift in SUBSETS else torch.arange(CLASSES)
+        return self._read(shift, self._place(shift), RESIZE, indices)
+
+    def _place(self, key: str) -> Path:
+        for name in PLACES[key]:
+            if (self.root / name).is_dir():
+                return self.root / name
+        raise UserError(f"no {PLACES[key][0]} in {self.root}; unpack it there, or leave it out of "
+                        "the stream")  # fmt: skip
+
+    def _read(self, name: str, folder: Path, resize: int | None, indices: Tensor) -> Domain:
+        """Images in `folder/<wnid>`; class folder i, sorted, is ImageNet's class indices[i]."""
+        wnids = _lines("imagenet_synsets.txt")
+        expected = [wnids[i] for i in indices.tolist()]
+        found = class_folders(folder)
+        names = [p.name for p in found]
+        if names != expected:
+            _refuse(folder, names, expected)
+        cut = self.labels == "subset" and name in SUBSETS
+        files: list[Path] = []
+        labels: list[int] = []
+        for position, (path, index) in enumerate(zip(found, indices.tolist(), strict=True)):
+            own = image_files(path)
+            if not own:
+                raise UserError(f"no images in {path}; unpack the set again")
+            files += own
+            labels += [position if cut else index] * len(own)
+        return Files(name, files, torch.tensor(labels), resize, SIZE)
+
+
+def subset(shift: str) -> Tensor:
+    """ImageNet's class indices [200], ascending, of the stream rendition or adversarial.
+
+    Raises:
+        UserError: another stream, which is not made of one set with 200 classes.
+    """
+    if shift not in SUBSETS:
+        raise UserError(
+            f"labels subset needs the stream {' or '.join(SUBSETS)}, not {shift!r}: its images "
+            "come from sets with different classes; use --labels all-1000"
+        )
+    return torch.tensor([int(line) for line in _lines(SUBSETS[shift])])
+
+
+def _lines(file: str) -> list[str]:
+    """Lines of one of timm's packaged lists."""
+    return (resources.files("timm.data") / "_info" / file).read_text().split()
+
+
+def _refuse(folder: Path, names: list[str], expected: list[str]) -> None:
+    """Say what is wrong with the class folders."""
+    missing, odd = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    parts = [f"{len(missing)} are missing ({missing[0]}, ...)"] if missing else []
+    parts += [f"{len(odd)} do not belong there ({odd[0]}, ...)"] if odd else []
+    raise UserError(
+        f"{folder} must hold the {len(expected)} class folders of its set: {', '.join(parts)}; "
+        "unpack it again"
+    )
+
+
+def _identity(domain: Files) -> str:
+    """Changes with the files' names, sizes and modification times."""
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in domain.files]
+    return cache.digest({"files": stats})

@@ -1,0 +1,1 @@
+"""The methods of test-time adaptation, one file each."""

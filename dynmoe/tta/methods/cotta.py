@@ -1,0 +1,106 @@
+"""CoTTA: a student that follows its slow teacher, and remembers the source now and then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from dynmoe.errors import UserError
+from dynmoe.registry import PartConfig
+from dynmoe.tta.adapter import Adapter
+from dynmoe.tta.augment import augment
+from dynmoe.tta.entropy import wide
+
+
+class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), Section 3"):
+    """Symmetric cross-entropy with an averaged teacher; weights fall back to the source at random.
+
+    The model is the student; teacher and source differ from it in the trained weights only: all
+    parameters called weight or bias. Where the source's confidence, mean_b max_c p, is below a
+    threshold, the target is the mean of the teacher's logits over random views, else it is the
+    teacher's logits. `L = mean_b [-1/2 sum q log p - 1/2 sum p log q]` with q of the target and p
+    of the student. After the step the teacher moves towards the student, and every trained number
+    returns to its source value with a small chance. Returned are the target's logits.
+
+    Attributes:
+        memory: `teacher`, the teacher's trained weights by name.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of CoTTA."""
+
+        lr: float = 1e-3
+        """learning rate of SGD; MoETTA's code"""
+        momentum: float = 0.9
+        """momentum of SGD; MoETTA's code"""
+        confidence: float = 0.1
+        """confidence of the source below which views are averaged; MoETTA's code, as upstream for
+        ImageNet"""
+        views: int = 32
+        """views that the teacher averages over; both codes"""
+        teacher_decay: float = 0.999
+        """share of the old teacher in the new one; both codes"""
+        restore: float = 0.001
+        """chance of each trained number to return to its source value; both codes for ImageNet"""
+        seed: int = 0
+        """of views and restored numbers"""
+
+    config: Config
+
+    def prepare(self) -> None:
+        """All parameters called weight or bias.
+
+        Raises:
+            UserError: no views, or a share outside 0 to 1.
+        """
+        config = self.config
+        if config.views < 1 or not all(0 <= p <= 1 for p in (config.teacher_decay, config.restore)):
+            raise UserError(
+                f"cotta: views={config.views} must be at least 1, teacher_decay="
+                f"{config.teacher_decay} and restore={config.restore} between 0 and 1"
+            )
+        named = self.model.named_parameters()
+        self.trained = {n: p for n, p in named if n.split(".")[-1] in ("weight", "bias")}
+        if not self.trained:
+            raise UserError("cotta trains parameters called weight or bias; the model has none")
+        self.use_sgd(list(self.trained.values()), config.lr, config.momentum)
+        self.memory = {"teacher": {n: p.detach().clone() for n, p in self.trained.items()}}
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """One step of the student, then of the teacher."""
+        logits = self.model(images)
+        target = self._target(images)
+        log_p, log_q = wide(logits).log_softmax(dim=1), wide(target).log_softmax(dim=1)
+        cross = (log_q.exp() * log_p).sum(dim=1) + (log_p.exp() * log_q).sum(dim=1)
+        if self.learn(-0.5 * cross.mean(), torch.cat([logits.detach(), target])):
+            self._follow()
+        return target
+
+    @torch.no_grad()
+    def _target(self, images: Tensor) -> Tensor:
+        """[B, classes] logits that the student is to learn."""
+        source = {name: self.start[name] for name in self.trained}
+        p = wide(functional_call(self.model, source, (images,))).softmax(dim=1)
+        if float(p.amax(dim=1).mean()) >= self.config.confidence:
+            return self._teach(images)
+        views = (self._teach(augment(images, self.generator)) for _ in range(self.config.views))
+        return sum(views, start=torch.zeros((), device=images.device)) / self.config.views
+
+    def _teach(self, images: Tensor) -> Tensor:
+        """[B, classes] logits of the teacher."""
+        return functional_call(self.model, self.memory["teacher"], (images,))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the teacher, then restore some of the student."""
+        for name, student in self.trained.items():
+            self.memory["teacher"][name].lerp_(student, 1 - self.config.teacher_decay)
+        for name, student in self.trained.items():
+            luck = torch.rand(
+                student.shape, generator=self.generator, device=student.device, dtype=torch.float32
+            )
+            student.copy_(torch.where(luck < self.config.restore, self.start[name], student))

@@ -1,0 +1,91 @@
+"""LayerNorm with experts: a scale and a shift per sample, chosen by a router."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.moe.experts.affine import AffineBank
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.router import Router
+from dynmoe.moe.routers.straight_through import StraightThroughRouter
+
+
+class MoELayerNorm(nn.Module):
+    """A LayerNorm whose scale and shift get an expert's changes, one expert per sample.
+
+    `y = (x - mean) / sqrt(var + eps) * (gamma + s dGamma_e) + (beta + s dBeta_e)`, where e is the
+    most probable expert of the mean of the layer's input x over its positions, and s = p_e /
+    stopgrad(p_e) (Fan et al. 2025, arXiv 2511.13760, MoE-LayerNorm). gamma, beta and eps are the
+    norm's and stay; the experts start at 0, so the model starts as it was.
+
+    Args:
+        norm: an affine LayerNorm over the last axis.
+        num_experts: experts at the start.
+        max_experts: most experts it can grow to; default `num_experts`.
+        generator: draws the router; default one seeded with 0.
+
+    Attributes:
+        layer: the MoELayer that holds router and experts; its loss is the balance of the batch.
+    """
+
+    def __init__(
+        self,
+        norm: nn.LayerNorm,
+        num_experts: int = 9,
+        max_experts: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        (dim,) = norm.normalized_shape
+        self.eps = norm.eps
+        self.layer = MoELayer(
+            dim,
+            dim,
+            num_experts,
+            num_experts=num_experts,
+            max_experts=max_experts,
+            router=StraightThroughRouter.Config(),
+            bank=AffineBank.Config(),
+            losses=(SwitchLoss.Config(weight=1.0),),
+            generator=generator,
+        ).to(norm.weight)
+        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        self.bank.stand_on(norm.weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., D] -> [B, ..., D]."""
+        seen = x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
+        return self.layer(F.layer_norm(x, x.shape[-1:], eps=self.eps), seen=seen)
+
+    @property
+    def bank(self) -> AffineBank:
+        """The experts, and the norm's own scale and shift."""
+        return cast(AffineBank, self.layer.bank)
+
+    @property
+    def experts_weight(self) -> nn.Parameter:
+        """[E, D] changes of the scale (M rows where the layer can grow)."""
+        return self.bank.gamma
+
+    @property
+    def experts_bias(self) -> nn.Parameter:
+        """[E, D] changes of the shift (M rows where the layer can grow)."""
+        return self.bank.beta
+
+    @property
+    def router(self) -> Router:
+        """The router, with `weight` [E, D] and `bias` [E] (M rows where the layer can grow)."""
+        return self.layer.router
+
+    @property
+    def balance(self) -> Tensor:
+        """The last batch's `E sum_e f_e P_e` over all its samples; 1 when they are spread evenly.
+
+        Available in training mode.
+        """
+        return self.layer.last_losses[SwitchLoss.name]

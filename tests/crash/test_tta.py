@@ -1,0 +1,139 @@
+"""`python -m dynmoe.tta`: stopped at any batch it ends as the whole run; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from crash_helpers import assert_same, error_line, exit_code
+
+from cl_benchmarks.shifts.stream import Batch, Stream
+from dynmoe import checkpoint
+from dynmoe.tta.__main__ import main
+
+SMALL = "--preset smoke --limit 4 --lr-scale 30 --window 2 --name x"
+"""76 images of 19 domains: 5 batches."""
+CASES = {
+    "moetta": "",
+    "growing": "--method.grow every --method.grow-wait 2 --method.max-experts 12",
+    **{name: f"--method {name}" for name in (
+        "noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta",
+    )},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for this file, and so one source model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        threads = torch.get_num_threads()
+        yield
+        torch.set_num_threads(threads)
+
+
+def _run(runs: Path, flags: str) -> int:
+    return exit_code(main, f"{SMALL} --compare --runs-dir {runs} {flags}".split())
+
+
+def _folder(runs: Path) -> Path:
+    (folder,) = (runs / "tta").glob("x-*/seed-0")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_after_every_batch(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags, whole, parts = f"{CASES[case]} --alignment 0", tmp_path / "whole", tmp_path / "parts"
+    assert _run(whole, f"{flags} --checkpoint-every-s 0") == 0
+    original = Stream.batch
+
+    def signalled(self: Stream, number: int) -> Batch:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, number)
+
+    monkeypatch.setattr(Stream, "batch", signalled)
+    sessions = 1
+    while (code := _run(parts, f"{flags} --resume")) != 0:
+        assert code == 143
+        sessions += 1
+    assert sessions == 6
+    one, two = _folder(whole), _folder(parts)
+    for name in ("log.jsonl", "summary.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    states = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
+    assert states[0] is not None and states[0]["state"]["batch"] == 5
+    assert_same(states[0], states[1])
+    results = [json.loads((r / "tta" / "x" / "results.json").read_text()) for r in (whole, parts)]
+    assert results[0] == results[1]
+
+
+def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--streams clean classical --seeds 2 --compare noadapt moetta:balance_weight=0"
+    assert exit_code(main, f"{SMALL} --runs-dir {tmp_path} {flags}".split()) == 0
+    folder = tmp_path / "tta" / "x"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["methods"]) == ["noadapt", "moetta:balance_weight=0", "moetta"]
+    entry = results["methods"]["noadapt"]["classical"]
+    accuracies = [seed["accuracy"] for seed in entry["seeds"]]
+    assert len(accuracies) == 2 and entry["accuracy"][0] == pytest.approx(sum(accuracies) / 2)
+    assert "moetta minus this" in entry
+    domains = entry["seeds"][0]["domains"]
+    assert len(domains) == 15 and sum(d["images"] for d in domains.values()) == 60
+    mean = sum(d["accuracy"] * d["images"] for d in domains.values()) / 60
+    assert entry["seeds"][0]["accuracy"] == pytest.approx(mean)
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    cosines = results["gradient_alignment"]
+    assert len(cosines) == 15 and cosines["fog"]["fog"] == pytest.approx(1)
+    assert cosines["fog"]["snow"] == cosines["snow"]["fog"] < 1
+    history = results["methods"]["moetta"]["classical"]["seeds"][0]["history"]
+    assert len(history) == 2 and 0 <= history[0]["balance"] <= 1
+    assert len(history[0]["similarity"]) == 4  # 2 blocks of 2 norms and the last, less the first
+    out = capsys.readouterr().out
+    assert "classical" in out and "balance_weight=0" in out and "largest share" in out
+    before = (folder / "results.json").read_bytes()
+    assert exit_code(main, f"{SMALL} --runs-dir {tmp_path} {flags}".split()) == 0  # reads
+    assert (folder / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--streams clasical", "did you mean 'classical'"),
+        ("--streams clean clean", "each named once"),
+        ("--streams validation", "imagenet"),
+        ("--compare tent tent", "named twice"),
+        ("--compare moetta", "named twice"),
+        ("--compare tend", "did you mean 'tent'"),
+        ("--compare tent:rl=1", "unknown option of tent 'rl'"),
+        ("--compare tent:lr", "name:option=value"),
+        ("--severity 6", "severity 6"),
+        ("--seeds 0", "--seeds 0"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--lr-scale nan", "--lr-scale nan"),
+        ("--limit 0", "limit 0"),
+        ("--labels subset", "--data imagenet"),
+        ("--vit.patch 5", "vit patch 5"),
+        ("--vit.heads 3", "vit heads 3"),
+        ("--embedded.classes 1", "classes 1"),
+        ("--data imagenet", "--data-dir"),
+        ("--data imagenet --data-dir /nowhere", "is not there"),
+        ("--data imagenet --data-dir .", "--pretrained or --weights"),
+        ("--data imagenet --data-dir . --weights gone.pth", "no weights file gone.pth"),
+        ("--data imagenet --data-dir . --labels subset --streams clean", "rendition or adv"),
+        ("--data imagenet --data-dir . --weights pyproject.toml --model tiny", "'tiny' cannot be"),
+    ],
+)
+def test_bad_input_is_one_line(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("")
+    assert _run(tmp_path, flags) == 2
+    assert message in error_line(capsys.readouterr().err).lower()

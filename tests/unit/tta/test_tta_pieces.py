@@ -1,0 +1,151 @@
+"""Tally, variants, diagnostics and source models of the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
+from dynmoe import cache
+from dynmoe.errors import UserError
+from dynmoe.tta import adapt
+from dynmoe.tta.alignment import alignment, mean_alignment
+from dynmoe.tta.diagnostics import expert_similarity, similarity, use_of_experts
+from dynmoe.tta.settings import SmallVit
+from dynmoe.tta.source_model import embedded_model, keep_classes, normalise, small_vit, timm_model
+from dynmoe.tta.tally import Tally
+from dynmoe.tta.variants import for_run, parse_variant
+
+VIT = SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=8)
+DATA = EmbeddedConfig(classes=3, size=16, train_per_class=8, test_per_class=2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_tally_counts() -> None:
+    tally = Tally(["a", "b", "c"], window=2)
+    logits = torch.eye(4)
+    assert not tally.add(logits, torch.tensor([0, 1, 0, 3]), torch.tensor([0, 0, 1, 1]))
+    assert tally.add(logits[:2], torch.tensor([1, 1]), torch.tensor([1, 1]))
+    assert tally.accuracy == 4 / 6 and tally.curve == [4 / 6]
+    assert tally.domains() == {
+        "a": {"images": 2, "accuracy": 1.0}, "b": {"images": 4, "accuracy": 0.5},
+    }  # fmt: skip
+    other = Tally(["a", "b", "c"], window=2)
+    other.load_state_dict(tally.state_dict())
+    for one in (tally, other):
+        one.add(logits, torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2, 2, 0]))
+    assert other.state_dict() == tally.state_dict() and other.curve == [4 / 6]
+
+
+def test_variants_are_read() -> None:
+    moetta = parse_variant("moetta:balance_weight=0,num-experts=3,setting=official", 1000)
+    assert (moetta.balance_weight, moetta.num_experts, moetta.setting) == (0, 3, "official")  # type: ignore[attr-defined]
+    assert parse_variant("eata", 20).redundancy == 0.4  # type: ignore[attr-defined]
+    assert parse_variant("eata", 1000).redundancy == 0.05  # type: ignore[attr-defined]
+    assert parse_variant("eata:redundancy=0.1", 20).redundancy == 0.1  # type: ignore[attr-defined]
+    assert parse_variant("moetta", 20).margin == pytest.approx(0.4 * 2.995732)  # type: ignore[attr-defined]
+    assert moetta.margin == pytest.approx(0.4 * 6.907755)  # type: ignore[attr-defined]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.LayerNorm(4))
+    run = for_run(moetta, 10.0, 7, model)
+    assert run.lr == pytest.approx(0.01) and run.seed == 7  # type: ignore[attr-defined]
+    sar = parse_variant("sar:setting=official", 1000)
+    assert sar.lr is None and for_run(sar, 2.0, 0, model).lr == pytest.approx(1e-3)  # type: ignore[attr-defined]
+    for bad in ("none", "tent:x=1", "tent:lr"):
+        with pytest.raises(UserError):
+            parse_variant(bad, 20)
+
+
+def test_similarity_of_experts() -> None:
+    experts = torch.tensor([[1.0, 0, 0], [0, 2, 0], [3, 3, 0], [0, 0, 0]])
+    assert similarity(experts) == pytest.approx((0 + 2 * 0.5**0.5) / 3)
+    assert similarity(experts[2:]) is None
+
+
+def test_diagnostics_of_an_adapted_model() -> None:
+    torch.manual_seed(0)
+    model = small_vit(VIT, 16, 3)
+    assert use_of_experts(model) == {} and expert_similarity(model) == []
+    adapter = adapt(model, "moetta", num_experts=4, lr=0.1)
+    assert expert_similarity(adapter) == [None] * 4
+    x = torch.randn(12, 3, 16, 16)
+    for _ in range(3):
+        adapter(x)
+    use = use_of_experts(adapter)
+    assert 0 <= use["balance"] <= 1 and 0.25 <= use["largest_share"] <= 1
+    assert 1 <= use["used_experts"] <= 4 and 0 < use["router_entropy"] <= 1
+    assert all(s is None or -1 <= s <= 1 for s in expert_similarity(adapter))
+
+
+def test_source_model_is_trained_once_and_the_same() -> None:
+    data = Embedded(DATA)
+    one = embedded_model(data, VIT)
+    files = list(cache.folder().glob("tta-source-*.npz"))
+    assert len(files) == 1 and not one.training
+    two = embedded_model(data, VIT)
+    files[0].unlink()
+    three = embedded_model(data, VIT)
+    for other in (two, three):
+        for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    images, labels = data.training_images()
+    untrained = small_vit(VIT, 16, 3)
+    loss = nn.functional.cross_entropy
+    x = normalise(images, data.mean, data.std)
+    assert loss(one(x), labels) < loss(untrained(x), labels)
+
+
+def test_normalise() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    x = normalise(images, (0.5, 0.1, 0.0), (0.5, 0.1, 2.0))
+    torch.testing.assert_close(x.flatten(), torch.tensor([-1.0, 1.0, 0.5]))
+
+
+def test_timm_weights_from_a_file(tmp_path: Path) -> None:
+    source = timm.create_model("test_vit")
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    model, how = timm_model("test_vit", False, tmp_path / "w.pth", 1000)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(),
+                                                  strict=True))  # fmt: skip
+    assert len(how["mean"]) == len(how["std"]) == 3
+    x = torch.randn(2, 3, 160, 160)
+    everything, kept = model(x), torch.tensor([5, 7, 900])
+    keep_classes(model, kept)
+    torch.testing.assert_close(model(x), everything[:, kept])
+    with pytest.raises(UserError, match="1000 classes and the data 20"):
+        timm_model("test_vit", False, tmp_path / "w.pth", 20)
+    with pytest.raises(UserError, match="'test_convnext' cannot be made"):
+        timm_model("test_convnext", False, tmp_path / "w.pth", 1000)
+    with pytest.raises(UserError, match="--pretrained or --weights"):
+        timm_model("test_vit", True, tmp_path / "w.pth", 1000)
+
+
+def test_alignment_of_domains() -> None:
+    torch.manual_seed(0)
+    model = small_vit(VIT, 16, 3).double().requires_grad_(False)
+    x = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64)
+    cosines = alignment(model, {"a": [x[0]], "b": [x[1]], "ab": [x[0], x[1]]})
+    torch.testing.assert_close(cosines.diagonal(), torch.ones(3, dtype=torch.float64))
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    rows = []
+    for images in x[:2]:
+        for parameter in norms:
+            parameter.requires_grad_(True)
+        p = model(images).softmax(1)
+        torch.distributions.Categorical(probs=p).entropy().mean().backward()
+        rows.append(torch.cat([q.grad.flatten() for q in norms]))  # type: ignore[union-attr]
+        model.zero_grad()
+    rows.append(rows[0] + rows[1])
+    for i in range(3):
+        for j in range(3):
+            expected = rows[i] @ rows[j] / (rows[i].norm() * rows[j].norm())
+            torch.testing.assert_close(cosines[i, j], expected)
+    off = cosines[~torch.eye(3, dtype=torch.bool)]
+    assert mean_alignment(cosines) == pytest.approx(float(off.mean()))
