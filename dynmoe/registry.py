@@ -41,6 +41,8 @@ FOLDERS = {
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
     "strategy": "cl_benchmarks.strategies",
+    "domains": "cl_benchmarks.domains",
+    "dg": "dynmoe.dg.methods",
     "study": "dynmoe.studies",
 }
 """Kind of part -> the package whose modules define it."""

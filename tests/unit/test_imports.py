@@ -22,6 +22,8 @@ CORE = ["dynmoe/moe", "dynmoe/growth", "dynmoe/plasticity"]
 DATA = [f"cl_benchmarks/{name}" for name in (
     "images.py", "dataset.py", "datasets", "protocol.py", "protocols", "fractals.py", "stream.py",
     "shifts",
+    "domains", "domain_set.py", "domain_tree.py", "domain_split.py", "domain_images.py",
+    "domain_styles.py", "backbone.py",
 )]  # fmt: skip
 
 

@@ -1,0 +1,152 @@
+"""A small vision transformer that is trained on the spot: the embedded stand-in for a real one.
+
+It learns to tell fractals apart, drawn in all styles of `domain_styles`, from classes that no
+embedded benchmark uses (100 to 199). Its weights are kept in the user's cache folder under a digest
+of all that decides them. The network is timm's, so that whatever works on it works on timm's
+pre-trained ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_benchmarks import domain_styles, fractals
+from dynmoe import cache, seeding
+from dynmoe.errors import UserError
+
+VERSION = 1
+"""Raise it when the same settings give other weights: cached ones are then trained anew."""
+FIRST_CLASS, CLASSES = 100, 100
+"""Fractal classes to learn from; benchmarks keep below them."""
+VIEWS: fractals.ViewName = "easy"
+"""How much the images of a class differ."""
+MEAN = STD = (0.5, 0.5, 0.5)
+"""The input's normalisation, for values of 0 .. 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallVit:
+    """Geometry and training of the embedded backbone."""
+
+    size: int = 32
+    """side of its input in pixels"""
+    patch: int = 8
+    """side of a patch in pixels"""
+    dim: int = 64
+    """width of the tokens"""
+    depth: int = 6
+    """blocks"""
+    heads: int = 4
+    """attention heads"""
+    per_class: int = 60
+    """training images of each of the 100 classes"""
+    epochs: int = 20
+    """passes over them"""
+    seed: int = 0
+    """of its weights and batches; no part of a run's seed, as a downloaded network has none"""
+
+    def check(self) -> None:
+        """Refuse a geometry that cannot be built.
+
+        Raises:
+            UserError: names the value.
+        """
+        if self.patch < 1 or self.size % self.patch:
+            raise UserError(f"backbone patch {self.patch} does not divide its size {self.size}")
+        if self.heads < 1 or self.dim % self.heads:
+            raise UserError(f"backbone heads {self.heads} does not divide its dim {self.dim}")
+        for name in ("depth", "per_class"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"backbone {name} {getattr(self, name)} is too small; use 1 or more"
+                )
+        if self.epochs < 0:
+            raise UserError(f"backbone epochs {self.epochs} is too small; use 0 or more")
+
+
+def new_vit(settings: SmallVit, classes: int = 0) -> Any:
+    """timm's VisionTransformer of these settings, without training; `classes` 0 gives features."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings.check()
+    with seeding.seeded(settings.seed, "backbone"):
+        return VisionTransformer(
+            img_size=settings.size,
+            patch_size=settings.patch,
+            embed_dim=settings.dim,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            num_classes=classes,
+        )
+
+
+def embedded_vit(settings: SmallVit) -> Any:
+    """The trained backbone, [B, 3, size, size] -> features [B, dim], from the cache if possible."""
+    settings.check()
+    model = new_vit(settings)
+    key = cache.digest({"version": VERSION, **asdict(settings)})
+
+    def make() -> cache.Arrays:
+        cache.notice(f"backbone: training the embedded one ({settings.epochs} epochs, once)")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums over more threads would round otherwise
+        try:
+            fit(model, *training_images(settings), settings)
+        finally:
+            torch.set_num_threads(threads)
+        return {name: value.numpy() for name, value in model.state_dict().items()}
+
+    arrays = cache.load_or_make(f"small-vit-{key}", make)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
+    return model.eval()
+
+
+def training_images(settings: SmallVit) -> tuple[Tensor, Tensor]:
+    """Fractals of classes 100 to 199, each image in one of the styles.
+
+    Returns:
+        float32 [N, 3, size, size], normalised; labels [N] in 0 .. 99.
+    """
+    classes = range(FIRST_CLASS, FIRST_CLASS + CLASSES)
+    gray = fractals.render(classes, settings.per_class, settings.size, VIEWS, 0, "train")[:, 0]
+    images = torch.empty(len(gray), 3, settings.size, settings.size, dtype=torch.uint8)
+    names = list(domain_styles.STYLES)
+    for number, style in enumerate(names):
+        generator = seeding.generator(settings.seed, "backbone", style)
+        images[number :: len(names)] = domain_styles.draw(
+            gray[number :: len(names)], style, generator
+        )
+    labels = torch.arange(CLASSES).repeat_interleave(settings.per_class)
+    return (images.float() / 255 - MEAN[0]) / STD[0], labels
+
+
+def fit(model: nn.Module, images: Tensor, labels: Tensor, settings: SmallVit) -> None:
+    """Train features under a linear classifier that is thrown away: AdamW, batches of 128.
+
+    Args:
+        model: [B, 3, S, S] -> [B, dim]; trained in place.
+        images: [N, 3, S, S], normalised.
+        labels: [N].
+    """
+    batch, steps = 128, settings.epochs * -(-len(images) // 128)
+    with seeding.seeded(settings.seed, "backbone", "head"):
+        head = nn.Linear(settings.dim, int(labels.max()) + 1)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 1), pct_start=0.1)
+    generator = seeding.generator(settings.seed, "backbone", "order")
+    model.train()
+    for _ in range(settings.epochs):
+        for chosen in torch.randperm(len(images), generator=generator).split(batch):
+            loss = F.cross_entropy(head(model(images[chosen])), labels[chosen], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+    model.eval()

@@ -1,0 +1,1 @@
+"""Data sets of several domains, for domain generalisation; `dynmoe.registry` scans this folder."""

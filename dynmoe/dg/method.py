@@ -1,0 +1,103 @@
+"""The contract of methods of domain generalisation: a backbone and a classifier that learn."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.dg.backbone import check_backbone, features
+from dynmoe.moe.linear import seeded_linear
+from dynmoe.registry import Part, PartConfig
+
+
+class DGMethod(nn.Module, Part, kind="dg"):
+    """Base of all methods. Subclasses define `outputs`.
+
+    Args:
+        config: the method's options.
+        backbone: a vision transformer (see `dynmoe.dg.backbone`). It is taken over and changed in
+            place: give each method a copy. Without dropout, as timm builds them.
+        classes: C, classes.
+        generator: draws the initial weights.
+
+    Attributes:
+        backbone: the vision transformer, with what the method put into it.
+        head: linear map [B, D] -> [B, C].
+        smoothing: label smoothing of the loss.
+        embeds: the method routes by a frozen embedding, which can be kept for images that come
+            again unaugmented: `forward(images, embed(images))` is `forward(images)`.
+
+    Raises:
+        UserError: the backbone lacks an expected layer.
+    """
+
+    embeds: ClassVar[bool] = False
+
+    def __init__(
+        self, config: PartConfig, backbone: nn.Module, classes: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        check_backbone(backbone)
+        self.backbone = backbone
+        self.dim: int = backbone.embed_dim  # type: ignore[assignment]
+        self.classes = classes
+        self.head = seeded_linear(self.dim, classes, generator)
+        self.smoothing = 0.0
+
+    @abstractmethod
+    def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [S, B, C] of the S members (1 but for ensembles), and weighted penalties by name.
+
+        `embedding` is what `embed` gave for the images, or None. Penalties are scalars, and there
+        need be none outside training mode.
+        """
+
+    def forward(self, images: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Logits [B, C] of images [B, 3, H, W]; an ensemble's are log mean probabilities."""
+        return pooled(self.outputs(images, embedding)[0])
+
+    def loss(
+        self, images: Tensor, labels: Tensor, embedding: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training objective on a batch with class labels [B]: a scalar, and its parts by name.
+
+        Cross-entropy in nats with label smoothing, the mean over members, plus the penalties.
+        """
+        logits, penalties = self.outputs(images, embedding)
+        members = [F.cross_entropy(z, labels, label_smoothing=self.smoothing) for z in logits]
+        parts = {"classification": torch.stack(members).mean(), **penalties}
+        return torch.stack(list(parts.values())).sum(), parts
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor | None:
+        """[B, D] features of the frozen backbone, for methods that route by them; else None."""
+        return features(self.backbone, images) if self.embeds else None
+
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that an optimizer is to be given."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def counts(self) -> tuple[int, int]:
+        """Parameters in total, and those that learn."""
+        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.learning())
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """`state_dict()` without parameters that are frozen: what a small checkpoint needs."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name not in frozen}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Restore `learned_state()` into a method of the same options on the same backbone."""
+        self.load_state_dict({**self.state_dict(), **state})
+
+
+def pooled(logits: Tensor) -> Tensor:
+    """[B, C] log of the members' mean probabilities, from logits [S, B, C]; one member's logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))

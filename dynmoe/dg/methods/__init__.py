@@ -1,0 +1,1 @@
+"""Methods of domain generalisation, one file each."""

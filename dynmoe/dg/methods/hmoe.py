@@ -1,0 +1,137 @@
+"""HMOE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.dg.backbone import features
+from dynmoe.dg.method import DGMethod
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.layer import MoELayer, collect_aux_losses
+from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.losses.importance import ImportanceLoss
+from dynmoe.moe.routers.cosine import CosineRouter
+from dynmoe.moe.routing import Routing
+from dynmoe.registry import PartConfig
+
+
+class HMOE(DGMethod, name="hmoe", source="after Qu et al. 2022 (arXiv 2211.08253), HMOE"):
+    """Classifiers made by one hypernetwork from learned codes, mixed per image; everything learns.
+
+    Expert k is a linear classifier whose weights are `hyper(e_k)`, an MLP of its code e_k; a core
+    MoE layer mixes the experts' logits by the cosines of the image's feature to K prototypes. The
+    paper's idea of generated experts is kept; sizes, the cosine gate and the importance loss are
+    ours. The linear head that all methods have is a common part, the experts' logits are added.
+
+    Attributes:
+        experts: MoELayer [B, D] -> [B, C].
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of HMOE."""
+
+        experts: int = 3
+        """classifiers; the number of source domains is a natural choice"""
+        code_dim: int = 32
+        """width of the codes"""
+        hidden: int = 64
+        """hidden units of the hypernetwork"""
+        temperature: float = 0.5
+        """divides the gate's cosines"""
+        balance: float = 0.01
+        """weight of the gates' importance loss"""
+
+    def __init__(
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+    ) -> None:
+        sizes = {"experts": config.experts, "code_dim": config.code_dim, "hidden": config.hidden}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"hmoe: {name}={value} must be at least 1")
+        super().__init__(config, backbone, classes, generator)
+        self.experts = MoELayer(
+            self.dim,
+            classes,
+            config.hidden,
+            num_experts=config.experts,
+            router=CosineRouter.Config(temperature=config.temperature),
+            bank=HyperBank.Config(code_dim=config.code_dim),
+            losses=[ImportanceLoss.Config(weight=config.balance)],
+            gate_scale="one",
+            generator=generator,
+        )
+
+    def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [1, B, C]; penalty "balance"."""
+        z = features(self.backbone, images)
+        logits = self.head(z) + self.experts(z)
+        losses = list(collect_aux_losses(self).values())
+        return logits.unsqueeze(0), {"balance": torch.stack(losses).sum()} if losses else {}
+
+
+class HyperBank(ExpertBank):
+    """Linear experts whose weights a hypernetwork makes from their codes.
+
+    Attributes:
+        codes: Parameter [M, c].
+        hyper: codes [.., c] -> weights and bias [.., D_out * (D_in + 1)].
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the generated experts."""
+
+        code_dim: int
+        """width of the codes"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim_in: int,
+        dim_out: int,
+        hidden: int,
+        num_experts: int,
+        max_experts: int,
+        activation: str,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.dim_out = dim_out
+        self.codes = nn.Parameter(torch.empty(max_experts, config.code_dim))
+        self.hyper = nn.Sequential(
+            seeded_linear(config.code_dim, hidden, generator),
+            nn.ReLU(),
+            seeded_linear(hidden, dim_out * (dim_in + 1), generator),
+        )
+        self.draw_experts(torch.arange(max_experts), generator)
+
+    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
+        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
+        return torch.einsum("nm,mno->no", routing.gates * gate_scale, self.expert_outputs(x))
+
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
+        made = self.hyper(self.codes).unflatten(1, (self.dim_out, -1))
+        return x @ made[:, :, :-1].transpose(1, 2) + made[:, :, -1].unsqueeze(1)
+
+    def expert_rows(self) -> list[nn.Parameter]:
+        """The codes [M, c]."""
+        return [self.codes]
+
+    def output_rows(self) -> list[nn.Parameter]:
+        """None: outputs are not linear in the codes."""
+        return []
+
+    @torch.no_grad()
+    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+        """Draw the codes `index` [n] afresh: standard normal."""
+        fresh = torch.randn(len(index), self.codes.shape[1], generator=generator)
+        self.codes[index] = fresh.to(self.codes)
+
+
+HyperBank.Config.part = HyperBank  # registered nowhere: it has no sense outside HMOE

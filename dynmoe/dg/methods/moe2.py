@@ -1,0 +1,136 @@
+"""MoE²: sets of mixture-of-adapters layers, mixed into one set for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.dg.adapted import adapted_features, balance
+from dynmoe.dg.backbone import features
+from dynmoe.dg.bank import AdapterBank, Synthesis
+from dynmoe.dg.method import DGMethod
+from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
+from dynmoe.errors import UserError
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.losses.prototype_diversity import Form, PrototypeDiversity
+from dynmoe.moe.routers.cosine import CosineRouter
+
+
+class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs. 2, 5, 8 and 9"):
+    """Each image runs with its own mixture of K sets of MoA layers, by cosine to K prototypes.
+
+    `w_k = softmax_k(cos(phi, v_k) / tau)` with phi the frozen backbone's own feature of the image
+    (Eq. 5; a first pass without adapters), `theta = sum_k w_k theta_k` (Eq. 2), one adapted pass,
+    a linear head. `outer` is a core MoE layer whose experts are the sets, so `moe_layers`,
+    `GrowthController` and `routing_stats` see K experts; the token gates inside the sets are no
+    layers of the core, since their parameters differ from sample to sample.
+
+    Prototypes start as random directions of length 1 and are not normalised in the diversity loss
+    (our choice). Growth is our own extension; with the init zero-output it leaves the function as
+    it was, in both ways of synthesis.
+
+    Attributes:
+        outer: MoELayer [B, D] -> [B, S], router and bank of the outer experts.
+        layers: the adapted linear layers in the backbone.
+    """
+
+    embeds = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MoAConfig):
+        """Options of MoE²."""
+
+        experts: int = 5
+        """sets at the start (the paper's count of parameters fits five)"""
+        max_experts: int = 0
+        """sets that there is room for, counted from the start; 0: no growth"""
+        synthesis: Synthesis = "factors"
+        """what is mixed: every factor (Eq. 2 to the letter), or the updates that they make"""
+        adapter: Adapter = "kadaptation"
+        """kind of update in the sets"""
+        temperature: float = 0.5
+        """tau, divides the cosines (Table 3)"""
+        init_noise: float = 1e-4
+        """standard deviation of the noise by which sets differ at the start (Table 4)"""
+        diversity: float = 0.2
+        """weight of the diversity loss (Table 6)"""
+        diversity_form: Form = "euclidean"
+        """how it measures the prototypes' similarity (Eq. 9; Table 5)"""
+        smoothing: float = 0.1
+        """label smoothing; the paper does not say how much"""
+
+    def __init__(
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(config, backbone, classes, generator)
+        room = config.max_experts or config.experts
+        if config.experts < 1 or room < config.experts:
+            raise UserError(
+                f"moe2: experts={config.experts} must be at least 1 and at most max_experts={room}"
+            )
+        if not 0 <= config.smoothing < 1:
+            raise UserError(f"moe2: smoothing={config.smoothing} must be at least 0 and below 1")
+        self.smoothing = config.smoothing
+        self.balance = config.balance
+        count = len(range(0, len(backbone.blocks), config.every))  # type: ignore[arg-type]
+        base: nn.Linear = backbone.blocks[0].attn.qkv  # type: ignore[index,union-attr]
+        bank = AdapterBank.Config(
+            options=config,
+            adapter=config.adapter,
+            synthesis=config.synthesis,
+            init_noise=config.init_noise,
+            layers=count,
+            width_in=base.in_features,
+            width_out=base.out_features,
+        )
+        losses = PrototypeDiversity.Config(weight=config.diversity, form=config.diversity_form)
+        self.outer = MoELayer(
+            self.dim,
+            0,  # the width of what the bank returns is its own affair
+            0,
+            num_experts=config.experts,
+            max_experts=room,
+            router=CosineRouter.Config(temperature=config.temperature),
+            bank=bank,
+            losses=[losses],
+            gate_scale="one",
+            generator=generator,
+        )
+        weight = self.outer.router.weight
+        with torch.no_grad():
+            weight.copy_(F.normalize(weight, dim=1))
+        self.layers = insert_moa(backbone, config, generator)
+
+    def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [1, B, C]; penalties "diversity" and "balance"."""
+        if embedding is None:
+            with torch.no_grad():
+                embedding = features(self.backbone, images)
+        mixed = self.outer(embedding)
+        routing = self.outer.last_routing
+        assert routing is not None
+        bank = self._bank()
+        count = bank.count(routing)
+        thetas = bank.thetas(mixed, routing.gates[:, :count])
+        z = adapted_features(self.backbone, self.layers, thetas, images)
+        penalties = balance(self.layers, self.balance)
+        for loss in self.outer.last_losses.values():  # one, in training mode
+            penalties["diversity"] = loss
+        return self.head(z).unsqueeze(0), penalties
+
+    def forward_with(self, images: Tensor, gates: Tensor) -> Tensor:
+        """Logits [B, C] with given weights [B, K] of the first K sets, as `forward` computes them.
+
+        One-hot rows give what a set says alone.
+        """
+        bank = self._bank()
+        thetas = bank.thetas(bank.mix(gates), gates)
+        return self.head(adapted_features(self.backbone, self.layers, thetas, images))
+
+    def _bank(self) -> AdapterBank:
+        bank = self.outer.bank
+        assert isinstance(bank, AdapterBank)
+        return bank

@@ -1,0 +1,255 @@
+"""`python -m dynmoe.dg`: its command line, its runs stopped and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crash_helpers import assert_same, error_line, exit_code
+from PIL import Image
+
+from dynmoe import checkpoint
+from dynmoe.dg import __main__ as dg
+from dynmoe.dg.trial import Fold
+
+SMALL = "--preset smoke --compare --checkpoint-every-s 0 --name x --features 5"
+SHORT = "--steps 3 --eval-every 2 --test-domains plain edges"
+CASES = {
+    "moe2": SHORT,
+    "growth": f"{SHORT} --granularity 1 --trigger.steps 1 --method.experts 1 "
+    "--method.max-experts 3",
+    "deltas, augmented": f"{SHORT} --method.synthesis deltas --augment",
+    "erm": "--method erm --test-domains edges --steps 3 --weight-decay 0.1",
+}
+GROWTH = CASES["growth"]
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    """One cache for the whole file, so that the backbone is trained once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "dg-cache"))
+
+
+def command(runs: Path, extra: str = "") -> int:
+    return exit_code(dg.main, f"{SMALL} {extra} --runs-dir {runs}".split())
+
+
+def folder(runs: Path) -> Path:
+    return runs / "dg" / "x" / "seed-0"
+
+
+def summary(runs: Path) -> Any:
+    return json.loads((folder(runs) / "summary.json").read_text())
+
+
+def _stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let SIGTERM arrive each time before this method of a fold."""
+    original: Callable[[Fold], Any] = getattr(Fold, name)
+
+    def signalled(self: Fold) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(Fold, name, signalled)
+
+
+@pytest.mark.parametrize(
+    ("case", "moment"), [("moe2", "_row"), *((case, "_train_step") for case in CASES)]
+)
+def test_stopped_and_resumed_at_every_step(
+    case: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(tmp_path / "whole", CASES[case]) == 0
+    _stop_in(monkeypatch, moment)
+    sessions = 1
+    while (code := command(tmp_path / "parts", CASES[case])) != 0:
+        assert code == 143
+        sessions += 1
+    rows = summary(tmp_path / "whole")["tests"]
+    assert sessions == 1 + len(rows) * (1 if moment == "_row" else rows[0]["curve"][-1]["step"])
+    one, two = folder(tmp_path / "whole"), folder(tmp_path / "parts")
+    for name in ("log.jsonl", "summary.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    last = [checkpoint.load_latest(f / "checkpoints") for f in (one, two)]
+    if moment == "_train_step":
+        assert_same(last[0], last[1])
+    with np.load(one / "figures.npz") as a, np.load(two / "figures.npz") as b:
+        assert a.files == b.files and "features" in a.files
+        for name in a.files:
+            assert np.array_equal(a[name], b[name]), name
+
+
+def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = f"--preset smoke --seeds 2 --landscape 3 --name y --runs-dir {tmp_path}".split()
+    assert exit_code(dg.main, argv) == 0
+    out = capsys.readouterr().out
+    for word in ("moe2", "linear-probe", "plain", "coloured", "edges", "±", "learning"):
+        assert word in out
+    report = tmp_path / "dg" / "y" / "report"
+    assert {path.name for path in report.iterdir()} == {
+        "results.json", "accuracy_parameters.png", "routing_moe2.png",
+        *(f"{k}_{m}.png" for k in ("features", "landscape") for m in ("moe2", "linear-probe")),
+    }  # fmt: skip
+    results = json.loads((report / "results.json").read_text())
+    assert results["trials"] == 2 and list(results["methods"]) == ["moe2", "linear-probe"]
+    for seed in (0, 1):
+        one = json.loads((tmp_path / "dg" / "y" / f"seed-{seed}" / "summary.json").read_text())
+        for row in one["tests"]:
+            values = results["methods"]["moe2"]["values"][row["domain"]]
+            assert values[seed] == row["accuracy"]
+            best = max(row["curve"], key=lambda p: p["validation"])
+            assert row["accuracy"] == best["in"][row["domain"]]
+            assert row["oracle_accuracy"] == row["curve"][-1]["in"][row["domain"]]
+            assert set(best["out"]) == {"plain", "coloured", "edges"}
+            sources = set(best["out"]) - {row["domain"]}
+            assert best["validation"] == pytest.approx(sum(best["out"][s] for s in sources) / 2)
+    argv_again = [*argv, "--jobs", "2"]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
+    assert exit_code(dg.main, argv_again) == 0  # reads what is there
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    extra = "--seeds 2 --method linear-probe"
+    assert command(tmp_path / "one", extra) == 0
+    assert command(tmp_path / "two", f"{extra} --jobs 2") == 0
+    for seed in (0, 1):
+        one, two = (tmp_path / n / "dg" / "x" / f"seed-{seed}" for n in ("one", "two"))
+        assert (one / "log.jsonl").read_bytes() == (two / "log.jsonl").read_bytes()
+        assert (one / "summary.json").read_bytes() == (two / "summary.json").read_bytes()
+
+
+def test_outer_experts_grow(tmp_path: Path) -> None:
+    assert command(tmp_path, GROWTH) == 0
+    for row in summary(tmp_path)["tests"]:
+        assert [event["experts"] for event in row["growth"]] == [2, 3]
+        assert [event["step"] for event in row["growth"]] == [1, 2]
+    with np.load(folder(tmp_path) / "figures.npz") as arrays:
+        gates = arrays["gates"]
+    assert gates.shape == (3, 3) and np.allclose(gates.sum(1), 1, atol=1e-5)
+
+
+def test_the_plateau_is_one_of_validation_accuracy(tmp_path: Path) -> None:
+    extra = (
+        "--method.experts 1 --method.max-experts 2 --granularity 1 --trigger plateau "
+        "--trigger.patience 1 --trigger.gain 9 --test-domains edges"
+    )
+    assert command(tmp_path, extra) == 0
+    (event,) = summary(tmp_path)["tests"][0]["growth"]
+    assert event["step"] == 4  # first seen at 3, and one step without a gain
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_name_that_another_setting_has(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = "--method linear-probe --seeds 2"
+    assert command(tmp_path, extra) == 0
+    assert command(tmp_path, f"{extra} --lr 0.5 --jobs {jobs}") == 2
+    assert "other settings (lr: 0.002 -> 0.5)" in error_line(capsys.readouterr().err)
+
+
+BAD = {
+    "--steps 0": "--steps 0 is too small; use 1 or more",
+    "--lr nan": "--lr nan is too small",
+    "--method moe3": "unknown dg 'moe3'.*Did you mean 'moe2'",
+    "--compare moa moa": "--compare names moa twice",
+    "--compare mao": "unknown dg 'mao'",
+    "--test-domains edge": "unknown domain 'edge'.*Did you mean 'edges'",
+    "--model vit_tiny_patch16_224": "needs weights: --weights FILE, or --pretrained",
+    "--pretrained": "are for timm's models",
+    "--vit.heads 5": "heads 5 does not divide",
+    "--domains pacs": "pacs not found",
+    "--domains pacs --method.experts 0": "pacs not found",
+    "--method erm --granularity 1": "erm has no experts that can grow; use --method moe2",
+    "--granularity 1 --trigger.steps 2": "2 growths of 1 end with 7 experts.*max-experts 7",
+    "--lr 1e30": "loss of moe2 is .* use a smaller --lr",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert command(tmp_path, flags) in (2, 3)
+    assert re.search(BAD[flags], error_line(capsys.readouterr().err))
+
+
+def images(root: Path) -> Path:
+    """A set of files: 3 domains, 2 classes told by their colour."""
+    for d, light in enumerate((60, 120, 240)):
+        for c, name in enumerate("ab"):
+            place = root / f"domain{d}" / name
+            place.mkdir(parents=True)
+            for i in range(6):
+                pixels = np.zeros((20, 24, 3), np.uint8)
+                pixels[..., c] = light - i
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return root
+
+
+def test_files_are_trained_on(tmp_path: Path) -> None:
+    data = images(tmp_path / "data")
+    extra = f"--domains folder --domains.data-dir {data} --method linear-probe --augment"
+    assert command(tmp_path / "runs", extra) == 0
+    found = summary(tmp_path / "runs")
+    assert found["dataset"] == "data" and len(found["tests"]) == 3
+
+
+def test_a_backbone_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm's name, weights from a file: image size and normalisation are timm's for that name."""
+    import timm
+    import torch
+
+    weights = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
+    data = images(tmp_path / "data")
+    extra = (
+        f"--domains folder --domains.data-dir {data} --method linear-probe --steps 2 "
+        f"--batch-size 2 --test-domains domain1 --model vit_tiny_patch16_224 --weights {weights}"
+    )
+    assert command(tmp_path / "runs", extra) == 0
+    found = summary(tmp_path / "runs")
+    assert found["tests"][0]["learning"] == 2 * 193 and found["model"] == "vit_tiny_patch16_224"
+    capsys.readouterr()
+    assert command(tmp_path / "more", f"{extra}x") == 2
+    assert "vit.pthx" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "domain1" / "a" / "0.png").write_bytes(b"x"), "cannot read image .*0.png"),
+        (lambda d: (d / ".cache").mkdir(), "hidden folder and no domain"),
+        (lambda d: (d / "domain2" / "c").mkdir(), "class lists differ"),
+        (lambda d: [shutil.rmtree(d / f"domain{i}" / "b") for i in range(3)] and
+            [p.unlink() for p in sorted((d / "domain1" / "a").iterdir())[:3]],
+         "domain1 has 3 image.*takes 5 or more"),
+    ],
+)  # fmt: skip
+def test_spoilt_files(
+    spoil: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    data = images(tmp_path / "data")
+    spoil(data)
+    extra = f"--domains folder --domains.data-dir {data} --method linear-probe"
+    assert command(tmp_path / "runs", extra) == 2
+    assert re.search(message, error_line(capsys.readouterr().err))
+
+
+def test_help_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(dg.main, ["--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for word in ("--test-domains", "--method (default: moe2)", "--domains (default: embedded)",
+                 "leaving one domain out", "Cost:"):  # fmt: skip
+        assert word in out or word == "leaving one domain out"

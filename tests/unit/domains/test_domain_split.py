@@ -1,0 +1,67 @@
+"""DomainBed's splits, bit for bit, and batches that need no memory of what came before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cl_benchmarks.domain_split import batch_indices, seed_hash, split
+
+
+@pytest.mark.parametrize(("trial", "domain"), [(0, 0), (0, 3), (2, 1)])
+def test_the_seed_is_md5_of_the_tuples_text(trial: int, domain: int) -> None:
+    text = f"({trial}, {domain})".encode()
+    assert seed_hash(trial, domain) == int(hashlib.md5(text).hexdigest(), 16) % 2**31
+
+
+def test_known_seeds() -> None:
+    """From the reference computation above, written down: a change of either would show."""
+    assert [seed_hash(0, 0), seed_hash(0, 1), seed_hash(1, 0)] == [894182419, 1514274641, 785910682]
+
+
+@pytest.mark.parametrize("count", [5, 9, 2048])
+def test_a_fifth_is_held_out_as_domainbed_does(count: int) -> None:
+    keys = np.arange(count)
+    np.random.RandomState(seed_hash(1, 2)).shuffle(keys)
+    train, out = split(count, 1, 2)
+    assert out.tolist() == keys[: int(0.2 * count)].tolist()
+    assert train.tolist() == keys[int(0.2 * count) :].tolist()
+
+
+def test_numpys_global_generator_is_left_alone() -> None:
+    before = np.random.get_state()[1].copy()  # type: ignore[index]
+    split(50, 0, 0)
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+def test_passes_take_every_image_at_most_once(count: int, size: int, seed: int) -> None:
+    indices = torch.arange(100, 100 + count)
+    width = min(size, count)
+    steps = count // width
+    for number in range(2):
+        batches = [
+            batch_indices(indices, size, number * steps + i, seed, domain=1) for i in range(steps)
+        ]
+        assert all(len(b) == width for b in batches)
+        taken = torch.cat(batches).tolist()
+        assert len(set(taken)) == len(taken) == steps * width
+        assert set(taken) <= set(indices.tolist())
+
+
+def test_batches_depend_on_seed_domain_step_and_pass() -> None:
+    indices = torch.arange(64)
+
+    def take(step: int, seed: int, domain: int) -> list[int]:
+        return batch_indices(indices, 16, step, seed, domain).tolist()
+
+    first = take(0, 0, 0)
+    assert first == take(0, 0, 0)
+    for other in (take(1, 0, 0), take(0, 1, 0), take(0, 0, 1), take(4, 0, 0)):
+        assert other != first
