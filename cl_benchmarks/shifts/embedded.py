@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cl_benchmarks import fractals
 from cl_benchmarks.shifts import small
+from cl_benchmarks.shifts.corruptions import check
 from cl_benchmarks.shifts.domain import Domain, Memory
-from cl_benchmarks.shifts.library import check
 from cl_benchmarks.shifts.source import OTHERS, ShiftSource
 from dynmoe import cache, seeding
 from dynmoe.errors import UserError, unknown

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from cl_benchmarks.images import class_folders, image_files
+from cl_benchmarks.shifts.corruptions import GROUPS, Corrupted, check
 from cl_benchmarks.shifts.domain import Domain, Files
-from cl_benchmarks.shifts.library import GROUPS, Corrupted, check
 from cl_benchmarks.shifts.source import OTHERS, ShiftSource
 from dynmoe import cache
 from dynmoe.errors import UserError, unknown

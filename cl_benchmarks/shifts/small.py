@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cl_benchmarks.shifts.library import check
+from cl_benchmarks.shifts.corruptions import check
 from dynmoe import seeding
 from dynmoe.errors import UserError
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from cl_benchmarks.shifts.corruptions import CORRUPTIONS, EXTRA
 from cl_benchmarks.shifts.domain import Domain
-from cl_benchmarks.shifts.library import CORRUPTIONS, EXTRA
 from cl_benchmarks.shifts.stream import Order, Segment, Stream
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_benchmarks.shifts import library, small
+from cl_benchmarks.shifts import corruptions, small
+from cl_benchmarks.shifts.corruptions import CORRUPTIONS, EXTRA, Corrupted
 from cl_benchmarks.shifts.domain import Memory
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
-from cl_benchmarks.shifts.library import CORRUPTIONS, EXTRA, Corrupted
 from dynmoe.errors import UserError
 
 RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "snow",
@@ -32,10 +32,10 @@ def picture() -> Tensor:
 def test_library_is_decided_by_the_seed(picture: Tensor, name: str) -> None:
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
-    one = library.corrupt(picture, name, 5, 1)
+    one = corruptions.corrupt(picture, name, 5, 1)
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(6)
-    two, other = (library.corrupt(picture, name, 5, seed) for seed in (1, 2))
+    two, other = (corruptions.corrupt(picture, name, 5, seed) for seed in (1, 2))
     assert one.shape == picture.shape and one.dtype == torch.uint8
     assert torch.equal(one, two) and not torch.equal(one, picture)
     assert torch.equal(one, other) == (name not in RANDOM)
@@ -54,14 +54,14 @@ def test_library_corruptions_are_kept_per_image(picture: Tensor) -> None:
 
 def test_library_bad_input(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown corruption"):
-        library.corrupt(picture, "rain", 5, 0)
+        corruptions.corrupt(picture, "rain", 5, 0)
     with pytest.raises(UserError, match="severity 0"):
-        library.corrupt(picture, "fog", 0, 0)
+        corruptions.corrupt(picture, "fog", 0, 0)
     with pytest.raises(UserError, match="20x20; corruptions need 32x32"):
-        library.corrupt(picture[:, :20, :20], "fog", 1, 0)
+        corruptions.corrupt(picture[:, :20, :20], "fog", 1, 0)
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(UserError, match=r"dynmoe\[tta\]"):
-        library.corrupt(picture, "fog", 1, 0)
+        corruptions.corrupt(picture, "fog", 1, 0)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

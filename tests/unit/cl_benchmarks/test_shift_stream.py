@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cl_benchmarks.shifts.corruptions import CORRUPTIONS, check
 from cl_benchmarks.shifts.domain import Domain, Memory
-from cl_benchmarks.shifts.library import CORRUPTIONS, check
 from cl_benchmarks.shifts.source import GRADUAL, STREAMS, ShiftSource, make_stream
 from cl_benchmarks.shifts.stream import Segment, Stream
 from dynmoe.errors import UserError
