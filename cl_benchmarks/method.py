@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.intervention import Intervention
+from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.network import MakeBlock, dense_block
 from dynmoe.registry import Part, PartConfig
@@ -72,3 +73,27 @@ class DenseMethod(Method):
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of the same size as the MoE layer."""
         return dense_block
+
+
+class ConstantMoE(Method):
+    """Base of the methods on a mixture that has all its experts from the start."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of a mixture that does not grow."""
+
+        experts: int = 0
+        """number of experts; 0 for as many as DynamicMoE ends with"""
+
+    config: Config
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """An MoE layer with its final number of experts."""
+        experts = self.config.experts or growth.most_experts(horizon.steps, horizon.tasks)
+        generator = seeding.generator(seed, "moe-layers")
+
+        def make(width: int, hidden: int) -> nn.Module:
+            growth.check_budget(hidden, experts)
+            return growth.make_layer(width, width, hidden, experts, experts, generator)
+
+        return make

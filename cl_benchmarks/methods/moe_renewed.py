@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from cl_benchmarks.method import Horizon, Method, Training
-from dynmoe import seeding
+from cl_benchmarks.method import ConstantMoE, Training
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.growth.surgery import mean_moments, neutral_state
 from dynmoe.moe import UnitBank, moe_layers
-from dynmoe.network import MakeBlock
-from dynmoe.registry import PartConfig
 
 
-class RenewedMoE(Method, name="moe-renewed", source="ours"):
+class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
     """A constant number of experts, all drawn afresh at each task: is it growth, or renewal?
 
     With the cut `redraw`, growth draws every expert and router row anew, too; what is left between
     the two is that experts become more. The rest of the network learns on as it does there.
     """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
-        """Options of the renewed mixture."""
-
-        experts: int = 0
-        """number of experts; 0 for as many as DynamicMoE ends with"""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.experts = config.experts
-
-    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """An MoE layer with its final number of experts."""
-        experts = self.experts or growth.most_experts(horizon.steps, horizon.tasks)
-        generator = seeding.generator(seed, "moe-layers")
-
-        def make(width: int, hidden: int) -> nn.Module:
-            growth.check_budget(hidden, experts)
-            return growth.make_layer(width, width, hidden, experts, experts, generator)
-
-        return make
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that draws the experts."""
