@@ -57,6 +57,8 @@ def make_job(
 def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
     """Run all jobs that are not done; the first failure stops those not begun.
 
+    Jobs of one folder are one run.
+
     Args:
         processes: runs at a time.
         title: shown with the progress.
@@ -64,6 +66,7 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
     Raises:
         DynmoeError: a run failed; its message and exit code are passed on.
     """
+    jobs = list({job.folder: job for job in jobs}.values())
     todo = [job for job in jobs if not job.done]
     if not todo:
         return

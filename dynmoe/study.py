@@ -3,14 +3,17 @@
     python -m dynmoe.study --list
     python -m dynmoe.study granularity --preset laptop
 
-Runs are runs of `dynmoe.cl` or `dynmoe.rl`, each in a folder of its own, several at a time.
-Finished ones are read, unfinished ones resumed: a study can be stopped and started again at will.
+Runs are runs of `dynmoe.cl` or `dynmoe.rl`, each in a folder of its own, several at a time. The
+folder is named after the run's settings, so that studies share what they have in common. Finished
+runs are read, unfinished ones resumed: a study can be stopped and started again at will.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from dynmoe import registry
-from dynmoe.config import run_command
+from dynmoe.config import digest, parse, run_command
 from dynmoe.errors import UserError
 from dynmoe.jobs import Job, make_job, run_jobs
 from dynmoe.study_design import Preset, Results, Study
@@ -84,14 +87,12 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
         chosen[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
     jobs = {
         stream: {
-            label: [
-                _job(study, config, stream, label, [*shlex.split(common), *flags], own, seed)
-                for seed in range(seeds)
-            ]
+            label: _jobs(study, config, f"{stream}, {label}", own, [*shlex.split(common), *flags],
+                         range(seeds))
             for label, own in chosen[stream].items()
         }
         for stream, common in study.streams(config.preset).items()
-    }
+    }  # fmt: skip
     flat = [job for labels in jobs.values() for seeds_ in labels.values() for job in seeds_]
     run_jobs(flat, config.jobs, study.name)
     results = Results(
@@ -102,26 +103,23 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
     report(study, config.preset, seeds, flags, chosen, results, out)
 
 
-def _job(
-    study: Study,
-    config: Config,
-    stream: str,
-    label: str,
-    base: list[str],
-    own: str,
-    seed: int,
-) -> Job:
-    name = f"{study.name}-{config.preset}/{stream}/{label}"
-    argv = [*shlex.split(own), *base]
-    return make_job(study.command, name, argv, seed, config.runs_dir, f"{stream}, {label}")
+def _jobs(
+    study: Study, config: Config, label: str, own: str, common: list[str], seeds: Iterable[int]
+) -> list[Job]:
+    """One run per seed, named after the settings that the flags amount to."""
+    argv = [*shlex.split(own), *common]
+    presets = importlib.import_module(f"dynmoe.{study.command}").presets()
+    _, settings = parse(presets, argv, f"python -m dynmoe.{study.command}", "")
+    name = f"studies/{settings.method.part.name}-{digest(settings)}"
+    return [make_job(study.command, name, argv, seed, config.runs_dir, label) for seed in seeds]
 
 
 def _search(study: Study, config: Config, stream: str, base: list[str]) -> dict[str, str]:
     """The best flags of each variant that is searched, by mean train accuracy on a seed apart."""
     trials = {
         label: {
-            own: _job(study, config, stream, f"{label}-{i}", base, own, SEARCH_SEED)
-            for i, own in enumerate(choices)
+            own: _jobs(study, config, f"{stream}, {label} of {own}", own, base, [SEARCH_SEED])[0]
+            for own in choices
         }
         for label, choices in study.searches(config.preset).items()
     }

@@ -60,8 +60,9 @@ def report(
             "verdict": verdict,
             "streams": {
                 stream: {
-                    variant: {"flags": variants[stream][variant], **_figures(study, results, stream,
-                                                                             variant)}
+                    variant: {"flags": variants[stream][variant],
+                              "runs": results.folders[stream][variant][0].parent.name,
+                              **_figures(study, results, stream, variant)}
                     for variant in results.runs[stream]
                 }
                 for stream in results.streams

@@ -98,7 +98,7 @@ class Tiny(Study):
         return flags.format(none=0)
 
     def searches(self, preset: Preset) -> dict[str, list[str]]:
-        return {"searched": ["--method dense --lr 1e-9", "--method dense --lr 2e-3"]}
+        return {"searched": ["--method dense --lr 1e-9", "--method dense --lr 1e-3"]}
 
     def verdict(self, results: Results) -> list[str]:
         return [results.says("class", "dense", "still")]
@@ -118,8 +118,12 @@ def test_a_study_runs_searches_and_reports(
     variants = found["streams"]["class"]
     assert list(variants) == ["still", "dense", "searched"]
     assert variants["still"]["flags"] == "--method dense --lr 0"
-    assert variants["searched"]["flags"] == "--method dense --lr 2e-3"
-    run = json.loads((tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").read_text())
+    assert variants["searched"]["flags"] == "--method dense --lr 1e-3"
+    runs = tmp_path / "cl" / "studies"
+    assert len(list(runs.iterdir())) == 3  # "searched" is "dense", once and for all studies
+    assert variants["searched"]["runs"] == variants["dense"]["runs"]
+    file = runs / variants["dense"]["runs"] / "seed-1" / "summary.json"
+    run = json.loads(file.read_text())
     expected = [round(task["train_accuracy"], 4) for task in run["tasks"]]
     assert variants["dense"]["train_accuracy"][1] == expected
     assert "higher" in found["verdict"][0] and "2 seeds" in found["verdict"][1]
@@ -127,10 +131,9 @@ def test_a_study_runs_searches_and_reports(
     printed = capsys.readouterr().out
     assert found["verdict"][0] in printed and "searched" in printed
 
-    before = (tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").stat()
+    before = file.stat()
     run_study(Tiny(), config, ["--threads", "1"])  # all is read, nothing run again
-    after = (tmp_path / "cl/tiny-test-laptop/class/dense/seed-1/summary.json").stat()
-    assert before == after
+    assert before == file.stat()
 
 
 def test_the_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
