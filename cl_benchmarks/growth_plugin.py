@@ -17,6 +17,8 @@ from dynmoe.plasticity.probes import take_probe
 PROBE_SAMPLES = 512
 DORMANT_SCORE = 0.1
 """Largest ReDo score of a unit that triggers are told is dormant."""
+SCORE_STEPS = 100
+"""Steps over which the score, the accuracy on minibatches before they are learnt, is a mean."""
 STEP_FIGURES = {"loss", "grad_norm"}
 PROBE_FIGURES = {"effective_rank", "dormant"}
 
@@ -40,6 +42,7 @@ class GrowthPlugin:
         self.probe_samples = probe_samples
         self._dataset: Any = None  # of the task trained last
         self._latest: dict[str, float] = {}  # what the trigger needs of the latest step
+        self._accuracies: list[float] = []  # of the latest minibatches, where it needs a score
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts: with what was learnt before it as the probe."""
@@ -49,13 +52,13 @@ class GrowthPlugin:
         starts = strategy.clock.train_exp_counter > 0
         step, needs = strategy.clock.train_iterations, self.controller.trigger.needs
         figures: dict[str, Any] = dict.fromkeys(needs & (STEP_FIGURES | PROBE_FIGURES), math.nan)
-        signals = Signals(step=step, task_starts=starts, **figures)
+        signals = Signals(step=step, task_starts=starts, **figures, **self._score())
         self._step(strategy, signals, previous or self._dataset)
 
     def before_training_iteration(self, strategy: Any, **_: Any) -> None:
         """An optimizer step comes, after those that the clock has counted."""
         step = strategy.clock.train_iterations
-        signals = Signals(step=step, **self._figures(strategy, step))
+        signals = Signals(step=step, **self._figures(strategy, step), **self._score())
         self._step(strategy, signals, self._dataset)
 
     def after_backward(self, strategy: Any, **_: Any) -> None:
@@ -66,15 +69,31 @@ class GrowthPlugin:
         if "grad_norm" in needs:
             gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
             self._latest["grad_norm"] = float(nn.utils.get_total_norm(gradients))
+        if "score" in needs:
+            right = strategy.mb_output.detach().argmax(dim=1) == strategy.mb_y
+            self._accuracies.append(float(right.double().mean()))
+            del self._accuracies[:-SCORE_STEPS]
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller's state, and the figures of the latest step."""
-        return {"controller": self.controller.state_dict(), "latest": dict(self._latest)}
+        """The controller's state, and the figures of the latest steps."""
+        return {
+            "controller": self.controller.state_dict(),
+            "latest": dict(self._latest),
+            "accuracies": list(self._accuracies),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.controller.load_state_dict(state["controller"])
         self._latest = dict(state["latest"])
+        self._accuracies = list(state["accuracies"])
+
+    def _score(self) -> dict[str, float]:
+        """The score, also where a task starts: a jump of it there is what is to be seen."""
+        if "score" not in self.controller.trigger.needs:
+            return {}
+        known = self._accuracies
+        return {"score": sum(known) / len(known) if known else math.nan}
 
     def _figures(self, strategy: Any, step: int) -> dict[str, Any]:
         """What the trigger needs; nan where there is no new value."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dynmoe.study_design import Preset, Results, Study
 
-TRIGGERS = ("plateau", "gradient", "rank", "dormancy", "drift", "adwin")
+SIGNALS = ("gradient", "rank", "dormancy", "drift", "adwin")
 
 
 class AdaptiveGrowth(Study, name="adaptive-growth", source="ours"):
@@ -25,7 +25,8 @@ class AdaptiveGrowth(Study, name="adaptive-growth", source="ours"):
             "fresh": "--method fresh",
             "at shifts": "--trigger task",
             "every 500 steps": "--trigger every --trigger.steps 500",
-            **{name: f"--trigger {name}" for name in TRIGGERS if name != "plateau"},
+            "plateau": "--trigger plateau --trigger.patience 500 --trigger.limit 9",
+            **{name: f"--trigger {name}" for name in SIGNALS},
         }
 
     def verdict(self, results: Results) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dynmoe.errors import UserError
 from dynmoe.growth.trigger import Signals, Trigger
@@ -26,6 +26,8 @@ class PlateauTrigger(
         """a gain is a score above the best so far by this share of it"""
         limit: int = 1
         """most growths"""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"score"})
 
     def __init__(self, config: Config) -> None:
         if config.patience < 1 or not config.gain >= 0 or config.limit < 1:

@@ -16,6 +16,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.trigger import FigureTrigger
+from dynmoe.growth.triggers.plateau import PlateauTrigger
 from dynmoe.moe import MoELayer
 
 FIGURE = {
@@ -271,7 +272,8 @@ class _Naive:
         plugin.before_training_iteration(self)
         x, y = torch.stack([x for x, _ in self.data]), torch.tensor([y for _, y in self.data])
         self.optimizer.zero_grad()
-        self.loss = nn.functional.cross_entropy(self.model(x), y)
+        self.mb_output, self.mb_y = self.model(x), y
+        self.loss = nn.functional.cross_entropy(self.mb_output, y)
         self.loss.backward()
         plugin.after_backward(self)
         self.norm = math.sqrt(sum(float(p.grad.square().sum()) for p in self.model.parameters()))
@@ -331,3 +333,32 @@ def test_a_restored_plugin_goes_on_with_the_latest_figures(name):
         one.before_training_iteration(strategy)
     assert one.state_dict()["latest"] == plugin.state_dict()["latest"]
     assert other.controller.trigger.state_dict() == plugin.controller.trigger.state_dict()
+
+
+def test_the_score_of_a_plateau_is_the_accuracy_on_the_latest_minibatches(monkeypatch):
+    """Before their update; the same at a task's start; kept by a checkpoint."""
+    monkeypatch.setattr("cl_benchmarks.growth_plugin.SCORE_STEPS", 3)
+    model = _network()
+    controller = GrowthController(model, trigger=PlateauTrigger.Config(patience=10**6))
+    seen: list[Signals] = []
+    original = controller.trigger.fires
+    monkeypatch.setattr(controller.trigger, "fires", lambda s: seen.append(s) or original(s))
+    plugin, strategy = GrowthPlugin(controller), _Naive(model)
+    strategy.optimizer.param_groups[0]["lr"] = 3.0  # so that the accuracy moves
+    x, y = zip(*strategy.data, strict=True)
+    plugin.before_training_exp(strategy)
+    accuracies = []
+    for _ in range(5):
+        with torch.no_grad():
+            right = [int(model(image[None]).argmax()) == label
+                     for image, label in zip(x, y, strict=True)]  # fmt: skip
+        accuracies.append(sum(right) / len(right))
+        strategy.step(plugin)
+    other = GrowthPlugin(controller)
+    other.load_state_dict(plugin.state_dict())
+    other.before_training_exp(strategy)
+    assert len(set(accuracies)) > 1
+    latest = [accuracies[max(0, n - 3) : n] for n in (1, 2, 3, 4, 5)]
+    expected = [math.nan, math.nan, *(sum(a) / len(a) for a in latest)]
+    assert [s.score for s in seen] == pytest.approx(expected, nan_ok=True)
+    assert seen[0].loss is None
