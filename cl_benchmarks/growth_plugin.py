@@ -88,7 +88,7 @@ class GrowthPlugin:
         self._latest = dict(state["latest"])
         self._accuracies = list(state["accuracies"])
 
-    def _score(self) -> dict[str, float]:
+    def _score(self) -> dict[str, Any]:
         """The score, also where a task starts: a jump of it there is what is to be seen."""
         if "score" not in self.controller.trigger.needs:
             return {}

@@ -3,17 +3,15 @@
     python -m dynmoe.study --list
     python -m dynmoe.study granularity --preset laptop
 
-Runs are runs of `dynmoe.cl` or `dynmoe.rl`, each in a folder of its own, several at a time. The
-folder is named after the run's settings, so that studies share what they have in common. Finished
-runs are read, unfinished ones resumed: a study can be stopped and started again at will.
+Runs are runs of the command that the study is about, each in a folder of its own, several at a
+time. The folder is named after the run's settings, so that studies share what they have in common.
+Finished runs are read, unfinished ones resumed: a study can be stopped and started again at will.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,10 +19,10 @@ from typing import Annotated
 import tyro
 
 from dynmoe import registry
-from dynmoe.config import digest, parse, run_command
+from dynmoe.config import run_command
 from dynmoe.errors import UserError
-from dynmoe.jobs import Job, make_job, run_jobs
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.jobs import Job, run_jobs
+from dynmoe.study_design import VIEWS, Preset, Results, Study
 
 SEARCH_SEED = 1000
 """Searches use a seed that no reported run has."""
@@ -78,6 +76,7 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
     """
     from dynmoe.study_report import report
 
+    view = VIEWS[study.command]
     seeds = config.seeds or study.seeds[config.preset]
     variants = dict(study.variants(config.preset))
     chosen: dict[str, dict[str, str]] = {}
@@ -87,8 +86,8 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
         chosen[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
     jobs = {
         stream: {
-            label: _jobs(study, config, f"{stream}, {label}", own, [*shlex.split(common), *flags],
-                         range(seeds))
+            label: view.jobs([*shlex.split(own), *shlex.split(common), *flags], list(range(seeds)),
+                             config.runs_dir, f"{stream}, {label}")
             for label, own in chosen[stream].items()
         }
         for stream, common in study.streams(config.preset).items()
@@ -98,36 +97,27 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
     results = Results(
         {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
         {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
+        view,
     )
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"
     report(study, config.preset, seeds, flags, chosen, results, out)
 
 
-def _jobs(
-    study: Study, config: Config, label: str, own: str, common: list[str], seeds: Iterable[int]
-) -> list[Job]:
-    """One run per seed, named after the settings that the flags amount to."""
-    argv = [*shlex.split(own), *common]
-    presets = importlib.import_module(f"dynmoe.{study.command}").presets()
-    _, settings = parse(presets, argv, f"python -m dynmoe.{study.command}", "")
-    name = f"studies/{settings.method.part.name}-{digest(settings)}"
-    return [make_job(study.command, name, argv, seed, config.runs_dir, label) for seed in seeds]
-
-
 def _search(study: Study, config: Config, stream: str, base: list[str]) -> dict[str, str]:
-    """The best flags of each variant that is searched, by mean train accuracy on a seed apart."""
+    """The best flags of each variant that is searched, by the mean metric on a seed apart."""
+    view = VIEWS[study.command]
     trials = {
         label: {
-            own: _jobs(study, config, f"{stream}, {label} of {own}", own, base, [SEARCH_SEED])[0]
+            own: view.jobs([*shlex.split(own), *base], [SEARCH_SEED], config.runs_dir,
+                           f"{stream}, {label} of {own}")[0]
             for own in choices
         }
         for label, choices in study.searches(config.preset).items()
-    }
+    }  # fmt: skip
     run_jobs([job for t in trials.values() for job in t.values()], config.jobs, "search")
 
     def score(job: Job) -> float:
-        rows = job.summary()["tasks"]
-        return sum(row["train_accuracy"] for row in rows) / len(rows)
+        return view.value(job.summary(), view.metric, "mean")
 
     return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
 

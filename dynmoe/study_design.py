@@ -13,23 +13,27 @@ from typing import Any, ClassVar, Literal
 
 from dynmoe.registry import Part
 from dynmoe.stats import Interval, bootstrap_interval, paired_difference, probability_of_improvement
+from dynmoe.study_views.returns import Returns
+from dynmoe.study_views.tasks import Tasks
+from dynmoe.study_views.view import At, View
 
 Preset = Literal["laptop", "paper"]
-At = Literal["first", "last", "mean"]
-"""of the tasks of a stream"""
+Command = Literal["cl", "rl"]
+VIEWS: dict[Command, View] = {"cl": Tasks(), "rl": Returns()}
+"""Command -> how its runs are made, read and drawn."""
 
 
 class Study(Part, ABC, kind="study"):
     """Base of all studies. The first line of a study's docstring is its question.
 
     Attributes:
-        command: "cl" or "rl".
+        command: whose runs are compared.
         seeds: for each preset.
         more_seeds: what a verdict at the laptop's seeds cannot settle; empty if nothing.
         tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
     """
 
-    command: ClassVar[Literal["cl", "rl"]] = "cl"
+    command: ClassVar[Command] = "cl"
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
     more_seeds: ClassVar[str] = ""
     tags: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -57,12 +61,13 @@ class Study(Part, ABC, kind="study"):
 
 @dataclass(frozen=True)
 class Results:
-    """All finished runs of a study."""
+    """All finished runs of a study. A metric that is not named is the view's own."""
 
     runs: dict[str, dict[str, list[dict[str, Any]]]]
     """stream -> variant -> summaries, one per seed"""
     folders: dict[str, dict[str, list[Path]]]
     """stream -> variant -> run folders, one per seed"""
+    view: View = VIEWS["cl"]
 
     @property
     def streams(self) -> list[str]:
@@ -73,14 +78,10 @@ class Results:
         """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
         return [[task[metric] for task in run["tasks"]] for run in self.runs[stream][variant]]
 
-    def values(
-        self, stream: str, variant: str, metric: str = "train_accuracy", at: At = "last"
-    ) -> list[float]:
-        """[S] one number per seed; `final_return` is the score of an agent."""
-        if metric == "final_return":
-            return [run["final_return"] for run in self.runs[stream][variant]]
-        chosen = {"first": lambda v: v[0], "last": lambda v: v[-1], "mean": lambda v: _mean(v)}[at]
-        return [chosen(v) for v in self.tasks(stream, variant, metric)]
+    def values(self, stream: str, variant: str, metric: str = "", at: At = "last") -> list[float]:
+        """[S] one number per seed."""
+        runs = self.runs[stream][variant]
+        return [self.view.value(run, metric or self.view.metric, at) for run in runs]
 
     def scalars(self, stream: str, variant: str, tag: str) -> list[list[float]]:
         """[S][points] of a tag in the runs' logs, in order of time."""
@@ -91,7 +92,7 @@ class Results:
         stream: str,
         a: str,
         b: str,
-        metric: str = "train_accuracy",
+        metric: str = "",
         at: At = "last",
     ) -> Interval:
         """Mean of a - b over seeds, paired by seed, with its 95 % bootstrap interval."""
@@ -104,7 +105,7 @@ class Results:
         stream: str,
         a: str,
         b: str,
-        metric: str = "train_accuracy",
+        metric: str = "",
         at: At = "last",
     ) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
@@ -112,14 +113,14 @@ class Results:
         chance = probability_of_improvement(
             self.values(stream, a, metric, at), self.values(stream, b, metric, at)
         )
-        share = metric != "final_return"
-        factor, unit = (100, " points") if share else (1, "")
-        what = f"{metric.replace('_', ' ')}, {at} task" if share else "final return"
+        metric = metric or self.view.metric
+        factor, unit, digits = self.view.unit(metric)
         low, high = factor * gap.low, factor * gap.high
         word = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
         return (
-            f"{stream}: {a} against {b}: {factor * gap.point:+.1f}{unit} [{low:.1f}, {high:.1f}], "
-            f"{word} ({what}; better with probability {chance.point:.2f})."
+            f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
+            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({self.view.describe(metric, at)}; "
+            f"better with probability {chance.point:.2f})."
         )
 
     def kept(self, stream: str, variant: str, metric: str = "train_accuracy") -> str:
@@ -133,9 +134,7 @@ class Results:
             f"{high:.1f}], {word} ({metric.replace('_', ' ')})."
         )
 
-    def interval(
-        self, stream: str, variant: str, metric: str = "train_accuracy", at: At = "last"
-    ) -> Interval:
+    def interval(self, stream: str, variant: str, metric: str = "", at: At = "last") -> Interval:
         """Mean over seeds with its 95 % bootstrap interval."""
         return bootstrap_interval(self.values(stream, variant, metric, at), "mean")
 
@@ -148,7 +147,3 @@ def logged(folder: Path, tag: str) -> list[float]:
         if isinstance(value, int | float):
             found.append(float(value))
     return found
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

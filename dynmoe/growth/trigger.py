@@ -27,8 +27,8 @@ class Signals:
     """share of environments that were in each stage (a Craftax floor) since the last ask; the first
     is the stage where all begin; empty in loops without stages"""
     score: float | None = None
-    """figure of merit of late, higher is better: mean episode return in reinforcement learning, mean
-    accuracy on the latest 100 minibatches, before they are learnt, in continual learning"""
+    """figure of merit of late, higher is better: mean episode return in reinforcement learning;
+    mean accuracy on the latest 100 minibatches, before they are learnt, in continual learning"""
     loss: float | None = None
     """of the latest training step: the whole training loss in continual learning, the mean value
     loss of the update in reinforcement learning"""

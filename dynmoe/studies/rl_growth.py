@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.study_design import Command, Preset, Results, Study
 
 
 class RLGrowth(Study, name="rl-growth", source="Kim 2025 (arXiv 2511.18987)"):
     """Does a PPO agent that grows from one to two experts beat one or two from the start?"""
 
-    command: ClassVar[Literal["cl", "rl"]] = "rl"
+    command: ClassVar[Command] = "rl"
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """Craftax-Classic pixels on a laptop; full Craftax with the paper's preset."""
@@ -31,7 +31,7 @@ class RLGrowth(Study, name="rl-growth", source="Kim 2025 (arXiv 2511.18987)"):
     def verdict(self, results: Results) -> list[str]:
         """The growing agent against each other one."""
         return [
-            results.says(stream, "1 -> 2 experts", other, metric="final_return")
+            results.says(stream, "1 -> 2 experts", other)
             for stream in results.streams
             for other in ("1 expert", "2 experts", "wide", "dense")
         ]

@@ -1,0 +1,1 @@
+"""How studies run each command, and read, tabulate and draw its runs: one file per command."""
