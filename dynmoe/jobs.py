@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -78,7 +80,7 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
     with (
         _sigterm_raises(),
         Progress(console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(processes, context, _set_stop, (stop,)) as pool,
+        ProcessPoolExecutor(processes, context, _begin_worker, (stop,)) as pool,
     ):
         bar = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo))
         futures = {pool.submit(_run_one, job): job for job in todo}
@@ -123,9 +125,18 @@ _stop: Any = None
 """In a worker: an event, set when no further run is to begin."""
 
 
-def _set_stop(stop: Any) -> None:
+def _begin_worker(stop: Any) -> None:
     global _stop
     _stop = stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, even killed: it would go on and keep runs locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_one(job: Job) -> tuple[str, int] | None:
