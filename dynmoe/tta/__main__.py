@@ -24,16 +24,17 @@ and cached; smoke: the same in seconds; imagenet: real sets (--data-dir DIR) and
 
 def presets() -> dict[str, Config]:
     """Ready settings by name; the first is the default."""
-    laptop = Config(threads=1, lr_scale=LAPTOP_LR, batch_size=32)
+    laptop = Config(threads=1, seeds=5, lr_scale=LAPTOP_LR, batch_size=32)
     smoke = replace(
         laptop,
         streams=("potpourri+",),
         seeds=1,
+        jobs=1,
         batch_size=16,
         embedded=EmbeddedConfig(classes=4, size=16, train_per_class=20, test_per_class=4),
         vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
     )
-    imagenet = Config(data="imagenet", window=100)
+    imagenet = Config(data="imagenet", window=100, jobs=1)
     return {"laptop": laptop, "smoke": smoke, "imagenet": imagenet}
 
 

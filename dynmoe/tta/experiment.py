@@ -1,13 +1,13 @@
-"""One comparison of methods of test-time adaptation: every method, stream and seed is a run."""
+"""All runs of a comparison: every method, stream and seed, and what they add up to."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,44 +15,84 @@ from torch import Tensor, nn
 from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
 from cl_benchmarks.shifts.source import STREAMS, ShiftSource, make_stream
-from cl_benchmarks.shifts.stream import Stream
-from dynmoe import seeding
-from dynmoe.device import resolve
+from dynmoe.config import from_dict, to_dict
+from dynmoe.device import make_deterministic, resolve
 from dynmoe.errors import UserError, unknown
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
-from dynmoe.tta.adapter import Adapter
+from dynmoe.jobs import Job, run_jobs
 from dynmoe.tta.alignment import alignment
-from dynmoe.tta.diagnostics import expert_similarity, use_of_experts
 from dynmoe.tta.report import report
 from dynmoe.tta.settings import Config
 from dynmoe.tta.source_model import embedded_model, keep_classes, normalise, timm_model
-from dynmoe.tta.tally import Tally
-from dynmoe.tta.variants import few_class_options, for_run, parse_variant
+from dynmoe.tta.trial import make_adapter, open_run, run_method, safe, shifted
+from dynmoe.tta.variants import few_class_options, parse_variant
 
-LEAST = {"seeds": 1, "batch_size": 1, "window": 1, "lr_scale": 0.0, "threads": 0,
-         "alignment": 0}  # fmt: skip
+LEAST = {"seeds": 1, "jobs": 1, "batch_size": 1, "window": 1, "lr_scale": 0.0, "threads": 0,
+         "routing_batches": 0, "alignment": 0}  # fmt: skip
 """Setting -> the smallest value that can work. Methods check their own options."""
+
+Trials = dict[str, dict[str, list[Config]]]
+"""method's label -> stream -> settings of one run each, one per seed"""
 
 
 def run_all(preset: str, config: Config) -> None:
-    """Run every method on every stream with every seed; then results.json, table and figure."""
+    """Run every method on every stream with every seed; then results.json, tables and figures.
+
+    Raises:
+        UserError: settings, data or methods that cannot work, told before any run begins.
+    """
     _check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     source, model = make_source(config)
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for label, one in variants(config, source.num_classes).items():
-        runs[label] = {}
-        for stream in config.streams:
-            for seed in range(config.seed, config.seed + config.seeds):
-                name = f"{config.name}-{_safe(label)}-{_safe(stream)}" if config.name else None
-                settings = replace(one, streams=(stream,), seed=seed, name=name)
-                summary = run_method(preset, settings, source, copy.deepcopy(model))
-                runs[label].setdefault(stream, []).append(summary)
-    folder = Path(config.runs_dir) / "tta" / (config.name or preset)
+    methods = variants(config, source.num_classes)
+    for stream in config.streams:  # what is missing shows now, and the cache is filled
+        shifted(replace(config, streams=(stream,)), source)
+    for one in methods.values():
+        make_adapter(one, copy.deepcopy(model))
+    trials = _trials(config, methods)
+    jobs = {label: {stream: [_job(preset, label, one) for one in own]
+                    for stream, own in streams.items()}
+            for label, streams in trials.items()}  # fmt: skip
+    flat = [job for streams in jobs.values() for own in streams.values() for job in own]
+    settings = [one for streams in trials.values() for own in streams.values() for one in own]
+    alone = config.jobs == 1 or len(flat) == 1
+    for one, job in zip(settings, flat, strict=True):
+        if alone or job.done:  # a finished run is opened too, to see that its settings are ours
+            run_method(preset, one, source, copy.deepcopy(model))
+    run_jobs(flat, config.jobs, "tta")
     cosines = None
     if config.alignment and len(STREAMS[config.streams[-1]]) > 1:
         cosines = domain_alignment(config, source, copy.deepcopy(model))
-    report(folder, source.name, config, runs, cosines)
+    summaries = {label: {stream: [job.summary() for job in own] for stream, own in streams.items()}
+                 for label, streams in jobs.items()}  # fmt: skip
+    folder = Path(config.runs_dir) / "tta" / (config.name or preset)
+    report(folder, source.name, config, summaries, cosines)
+
+
+def main(argv: list[str]) -> None:
+    """One run in a process of its own: argv is the preset and the settings as JSON."""
+    preset, settings = argv
+    config = from_dict(Config, json.loads(settings))
+    run_method(preset, config, *make_source(config))
+
+
+def _trials(config: Config, methods: dict[str, Config]) -> Trials:
+    """The settings of all runs. Each goes on from where it was stopped, which is never wrong."""
+    seeds = range(config.seed, config.seed + config.seeds)
+
+    def trial(label: str, one: Config, stream: str, seed: int) -> Config:
+        name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
+        return replace(one, streams=(stream,), seed=seed, name=name, resume=True)
+
+    return {label: {stream: [trial(label, one, stream, seed) for seed in seeds]
+                    for stream in config.streams}
+            for label, one in methods.items()}  # fmt: skip
+
+
+def _job(preset: str, label: str, config: Config) -> Job:
+    label = f"{label}, {config.streams[0]}, seed {config.seed}"
+    argv = (preset, json.dumps(to_dict(config)))
+    return Job(label, "tta.experiment", argv, open_run(preset, config).folder)
 
 
 def variants(config: Config, classes: int) -> dict[str, Config]:
@@ -106,6 +146,7 @@ def domain_alignment(
 ) -> dict[str, dict[str, float]]:
     """Cosines between the gradients of the last stream's domains at the trained model, by name."""
     device, size = resolve(config.device), config.batch_size
+    make_deterministic(device)
     model = model.to(device)
     stream = make_stream(source, config.streams[-1], "sequential", config.severity, size,
                          config.seed, config.alignment * size)  # fmt: skip
@@ -122,108 +163,6 @@ def domain_alignment(
             for name, row in zip(stream.names, cosines, strict=True)}  # fmt: skip
 
 
-def run_method(
-    preset: str, config: Config, source: ShiftSource, model: nn.Module
-) -> dict[str, Any]:
-    """Adapt a model along one stream, or read what an earlier run of the same settings found.
-
-    Args:
-        preset: part of the run's name.
-        config: one stream, one seed.
-        source: the images.
-        model: the trained model; changed in place.
-
-    Returns:
-        the run's summary.
-    """
-    label = f"{config.method.part.name}-{_safe(config.streams[0])}"
-    with Run("tta", preset, config, label=label) as run:
-        if run.summary is None:
-            run.finish(_adapt(run, config, source, model.to(run.device)))
-        assert run.summary is not None
-        return run.summary
-
-
-def _adapt(run: Run, config: Config, source: ShiftSource, model: nn.Module) -> dict[str, Any]:
-    """The whole stream, from the start or from the run's checkpoint; returns the summary."""
-    stream = make_stream(source, config.streams[0], config.order, config.severity,
-                         config.batch_size, config.seed, config.limit)  # fmt: skip
-    method = for_run(config.method, config.lr_scale, config.seed, model)
-    adapter: Adapter = method.build(model)
-    tally, history, start = Tally(stream.names, config.window), [], 0
-    if run.restored is not None:
-        start, history = run.restored["batch"], run.restored["history"]
-        tally.load_state_dict(run.restored["tally"])
-        adapter.load_state_dict(run.restored["adapter"])
-    elif adapter.source_images:
-        adapter.observe_source(_source_batches(config, source, adapter.source_images, run.device))
-    with ProgressLine(f"{config.method.part.name}, {config.streams[0]}", len(stream)) as progress:
-        progress.start_at(start)
-        for number in range(start, len(stream)):
-            batch = stream.batch(number)
-            images = normalise(batch.images.to(run.device), source.mean, source.std)
-            logits = adapter(images)
-            if tally.add(logits, batch.labels, batch.domains):
-                history.append(_log(run, number + 1, tally, adapter))
-            if progress.due(number + 1):
-                progress.update(number + 1, accuracy=tally.accuracy)
-            if run.checkpoint_due():
-                run.checkpoint(number + 1, {
-                    "batch": number + 1, "tally": tally.state_dict(), "history": history,
-                    "adapter": dict(adapter.state_dict()),
-                })  # fmt: skip
-    return _summary(config, source, stream, adapter, tally, history)
-
-
-def _log(run: Run, step: int, tally: Tally, adapter: Adapter) -> dict[str, Any]:
-    """Write down a window's accuracy and what the experts do; returns the latter."""
-    use = use_of_experts(adapter)
-    scalars = {"accuracy/window": tally.curve[-1], "accuracy/so far": tally.accuracy,
-               "adapter/skipped": float(adapter.skipped)}  # fmt: skip
-    scalars |= {f"routing/{key}": value for key, value in use.items()}
-    similar = expert_similarity(adapter)
-    known = [s for s in similar if s is not None]
-    if known:
-        scalars["experts/similarity"] = sum(known) / len(known)
-    run.log.scalars(step, scalars)
-    return {"batch": step, **use, **({"similarity": similar} if similar else {})}
-
-
-def _summary(
-    config: Config,
-    source: ShiftSource,
-    stream: Stream,
-    adapter: Adapter,
-    tally: Tally,
-    history: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """What summary.json holds: nothing that changes from run to run."""
-    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    return {
-        "method": config.method.part.name, "data": source.name, "stream": config.streams[0],
-        "order": config.order, "seed": config.seed, "images": stream.num_images,
-        "accuracy": tally.accuracy, "domains": tally.domains(), "curve": tally.curve,
-        "steps": adapter.steps, "skipped": adapter.skipped, "trained": trained, "history": history,
-    }  # fmt: skip
-
-
-def _source_batches(
-    config: Config, source: ShiftSource, count: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Clean images, a random choice: training images where there are some, else validation's."""
-    generator = seeding.generator(config.seed, "source-images")
-    if isinstance(source, Embedded):
-        images = source.training_images()[0]
-        chosen = torch.randperm(len(images), generator=generator)[:count]
-        parts = (images[part] for part in chosen.split(config.batch_size))
-    else:
-        clean = source.other("clean")
-        chosen = torch.randperm(len(clean), generator=generator)[:count]
-        parts = (clean.images(part.tolist()) for part in chosen.split(config.batch_size))
-    for part in parts:
-        yield normalise(part.to(device), source.mean, source.std)
-
-
 def _check(config: Config) -> None:
     """Refuse settings that cannot work before any work is done."""
     for name, least in LEAST.items():
@@ -238,8 +177,3 @@ def _check(config: Config) -> None:
     if config.data == "embedded" and "validation" in config.streams:
         raise UserError("the stream validation needs --data imagenet: its corruptions have no "
                         "32-pixel version")  # fmt: skip
-
-
-def _safe(text: str) -> str:
-    """A label as part of a folder's name."""
-    return "".join(c if c.isalnum() or c in "+._-" else "-" for c in text)

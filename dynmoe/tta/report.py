@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.config import identity
 from dynmoe.figures import COLORS
 from dynmoe.files import write_atomic, write_json
-from dynmoe.stats import bootstrap_interval, paired_difference
+from dynmoe.stats import Interval, bootstrap_interval, paired_difference
 from dynmoe.tta.settings import Config
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def report(
     _print_streams(runs, f"{title}; accuracy in %", config.seeds)
     _print_domains(runs, config.streams[-1], config.seeds)
     _print_experts(runs)
+    _print_routings(runs, config.routing_batches)
     if alignment is not None:
         pairs = [row[b] for a, row in alignment.items() for b in row if a != b]
         print(f"gradients of {config.streams[-1]}'s domains at the source model: mean cosine "
@@ -191,6 +193,33 @@ def _print_experts(runs: Runs) -> None:
                "mean over layers and seeds; balance 1 is even, 0 is one expert alone")  # fmt: skip
 
 
+def _print_routings(runs: Runs, batches: int) -> None:
+    """The learned routing against others; methods that have experts in their LayerNorms."""
+    names = ("learned", "random", "busiest", "best")
+    rows = []
+    for label, by_stream in runs.items():
+        for stream, seeds in by_stream.items():
+            found = [s["routings"] for s in seeds]
+            if all(found):
+                cells = [_routing([f[name] for f in found]) for name in names]
+                learned, random = ([f[name]["accuracy"] for f in found] for name in names[:2])
+                gap = paired_difference(learned, random)
+                rows.append((label, stream, *cells, f"{100 * gap.point:+.1f}{_ends(gap)}"))
+    if rows:
+        columns = ("method", "stream", *names[:3], "best single", "learned - random")
+        _print(f"routing compared on the last {batches} batches: accuracy in % (loss in nats)",
+               columns, rows, "mean over seeds [95 % bootstrap interval]; random: any expert for "
+               "any image; busiest, best single: one expert per layer for all")  # fmt: skip
+
+
+def _routing(scores: list[dict[str, float | None]]) -> str:
+    """Mean accuracy and loss; a loss that was not finite is None."""
+    accuracy = sum(s["accuracy"] or 0.0 for s in scores) / len(scores)
+    losses = [s["loss"] for s in scores if s["loss"] is not None]
+    loss = f"{sum(losses) / len(losses):.2f}" if len(losses) == len(scores) else "not finite"
+    return f"{100 * accuracy:.1f} ({loss})"
+
+
 def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -205,7 +234,11 @@ def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], ca
 
 def _cell(values: list[float]) -> str:
     interval = bootstrap_interval(values, "mean")
-    ends = "" if interval.low != interval.low else (
-        f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    )  # fmt: skip
-    return f"{100 * interval.point:.1f}{ends}"
+    return f"{100 * interval.point:.1f}{_ends(interval)}"
+
+
+def _ends(interval: Interval) -> str:
+    """Both ends in points; empty for a single seed, which has none."""
+    if math.isnan(interval.low):
+        return ""
+    return f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

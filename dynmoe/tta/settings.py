@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,8 @@ class Config(RunConfig):
     seeds: int = place(3)
     """runs of each method and stream, with seeds `seed`, `seed` + 1, ...; a seed decides the
     stream's images and order and what the method draws"""
+    jobs: int = place(os.cpu_count() or 1)
+    """runs at a time, each a process; the results do not depend on it"""
     order: Literal["mixed", "sequential", "gradual"] = "mixed"
     """mixed: all images shuffled together; sequential: one domain after another; gradual: the same
     with severities 1 2 3 4 5 4 3 2 1 in each corruption"""
@@ -85,6 +88,9 @@ class Config(RunConfig):
     vit: SmallVit = field(default_factory=SmallVit)
     window: int = 5
     """batches whose accuracy makes one point of the curves"""
+    routing_batches: int = 10
+    """batches at the end of a stream on which the learned routing is compared with others, at the
+    weights that the stream has left; 0: none"""
     alignment: int = place(2)
     """batches of each domain of the last stream whose gradients are compared at the source model
     (Tent's loss); 0: none"""

@@ -37,7 +37,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _run(runs: Path, flags: str) -> int:
-    return exit_code(main, f"{SMALL} --compare --runs-dir {runs} {flags}".split())
+    alone = "" if "--compare" in flags else "--compare"
+    return exit_code(main, f"{SMALL} {alone} --runs-dir {runs} {flags}".split())
 
 
 def _folder(runs: Path) -> Path:
@@ -101,6 +102,68 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (folder / "results.json").read_bytes() == before
 
 
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    flags = "--streams clean classical --seeds 2 --compare deyo --routing-batches 2"
+    results = {}
+    for jobs in (1, 2):
+        argv = f"{SMALL} --runs-dir {tmp_path / str(jobs)} {flags} --jobs {jobs}".split()
+        assert exit_code(main, argv) == 0
+        results[jobs] = (tmp_path / str(jobs) / "tta" / "x" / "results.json").read_bytes()
+    assert results[1] == results[2]
+    one = sorted((tmp_path / "1").rglob("seed-*"))
+    two = sorted((tmp_path / "2").rglob("seed-*"))
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        for name in ("log.jsonl", "summary.json"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+        assert (b / "output.txt").is_file()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_name_that_another_setting_has(
+    jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, "--seeds 2 --method tent --alignment 0") == 0
+    assert _run(tmp_path, f"--seeds 2 --method tent --method.lr 0.1 --jobs {jobs}") == 2
+    assert "other settings (method.lr: 0.0005 -> 0.1)" in error_line(capsys.readouterr().err)
+
+
+def test_the_routing_is_compared_without_a_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the last batches, at the final weights; the adapted run is bit for bit the same."""
+    seen, states, logs = {}, {}, {}
+    for batches in (0, 2):
+        assert _run(tmp_path / str(batches), f"--routing-batches {batches} "
+                    "--compare tent --checkpoint-every-s 0 --alignment 0") == 0  # fmt: skip
+        (folder,) = (tmp_path / str(batches) / "tta").glob("x-moetta-*/seed-0")
+        seen[batches] = json.loads((folder / "summary.json").read_text())
+        states[batches] = checkpoint.load_latest(folder / "checkpoints")
+        logs[batches] = (folder / "log.jsonl").read_bytes()
+        assert ("learned - random" in capsys.readouterr().out) == (batches > 0)
+    assert seen[0].pop("routings") == {} and logs[0] == logs[2]
+    routings = seen[2].pop("routings")
+    assert seen[0] == seen[2]
+    assert_same(states[0], states[2])
+    assert set(routings) == {"learned", "random", "busiest", "best"}
+    assert all((row["accuracy"] * 28) % 1 == 0 for row in routings.values())  # 16 and 12 images
+    assert 0 <= routings["best"]["expert"] < 9
+    results = json.loads((tmp_path / "2" / "tta" / "x" / "results.json").read_text())
+    assert results["methods"]["moetta"]["potpourri+"]["seeds"][0]["routings"] == routings
+    assert results["methods"]["tent"]["potpourri+"]["seeds"][0]["routings"] == {}
+
+
+@pytest.mark.parametrize(
+    "variant", ["mgtta", "deyo:grid=0", "moetta:keep=9", "tent:lr=0", "sar:rho=-1"]
+)
+def test_a_method_that_cannot_run_is_told_before_any_run(
+    variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, f"--compare noadapt {variant}") == 2
+    assert variant.split(":")[0] in error_line(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -114,6 +177,8 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--compare tent:lr", "name:option=value"),
         ("--severity 6", "severity 6"),
         ("--seeds 0", "--seeds 0"),
+        ("--jobs 0", "--jobs 0"),
+        ("--routing-batches -1", "--routing-batches -1"),
         ("--batch-size 0", "--batch-size 0"),
         ("--lr-scale nan", "--lr-scale nan"),
         ("--limit 0", "limit 0"),
