@@ -6,6 +6,7 @@ Shapes: S seeds, T tasks. Accuracies are shares in 0..1, differences are given i
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any, ClassVar, Literal
 
 from dynmoe.registry import Part
 from dynmoe.stats import Interval, bootstrap_interval, paired_difference, probability_of_improvement
+from dynmoe.study_views.domains import Domains
 from dynmoe.study_views.returns import Returns
+from dynmoe.study_views.shifts import Shifts
 from dynmoe.study_views.tasks import Tasks
 from dynmoe.study_views.view import At, View
 
 Preset = Literal["laptop", "paper"]
-Command = Literal["cl", "rl"]
-VIEWS: dict[Command, View] = {"cl": Tasks(), "rl": Returns()}
+Command = Literal["cl", "rl", "tta", "dg"]
+VIEWS: dict[Command, View] = {"cl": Tasks(), "rl": Returns(), "tta": Shifts(), "dg": Domains()}
 """Command -> how its runs are made, read and drawn."""
 
 
@@ -61,7 +64,7 @@ class Study(Part, ABC, kind="study"):
 
 @dataclass(frozen=True)
 class Results:
-    """All finished runs of a study. A metric that is not named is the view's own."""
+    """All finished runs of a study. Where metric or tasks are not named, they are the view's."""
 
     runs: dict[str, dict[str, list[dict[str, Any]]]]
     """stream -> variant -> summaries, one per seed"""
@@ -78,10 +81,13 @@ class Results:
         """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
         return [[task[metric] for task in run["tasks"]] for run in self.runs[stream][variant]]
 
-    def values(self, stream: str, variant: str, metric: str = "", at: At = "last") -> list[float]:
+    def values(
+        self, stream: str, variant: str, metric: str = "", at: At | None = None
+    ) -> list[float]:
         """[S] one number per seed."""
         runs = self.runs[stream][variant]
-        return [self.view.value(run, metric or self.view.metric, at) for run in runs]
+        metric, at = metric or self.view.metric, at or self.view.at
+        return [self.view.value(run, metric, at) for run in runs]
 
     def scalars(self, stream: str, variant: str, tag: str) -> list[list[float]]:
         """[S][points] of a tag in the runs' logs, in order of time."""
@@ -93,7 +99,7 @@ class Results:
         a: str,
         b: str,
         metric: str = "",
-        at: At = "last",
+        at: At | None = None,
     ) -> Interval:
         """Mean of a - b over seeds, paired by seed, with its 95 % bootstrap interval."""
         return paired_difference(
@@ -106,14 +112,14 @@ class Results:
         a: str,
         b: str,
         metric: str = "",
-        at: At = "last",
+        at: At | None = None,
     ) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
         gap = self.difference(stream, a, b, metric, at)
         chance = probability_of_improvement(
             self.values(stream, a, metric, at), self.values(stream, b, metric, at)
         )
-        metric = metric or self.view.metric
+        metric, at = metric or self.view.metric, at or self.view.at
         factor, unit, digits = self.view.unit(metric)
         low, high = factor * gap.low, factor * gap.high
         word = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
@@ -123,20 +129,27 @@ class Results:
             f"better with probability {chance.point:.2f})."
         )
 
-    def kept(self, stream: str, variant: str, metric: str = "train_accuracy") -> str:
-        """One sentence: does a variant hold the level of its first task to the last?"""
+    def kept(self, stream: str, variant: str, metric: str = "") -> str:
+        """One sentence: does a variant hold its first level to the end of the stream?"""
+        metric = metric or self.view.metric
         first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
         gap = paired_difference(last, first)
-        point, low, high = (100 * x for x in gap)
+        factor, unit, digits = self.view.unit(metric)
+        point, low, high = (factor * x for x in gap)
         word = "gains" if low > 0 else "loses" if high < 0 else "no change seen"
         return (
-            f"{stream}: {variant} from first to last task: {point:+.1f} points [{low:.1f}, "
-            f"{high:.1f}], {word} ({metric.replace('_', ' ')})."
+            f"{stream}: {variant} from {self.view.span}: {point:+.{digits}f}{unit} "
+            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({metric.replace('_', ' ')})."
         )
 
-    def interval(self, stream: str, variant: str, metric: str = "", at: At = "last") -> Interval:
-        """Mean over seeds with its 95 % bootstrap interval."""
-        return bootstrap_interval(self.values(stream, variant, metric, at), "mean")
+    def interval(
+        self, stream: str, variant: str, metric: str = "", at: At | None = None
+    ) -> Interval:
+        """Mean over seeds with its 95 % bootstrap interval; nan where a run lacks the metric."""
+        values = self.values(stream, variant, metric, at)
+        if any(map(math.isnan, values)):
+            return Interval(math.nan, math.nan, math.nan)
+        return bootstrap_interval(values, "mean")
 
 
 def logged(folder: Path, tag: str) -> list[float]:

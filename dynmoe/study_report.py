@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def _commit() -> str | None:
 
 
 def _cell(interval: Interval, factor: float, digits: int) -> str:
+    """Point and ends; nothing where the metric is not known."""
+    if math.isnan(interval.point):
+        return ""
     point, low, high = (factor * x for x in interval)
     ends = "" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{point:.{digits}f}{ends}"
+    return f"{point:,.{digits}f}{ends}"

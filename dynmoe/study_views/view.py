@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dynmoe.study_design import Results
 
 At = Literal["first", "last", "mean"]
-"""of the tasks of a stream, where there are tasks"""
+"""part of a stream: its first task, its last task, or all; views of others say what it means"""
 
 
 class View(ABC):
@@ -21,11 +21,15 @@ class View(ABC):
 
     Attributes:
         metric: what a verdict is about, unless it names another.
+        at: the tasks that it is about, unless it names others.
+        span: from where to where in a stream gains and losses are told.
         columns: (heading, metric, at) of the tables.
         references: variants that every study of the command must have.
     """
 
     metric: ClassVar[str]
+    at: ClassVar[At] = "last"
+    span: ClassVar[str] = "first to last task"
     columns: ClassVar[tuple[tuple[str, str, At], ...]]
     references: ClassVar[tuple[str, ...]] = ()
 

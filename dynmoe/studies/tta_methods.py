@@ -1,0 +1,36 @@
+"""Test-time adaptation: all methods on all mixed streams."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dynmoe.study_design import Command, Preset, Results, Study
+
+METHODS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")
+
+
+class TTAMethods(Study, name="tta-methods", source="Fan et al. 2025 (arXiv 2511.13760), Table 1"):
+    """Does MoETTA gain more from mixed shifts than the methods before it?"""
+
+    command: ClassVar[Command] = "tta"
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 3}
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """The paper's three mixtures of domains."""
+        start = "--preset imagenet " if preset == "paper" else ""
+        return {s: f"{start}--streams {s}" for s in ("classical", "potpourri", "potpourri+")}
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Every method with its defaults; EATA also without its Fisher penalty (ETA)."""
+        return {name: f"--method {name}" for name in METHODS} | {
+            "eta": "--method eata --method.fisher-weight 0"
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """MoETTA against each; and what adapting costs on clean images."""
+        others = [name for name in self.variants("laptop") if name != "moetta"]
+        clean = results.streams[-1]
+        return [
+            *(results.says(s, "moetta", other) for s in results.streams for other in others),
+            *(results.says(clean, name, "noadapt", metric="clean") for name in ("tent", "moetta")),
+        ]
