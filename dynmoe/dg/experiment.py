@@ -36,7 +36,7 @@ def run_all(preset: str, config: Config) -> None:
         one.method.part.name: [_trial(preset, one, config.seed + i) for i in range(config.seeds)]
         for one in methods
     }
-    jobs = {name: [_job(preset, one) for one in own] for name, own in trials.items()}
+    jobs = {name: [job_of(preset, one) for one in own] for name, own in trials.items()}
     flat = [job for own in jobs.values() for job in own]
     alone = config.jobs == 1 or len(flat) == 1
     for name, own in trials.items():
@@ -84,7 +84,8 @@ def _run(preset: str, config: Config) -> Run:
     return Run("dg", preset, config, label=f"{config.method.part.name}-{config.domains.part.name}")
 
 
-def _job(preset: str, config: Config) -> Job:
+def job_of(preset: str, config: Config) -> Job:
+    """The run of these settings: one method in one trial."""
     settings = json.dumps(to_dict(config))
     label = f"{config.method.part.name}, seed {config.seed}"
     return Job(label, "dg.experiment", (preset, settings), _run(preset, config).folder)

@@ -35,14 +35,14 @@ class Domains(View):
     def jobs(self, argv: list[str], seeds: list[int], runs_dir: Path, label: str) -> list[Job]:
         """Runs in `runs_dir/dg/studies`."""
         from dynmoe.dg.__main__ import presets
-        from dynmoe.dg.experiment import check, job
+        from dynmoe.dg.experiment import check, job_of
 
         preset, config = parse(presets(), argv, "python -m dynmoe.dg", "")
         check(config)
         name = f"studies/{config.method.part.name}-{digest(config)}"
         found = [replace(config, seed=seed, name=name, runs_dir=runs_dir, resume=True)
                  for seed in seeds]  # fmt: skip
-        return [replace(job(preset, one), label=f"{label}, seed {one.seed}") for one in found]
+        return [replace(job_of(preset, one), label=f"{label}, seed {one.seed}") for one in found]
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Mean over the left-out domains."""

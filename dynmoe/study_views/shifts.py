@@ -45,14 +45,15 @@ class Shifts(View):
     def jobs(self, argv: list[str], seeds: list[int], runs_dir: Path, label: str) -> list[Job]:
         """Runs in `runs_dir/tta/studies`."""
         from dynmoe.tta.__main__ import presets
-        from dynmoe.tta.experiment import fitted, job
+        from dynmoe.tta.experiment import check, fitted, job_of, make_source
 
         preset, config = parse(presets(), argv, "python -m dynmoe.tta", "")
-        config = fitted(config)
+        check(config)
+        config = fitted(config, make_source(config)[0].num_classes)
         name = f"studies/{config.method.part.name}-{digest(config)}"
         found = [replace(config, seed=seed, name=name, runs_dir=runs_dir, resume=True)
                  for seed in seeds]  # fmt: skip
-        return [job(preset, label, one) for one in found]
+        return [job_of(preset, label, one) for one in found]
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """A number of the run, nan where it has none."""

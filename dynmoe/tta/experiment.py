@@ -40,7 +40,7 @@ def run_all(preset: str, config: Config) -> None:
     Raises:
         UserError: settings, data or methods that cannot work, told before any run begins.
     """
-    _check(config)
+    check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     source, model = make_source(config)
@@ -50,7 +50,7 @@ def run_all(preset: str, config: Config) -> None:
     for one in methods.values():
         make_adapter(one, copy.deepcopy(model))
     trials = _trials(config, methods)
-    jobs = {label: {stream: [_job(preset, label, one) for one in own]
+    jobs = {label: {stream: [job_of(preset, label, one) for one in own]
                     for stream, own in streams.items()}
             for label, streams in trials.items()}  # fmt: skip
     flat = [job for streams in jobs.values() for own in streams.values() for job in own]
@@ -89,10 +89,11 @@ def _trials(config: Config, methods: dict[str, Config]) -> Trials:
             for label, one in methods.items()}  # fmt: skip
 
 
-def _job(preset: str, label: str, config: Config) -> Job:
-    label = f"{label}, {config.streams[0]}, seed {config.seed}"
+def job_of(preset: str, label: str, config: Config) -> Job:
+    """The run of these settings: one method, one stream, one seed."""
     argv = (preset, json.dumps(to_dict(config)))
-    return Job(label, "tta.experiment", argv, open_run(preset, config).folder)
+    title = f"{label}, {config.streams[0]}, seed {config.seed}"
+    return Job(title, "tta.experiment", argv, open_run(preset, config).folder)
 
 
 def variants(config: Config, classes: int) -> dict[str, Config]:
@@ -107,13 +108,19 @@ def variants(config: Config, classes: int) -> dict[str, Config]:
     if len(set(texts)) < len(texts) or own in texts:
         raise UserError(f"--compare {' '.join(texts)}: a method is named twice ({own} runs anyway)")
     methods = {text: parse_variant(text, classes) for text in texts}
+    methods[own] = fitted(config, classes).method
+    return {label: replace(config, method=method) for label, method in methods.items()}
+
+
+def fitted(config: Config, classes: int) -> Config:
+    """The settings with the method's options for few classes, where those are at their defaults."""
+    method = config.method
     fewer = {
         option: value
-        for option, value in few_class_options(own, classes).items()
-        if getattr(config.method, option) == getattr(type(config.method)(), option)
+        for option, value in few_class_options(method.part.name, classes).items()
+        if getattr(method, option) == getattr(type(method)(), option)
     }
-    methods[own] = replace(config.method, **fewer)
-    return {label: replace(config, method=method) for label, method in methods.items()}
+    return replace(config, method=replace(method, **fewer))
 
 
 def make_source(config: Config) -> tuple[ShiftSource, nn.Module]:
@@ -163,8 +170,12 @@ def domain_alignment(
             for name, row in zip(stream.names, cosines, strict=True)}  # fmt: skip
 
 
-def _check(config: Config) -> None:
-    """Refuse settings that cannot work before any work is done."""
+def check(config: Config) -> None:
+    """Refuse settings that cannot work before any work is done.
+
+    Raises:
+        UserError: names the flag.
+    """
     for name, least in LEAST.items():
         value = getattr(config, name)
         if not value >= least:  # also refuses nan
