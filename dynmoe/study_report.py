@@ -1,16 +1,19 @@
-"""What a study leaves: results.json, a figure, a table per stream, and the verdict."""
+"""What a study leaves: results.json, a figure, and study.md with tables and verdict."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
-import subprocess
+import shlex
 from pathlib import Path
 from typing import Any
 
-from dynmoe.files import write_json
+from dynmoe.files import write_atomic, write_json
 from dynmoe.stats import Interval
 from dynmoe.study_design import Results, Study
 
+CAPTION = "Mean over seeds [95 % bootstrap interval]"
 FEW_SEEDS = (
     "Intervals are nominal 95 % percentile bootstraps over {seeds} seeds, and narrow (about 75 % "
     "covered at 3 seeds, 83 % at 5): what ends near 0 needs more seeds."
@@ -38,13 +41,15 @@ def report(
     if study.more_seeds:
         verdict.append(study.more_seeds)
     command = f"python -m dynmoe.study {study.name} --preset {preset} --seeds {seeds}"
+    command += f" -- {shlex.join(flags)}" if flags else ""
+    commits = _commits(results)
     write_json(
         out / "results.json",
         {
             "study": study.name,
-            "question": (study.__doc__ or "").split("\n")[0],
-            "command": " ".join([command, *(["--", *flags] if flags else [])]),
-            "commit": _commit(),
+            "question": inspect.getdoc(study),
+            "command": command,
+            "commits": commits,
             "seeds": seeds,
             "verdict": verdict,
             "streams": {
@@ -60,7 +65,10 @@ def report(
         },
     )  # fmt: skip
     results.view.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
-    _print(study, results, seeds)
+    tables = {stream: _table(results, stream, variants[stream]) for stream in results.streams}
+    text = _markdown(study, command, commits, seeds, tables, verdict)
+    write_atomic(out / "study.md", text.encode())
+    _print(study, tables, seeds)
     for sentence in verdict:
         print(f"- {sentence}")
     print(f"results: {out}")
@@ -74,33 +82,60 @@ def _logged(study: Study, results: Results, stream: str, variant: str) -> dict[s
     }
 
 
-def _print(study: Study, results: Results, seeds: int) -> None:
+def _table(results: Results, stream: str, flags: dict[str, str]) -> list[list[str]]:
+    """Headings, then a row per variant: its name, its numbers, its flags."""
+    view = results.view
+    rows = [["variant", *(heading for heading, _, _ in view.columns), "flags"]]
+    for variant in results.runs[stream]:
+        cells = []
+        for _, metric, at in view.columns:
+            factor, _, digits = view.unit(metric)
+            cells.append(_cell(results.interval(stream, variant, metric, at), factor, digits))
+        rows.append([variant, *cells, flags[variant]])
+    return rows
+
+
+def _markdown(
+    study: Study,
+    command: str,
+    commits: list[str],
+    seeds: int,
+    tables: dict[str, list[list[str]]],
+    verdict: list[str],
+) -> str:
+    """The study as a page."""
+    lines = [f"# {study.name}", "", inspect.getdoc(study) or "", "", "```bash", command, "```", ""]
+    lines += [f"{CAPTION}; {seeds} seeds; runs made on commit {', '.join(commits)}.", ""]
+    for stream, rows in tables.items():
+        rule = ["---"] * len(rows[0])
+        marked = [[*row[:-1], f"`{row[-1]}`" if row[-1] else ""] for row in rows[1:]]
+        lines += [f"## {stream}", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (rows[0], rule, *marked)] + [""]
+    lines += ["## Verdict", "", *(f"- {sentence}" for sentence in verdict), ""]
+    return "\n".join([*lines, f"![{study.name}](figure.png)", ""])
+
+
+def _print(study: Study, tables: dict[str, list[list[str]]], seeds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = results.view
-    for stream in results.streams:
-        caption = "mean over seeds [95 % bootstrap interval]"
-        table = Table(title=f"{study.name}: {stream}, {seeds} seeds", caption=caption)
-        table.add_column("variant")
-        for heading, _, _ in view.columns:
-            table.add_column(heading, justify="right")
-        for variant in results.runs[stream]:
-            cells = []
-            for _, metric, at in view.columns:
-                factor, _, digits = view.unit(metric)
-                cells.append(_cell(results.interval(stream, variant, metric, at), factor, digits))
-            table.add_row(variant, *cells)
+    for stream, (headings, *rows) in tables.items():
+        table = Table(title=f"{study.name}: {stream}, {seeds} seeds", caption=CAPTION)
+        for number, heading in enumerate(headings[:-1]):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row[:-1])
         Console(width=140).print(table)
 
 
-def _commit() -> str | None:
-    """The commit of this checkout; None outside one."""
-    folder = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
-    )
-    return found.stdout.strip() or None
+def _commits(results: Results) -> list[str]:
+    """The commits that the runs were made on, sorted; of unknown ones "?"."""
+    found = set()
+    for variants in results.folders.values():
+        for folder in (f for folders in variants.values() for f in folders):
+            sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+            found |= {session["commit"] or "?" for session in sessions}
+    return sorted(found)
 
 
 def _cell(interval: Interval, factor: float, digits: int) -> str:

@@ -132,8 +132,15 @@ def test_a_study_runs_searches_and_reports(
     assert variants["dense"]["train_accuracy"][1] == expected
     assert "higher" in found["verdict"][0] and "2 seeds" in found["verdict"][1]
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert found["verdict"][0] in printed and "searched" in printed
+    printed, page = capsys.readouterr().out, (out / "study.md").read_text()
+    for text in (printed, page):
+        assert found["verdict"][0] in text and "searched" in text
+    assert found["command"] in page and found["question"] in page and "(figure.png)" in page
+    last = sum(seed[-1] for seed in variants["dense"]["train_accuracy"]) / 2
+    (row,) = [line for line in page.splitlines() if line.startswith("| dense |")]
+    assert row.split(" | ")[2].startswith(f"{100 * last:.1f} [") and "--method dense" in row
+    commit = json.loads(file.with_name("environment.json").read_text())["sessions"][0]["commit"]
+    assert found["commits"] == [commit]
 
     before = file.stat()
     run_study(Tiny(), config, ["--threads", "1"])  # all is read, nothing run again
