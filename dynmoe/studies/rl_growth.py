@@ -16,7 +16,7 @@ class RLGrowth(Study, name="rl-growth", source="Kim 2025 (arXiv 2511.18987)"):
         """Craftax-Classic pixels on a laptop; full Craftax with the paper's preset."""
         if preset == "paper":
             return {"craftax": "--preset paper"}
-        return {"craftax-classic": "--total-steps 98304 --trigger.steps 49152 --threads 1"}
+        return {"craftax-classic": "--total-steps 65536 --trigger.steps 32768 --threads 1"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """The paper's comparison, and a wide dense network."""
