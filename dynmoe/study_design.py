@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dynmoe.registry import Part
-from dynmoe.stats import Interval, bootstrap_interval, paired_difference, probability_of_improvement
+from dynmoe.stats import (
+    Interval,
+    bootstrap_interval,
+    paired_difference,
+    probability_of_improvement,
+    seeds_to_see,
+)
 from dynmoe.study_views.domains import Domains
 from dynmoe.study_views.returns import Returns
 from dynmoe.study_views.shifts import Shifts
@@ -32,13 +38,11 @@ class Study(Part, ABC, kind="study"):
     Attributes:
         command: whose runs are compared.
         seeds: for each preset.
-        more_seeds: what a verdict at the laptop's seeds cannot settle; empty if nothing.
         tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
     """
 
     command: ClassVar[Command] = "cl"
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
-    more_seeds: ClassVar[str] = ""
     tags: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @abstractmethod
@@ -116,17 +120,17 @@ class Results:
     ) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
         gap = self.difference(stream, a, b, metric, at)
-        chance = probability_of_improvement(
-            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
-        )
+        ones, others = (self.values(stream, v, metric, at) for v in (a, b))
+        chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
         metric, at = metric or self.view.metric, at or self.view.at
         factor, unit, digits = self.view.unit(metric)
         low, high = factor * gap.low, factor * gap.high
         word = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
+        more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
         return (
             f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({self.view.describe(metric, at)}; "
-            f"better with probability {chance.point:.2f})."
+            f"better with probability {chance.point:.2f}{more})."
         )
 
     def kept(self, stream: str, variant: str, metric: str = "") -> str:

@@ -16,7 +16,9 @@ from dynmoe.study_design import Results, Study
 CAPTION = "Mean over seeds [95 % bootstrap interval]"
 FEW_SEEDS = (
     "Intervals are nominal 95 % percentile bootstraps over {seeds} seeds, and narrow (about 75 % "
-    "covered at 3 seeds, 83 % at 5): what ends near 0 needs more seeds."
+    "covered at 3 seeds, 83 % at 5): what ends near 0 needs more seeds. Where N seeds are said to "
+    "see it, a difference of the size found would show at N with a chance of 80 %, as far as these "
+    "seeds can tell."
 )
 
 
@@ -38,8 +40,6 @@ def report(
     verdict = study.verdict(results)
     if seeds < 10:
         verdict.append(FEW_SEEDS.format(seeds=seeds))
-    if study.more_seeds:
-        verdict.append(study.more_seeds)
     command = f"python -m dynmoe.study {study.name} --preset {preset} --seeds {seeds}"
     command += f" -- {shlex.join(flags)}" if flags else ""
     commits = _commits(results)

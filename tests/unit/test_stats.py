@@ -15,6 +15,7 @@ from dynmoe.stats import (
     iqm,
     paired_difference,
     probability_of_improvement,
+    seeds_to_see,
 )
 
 numbers = st.floats(-1e3, 1e3)
@@ -149,3 +150,19 @@ def test_improvement_over_tasks():
     assert probability_of_improvement([5.0, 6, 7], [1.0, 2, 3]) == (1, 1, 1)
     with pytest.raises(ValueError, match="2 tasks and b 1"):
         probability_of_improvement(a, [1.0, 2.0])
+
+
+def test_seeds_to_see_a_difference():
+    """Twice the spread takes four times the seeds; simulated, that many see it in four of five."""
+    assert seeds_to_see([1.0, 3.0], [0.0, 0.0]) == 4  # s = sqrt 2, d = 2: 2.8^2 / 2 = 3.92
+    assert seeds_to_see([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]) == 2
+    assert seeds_to_see([1.0, -1.0], [0.0, 0.0]) is None and seeds_to_see([1.0], [0.0]) is None
+    random = np.random.default_rng(0)
+    pilot = random.normal(0.5, 1.0, 100_000)
+    n = seeds_to_see(list(pilot), [0.0] * len(pilot))
+    assert n is not None and 30 <= n <= 33
+    draws = random.normal(0.5, 1.0, (4000, n))
+    z = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / n**0.5)
+    assert 0.77 < (abs(z) > 1.96).mean() < 0.84
+    with pytest.raises(ValueError, match="2 and 1"):
+        seeds_to_see([1.0, 2.0], [1.0])

@@ -13,6 +13,7 @@ from dynmoe import cl, registry, rl
 from dynmoe.config import parse
 from dynmoe.dg import __main__ as dg
 from dynmoe.errors import UserError
+from dynmoe.stats import seeds_to_see
 from dynmoe.study import Config, main, run_study
 from dynmoe.study_design import VIEWS, Preset, Results, Study, logged
 from dynmoe.tta import __main__ as tta
@@ -44,6 +45,9 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
     )
     assert "lower" in r.says("s", "b", "a")
     assert "no difference seen" in r.says("s", "a", "c")
+    needed = seeds_to_see([0.9, 0.61, 0.32], [0.6, 0.9, 0.3])
+    assert f"; {needed} seeds to see it)." in r.says("s", "a", "c")
+    assert "seeds to see" not in r.says("s", "a", "b")
     assert "+5.5 points" in r.says("s", "a", "b", at="mean")
     assert "+0.0 points" in r.says("s", "a", "b", at="first")
 
