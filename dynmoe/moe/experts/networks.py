@@ -84,14 +84,25 @@ class NetworkBank(
         """[M, N, D_out] what each expert alone says to x [N, D_in]."""
         return self._outputs(x, len(self.biases[0]))
 
+    def last_hidden(self, x: Tensor) -> Tensor:
+        """[M, N, width] activations of each network's last hidden layer for x [N, D_in]."""
+        return self._last_hidden(x, len(self.biases[0]))
+
     def _outputs(self, x: Tensor, experts: int) -> Tensor:
-        """[E, N, D_out] outputs of the first `experts`: a batched product for each layer."""
+        """[E, N, D_out] outputs of the first `experts`."""
+        return self._layer(-1, self._last_hidden(x, experts))
+
+    def _last_hidden(self, x: Tensor, experts: int) -> Tensor:
+        """[E, N, width] activations of the first `experts`: a batched product for each layer."""
         h = x.expand(experts, *x.shape)
-        last = len(self.weights) - 1
-        for depth, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias[:experts].unsqueeze(1), h, weight[:experts].transpose(1, 2))
-            h = h if depth == last else self.act(h)
+        for depth in range(len(self.weights) - 1):
+            h = self.act(self._layer(depth, h))
         return h
+
+    def _layer(self, depth: int, h: Tensor) -> Tensor:
+        """One linear layer of the first E networks on h [E, N, width in], before activation."""
+        weight, bias = self.weights[depth][: len(h)], self.biases[depth][: len(h)]
+        return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
 
     def _mix_sparse(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         """Each network on the samples that chose it.

@@ -16,9 +16,9 @@ from dynmoe.moe import LossInput, MoELayer, collect_aux_losses
 BANKS = registry.names("bank")
 CASES = [
     (loss, bank)
-    for loss in ("orthogonal", "gram-schmidt", "distillation", "parseval")
+    for loss in ("orthogonal", "gram-schmidt", "distillation", "parseval", "sphere")
     for bank in BANKS
-    if (loss, bank) != ("parseval", "affine")
+    if (loss, bank) not in {("parseval", "affine"), ("sphere", "affine")}
 ]
 every_case = pytest.mark.parametrize(("name", "bank"), CASES)
 
