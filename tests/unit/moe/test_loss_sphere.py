@@ -179,3 +179,12 @@ def test_experts_without_hidden_layer_are_refused_in_one_line():
 def test_another_form_is_refused():
     with pytest.raises(UserError, match="form='l2' must be relative or paper"):
         make_loss("sphere", form="l2")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_does_not_count_as_samples(form):
+    layer, x = make_layer("topk"), samples(7)
+    mask = torch.arange(10) < 7
+    padded = torch.cat([x, torch.full((3, 4), 9.0).double()])
+    expected = loss_of("sphere", layer, x, form=form)
+    close(loss_of("sphere", layer, padded, mask, form=form), expected.detach())
