@@ -30,12 +30,6 @@ CASES = {
 GROWTH = CASES["growth"]
 
 
-@pytest.fixture(autouse=True)
-def shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
-    """One cache for the whole file, so that the backbone is trained once."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "dg-cache"))
-
-
 def command(runs: Path, extra: str = "") -> int:
     return exit_code(dg.main, f"{SMALL} {extra} --runs-dir {runs}".split())
 

@@ -101,7 +101,7 @@ def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
     _wait_for(tmp_path / "cut", 3, process)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 143, err
     advice = shlex.split(error_line(err).split("go on with: ")[1])
     assert advice == ["python", "-m", "dynmoe.rl", *command[3:], "--resume"]

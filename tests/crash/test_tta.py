@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from crash_helpers import assert_same, error_line, exit_code
 
 from cl_benchmarks.shifts.stream import Batch, Stream
@@ -24,16 +22,6 @@ CASES = {
         "noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta",
     )},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache for this file, and so one source model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        threads = torch.get_num_threads()
-        yield
-        torch.set_num_threads(threads)
 
 
 def _run(runs: Path, flags: str) -> int:

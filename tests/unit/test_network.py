@@ -19,8 +19,7 @@ NETWORKS = registry.names("network")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_fixed_seed() -> None:
-    torch.set_num_threads(1)
+def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 

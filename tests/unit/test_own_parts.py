@@ -190,7 +190,6 @@ def test_settings_find_an_own_part_by_name(example: Path) -> None:
 def test_the_docs_router_does_what_it_says(example: Path) -> None:
     """Gates against a loop, then three steps, a growth, three steps, all in one compiled graph."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     config = registry.get("router", "mine").Config(share=0.2)
     layer = MoELayer(4, 3, hidden=12, num_experts=2, max_experts=4, router=config).double()
     controller = GrowthController(layer, torch.optim.Adam(layer.parameters()), granularity=1)

@@ -22,11 +22,6 @@ COLORS = torch.tensor([[200, 40, 40], [40, 160, 60], [50, 60, 220]], dtype=torch
 """Of the floors of a Corridor."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Corridor(TorchVectorEnv):
     """Five cells, two to a floor, seen as images of 9 x 15 pixels in blocks of 3 x 3.
 

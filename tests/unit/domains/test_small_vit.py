@@ -18,7 +18,6 @@ TINY = SmallVit(size=16, dim=16, depth=2, heads=2, per_class=3, epochs=1)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    torch.set_num_threads(1)
     return tmp_path
 
 

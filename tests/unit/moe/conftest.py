@@ -7,8 +7,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_fixed_seed() -> None:
-    torch.set_num_threads(1)
+def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
