@@ -108,7 +108,7 @@ def _kill_at(
         args = (function, number, str(cache), argv)
         process = processes.Process(target=_killed_in, args=args)
         process.start()
-        process.join(120)
+        process.join(240)
         codes.append(process.exitcode)
     return codes
 
@@ -147,7 +147,7 @@ def test_killed_at_random_moments(
         args = ("replace", 10_000, str(cache), _argv(tmp_path, SLOW))
         process = processes.Process(target=_killed_in, args=args)
         process.start()
-        process.join(moments.uniform(0.3, 2.0) if kills < 12 else 120)
+        process.join(moments.uniform(0.3, 2.0) if kills < 12 else 240)
         if process.exitcode is not None:
             break
         process.kill()
@@ -164,7 +164,7 @@ def test_killed_with_two_processes_at_work(whole: Callable[[str], Path], tmp_pat
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     began = time.monotonic()
     while len({p.parent for p in tmp_path.rglob("*.pt")}) < 2:
-        assert process.poll() is None and time.monotonic() - began < 200
+        assert process.poll() is None and time.monotonic() - began < 240
         time.sleep(0.005)
     process.kill()
     process.wait()
