@@ -43,15 +43,16 @@ PIXELS, SYMBOLIC = "Craftax-Classic-Pixels-v1", "Craftax-Symbolic-v1"
         ({"name": "CartPole-v1", "max_timesteps": 5}, ["max_timesteps 5", "Craftax only"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(settings: dict[str, Any], texts: list[str]) -> None:
-    began = time.monotonic()
+def test_what_cannot_be_is_refused_in_one_line(
+    settings: dict[str, Any], texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax_setup, "load", lambda *_: pytest.fail("compiled before it refused"))
     with pytest.raises(UserError) as caught:
         envs.make(**{"name": PIXELS, "num_envs": 2, **settings})
     message = str(caught.value)
     assert "\n" not in message
     for text in texts:
         assert text in message
-    assert time.monotonic() - began < 20  # before anything is compiled
 
 
 def test_a_device_that_jax_lacks_is_refused() -> None:
