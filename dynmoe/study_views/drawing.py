@@ -63,6 +63,7 @@ def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write the figure atomically, with one legend for all panels if curves have labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
     for axes in figure.axes:
         axes.grid(alpha=0.25)
@@ -70,6 +71,10 @@ def save(figure: Any, path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombytes("RGBA", canvas.get_width_height(), canvas.buffer_rgba().tobytes())
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={})
+    # Few colors make a quarter of the size, for figures that are kept in a repository.
+    image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dynmoe.config import digest, parse
 from dynmoe.jobs import Job, make_job
 from dynmoe.stats import bootstrap_interval
-from dynmoe.study_views.drawing import band, new_figure, save
+from dynmoe.study_views.drawing import band, dots, new_figure, save
 from dynmoe.study_views.view import At, View, three
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 PANELS = (("train_accuracy", "train accuracy at task end"), ("online_accuracy", "online accuracy"),
           ("test_accuracy", "test accuracy at task end"))  # fmt: skip
+
+
+MOST_CURVES = 12
+"""Variants that one panel shows as curves."""
 
 
 class Tasks(View):
@@ -62,7 +66,13 @@ class Tasks(View):
         return entry
 
     def draw(self, path: Path, results: Results, title: str) -> None:
-        """A row of panels per stream: train, online and test accuracy over the tasks."""
+        """A row of panels per stream: train, online and test accuracy over the tasks.
+
+        With more variants than curves can be told apart: their means over the tasks.
+        """
+        if any(len(variants) > MOST_CURVES for variants in results.runs.values()):
+            _draw_means(path, results, title)
+            return
         figure = new_figure(title, 3.6 * len(results.streams))
         grid = figure.subplots(len(results.streams), len(PANELS), squeeze=False)
         for stream, row in zip(results.streams, grid, strict=True):
@@ -73,3 +83,18 @@ class Tasks(View):
                     band(axes, range(1, len(by_task) + 1), intervals, number, variant, 100)
                 axes.set(title=stream, xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
         save(figure, path)
+
+
+def _draw_means(path: Path, results: Results, title: str) -> None:
+    """The same panels with a row per variant, and lines at the reference networks."""
+    most = max(len(variants) for variants in results.runs.values())
+    figure = new_figure(title, (1 + 0.2 * most) * len(results.streams))
+    grid = figure.subplots(len(results.streams), len(PANELS), squeeze=False)
+    for stream, row in zip(results.streams, grid, strict=True):
+        for axes, (metric, label) in zip(row, PANELS, strict=True):
+            rows = {v: results.interval(stream, v, metric, "mean") for v in results.runs[stream]}
+            dots(axes, rows, 100)
+            for reference in Tasks.references:
+                axes.axvline(100 * rows[reference].point, color="#8a8a8a", linestyle=":")
+            axes.set(title=stream, xlabel=f"{label}, mean (%)")
+    save(figure, path)

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
+from dynmoe.stats import Interval
 from dynmoe.study import Config, run_study
 from dynmoe.study_design import VIEWS, Command, Preset, Results, Study
+from dynmoe.study_views.drawing import dots
 from dynmoe.study_views.view import At
 
 TTA: dict[str, Any] = {
@@ -69,6 +73,26 @@ def test_numbers_of_a_trial_are_means_over_left_out_domains() -> None:
     assert VIEWS["dg"].unit("learning") == (1.0, "", 0)
     r = Results({"s": {"a": [DG, DG], "b": [DG, DG]}}, {"s": {}}, VIEWS["dg"])
     assert "accuracy, mean over left-out domains" in r.says("s", "a", "b")
+
+
+def test_a_row_of_dots_per_variant() -> None:
+    axes = Figure().subplots()
+    dots(axes, {"a": Interval(0.5, 0.4, 0.7), "b": Interval(0.2, math.nan, math.nan)}, 100)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
+    xs = [[float(x) for x in line.get_xdata()] for line in axes.lines]
+    assert xs == [[40, 70], [50], [20]]  # no bar where the ends are not known
+    assert [float(line.get_ydata()[0]) for line in axes.lines] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(("variants", "height"), [(12, 360), (23, 560)])
+def test_many_variants_are_drawn_as_rows(tmp_path: Path, variants: int, height: int) -> None:
+    """Curves need the same room however many they are; rows need more."""
+    names = ["dense", "fresh", *(f"v{n}" for n in range(variants - 2))]
+    row = {"train_accuracy": 0.5, "online_accuracy": 0.4, "test_accuracy": 0.3}
+    runs = {name: [{"tasks": [row, row]}] * 2 for name in names}
+    VIEWS["cl"].draw(tmp_path / "figure.png", Results({"s": runs}, {}), "title")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.size == (1300, height)
 
 
 class SmallShifts(Study):
