@@ -13,7 +13,7 @@ R ranks of all adapters together, T Kronecker terms.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -87,6 +87,7 @@ class MoALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.dropout = config.dropout
         self.noise = Noise(generator)
+        self.ranks = list(config.ranks)
         owner = torch.arange(len(config.ranks)).repeat_interleave(torch.tensor(config.ranks))
         self.register_buffer("owner", owner, persistent=False)
         self.theta: Theta | None = None
@@ -102,22 +103,56 @@ class MoALinear(nn.Module):
         if theta is None:
             return y
         gates = self._route(gate_logits(x, theta))
-        ranks = gates.index_select(2, self.owner).unsqueeze(1)  # [B, 1, N, R]
+        factors = theta.factors
+        if self.training and self.dropout > 0:
+            factors = replace(factors, left=factors.left * self._kept(factors))
         if theta.term_weights is not None:
-            ranks = ranks * theta.term_weights[:, :, None, None]
-        together = len(theta.factors.left) == 1
-        if together:  # one update for all: one long sequence of tokens
-            rows, ranks = x.reshape(1, -1, x.shape[2]), ranks.transpose(0, 1).flatten(1, 2)
-            ranks = ranks.unsqueeze(0)
+            delta = self._weighted_update(x, factors, gates, theta.term_weights)
         else:
-            rows = x
-        delta = update(rows, theta.factors, ranks * self._kept(theta.factors))
-        return y + delta.view(y.shape) + theta.bias.unsqueeze(1)
+            rows, ranks = x, gates.index_select(2, self.owner)  # [B, N, R]
+            if len(factors.left) == 1:  # one update for all: one long sequence of tokens
+                rows, ranks = (each.flatten(0, 1).unsqueeze(0) for each in (x, ranks))
+            delta = update(rows, factors, ranks.unsqueeze(1))
+        # In place: y is nobody else's, and a copy of it costs as much as a small product.
+        return y.add_(delta.view(y.shape)).add_(theta.bias.unsqueeze(1))
 
-    def _kept(self, factors: Factors) -> Tensor | float:
+    def _weighted_update(
+        self, x: Tensor, factors: Factors, gates: Tensor, term_weights: Tensor
+    ) -> Tensor:
+        """[B * N, D_out] where all samples share the terms and differ in the terms' weights.
+
+        There are K times as many terms as a set has, so each token pays for its own adapter only.
+
+        Args:
+            x: [B, N, D_in].
+            factors: of batch 1.
+            gates: [B, N, I], one adapter per token.
+            term_weights: [B, T].
+        """
+        rows, flat = x.flatten(0, 1), gates.flatten(0, 1)
+        terms = term_weights.repeat_interleave(x.shape[1], dim=0).t()  # [T, B * N]
+        if torch.compiler.is_compiling():  # no shape may depend on data: all ranks for all tokens
+            ranks = terms.unsqueeze(2) * flat.index_select(1, self.owner)
+            return update(rows.unsqueeze(0), factors, ranks.unsqueeze(0)).squeeze(0)
+        gate, chosen = flat.max(dim=1)
+        order = chosen.argsort()
+        counts = chosen.bincount(minlength=len(self.ranks)).tolist()
+        parts = zip(
+            rows[order].split(counts),
+            (terms * gate)[:, order].split(counts, dim=1),
+            factors.left.split(self.ranks, dim=3),
+            factors.right.split(self.ranks, dim=2),
+            strict=True,
+        )
+        deltas = [
+            update(own.unsqueeze(0), replace(factors, left=left, right=right), g[None, :, :, None])
+            for own, g, left, right in parts
+            if len(own)
+        ]
+        return torch.cat(deltas, dim=1).squeeze(0)[order.argsort()]
+
+    def _kept(self, factors: Factors) -> Tensor:
         """Dropout's factors of the ranks of the terms, one draw per update: 0 or 1/(1 - p)."""
-        if not self.training or self.dropout == 0:
-            return 1.0
         left = factors.left
         like = left[:, :, :1]  # [B, T, 1, R]
         return (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
@@ -158,9 +193,10 @@ def gate_logits(x: Tensor, theta: Theta) -> Tensor:
         query = F.linear(x, theta.project[0], theta.offset[0])
     else:
         query = torch.baddbmm(theta.offset.unsqueeze(1), x, theta.project.transpose(1, 2))
-    query = F.normalize(query, dim=2)
-    scale = theta.log_scale.clamp(max=math.log(100.0)).exp()
-    return query @ F.normalize(theta.anchors, dim=2).transpose(1, 2) * scale.view(-1, 1, 1)
+    scale = theta.log_scale.clamp(max=math.log(100.0)).exp().view(-1, 1, 1)
+    length = query.norm(dim=2, keepdim=True).clamp(min=1e-12)
+    # Few logits are divided by the length instead of many entries of the query.
+    return query @ F.normalize(theta.anchors, dim=2).transpose(1, 2) * (scale / length)
 
 
 def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
