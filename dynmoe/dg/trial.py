@@ -21,11 +21,14 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.dg.settings import Config
 from dynmoe.dg.source import Source
 from dynmoe.errors import NumericError, UserError
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.controller import GrowthController, GrowthEvent, Probe
 from dynmoe.growth.trigger import Signals
 from dynmoe.moe.layer import moe_layers
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
+
+PROBE = 64
+"""Held-out images of each source domain on which the shock of a growth is measured."""
 
 
 class Trial:
@@ -216,7 +219,7 @@ class Fold:
             "parameters": total,
             "learning": learning,
             "curve": self.curve,
-            "growth": [asdict(e) for e in self.controller.events] if self.controller else [],
+            "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
         }
 
     def _keep_figures(self) -> None:
@@ -262,10 +265,29 @@ class Fold:
         if self.controller is None:
             return
         score = self.curve[-1]["validation"] if self.curve else math.nan
-        event = self.controller.step(Signals(step=self.step, score=score, loss=self.loss))
+        signals = Signals(step=self.step, score=score, loss=self.loss)
+        event = self.controller.step(signals, self._probe)
         if event is not None:
             step = self.place * self.config.steps + self.step
-            self.trial.run.log.event(step, "growth", asdict(event))
+            grown, log = self._grown(event), self.trial.run.log
+            log.event(step, "growth", grown)
+            figures = event.shock | {n: float(grown[n]) for n in ("experts_before", "experts")}
+            name = self.trial.source.data.names[self.test]
+            log.scalars(step, {f"{name}/growth/{key}": value for key, value in figures.items()})
+
+    def _grown(self, event: GrowthEvent) -> dict[str, Any]:
+        """A growth as it is written down: sets before and after, and the shock on the probe."""
+        return {"experts_before": event.experts - self.config.granularity, **asdict(event)}
+
+    def _probe(self) -> Probe:
+        """Held-out images of the sources, at most PROBE of each: images [N, 3, S, S], labels."""
+        images, labels = [], []
+        for number in self.sources:
+            domain, chosen = self.trial.source.data.domains[number], self.trial.splits[number][1]
+            images.append(self.trial.source.prepare.batch(domain, chosen[:PROBE]))
+            labels.append(domain.labels[chosen[:PROBE]])
+        device = self.trial.run.device
+        return torch.cat(images).to(device), torch.cat(labels).to(device)
 
     def _state(self) -> dict[str, Any]:
         fold = {

@@ -124,9 +124,53 @@ def test_outer_experts_grow(tmp_path: Path) -> None:
     for row in summary(tmp_path)["tests"]:
         assert [event["experts"] for event in row["growth"]] == [2, 3]
         assert [event["step"] for event in row["growth"]] == [1, 2]
+        assert [event["experts_before"] for event in row["growth"]] == [1, 2]
     with np.load(folder(tmp_path) / "figures.npz") as arrays:
         gates = arrays["gates"]
     assert gates.shape == (3, 3) and np.allclose(gates.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["zero-output", "random"])
+def test_the_shock_of_a_growth_is_measured_and_logged(init: str, tmp_path: Path) -> None:
+    """On held-out images of the sources; new sets that are silent change nothing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    extra = f"--method.synthesis deltas --method.init-noise 0.1 --test-domains edges --init {init}"
+    assert command(tmp_path, f"{GROWTH} {extra}") == 0
+    events = summary(tmp_path)["tests"][0]["growth"]
+    board = EventAccumulator(str(folder(tmp_path)))
+    board.Reload()
+    assert [e.value for e in board.Scalars("edges/growth/experts_before")] == [1, 2]
+    assert [e.value for e in board.Scalars("edges/growth/experts")] == [2, 3]
+    for place, event in enumerate(events):
+        shock = event["shock"]
+        assert 0 <= shock["accuracy_before"] <= 1 and shock["loss_before"] > 0
+        silent = shock["output_change"] < 1e-4
+        assert silent == (abs(shock["loss_after"] - shock["loss_before"]) < 1e-5)
+        assert silent == (init == "zero-output")
+        for key, value in shock.items():
+            logged = board.Scalars(f"edges/growth/{key}")[place]
+            assert logged.step == event["step"] and logged.value == pytest.approx(value, rel=1e-5)
+
+
+def test_the_probe_is_held_out_and_of_the_sources_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Fold] = []
+    original = Fold._row
+    monkeypatch.setattr(Fold, "_row", lambda self: seen.append(self) or original(self))
+    assert command(tmp_path, f"{GROWTH} --test-domains coloured") == 0
+    (fold,) = seen
+    images, labels = fold._probe()
+    trial = fold.trial
+    assert trial.source.data.names[fold.test] == "coloured" and fold.sources == [0, 2]
+    expected = [
+        (trial.source.data.domains[n], index) for n in (0, 2) for index in trial.splits[n][1]
+    ]
+    assert len(images) == len(labels) == len(expected) == 12
+    for image, label, (domain, index) in zip(images, labels, expected, strict=True):
+        assert image.equal(trial.source.prepare.batch(domain, index[None])[0])
+        assert int(label) == int(domain.labels[index])
 
 
 def test_the_plateau_is_one_of_validation_accuracy(tmp_path: Path) -> None:
