@@ -8,6 +8,7 @@ the last norm, in CLIP's transformers).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,42 @@ def make_backbone(name: str, *, pretrained: bool = False, weights: Path | None =
         import timm
     except ImportError:
         raise UserError("backbones by name need the package timm; pip install timm") from None
-    options: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained or weights is not None}
-    if weights is not None:
-        if not weights.is_file():
-            raise UserError(f"weights {weights}: there is no such file")
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    if weights is not None and not weights.is_file():
+        raise UserError(f"weights {weights}: there is no such file")
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model {name!r}; `timm.list_models('vit*')` lists them")
     try:
-        backbone = timm.create_model(name, **options)
-    except Exception as error:  # timm, torch and safetensors raise what they like
-        source = f"weights {weights}" if weights is not None else f"model {name}"
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source} cannot be loaded into {name}: {reason}") from error
+        backbone = timm.create_model(name, num_classes=0, pretrained=pretrained and not weights)
+    except Exception as error:  # timm and its downloads raise what they like
+        raise UserError(f"model {name} cannot be loaded: {_line(error)}") from error
     check_backbone(backbone)
+    if weights is not None:
+        _load_weights(backbone, name, weights)
     return backbone
+
+
+def _load_weights(backbone: nn.Module, name: str, weights: Path) -> None:
+    """Read a file of weights; those of a classifier are left out.
+
+    timm itself passes over weights that a file lacks, and so takes any other model's file.
+    """
+    from timm.models import load_state_dict
+
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = load_state_dict(str(weights))
+        state = convert(state, backbone) if convert else state
+        missing = backbone.load_state_dict(state, strict=False).missing_keys
+    except Exception as error:  # torch and safetensors too
+        raise UserError(
+            f"weights {weights} cannot be loaded into {name}: {_line(error)}"
+        ) from error
+    if missing:
+        raise UserError(
+            f"weights {weights} cannot be loaded into {name}: they lack {missing[0]} and "
+            f"{len(missing) - 1} more of its tensors; they are another model's"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -267,6 +267,7 @@ def test_a_backbone_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (lambda d: (d / "domain1" / "a" / "0.png").write_bytes(b"x"), "cannot read image .*0.png"),
         (lambda d: (d / ".cache").mkdir(), "hidden folder and no domain"),
+        (lambda d: (d / "helper").mkdir(), "class lists differ in .*: domain0 has 'a' and helper"),
         (lambda d: (d / "domain2" / "c").mkdir(), "class lists differ"),
         (lambda d: [shutil.rmtree(d / f"domain{i}" / "b") for i in range(3)] and
             [p.unlink() for p in sorted((d / "domain1" / "a").iterdir())[:3]],
@@ -283,6 +284,42 @@ def test_spoilt_files(
     extra = f"--domains folder --domains.data-dir {data} --method linear-probe"
     assert command(tmp_path / "runs", extra) == 2
     assert re.search(message, error_line(capsys.readouterr().err))
+
+
+def test_a_helper_folder_among_the_domains_of_a_known_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data" / "PACS"
+    for domain in ("art_painting", "cartoon", "photo", "sketch", "tools"):
+        (data / domain / "dog").mkdir(parents=True)
+    assert command(tmp_path, f"--domains pacs --domains.data-dir {data.parent}") == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"{data / 'tools'} is no domain of pacs" in line and f"move it out of {data}" in line
+
+
+def test_weights_and_models_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+    import torch
+
+    data = images(tmp_path / "data")
+    state = timm.create_model("test_vit").state_dict()
+    state["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "shape.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "resnet.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for model, file, message in (
+        ("test_vit", "shape.pth", "shape.pth cannot be loaded into test_vit: "),
+        ("test_vit", "resnet.pth", "resnet.pth cannot be loaded into test_vit: they lack "),
+        ("test_vit", "text.pth", "text.pth cannot be loaded into test_vit: "),
+        ("test_resnet", "resnet.pth", "backbone ResNet has no blocks; it must be a vision transf"),
+        ("vit_tny", "shape.pth", "timm has no model 'vit_tny'"),
+    ):
+        place = f"--domains folder --domains.data-dir {data}"
+        assert command(tmp_path, f"{place} --model {model} --weights {tmp_path / file}") == 2
+        assert message in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "dg").exists()  # told before any run began
 
 
 def test_help_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
