@@ -11,13 +11,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dynmoe.errors import DynmoeError, Interrupted
+from dynmoe.errors import DynmoeError, Interrupted, ResourceError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
 
     Raises:
         DynmoeError: a run failed; its message and exit code are passed on.
+        ResourceError: a process was killed.
     """
     jobs = list({job.folder: job for job in jobs}.values())
     todo = [job for job in jobs if not job.done]
@@ -102,6 +104,11 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
                 for worker in multiprocessing.active_children():
                     worker.terminate()
             pool.shutdown(cancel_futures=True)
+            if isinstance(reason, BrokenProcessPool):
+                raise ResourceError(
+                    "a process with a run was killed, perhaps for want of memory; start it again "
+                    "to go on, with fewer --jobs"
+                ) from None
             raise
 
 

@@ -87,6 +87,11 @@ class Stream:
         """N."""
         return len(self._segment)
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images in the smallest batch."""
+        return min(len(cut) for cut in self._cuts)
+
     def batch(self, number: int) -> Batch:
         """Batch `number`, 0 .. len - 1; needs none of those before it.
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
 from cl_benchmarks.shifts.source import STREAMS, ShiftSource, make_stream
+from cl_benchmarks.shifts.stream import Stream
 from dynmoe.config import from_dict, to_dict
 from dynmoe.device import make_deterministic, resolve
 from dynmoe.errors import UserError, unknown
 from dynmoe.jobs import Job, run_jobs
+from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.alignment import alignment
 from dynmoe.tta.report import report
 from dynmoe.tta.settings import Config
@@ -45,10 +47,9 @@ def run_all(preset: str, config: Config) -> None:
         torch.set_num_threads(config.threads)
     source, model = make_source(config)
     methods = variants(config, source.num_classes)
-    for stream in config.streams:  # what is missing shows now, and the cache is filled
-        shifted(replace(config, streams=(stream,)), source)
-    for one in methods.values():
-        make_adapter(one, copy.deepcopy(model))
+    streams = [shifted(replace(config, streams=(name,)), source) for name in config.streams]
+    for one in methods.values():  # what cannot work shows now, and the cache is filled
+        _check_batches(make_adapter(one, copy.deepcopy(model)), config, streams)
     trials = _trials(config, methods)
     jobs = {label: {stream: [job_of(preset, label, one) for one in own]
                     for stream, own in streams.items()}
@@ -74,6 +75,17 @@ def main(argv: list[str]) -> None:
     preset, settings = argv
     config = from_dict(Config, json.loads(settings))
     run_method(preset, config, *make_source(config))
+
+
+def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> None:
+    """Refuse batches of one image, be it the last of a stream, where the method needs two."""
+    for name, stream in zip(config.streams, streams, strict=True):
+        if adapter.by_batch and stream.smallest_batch == 1:
+            raise UserError(
+                f"{adapter.name} with this model normalises by the batch, which needs at least 2 "
+                f"images, and a batch of the stream {name} has 1; use another --batch-size (now "
+                f"{config.batch_size}) or --limit, or a model without BatchNorm"
+            )
 
 
 def _trials(config: Config, methods: dict[str, Config]) -> Trials:

@@ -52,7 +52,7 @@ def report(
     skipped = sum(s["skipped"] for streams in runs.values() for seeds in streams.values()
                   for s in seeds)  # fmt: skip
     if skipped:
-        print(f"{skipped} batches were not learnt from: their loss was not finite")
+        print(f"batches not learnt from, because their loss was not finite: {skipped}")
     print(f"results: {folder}")
 
 
@@ -157,7 +157,7 @@ def _print_streams(runs: Runs, title: str, seeds: int) -> None:
         cells = [_cell([s["accuracy"] for s in by_stream[stream]]) for stream in streams]
         rows.append((label, *cells))
     _print(title, ("method", *streams), rows,
-           f"mean over {seeds} seeds [95 % bootstrap interval]")  # fmt: skip
+           f"mean over {seeds} seed(s) [95 % bootstrap interval]")  # fmt: skip
 
 
 def _print_domains(runs: Runs, stream: str, seeds: int) -> None:
@@ -173,7 +173,7 @@ def _print_domains(runs: Runs, stream: str, seeds: int) -> None:
             means.append(f"{100 * sum(own) / len(own):.1f}")
         rows.append((domain, *means))
     _print(f"{stream}: accuracy of each domain in %", ("domain", *runs), rows,
-           f"mean over {seeds} seeds")  # fmt: skip
+           f"mean over {seeds} seed(s)")  # fmt: skip
 
 
 def _print_experts(runs: Runs) -> None:

@@ -20,6 +20,9 @@ from dynmoe.tta.settings import SmallVit
 VERSION = 1
 """Raise it when the same settings give another model: a cached one is then trained anew."""
 
+REASON = 240
+"""Letters of a library's error that are passed on; it may list every weight of a model."""
+
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 `[B, 3, S, S]` -> float32, scaled to 0 .. 1 and by the channels' mean and deviation."""
@@ -137,7 +140,8 @@ def timm_model(
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:  # unknown name, no network, a file of something else
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        lines = [line.strip() for line in str(error).strip().split("\n")]
+        reason = " ".join(lines[:2])[:REASON] or type(error).__name__
         raise UserError(f"model {name!r} cannot be made: {reason}") from None
     if model.num_classes != classes:
         raise UserError(

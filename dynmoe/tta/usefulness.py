@@ -5,6 +5,7 @@ Shapes: B images in a batch, E experts of a layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -92,7 +93,8 @@ def usefulness(
     with undisturbed(model):
         found = _score(model, batches, choices) | _score(model, batches, {"busiest": busiest})
     singles = [found.pop(str(e)) for e in range(number)]
-    best = min(range(number), key=lambda e: singles[e]["loss"])
+    losses = [single["loss"] for single in singles]
+    best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))
     return found | {"best": {**singles[best], "expert": best}}
 
 

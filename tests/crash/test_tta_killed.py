@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_helpers import exit_code
+from crash_helpers import error_line, exit_code
 
 from dynmoe.config import run_command
 from dynmoe.tta.__main__ import main
@@ -157,19 +157,27 @@ def test_killed_at_random_moments(
     _assert_same(expected, tmp_path)
 
 
-def test_killed_with_two_processes_at_work(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """The processes that it had started end too, and leave their runs to the next session."""
+@pytest.mark.parametrize("who", ["command", pytest.param("worker", marks=pytest.mark.slow)])
+def test_killed_with_two_processes_at_work(
+    who: str, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The other processes end too, and leave their runs to the next session."""
     expected = whole(SLOW)
     command = [sys.executable, "-m", "dynmoe.tta", *_argv(tmp_path, SLOW), "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     began = time.monotonic()
     while len({p.parent for p in tmp_path.rglob("*.pt")}) < 2:
         assert process.poll() is None and time.monotonic() - began < 240
         time.sleep(0.005)
-    process.kill()
-    process.wait()
+    locks = sorted(tmp_path.rglob(".lock"))
+    os.kill(process.pid if who == "command" else int(locks[0].read_text()), signal.SIGKILL)
+    err = process.communicate(timeout=200)[1]
+    if who == "command":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 4 and "was killed" in error_line(err)
     assert not list(tmp_path.rglob("results.json"))
-    for lock in tmp_path.rglob(".lock"):
+    for lock in locks:
         with open(lock) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # waits for the process that holds it to end
     assert exit_code(main, _argv(tmp_path, SLOW)) == 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from shift_trees import SYNSETS, image
+from shift_trees import SYNSETS, image, tree
 
 from cl_benchmarks.shifts.domain import read_image
 from cl_benchmarks.shifts.imagenet import Imagenet, subset
@@ -44,7 +46,7 @@ def test_both_protocols(labels: str, root: Path, tmp_path: Path) -> None:
     flags = (
         f"--preset imagenet --data-dir {root} --weights {root}/weights.pth --model {MODEL} "
         f"--streams rendition --seeds 1 --compare noadapt --batch-size 8 --limit 16 --threads 1 "
-        f"--window 1 --labels {labels} --runs-dir {tmp_path}"
+        f"--window 1 --routing-batches 0 --labels {labels} --runs-dir {tmp_path}"
     )
     main(flags.split())
     results = json.loads((tmp_path / "tta" / "imagenet" / "results.json").read_text())
@@ -73,3 +75,96 @@ def test_a_model_for_other_sizes_is_refused(root: Path, tmp_path: Path) -> None:
     flags = f"--preset imagenet --data-dir {root} --weights {tmp_path}/w.pth --model test_vit"
     with pytest.raises(UserError, match="160 pixels, and the streams have 224"):
         main(flags.split())
+
+
+def _flags(root: Path, runs: Path, extra: str) -> list[str]:
+    """One method on small batches of few images; `extra` comes last, and wins."""
+    return (
+        f"--preset imagenet --data-dir {root} --weights {root}/weights.pth --model {MODEL} "
+        f"--streams rendition --seeds 1 --compare --method noadapt --batch-size 8 --limit 200 "
+        f"--threads 1 --window 1 --alignment 0 --runs-dir {runs} {extra}"
+    ).split()
+
+
+def _other_set(root: Path) -> None:
+    tree(root / "imagenet-a", SYNSETS["r"], root / "a.jpg")
+
+
+def _no_severity(root: Path) -> None:
+    (root / "imagenet-c" / "gaussian_noise" / "3").mkdir(parents=True)
+
+
+def _ten_classes(root: Path) -> None:
+    torch.save(timm.create_model(MODEL, num_classes=10).state_dict(), root / "ten.pth")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (_ten_classes, "--weights {root}/ten.pth", r"size mismatch for head.weight: .*10, 192"),
+        (None, "--streams classical", "no imagenet-c in"),
+        (_no_severity, "--streams classical", "no severity 5 of gaussian_noise in .*; there: 3"),
+        (_other_set, "--streams adversarial", "200 class folders of its set: 114 are missing"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_any_run(
+    spoil: Callable[[Path], None] | None, flags: str, message: str, root: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "imagenet-r").symlink_to(root / "imagenet-r")
+    (data / "weights.pth").symlink_to(root / "weights.pth")
+    image(data / "a.jpg", 256, 256)
+    if spoil is not None:
+        spoil(data)
+    with pytest.raises(UserError, match=message) as caught:
+        main(_flags(data, tmp_path / "runs", flags.format(root=data)))
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 8 --limit 17"])
+def test_a_batch_of_one_where_batchnorm_needs_two(flags: str, root: Path, tmp_path: Path) -> None:
+    """Also the last of a stream, which else would show after hours."""
+    model = "mobilenetv3_small_050"
+    torch.save(timm.create_model(model).state_dict(), tmp_path / "w.pth")
+    extra = f"--model {model} --weights {tmp_path}/w.pth {flags}"
+    with pytest.raises(UserError, match=r"tent .*at least 2 images, .* stream rendition has 1"):
+        main(_flags(root, tmp_path / "runs", f"{extra} --method tent"))
+    assert not (tmp_path / "runs").exists()
+    main(_flags(root, tmp_path / "runs", f"{extra} --limit 3"))  # noadapt can
+    results = json.loads((tmp_path / "runs" / "tta" / "imagenet" / "results.json").read_text())
+    assert results["methods"]["noadapt"]["rendition"]["seeds"][0]["images"] == 3
+
+
+def test_a_damaged_image_is_named_and_the_run_goes_on_once_it_is_whole(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "imagenet-r", tmp_path / "imagenet-r")
+    (segment,) = make_stream(Imagenet(tmp_path), "rendition", limit=8, seed=0).segments
+    damaged = segment.domain.files[int(segment.indices[3])]  # type: ignore[attr-defined]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    argv = _flags(tmp_path, tmp_path / "runs", f"--limit 8 --weights {root}/weights.pth")
+    with pytest.raises(UserError, match=f"cannot read image {damaged}: .*; restore or delete"):
+        main(argv)
+    damaged.write_bytes(whole)
+    main(argv)
+    results = json.loads((tmp_path / "runs" / "tta" / "imagenet" / "results.json").read_text())
+    assert results["methods"]["noadapt"]["rendition"]["seeds"][0]["images"] == 8
+
+
+def test_batches_without_a_finite_loss_are_counted_and_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = (
+        "--compare tent --method moetta --method.num-experts 2 --lr-scale 1e30 --batch-size 2 "
+        "--limit 6 --routing-batches 1"
+    )
+    main(_flags(root, tmp_path, extra))
+    results = json.loads((tmp_path / "tta" / "imagenet" / "results.json").read_text())["methods"]
+    skipped = {name: by["rendition"]["seeds"][0]["skipped"] for name, by in results.items()}
+    assert skipped["tent"] == 2  # all after the first
+    told = f"their loss was not finite: {sum(skipped.values())}\n"
+    assert told in capsys.readouterr().out
+    routings = results["moetta"]["rendition"]["seeds"][0]["routings"]
+    assert routings["random"]["loss"] is None and routings["best"]["accuracy"] >= 0

@@ -153,6 +153,13 @@ def test_a_batch_without_reliable_samples_trains_the_routers_alone():
     assert not torch.equal(last.router.weight, router) and last.router.weight.isfinite().all()
 
 
+def test_a_sample_at_the_threshold_is_reliable():
+    """The first batch's threshold is its mean entropy: that of its only image."""
+    adapter = adapt(vit(), "moetta", lr=0.1)
+    adapter(stream(1, size=1)[0])
+    assert all(norm.experts_weight.any() for norm in adapter.norms)
+
+
 def test_parameters_are_as_many_as_the_paper_counts():
     """2ED + DE + E per layer; everything else is frozen (spec: 497,880 for ViT-B)."""
     adapter = adapt(vit(), "moetta", num_experts=3)
