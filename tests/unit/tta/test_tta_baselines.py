@@ -197,6 +197,16 @@ def test_sar_without_reliable_samples(setting, moves):
     assert adapter.steps == 1 + moves and adapter.skipped == 0
 
 
+def test_sar_takes_no_step_where_the_shifted_weights_are_of_no_use():
+    adapter, images = adapt(vit(), "sar", lr=0.02), stream(1)[0]
+    adapter(images)
+    before = {k: v.clone() for k, v in adapter.model.state_dict().items()}
+    object.__setattr__(adapter.config, "rho", 1e300)
+    assert adapter(images).isfinite().all()  # the logits at the weights themselves
+    assert (adapter.steps, adapter.skipped) == (1, 1)
+    torch.testing.assert_close(dict(adapter.model.state_dict()), before, rtol=0, atol=0)
+
+
 def test_sar_leaves_the_last_layers_alone():
     adapter = adapt(vit(depth=12), "sar")
     names = {n for n, p in adapter.model.named_parameters() if p.requires_grad}
@@ -262,3 +272,22 @@ def test_deyo_does_nothing_without_trusted_samples(options):
     assert torch.equal(adapter(stream(1)[0]), vit()(stream(1)[0]))
     assert (adapter.steps, adapter.skipped) == (0, 0)
     torch.testing.assert_close(dict(adapter.model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("eata", {"margin": RARE, "fisher_weight": 0.0}), ("deyo", {"filter": RARE}),
+     ("sar", {"margin": RARE}), ("sar", {"margin": RARE, "setting": "official"})],
+)  # fmt: skip
+def test_a_spoilt_batch_counts_as_skipped_even_where_nobody_is_trusted(method, options):
+    adapter, images = adapt(vit(), method, **options), stream(1)[0]
+    images[2, 0, 3, 3] = float("nan")
+    adapter(images)
+    assert (adapter.steps, adapter.skipped) == (0, 1)
+
+
+def test_deyo_does_not_trust_what_loses_nothing():
+    """Images of one colour have no shape to destroy: PLPD is 0, and must be above the threshold."""
+    adapter = adapt(vit(), "deyo", filter=9.0, plpd=0.0)
+    adapter(stream(1)[0][:, :, :1, :1].expand(-1, -1, 16, 16).contiguous())
+    assert (adapter.steps, adapter.skipped) == (0, 0)
