@@ -25,12 +25,12 @@ def stop_at(patch: pytest.MonkeyPatch, recorder: type[Any], moment: str, every: 
     """Let SIGTERM arrive at every `every`-th call of a recorder's method, over all sessions."""
     original, calls = getattr(recorder, moment), 0
 
-    def signalled(self: Any, *args: Any) -> None:
+    def signalled(self: Any, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls % every == 0:
             signal.raise_signal(signal.SIGTERM)
-        original(self, *args)
+        return original(self, *args)
 
     patch.setattr(recorder, moment, signalled)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code
+from crash_helpers import assert_same, error_line, exit_code, stop_at
 
-from cl_benchmarks.shifts.stream import Batch, Stream
 from dynmoe import checkpoint
 from dynmoe.tta.__main__ import main
+from dynmoe.tta.tally import Tally
 
 SMALL = "--preset smoke --limit 4 --lr-scale 30 --window 2 --name x"
 """76 images of 19 domains: 5 batches."""
@@ -40,13 +39,7 @@ def test_stopped_after_every_batch(
 ) -> None:
     flags, whole, parts = f"{CASES[case]} --alignment 0", tmp_path / "whole", tmp_path / "parts"
     assert _run(whole, f"{flags} --checkpoint-every-s 0") == 0
-    original = Stream.batch
-
-    def signalled(self: Stream, number: int) -> Batch:
-        signal.raise_signal(signal.SIGTERM)
-        return original(self, number)
-
-    monkeypatch.setattr(Stream, "batch", signalled)
+    stop_at(monkeypatch, Tally, "add")
     sessions = 1
     while (code := _run(parts, f"{flags} --resume")) != 0:
         assert code == 143
