@@ -41,15 +41,6 @@ def _argv(runs: Path, flags: str = SMALL) -> list[str]:
     return f"{base} --runs-dir {runs}".split()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One cache for the runs of this process and those it starts."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The runs folder of a command that was left alone; each is run once."""
@@ -139,12 +130,12 @@ def test_killed_at_every_write(
 
 @pytest.mark.slow
 def test_killed_at_random_moments(
-    whole: Callable[[str], Path], processes: Any, cache: Path, tmp_path: Path
+    whole: Callable[[str], Path], processes: Any, shared_cache: Path, tmp_path: Path
 ) -> None:
     moments, kills = random.Random(0), 0
     expected = whole(SLOW)
     while True:
-        args = ("replace", 10_000, str(cache), _argv(tmp_path, SLOW))
+        args = ("replace", 10_000, str(shared_cache), _argv(tmp_path, SLOW))
         process = processes.Process(target=_killed_in, args=args)
         process.start()
         process.join(moments.uniform(0.3, 2.0) if kills < 12 else 240)
