@@ -89,7 +89,7 @@ class Baselines(Study, name="baselines", source="ours; each baseline names its o
         return [
             *sentences,
             f"{stream}: above the dense network in mean train accuracy, interval and all: "
-            f"{', '.join(better) or 'none'}.",
+            f"{'; '.join(better) or 'none'}.",
             f"{stream}: not below DynamicMoE g2 in mean train accuracy, interval and all: "
-            f"{', '.join(level) or 'none'}.",
+            f"{'; '.join(level) or 'none'}.",
         ]

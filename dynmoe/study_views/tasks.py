@@ -50,7 +50,7 @@ class Tasks(View):
 
     def describe(self, metric: str, at: At) -> str:
         """Such as "train accuracy, last task"."""
-        return f"{metric.replace('_', ' ')}, {at} task"
+        return f"{metric.replace('_', ' ')}, {'mean over tasks' if at == 'mean' else f'{at} task'}"
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed and task, intervals at the stream's ends and over all, logged tags."""
