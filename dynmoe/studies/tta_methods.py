@@ -15,7 +15,7 @@ class TTAMethods(Study, name="tta-methods", source="Fan et al. 2025 (arXiv 2511.
     """Does MoETTA gain more from mixed shifts than the methods before it?
 
     Every method with its defaults, and with its learning rate chosen among four by the accuracy on
-    one seed apart, whose images and order are others.
+    one seed apart: the same domains in another order, so an oracle's choice, for all methods alike.
     """
 
     command: ClassVar[Command] = "tta"
