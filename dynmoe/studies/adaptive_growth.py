@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dynmoe.study_design import Preset, Results, Study
 
+WAIT = 200
+"""Steps that a trigger waits at least: less than the shortest task, which has 320."""
 SIGNALS = ("gradient", "rank", "dormancy", "drift", "adwin")
 
 
@@ -25,8 +27,8 @@ class AdaptiveGrowth(Study, name="adaptive-growth", source="ours"):
             "fresh": "--method fresh",
             "at shifts": "--trigger task",
             "every 500 steps": "--trigger every --trigger.steps 500",
-            "plateau": "--trigger plateau --trigger.patience 500 --trigger.limit 9",
-            **{name: f"--trigger {name}" for name in SIGNALS},
+            "plateau": f"--trigger plateau --trigger.patience {WAIT} --trigger.limit 9",
+            **{name: f"--trigger {name} --trigger.cooldown {WAIT}" for name in SIGNALS},
         }
 
     def verdict(self, results: Results) -> list[str]:

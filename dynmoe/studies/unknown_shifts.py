@@ -27,8 +27,8 @@ class UnknownShifts(Study, name="unknown-shifts", source="ours"):
             "every 200 steps": "--trigger every --trigger.steps 200",
             "every 400 steps": "--trigger every --trigger.steps 400",
             "every 800 steps": "--trigger every --trigger.steps 800",
-            "drift": "--trigger drift",
-            "dormancy": "--trigger dormancy",
+            "drift": "--trigger drift --trigger.cooldown 200",
+            "dormancy": "--trigger dormancy --trigger.cooldown 200",
         }
 
     def verdict(self, results: Results) -> list[str]:
