@@ -79,18 +79,19 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
     view = VIEWS[study.command]
     seeds = config.seeds or study.seeds[config.preset]
     variants = dict(study.variants(config.preset))
+    streams = study.streams(config.preset)
+    bases = {stream: [*shlex.split(common), *flags] for stream, common in streams.items()}
     chosen: dict[str, dict[str, str]] = {}
-    for stream, common in study.streams(config.preset).items():
-        base = [*shlex.split(common), *flags]
+    for stream, base in bases.items():
         found = variants | _search(study, config, stream, base)
         chosen[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
     jobs = {
         stream: {
-            label: view.jobs([*shlex.split(own), *shlex.split(common), *flags], list(range(seeds)),
-                             config.runs_dir, f"{stream}, {label}")
+            label: view.jobs([*shlex.split(own), *base], list(range(seeds)), config.runs_dir,
+                             f"{stream}, {label}")
             for label, own in chosen[stream].items()
         }
-        for stream, common in study.streams(config.preset).items()
+        for stream, base in bases.items()
     }  # fmt: skip
     flat = [job for labels in jobs.values() for seeds_ in labels.values() for job in seeds_]
     run_jobs(flat, config.jobs, study.name)

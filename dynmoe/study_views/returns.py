@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynmoe.config import digest, parse
-from dynmoe.jobs import Job, make_job
+from dynmoe.jobs import Job
 from dynmoe.stats import bootstrap_interval
 from dynmoe.study_views.drawing import band, new_figure, save
-from dynmoe.study_views.view import At, View, three
+from dynmoe.study_views.view import At, View, named_jobs, three
 
 if TYPE_CHECKING:
     from dynmoe.study_design import Results
@@ -26,9 +25,7 @@ class Returns(View):
         """Runs in `runs_dir/rl/studies`."""
         from dynmoe.rl import presets
 
-        _, config = parse(presets(), argv, "python -m dynmoe.rl", "")
-        name = f"studies/{config.method.part.name}-{digest(config)}"
-        return [make_job("rl", name, argv, seed, runs_dir, label) for seed in seeds]
+        return named_jobs("rl", presets(), argv, seeds, runs_dir, label)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """A number of the summary; there are no tasks."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynmoe.config import digest, parse
-from dynmoe.jobs import Job, make_job
+from dynmoe.jobs import Job
 from dynmoe.stats import bootstrap_interval
 from dynmoe.study_views.drawing import band, dots, new_figure, save
-from dynmoe.study_views.view import At, View, three
+from dynmoe.study_views.view import At, View, named_jobs, three
 
 if TYPE_CHECKING:
     from dynmoe.study_design import Results
@@ -39,9 +38,7 @@ class Tasks(View):
         """Runs in `runs_dir/cl/studies`."""
         from dynmoe.cl import presets
 
-        _, config = parse(presets(), argv, "python -m dynmoe.cl", "")
-        name = f"studies/{config.method.part.name}-{digest(config)}"
-        return [make_job("cl", name, argv, seed, runs_dir, label) for seed in seeds]
+        return named_jobs("cl", presets(), argv, seeds, runs_dir, label)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Of the first or the last task, or the mean over tasks."""

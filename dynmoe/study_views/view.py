@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dynmoe.jobs import Job
+from dynmoe.config import digest, parse
+from dynmoe.jobs import Job, make_job
 from dynmoe.stats import Interval
 
 if TYPE_CHECKING:
@@ -62,6 +63,20 @@ class View(ABC):
     def describe(self, metric: str, at: At) -> str:
         """A metric in words."""
         return metric.replace("_", " ")
+
+
+def named_jobs(
+    command: str,
+    presets: dict[str, Any],
+    argv: list[str],
+    seeds: list[int],
+    runs_dir: Path,
+    label: str,
+) -> list[Job]:
+    """`View.jobs` of a command whose run is one method: in `runs_dir/command/studies`."""
+    _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
+    name = f"studies/{config.method.part.name}-{digest(config)}"
+    return [make_job(command, name, argv, seed, runs_dir, label) for seed in seeds]
 
 
 def three(interval: Interval) -> list[float | None]:
