@@ -8,13 +8,17 @@ Shapes: B samples, K experts, C classes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.dg.backbone import features
-from dynmoe.dg.methods.moe2 import MoE2
 from dynmoe.moe.evaluation import undisturbed
+
+if TYPE_CHECKING:
+    from dynmoe.dg.methods.moe2 import MoE2
 
 
 def router_identity(p: Tensor, w: Tensor, experts: Tensor, labels: Tensor) -> Tensor:

@@ -78,6 +78,13 @@ class DGMethod(nn.Module, Part, kind="dg"):
         """[B, D] features of the frozen backbone, for methods that route by them; else None."""
         return features(self.backbone, images) if self.embeds else None
 
+    def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Figures of the method's own on images [B, 3, H, W] with labels [B]; none unless defined.
+
+        The method is left as it was.
+        """
+        return {}
+
     def learning(self) -> list[nn.Parameter]:
         """The parameters that an optimizer is to be given."""
         return [p for p in self.parameters() if p.requires_grad]

@@ -38,7 +38,8 @@ def by_domain(summaries: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def collect(summaries: Summaries) -> dict[str, dict[str, Any]]:
     """Per method: `domains` name -> (mean, error), `average` (mean, error), `interval`,
-    `difference` to the first method (None for itself), `parameters`, `learning`, `values`.
+    `difference` to the first method (None for itself), `parameters`, `learning`, `values`,
+    `measures` (means of the method's own figures over trials and domains).
     """  # noqa: D205
     first = next(iter(summaries))
     base = list(by_domain(summaries[first]).values())
@@ -56,8 +57,15 @@ def collect(summaries: Summaries) -> dict[str, dict[str, Any]]:
             "parameters": last["parameters"],
             "learning": last["learning"],
             "values": values,
+            "measures": _measures(own),
         }
     return found
+
+
+def _measures(summaries: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over trials and left-out domains of the method's own figures."""
+    rows = [row["measures"] for summary in summaries for row in summary["tests"]]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def report(
@@ -85,6 +93,10 @@ def report(
             left_out = one["tests"][0]["domain"]
             figures.method_figures(folder, name, arrays, one["domains"], left_out)
     print_table(found, title, trials)
+    for name, row in found.items():
+        if row["measures"]:
+            own = (f"{key} {value:.4f}" for key, value in row["measures"].items())
+            print(f"{name}: {', '.join(own)}")
     print(f"results: {folder}")
 
 

@@ -28,7 +28,7 @@ from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 
 PROBE = 64
-"""Held-out images of each source domain on which the shock of a growth is measured."""
+"""Images of a domain on which the shock of a growth, and a method's own figures, are measured."""
 
 
 class Trial:
@@ -218,6 +218,7 @@ class Fold:
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
             "parameters": total,
             "learning": learning,
+            "measures": self.method.measures(*self._images([self.test])),
             "curve": self.curve,
             "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
         }
@@ -280,9 +281,13 @@ class Fold:
         return {"experts_before": event.experts - self.config.granularity, **asdict(event)}
 
     def _probe(self) -> Probe:
-        """Held-out images of the sources, at most PROBE of each: images [N, 3, S, S], labels."""
+        """Held-out images of the sources."""
+        return self._images(self.sources)
+
+    def _images(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """At most PROBE held-out images of each of these domains: [N, 3, S, S], and labels [N]."""
         images, labels = [], []
-        for number in self.sources:
+        for number in numbers:
             domain, chosen = self.trial.source.data.domains[number], self.trial.splits[number][1]
             images.append(self.trial.source.prepare.batch(domain, chosen[:PROBE]))
             labels.append(domain.labels[chosen[:PROBE]])

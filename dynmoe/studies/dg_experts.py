@@ -39,4 +39,19 @@ class DGExperts(
         """Each against five sets."""
         (stream,) = results.streams
         others = [f"{k} sets" for k in SETS if k != 5] + ["2 to 5 sets", "5 sets, deltas"]
-        return [results.says(stream, other, "5 sets") for other in others]
+        return [
+            *(results.says(stream, other, "5 sets") for other in others),
+            *(_departure(results, stream, variant) for variant in ("5 sets", "5 sets, deltas")),
+        ]
+
+
+def _departure(results: Results, stream: str, variant: str) -> str:
+    """How far the variant is from a mixture of its sets' predictions, where Lemma 1 would hold."""
+    kl, spread, change = (
+        "{:.4f} nats [{:.4f}, {:.4f}]".format(*results.interval(stream, variant, metric))
+        for metric in ("kl", "spread", "loss_change")
+    )
+    return (
+        f"{stream}: {variant}: predictions of mixed parameters are {kl} (KL) from the mixture of "
+        f"the sets' own predictions, which are {spread} from it; the loss changes by {change}."
+    )

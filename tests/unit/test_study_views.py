@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dynmoe import registry
 from dynmoe.stats import Interval
 from dynmoe.study import Config, run_study
 from dynmoe.study_design import VIEWS, Command, Preset, Results, Study
@@ -29,7 +30,9 @@ TTA: dict[str, Any] = {
 }
 PLAIN: dict[str, Any] = {"accuracy": 0.4, "curve": [0.4], "domains": {"fog": {}}, "history": [],
                          "routings": {}}  # fmt: skip
-DG = {"tests": [{"accuracy": 0.6, "learning": 10}, {"accuracy": 0.8, "learning": 10}]}
+DG = {"tests": [{"accuracy": a, "learning": 10, "measures": {"kl": a / 2, "spread": 1.0,
+                                                               "loss_change": -0.5}}
+                for a in (0.6, 0.8)]}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,9 +73,18 @@ def test_a_metric_that_runs_lack_has_no_interval() -> None:
 
 def test_numbers_of_a_trial_are_means_over_left_out_domains() -> None:
     assert VIEWS["dg"].value(DG, "accuracy", "mean") == pytest.approx(0.7)
+    assert VIEWS["dg"].value(DG, "kl", "mean") == pytest.approx(0.35)
     assert VIEWS["dg"].unit("learning") == (1.0, "", 0)
     r = Results({"s": {"a": [DG, DG], "b": [DG, DG]}}, {"s": {}}, VIEWS["dg"])
     assert "accuracy, mean over left-out domains" in r.says("s", "a", "b")
+
+
+def test_the_departure_of_mixed_parameters_is_told_in_nats() -> None:
+    study = registry.get("study", "dg-experts")()
+    runs = {variant: [DG, DG] for variant in study.variants("laptop")}
+    *_, sentence = study.verdict(Results({"s": runs}, {"s": {}}, VIEWS["dg"]))
+    assert sentence.startswith("s: 5 sets, deltas: predictions of mixed parameters are 0.3500 nats")
+    assert "changes by -0.5000 nats [-0.5000, -0.5000]." in sentence
 
 
 def test_a_row_of_dots_per_variant() -> None:

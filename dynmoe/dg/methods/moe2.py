@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynmoe.dg.adapted import adapted_features, balance
 from dynmoe.dg.backbone import features
 from dynmoe.dg.bank import AdapterBank, Synthesis
+from dynmoe.dg.identity import departure
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
@@ -120,6 +121,10 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         for loss in self.outer.last_losses.values():  # one, in training mode
             penalties["diversity"] = loss
         return self.head(z).unsqueeze(0), penalties
+
+    def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """How far mixed parameters are from mixed outputs: `dynmoe.dg.identity.departure`."""
+        return departure(self, images, labels)
 
     def forward_with(self, images: Tensor, gates: Tensor) -> Tensor:
         """Logits [B, C] with given weights [B, K] of the first K sets, as `forward` computes them.

@@ -15,9 +15,10 @@ from dynmoe.dg.settings import Config
 
 def summary(accuracies: dict[str, float], learning: int) -> dict[str, Any]:
     tests = [
-        {"domain": d, "accuracy": a, "parameters": 1000, "learning": learning}
+        {"domain": d, "accuracy": a, "parameters": 1000, "learning": learning,
+         "measures": {"kl": a} if learning == 70 else {}}
         for d, a in accuracies.items()
-    ]
+    ]  # fmt: skip
     return {"dataset": "set", "model": "vit", "domains": list(accuracies), "tests": tests}
 
 
@@ -54,10 +55,12 @@ def test_what_is_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     folders = {name: [tmp_path] * 3 for name in RUNS}
     report(tmp_path / "report", Config(), RUNS, folders)
     out = capsys.readouterr().out
-    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "narrow"):
+    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "narrow", "moe2: kl 0.7000"):
         assert text in out
+    assert "erm: " not in out
     kept = json.loads((tmp_path / "report" / "results.json").read_text())
     assert kept["methods"]["erm"]["values"]["a"] == [0.4, 0.5, 0.6]
+    assert kept["methods"]["moe2"]["measures"] == {"kl": pytest.approx(0.7)}
     assert (tmp_path / "report" / "accuracy_parameters.png").read_bytes()[:4] == b"\x89PNG"
 
 
