@@ -16,7 +16,7 @@ class BlurredBoundaries(Study, name="blurred-boundaries", source="ours"):
         return {f"width {w:g}": f"{start}--protocol blurred --protocol.width {w}" for w in WIDTHS}
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Growth at the nominal boundary, in mid-task, not at all."""
+        """Growth at the nominal boundary, or not at all."""
         return {
             "dense": "--method dense",
             "fresh": "--method fresh",

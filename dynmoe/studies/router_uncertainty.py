@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 from dynmoe.stats import paired_difference
 from dynmoe.study_design import Preset, Results, Study
 
@@ -34,22 +36,22 @@ class RouterUncertainty(Study, name="router-uncertainty", source="ours"):
         }
 
     def verdict(self, results: Results) -> list[str]:
-        """Each figure's mean over the stream, blurred minus sharp."""
+        """Each figure's mean over the stream, sharp and blurred."""
         sharp, blurred = results.streams
         sentences = []
         for variant in ("cosine", "softmax", "cosine, static"):
             for title, tag in FIGURES:
-                gap = paired_difference(
-                    _means(results, blurred, variant, tag), _means(results, sharp, variant, tag)
-                )
+                before, after = (_means(results, s, variant, tag) for s in (sharp, blurred))
+                gap = paired_difference(after, before)
                 word = "more" if gap.low > 0 else "less" if gap.high < 0 else "no change seen"
                 sentences.append(
-                    f"{variant}: {title} (share of the most it could be), blurred minus sharp: "
-                    f"{gap.point:+.3f} [{gap.low:.3f}, {gap.high:.3f}], {word}."
+                    f"{variant}: {title} (share of the most it could be): {fmean(before):.4f} "
+                    f"sharp, {fmean(after):.4f} blurred: {gap.point:+.4f} "
+                    f"[{gap.low:.4f}, {gap.high:.4f}], {word}."
                 )
         return sentences
 
 
 def _means(results: Results, stream: str, variant: str, tag: str) -> list[float]:
     """[S] a scalar's mean over each run."""
-    return [sum(seed) / len(seed) for seed in results.scalars(stream, variant, tag)]
+    return [fmean(seed) for seed in results.scalars(stream, variant, tag)]
