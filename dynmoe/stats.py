@@ -135,7 +135,8 @@ def seeds_to_see(a: Sequence[float], b: Sequence[float]) -> int | None:
     few seeds s and d are rough, and so is n.
 
     Returns:
-        n, at least 2; None where there are fewer than two seeds or the mean difference is 0.
+        n, at least 2; None where there are fewer than two seeds, or where n is above 10,000: the
+        difference is then 0 but for rounding, or nothing that anyone would look for.
 
     Raises:
         ValueError: a and b differ in length.
@@ -143,9 +144,11 @@ def seeds_to_see(a: Sequence[float], b: Sequence[float]) -> int | None:
     if len(a) != len(b):
         raise ValueError(f"pairs need equal lengths; these are {len(a)} and {len(b)}")
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    if len(difference) < 2 or difference.mean() == 0:
+    mean = float(difference.mean())
+    if len(difference) < 2 or mean == 0:
         return None
-    return max(2, math.ceil((2.8 * difference.std(ddof=1) / difference.mean()) ** 2))
+    needed = max(2, math.ceil((2.8 * float(difference.std(ddof=1)) / mean) ** 2))
+    return needed if needed <= 10_000 else None
 
 
 def _superiority(x: Array, y: Array, axis: int) -> Array:

@@ -143,5 +143,6 @@ def _cell(interval: Interval, factor: float, digits: int) -> str:
     if math.isnan(interval.point):
         return ""
     point, low, high = (factor * x for x in interval)
-    ends = "" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    known = low == low and (digits or low < high)  # a count that all seeds share has no interval
+    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if known else ""
     return f"{point:,.{digits}f}{ends}"

@@ -156,6 +156,8 @@ def test_seeds_to_see_a_difference():
     """Twice the spread takes four times the seeds; simulated, that many see it in four of five."""
     assert seeds_to_see([1.0, 3.0], [0.0, 0.0]) == 4  # s = sqrt 2, d = 2: 2.8^2 / 2 = 3.92
     assert seeds_to_see([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]) == 2
+    assert seeds_to_see([0.1 + 0.2, 0.4], [0.3, 0.4]) is not None  # tiny, but sure
+    assert seeds_to_see([1.0, -1.0 + 1e-9], [0.0, 0.0]) is None  # rounding
     assert seeds_to_see([1.0, -1.0], [0.0, 0.0]) is None and seeds_to_see([1.0], [0.0]) is None
     random = np.random.default_rng(0)
     pilot = random.normal(0.5, 1.0, 100_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from dynmoe import cl, registry, rl
 from dynmoe.config import parse
 from dynmoe.dg import __main__ as dg
 from dynmoe.errors import UserError
-from dynmoe.stats import seeds_to_see
+from dynmoe.stats import Interval, seeds_to_see
 from dynmoe.study import Config, main, run_study
 from dynmoe.study_design import VIEWS, Preset, Results, Study, logged
+from dynmoe.study_report import _cell
 from dynmoe.tta import __main__ as tta
 
 STUDIES = registry.names("study")
@@ -159,3 +161,11 @@ def test_the_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
         main(["granulrity"])
     with pytest.raises(UserError, match="--seeds -1 is too small"):
         main(["granularity", "--seeds", "-1"])
+
+
+def test_cells_of_a_table() -> None:
+    assert _cell(Interval(0.5, 0.4, 0.6), 100, 1) == "50.0 [40.0, 60.0]"
+    assert _cell(Interval(0.5, 0.5, 0.5), 100, 1) == "50.0 [50.0, 50.0]"
+    assert _cell(Interval(5258, 5258, 5258), 1, 0) == "5,258"
+    assert _cell(Interval(5258, math.nan, math.nan), 1, 0) == "5,258"
+    assert _cell(Interval(math.nan, math.nan, math.nan), 1, 0) == ""

@@ -16,6 +16,7 @@ from dynmoe.stats import Interval
 from dynmoe.study import Config, run_study
 from dynmoe.study_design import VIEWS, Command, Preset, Results, Study
 from dynmoe.study_views.drawing import dots
+from dynmoe.study_views.shifts import _gains
 from dynmoe.study_views.view import At
 
 TTA: dict[str, Any] = {
@@ -69,6 +70,11 @@ def test_sentences_about_a_stream() -> None:
 def test_a_metric_that_runs_lack_has_no_interval() -> None:
     r = Results({"s": {"a": [PLAIN, PLAIN]}}, {"s": {}}, VIEWS["tta"])
     assert all(map(math.isnan, r.interval("s", "a", "clean")))
+
+
+def test_gains_along_a_stream_are_against_another_run_on_the_same_images() -> None:
+    gains = _gains({"curve": [0.5, 0.6, 0.9]}, {"curve": [0.4, 0.7, 0.6]})
+    assert gains == pytest.approx([0.1, 0.0, 0.1])
 
 
 def test_numbers_of_a_trial_are_means_over_left_out_domains() -> None:
