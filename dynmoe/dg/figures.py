@@ -75,8 +75,9 @@ def routing_figure(path: Path, gates: Any, domains: list[str], title: str) -> No
     for number, domain in enumerate(domains):
         x = np.arange(gates.shape[1]) + width * (number - (len(domains) - 1) / 2)
         axes.bar(x, gates[number], width, color=COLORS[number % len(COLORS)], label=domain)
-    axes.set(xlabel="expert", ylabel="mean gate", xticks=range(gates.shape[1]))
-    axes.legend(frameon=False, fontsize=8)
+    top = 1.2 * float(gates.max())  # room for the legend
+    axes.set(xlabel="expert", ylabel="mean gate", xticks=range(gates.shape[1]), ylim=(0, top))
+    axes.legend(frameon=False, fontsize=8, ncols=len(domains), loc="upper center")
     _save(figure, path)
 
 

@@ -29,7 +29,7 @@ class DGExperts(
         return {
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
-            **{f"{k} sets": f"{moe2} {k}" for k in SETS},
+            **{named(k): f"{moe2} {k}" for k in SETS},
             "2 to 5 sets": f"{moe2} 2 --method.max-experts 5 --granularity 1 --trigger at "
             f"--trigger.steps {clock} {2 * clock} {3 * clock}",
             "5 sets, deltas": f"{moe2} 5 --method.synthesis deltas",
@@ -38,11 +38,16 @@ class DGExperts(
     def verdict(self, results: Results) -> list[str]:
         """Each against five sets."""
         (stream,) = results.streams
-        others = [f"{k} sets" for k in SETS if k != 5] + ["2 to 5 sets", "5 sets, deltas"]
+        others = [named(k) for k in SETS if k != 5] + ["2 to 5 sets", "5 sets, deltas"]
         return [
             *(results.says(stream, other, "5 sets") for other in others),
             *(_departure(results, stream, variant) for variant in ("5 sets", "5 sets, deltas")),
         ]
+
+
+def named(sets: int) -> str:
+    """A variant by its number of sets."""
+    return "1 set" if sets == 1 else f"{sets} sets"
 
 
 def _departure(results: Results, stream: str, variant: str) -> str:
