@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from crash_helpers import assert_same, error_line, exit_code
 from PIL import Image
+from torch import Tensor
 
+from cl_benchmarks.domain_split import split
 from dynmoe import checkpoint
 from dynmoe.dg import __main__ as dg
+from dynmoe.dg.methods.moe2 import MoE2
+from dynmoe.dg.source import load_source
 from dynmoe.dg.trial import Fold
 
 SMALL = "--preset smoke --compare --checkpoint-every-s 0 --name x --features 5"
@@ -109,6 +114,27 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
     assert exit_code(dg.main, argv_again) == 0  # reads what is there
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
+
+
+def test_the_departure_is_taken_on_held_out_images_of_the_left_out_domain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = MoE2.measures
+
+    def noted(self: MoE2, images: Tensor, labels: Tensor) -> dict[str, float]:
+        seen.append((images, labels))
+        return original(self, images, labels)
+
+    monkeypatch.setattr(MoE2, "measures", noted)
+    assert command(tmp_path, SHORT) == 0
+    source = load_source(dg.presets()["smoke"])
+    assert source.data.names[:2] == ["plain", "coloured"] and len(seen) == 2
+    for (images, labels), name in zip(seen, ("plain", "edges"), strict=True):
+        number = source.data.names.index(name)
+        domain, held = source.data.domains[number], split(30, 0, number)[1]
+        assert torch.equal(images, source.prepare.batch(domain, held))
+        assert torch.equal(labels, domain.labels[held])
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
