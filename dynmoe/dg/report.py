@@ -128,7 +128,7 @@ def print_table(found: dict[str, dict[str, Any]], title: str, trials: int) -> No
             f"{row['learning']:,}",
             f"{row['parameters']:,}",
         )
-    Console(width=max(140, Console().width)).print(table)
+    Console(width=max(160, Console().width)).print(table)
 
 
 def _cell(pair: tuple[float, float]) -> str:
