@@ -63,6 +63,12 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report where it is missing, and clear it of such temporary files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dynmoe.files import write_atomic, write_json
+from dynmoe.files import make_folder, write_atomic, write_json
 from dynmoe.stats import Interval
 from dynmoe.study_design import Results, Study
 
@@ -36,7 +36,7 @@ def report(
     Args:
         variants: stream -> variant -> its flags, with what a search has chosen.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     verdict = study.verdict(results)
     if seeds < 10:
         verdict.append(FEW_SEEDS.format(seeds=seeds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynmoe.files import write_json
+from dynmoe.files import make_folder, write_json
 
 Runs = dict[str, list[dict[str, Any]]]
 METRICS = ("train_accuracy", "test_accuracy", "online_accuracy")
@@ -26,7 +26,7 @@ def report(
         flags: variant -> its own flags.
         runs: variant -> summaries, one per seed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     maker = {"cl": _continual, "rl": _reinforcement}[command]
     maker(folder, settings, flags, runs)
     print(f"results: {folder}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.dg.settings import Config
-from dynmoe.files import write_json
+from dynmoe.files import make_folder, write_json
 from dynmoe.stats import Interval, bootstrap_interval, paired_difference
 
 Summaries = dict[str, list[dict[str, Any]]]
@@ -78,7 +78,7 @@ def report(
     some = next(iter(summaries.values()))[0]
     trials = len(next(iter(summaries.values())))
     title = f"{some['dataset']}, {some['model']}, {config.selection} selection"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "results.json", {
         "dataset": some["dataset"], "model": some["model"], "selection": config.selection,
         "trials": trials, "methods": found,

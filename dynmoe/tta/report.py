@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.config import identity
 from dynmoe.figures import COLORS
-from dynmoe.files import write_atomic, write_json
+from dynmoe.files import make_folder, write_atomic, write_json
 from dynmoe.stats import Interval, bootstrap_interval, paired_difference
 from dynmoe.tta.settings import Config
 
@@ -34,7 +34,7 @@ def report(
         runs: the summaries; the last method is the one that the others are compared with.
         alignment: cosines between the domains' gradients, by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     results = {"data": data, "settings": identity(config), "methods": gather(runs),
                "gradient_alignment": alignment}  # fmt: skip
     write_json(folder / "results.json", results)

@@ -13,7 +13,7 @@ import pytest
 
 from dynmoe import files
 from dynmoe.errors import ResourceError
-from dynmoe.files import remove_leftovers, write_atomic, write_json
+from dynmoe.files import make_folder, remove_leftovers, write_atomic, write_json
 
 
 def _failing(error: OSError) -> Any:
@@ -77,3 +77,12 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "a.pt", "b.tmp"]
+
+
+def test_a_report_s_folder_is_made_and_cleared(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    make_folder(folder)
+    (folder / ".results.json.7.tmp").write_text("{")
+    (folder / "results.json").write_text("{}")
+    make_folder(folder)
+    assert os.listdir(folder) == ["results.json"]
