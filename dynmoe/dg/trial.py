@@ -59,13 +59,14 @@ class Trial:
         """Train for each left-out domain; returns the summary."""
         config, tests = self.config, self.source.tests
         state = self.run.restored or {}
-        self.rows = state.get("rows", [])
+        self.rows = list(state.get("rows", []))
+        first = len(self.rows)
         name = f"{config.method.part.name}, seed {config.seed}"
         with ProgressLine(name, config.steps * len(tests)) as progress:
-            progress.start_at(len(self.rows) * config.steps + state.get("step", 0))
-            for place in range(len(self.rows), len(tests)):
+            progress.start_at(first * config.steps + state.get("step", 0))
+            for place in range(first, len(tests)):
                 fold = Fold(self, tests[place], place)
-                if place == len(state.get("rows", [])) and "fold" in state:
+                if place == first and "fold" in state:
                     fold.load_state_dict(state["fold"])
                 self.rows.append(fold.train(progress))
         return {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,28 @@ def test_stopped_and_resumed_at_every_step(
         assert a.files == b.files and "features" in a.files
         for name in a.files:
             assert np.array_equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_killed_amid_training_it_ends_as_the_one_never_stopped(
+    checkpoints: int, tmp_path: Path
+) -> None:
+    assert command(tmp_path / "whole", GROWTH) == 0
+    argv = f"{SMALL} {GROWTH} --runs-dir {tmp_path / 'parts'}".split()
+    process = subprocess.Popen([sys.executable, "-m", "dynmoe.dg", *argv])
+    seen: set[str] = set()
+    began = time.monotonic()
+    while len(seen) < checkpoints:
+        assert process.poll() is None and time.monotonic() - began < 240
+        seen |= {path.name for path in (tmp_path / "parts").rglob("*.pt")}
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert command(tmp_path / "parts", GROWTH) == 0
+    for name in ("log.jsonl", "summary.json"):
+        one, two = (folder(tmp_path / part) / name for part in ("whole", "parts"))
+        assert one.read_bytes() == two.read_bytes(), name
+    assert not list((tmp_path / "parts").rglob(".*.tmp"))
 
 
 def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
