@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dynmoe import registry
-from dynmoe.moe import MoELayer, collect_aux_losses
+from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
 from dynmoe.moe.stats import expert_use
 from dynmoe.stats import bootstrap_interval
 
@@ -67,7 +67,7 @@ METHODS = {
     "switch": Method(TOP1, ("switch", {"weight": 0.1})),
     "importance": Method(TOP1, ("importance", {"weight": 1.0})),
     "load": Method(NOISY, ("load", {"weight": 0.1})),
-    "global-balance": Method(TOP1, ("global-balance", {"weight": 0.1, "micro_batches": 4})),
+    "global-balance": Method(TOP1, ("global-balance", {"weight": 0.1})),
     "loss-free": Method(TOP1, ("loss-free", {"rate": 0.03})),
     "mutual-information": Method(TOP1, ("mutual-information", {"weight": 0.1})),
     "similarity": Method(TOP1, ("similarity", {"weight": 0.005})),
@@ -148,6 +148,7 @@ def run(method: Method, seed: int, steps: int) -> list[dict[str, float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        finish_step(layer)
         if step % EVERY == 0:
             curve.append(measure(layer, *held_out))
     return curve

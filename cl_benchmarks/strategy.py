@@ -18,7 +18,7 @@ from cl_benchmarks.batches import Augment, Batches, Position
 from cl_benchmarks.stream import chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.growth.surgery import match_shapes
-from dynmoe.moe import collect_aux_losses
+from dynmoe.moe import collect_aux_losses, finish_step
 
 CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
          "train_epoch_iterations", "total_iterations")  # fmt: skip
@@ -127,10 +127,11 @@ class StreamStrategy(SupervisedTemplate):
         return loss
 
     def optimizer_step(self) -> None:
-        """Clip, if asked to, and step."""
+        """Clip, if asked to, and step; MoE layers move what moves once per step."""
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
+        finish_step(self.model)
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Our batches in place of Avalanche's loader."""

@@ -24,6 +24,7 @@ from dynmoe.errors import NumericError, UserError
 from dynmoe.growth.controller import GrowthController, GrowthEvent, Probe
 from dynmoe.growth.trigger import Signals
 from dynmoe.moe.layer import moe_layers
+from dynmoe.moe.step import finish_step
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 
@@ -180,6 +181,7 @@ class Fold:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        finish_step(self.method)
         return value
 
     def _evaluate(self, loss: float) -> None:

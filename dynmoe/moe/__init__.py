@@ -14,3 +14,5 @@ from dynmoe.moe.routing import RouterInput as RouterInput
 from dynmoe.moe.routing import Routing as Routing
 from dynmoe.moe.share import share_router as share_router
 from dynmoe.moe.stats import routing_stats as routing_stats
+from dynmoe.moe.step import finish_step as finish_step
+from dynmoe.moe.step import register_step_hook as register_step_hook

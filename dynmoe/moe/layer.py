@@ -15,6 +15,9 @@ from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.pool import HiddenPool
 from dynmoe.moe.loss import AuxLoss, LossInput
 from dynmoe.moe.losses.none import NoLoss
+from dynmoe.moe.padding import Padding, sample_means
+from dynmoe.moe.pass_losses import PassLosses
+from dynmoe.moe.passes import Passes, new_pass
 from dynmoe.moe.router import Router
 from dynmoe.moe.routers.cosine import CosineRouter
 from dynmoe.moe.routing import Routing, Slots, hard_routing
@@ -50,6 +53,8 @@ class MoELayer(nn.Module):
         birth: buffer [M] int64, the growth count at which each expert was born (0: the start).
         last_routing: the Routing of the latest forward pass, or None.
         last_losses: its auxiliary losses by name, weighted; empty outside training mode.
+        uncollected: the losses of all passes in training that `collect_losses` has not handed out
+            since the latest optimizer step.
 
     Raises:
         UserError: an expert would be left without hidden units, or a loss is given twice.
@@ -105,6 +110,8 @@ class MoELayer(nn.Module):
         self.register_buffer("birth", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
+        self.uncollected: list[PassLosses] = []
+        self._passes = Passes()
         self.given: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def forward(
@@ -118,33 +125,48 @@ class MoELayer(nn.Module):
 
         Args:
             x: the input; banks of whole samples say what shape they take.
-            mask: bool, False for padding: one entry per position, or per sample where samples are
-                routed. Padding gets output 0 and moves no statistics.
+            mask: False (or 0) for padding, with one entry per position [B, ...] or, where samples
+                are routed, per sample [B]. Whatever stands in padding, NaN included, reaches
+                nothing; padding gets output 0 and moves no statistics.
             context: what the router may look at beside x, one entry per position or per sample.
             seen: [B, D_in] what samples are routed by, instead of the mean over their positions.
 
         Mask and context fall back on what `routing_inputs` gives.
+
+        Raises:
+            UserError: the mask's shape is not that of x, or it is no list of zeros and ones.
         """
         mask = self.given[0] if mask is None else mask
         context = self.given[1] if context is None else context
+        by_sample = self.bank.whole or self.route_per == "sample" or seen is not None
+        axis = self.bank.channel_axis if self.bank.whole else -1
+        padding = None if mask is None else Padding.of(mask, x, axis, by_sample)
+        if padding is not None:
+            x = padding.blank(x)
         rows = x if self.bank.whole else x.reshape(-1, x.shape[-1])
         if seen is None:
-            seen = rows
-            if self.bank.whole or self.route_per == "sample":
-                seen = _sample_means(x, self.bank.channel_axis)
+            seen = sample_means(x, axis, padding) if by_sample else rows
+        elif padding is not None:
+            seen = torch.where(padding.samples.unsqueeze(1), seen, 0.0)
         routing = self.router(
             seen,
-            None if mask is None else mask.reshape(-1),
-            None if context is None else _per_row(context, len(seen)),
-            len(x) if x.dim() > 2 and len(seen) > len(x) else 1,
+            None if padding is None else padding.routed(by_sample),
+            None if context is None else _per_row(context, len(seen), padding),
+            max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
             self._sizes() if self.router.uses_sizes else None,
         )
         self.last_routing = routing
-        if not self.bank.whole and len(rows) != len(seen):
-            routing = routing.repeated(len(rows) // len(seen))
+        if by_sample and not self.bank.whole:
+            routing = routing.repeated(rows.shape[0] // max(len(seen), 1))
+            if padding is not None:
+                routing = routing.without_padding(padding.positions.flatten())
         self.last_losses = self._losses(rows, routing) if self.training else {}
         y = self._mix(rows, routing)
-        return y if self.bank.whole else y.view(*x.shape[:-1], y.shape[-1])
+        if not self.bank.whole:
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        if padding is not None:
+            y = padding.blank(y)
+        return self._keep_losses(y) if self.last_losses else y
 
     def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
         """Outputs of the rows; the shared expert, if any, is added to the routed ones."""
@@ -154,9 +176,7 @@ class MoELayer(nn.Module):
             y = mix_slots(self.bank, rows, routing.slots, routing.alive)
         if self.shared is not None:
             y = y + self.shared(rows, _always(rows, routing))
-        if routing.mask is None:
-            return y
-        return torch.where(routing.mask.view(-1, *[1] * (y.dim() - 1)), y, 0.0)
+        return y
 
     def _losses(self, rows: Tensor, routing: Routing) -> dict[str, Tensor]:
         given = LossInput(rows, routing, self.router, self.bank)
@@ -164,6 +184,38 @@ class MoELayer(nn.Module):
         for loss in cast("Sequence[AuxLoss]", self.losses):
             losses[loss.name] = loss.weight * loss(given)
         return losses
+
+    def _keep_losses(self, y: Tensor) -> Tensor:
+        """Keep the pass's losses until they are collected; y, through which they may reach back.
+
+        In the second pass of a reentrant checkpoint the losses have been collected already, without
+        a gradient; the gradient that then came back for them goes on from y.
+        """
+        first = PassLosses(self.last_losses)
+        kept = self._passes.recall(new_pass(), lambda: first)
+        if kept is first:
+            self.uncollected.append(first)
+            return y
+        return kept.go_on_from(y, self.last_losses)
+
+    def collect_losses(self) -> dict[str, Tensor]:
+        """Weighted losses by name, added up over the passes that were not collected yet; scalars.
+
+        Passes are those in training mode since the latest optimizer step.
+        """
+        collected: dict[str, Tensor] = {}
+        for losses in self.uncollected:
+            for name, value in losses.values().items():
+                collected[name] = collected[name] + value if name in collected else value
+        self.uncollected = []
+        return collected
+
+    def finish_step(self) -> None:
+        """An optimizer step is done: move what the losses move, forget losses not collected."""
+        for loss in cast("Sequence[AuxLoss]", self.losses):
+            loss.finish_step(self.router)
+        self.uncollected = []
+        self._passes.clear()
 
     def _scale(self, routing: Routing) -> Tensor | float:
         if self.gate_scale == "one" or not self.router.normalised:
@@ -184,7 +236,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last pass out: its tensors belong to a graph."""
-        return {**self.__dict__, "last_routing": None, "last_losses": {}}
+        return {**self.__dict__, "last_routing": None, "last_losses": {}, "uncollected": []}
 
     @property
     def num_experts(self) -> int:
@@ -229,10 +281,10 @@ def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Te
             "slot routing mixes tokens: it needs route_per=token and a bank of single tokens, "
             "not of whole samples"
         )
-    inputs = slots.dispatch.transpose(1, 2) @ rows.view(groups, tokens, -1)
+    inputs = slots.dispatch.transpose(1, 2) @ rows.view(groups, tokens, rows.shape[1])
     owner, used = slots.owner.repeat(groups), slots.used.repeat(groups)
     outputs = bank(inputs.flatten(0, 1), hard_routing(owner, used, alive, rows))
-    return (slots.combine @ outputs.view(groups, count, -1)).flatten(0, 1)
+    return (slots.combine @ outputs.view(groups, count, outputs.shape[1])).flatten(0, 1)
 
 
 def _always(rows: Tensor, routing: Routing) -> Routing:
@@ -242,18 +294,17 @@ def _always(rows: Tensor, routing: Routing) -> Routing:
     return Routing(gates=one, logits=torch.zeros_like(one), probabilities=one, alive=alive)
 
 
-def _sample_means(x: Tensor, channel_axis: int) -> Tensor:
-    """[B, D_in] mean of each sample over its positions; samples [B, D_in] have but one."""
-    return x if x.dim() == 2 else x.movedim(channel_axis, 1).flatten(2).mean(dim=2)
-
-
-def _per_row(context: Tensor, rows: int) -> Tensor:
+def _per_row(context: Tensor, rows: int, padding: Padding | None) -> Tensor:
     """Context of samples [B, ...] or positions [B, T, ...] as one entry per row [N, ...]."""
-    if context.shape[0] == rows:
+    if context.shape[0] != rows:
+        if rows % max(context.shape[0], 1) == 0 and context.shape[:2].numel() != rows:
+            context = context.repeat_interleave(rows // context.shape[0], dim=0)
+        else:
+            context = context.flatten(0, 1)
+    if padding is None or not context.is_floating_point():
         return context
-    if rows % context.shape[0] == 0 and context.shape[:2].numel() != rows:
-        return context.repeat_interleave(rows // context.shape[0], dim=0)
-    return context.flatten(0, 1)
+    real = padding.samples if len(padding.samples) == rows else padding.positions.flatten()
+    return torch.where(real.view(-1, *[1] * (context.dim() - 1)), context, 0.0)
 
 
 @contextmanager
@@ -280,12 +331,17 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
 
 
 def collect_aux_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Weighted auxiliary losses of the latest forward pass, by `layer.loss` name; scalars.
+    """Weighted auxiliary losses by `layer.loss` name, to be added to the objective; scalars.
 
-    Empty where no layer has a loss, and after passes in evaluation mode.
+    Added up over all passes in training mode since they were collected last (or since the latest
+    optimizer step, see `dynmoe.moe.step`), so that a layer which is used twice counts twice.
+    Collecting hands them out once. Empty where no layer has a loss.
+
+    Under a reentrant checkpoint their gradient reaches the layers in the backward pass of the
+    objective: add them to it before that.
     """
     return {
         f"{name}.{loss}": value
         for name, layer in moe_layers(model)
-        for loss, value in layer.last_losses.items()
+        for loss, value in layer.collect_losses().items()
     }

@@ -46,6 +46,13 @@ class AuxLoss(nn.Module, Part, kind="loss"):
             raise UserError(f"{self.name} loss: weight={config.weight} must be at least 0")
         self.weight = config.weight
 
+    def finish_step(self, router: Router) -> None:
+        """Move what the training passes since the last optimizer step ask for; here nothing.
+
+        Losses with such state note it in `forward`, once per pass (`Passes.learns`), and sum it
+        over all processes here.
+        """
+
     @abstractmethod
     def forward(self, given: LossInput) -> Tensor:
         """The loss, not yet weighted; a scalar. Differentiable in the router, the bank or both."""

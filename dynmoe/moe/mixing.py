@@ -72,12 +72,9 @@ def mix_sparse(
     rows = x.index_select(0, sample).split(counts)
     weights = gates[sample, expert].unsqueeze(1).split(counts)
     y = x.new_zeros(len(x), w_out.shape[0]) if b_out is None else gates @ b_out
-    outputs = [
-        F.linear(act(rows[e], *slices[e]) * weights[e], w_outs[e])
-        for e, count in enumerate(counts)
-        if count
-    ]
-    return y.index_add_(0, sample, torch.cat(outputs).to(y.dtype)) if outputs else y
+    used = [e for e, count in enumerate(counts) if count] or [0]  # one, so that y has a gradient
+    outputs = [F.linear(act(rows[e], *slices[e]) * weights[e], w_outs[e]) for e in used]
+    return y.index_add_(0, sample, torch.cat(outputs).to(y.dtype))
 
 
 def outputs_by_expert(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.padding import Padding
 
 MakeLayer = Callable[[int, int], MoELayer]
 """(width in, width out) -> the layer that the sub-tokens go through"""
@@ -60,20 +61,26 @@ class MultiHead(nn.Module):
 
         Args:
             x: the input.
-            mask: bool, False for padding, one entry per position (or per sample, as the layer has
-                it). A sub-token is padding if its token is. Padding gets output 0.
+            mask: False for padding, one entry per position (or per sample, as the layer has it). A
+                sub-token is padding if its token is. Padding gets output 0.
             context: what the router may look at, one entry per position or per sample.
 
         Both fall back on what `routing_inputs` gives.
+
+        Raises:
+            UserError: the mask's shape is not that of x.
         """
         mask = self.layer.given[0] if mask is None else mask
         context = self.layer.given[1] if context is None else context
+        padding = None
+        if mask is not None:
+            padding = Padding.of(mask, x, -1, self.layer.route_per == "sample")
+            x = padding.blank(x)
         parts = self.split(x).unflatten(-1, (self.heads, -1)).flatten(-3, -2)
-        y = self.layer(parts, self._per_part(mask, x), self._per_part(context, x))
+        real = None if padding is None else self._per_part(padding.positions, x)
+        y = self.layer(parts, real, self._per_part(context, x))
         y = self.merge(y.unflatten(-2, (-1, self.heads)).flatten(-2))
-        if mask is None:
-            return y
-        return torch.where(mask.view(*mask.shape, *[1] * (y.dim() - mask.dim())), y, 0.0)
+        return y if padding is None else padding.blank(y)
 
     def _per_part(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         """What is given per position, repeated for its sub-tokens; per sample, as it is."""

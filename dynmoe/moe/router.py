@@ -73,6 +73,13 @@ class Router(nn.Module, Part, kind="router"):
         Padding is silenced afterwards; only routers whose samples compete look at `given.mask`.
         """
 
+    def finish_step(self) -> None:
+        """Move what the training passes since the last optimizer step ask for; here nothing.
+
+        Routers with such state note it in `route`, once per pass (`Passes.learns`), and sum it over
+        all processes here.
+        """
+
     def expert_rows(self) -> list[nn.Parameter]:
         """Parameters whose first axis is the expert axis M; growth resets and copies their rows."""
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]

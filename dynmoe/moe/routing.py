@@ -74,13 +74,13 @@ class Routing:
         if self.chosen is not None:
             return self.chosen.to(self.gates.dtype)
         best = self.logits.argmax(dim=1, keepdim=True)
-        picks = torch.zeros_like(self.gates).scatter_(1, best, 1.0)
+        picks = torch.zeros_like(self.gates).scatter(1, best, 1.0)
         return picks if self.mask is None else picks * self.mask.unsqueeze(1)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values [N, ...] over the real samples: `[...]`."""
         if self.mask is None:
-            return values.mean(dim=0)
+            return values.mean(dim=0) if len(values) else values.sum(dim=0)
         real = self.mask.view(-1, *[1] * (values.dim() - 1))
         return torch.where(real, values, 0.0).sum(dim=0) / self.mask.sum().clamp(min=1)
 

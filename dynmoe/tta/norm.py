@@ -88,4 +88,5 @@ class MoELayerNorm(nn.Module):
 
         Available in training mode.
         """
+        self.layer.collect_losses()  # what is collected here is not to be kept for anyone else
         return self.layer.last_losses[SwitchLoss.name]

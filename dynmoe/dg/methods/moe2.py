@@ -118,7 +118,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         thetas = bank.thetas(mixed, routing.gates[:, :count])
         z = adapted_features(self.backbone, self.layers, thetas, images)
         penalties = balance(self.layers, self.balance)
-        for loss in self.outer.last_losses.values():  # one, in training mode
+        for loss in self.outer.collect_losses().values():  # one, in training mode
             penalties["diversity"] = loss
         return self.head(z).unsqueeze(0), penalties
 

@@ -85,7 +85,8 @@ class ConvPool(
     def _mix_sparse(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         """Each expert on the images that chose it."""
         y = x.new_zeros(len(x), len(self.w_out), *x.shape[2:])
-        for expert in chosen.any(dim=0).nonzero().flatten().tolist():
+        used = chosen.any(dim=0).nonzero().flatten().tolist()
+        for expert in used or [0]:  # one, so that y has a gradient
             samples = chosen[:, expert].nonzero().flatten()
             units = (self.segment == expert).nonzero().flatten()
             hidden = self._act(x[samples], self.w_in[units], self.b_in[units])

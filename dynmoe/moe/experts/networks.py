@@ -112,7 +112,8 @@ class NetworkBank(
         weights = [weight.unbind() for weight in self.weights]
         biases = [bias.unbind() for bias in self.biases]
         y = x.new_zeros(len(x), biases[-1][0].shape[0])
-        for expert in chosen.any(dim=0).nonzero().flatten().tolist():
+        used = chosen.any(dim=0).nonzero().flatten().tolist()
+        for expert in used or [0]:  # one, so that y has a gradient
             samples = chosen[:, expert].nonzero().flatten()
             own = [(w[expert], b[expert]) for w, b in zip(weights, biases, strict=True)]
             output = self._network(x[samples], own) * gates[samples, expert].unsqueeze(1)

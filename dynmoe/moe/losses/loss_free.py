@@ -10,22 +10,29 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.passes import Passes, new_pass
 from dynmoe.moe.processes import sum_over_processes
+from dynmoe.moe.router import Router
 
 
 class LossFree(
     AuxLoss, name="loss-free", source="Wang et al. 2024 (arXiv 2408.15664), Section 3, Algorithm 1"
 ):
-    """Bias balancing: after each training pass, experts below the mean count get a larger bias.
+    """Bias balancing: after each optimizer step, experts below the mean count get a larger bias.
 
     `bias_e += rate * sign(mean count - count_e)` on `Router.selection_bias`, which decides who is
     chosen and never enters a gate; the loss itself is 0. Also DeepSeek-V3 (arXiv 2412.19437),
-    Section 2.1.2. Counts are added up over processes. Only routers that are
-    `steerable` can be balanced so, such as topk. With one living expert nothing happens.
+    Section 2.1.2. Counts are added up over the step's passes and over processes. Only routers that
+    are `steerable` can be balanced so, such as topk. With one living expert nothing happens.
 
     Our choice: biases are kept at mean 0 over the living experts. That changes no choice, and lets
-    a newborn expert, whose bias is 0, start level with the others.
+    a new expert, whose bias is 0, start level with the others.
+
+    Attributes:
+        counts: buffer [M] int64, picks of each expert since the last optimizer step; not saved.
     """
+
+    counts: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AuxLoss.Config):
@@ -34,7 +41,7 @@ class LossFree(
         weight: float = 0.0
         """has no effect"""
         rate: float = 0.001
-        """step of the biases per forward pass, in units of the router's scores"""
+        """step of the biases per optimizer step, in units of the router's scores"""
         update: Literal["sign", "proportional"] = "sign"
         """step by the sign of the missing count, or by the missing count over the mean count (the
         paper's variant takes the plain count; the share does not depend on the batch size)"""
@@ -48,32 +55,39 @@ class LossFree(
                 f"loss-free balancing: update={config.update!r} must be sign or proportional"
             )
         self.rate, self.update = config.rate, config.update
+        counts = torch.zeros(max_experts, dtype=torch.long)
+        self.register_buffer("counts", counts, persistent=False)
+        self._passes = Passes()
 
     def forward(self, given: LossInput) -> Tensor:
-        """0; in training, moves the router's selection bias.
+        """0; in training, notes who was chosen.
 
         Raises:
             UserError: the router is dense, or chooses by other means than its scores, so that no
                 bias can steer it.
         """
-        chosen, bias = given.routing.chosen, given.router.selection_bias
+        chosen = given.routing.chosen
         if chosen is None or not given.router.steerable:
             raise UserError(
                 f"loss-free balancing: router {given.router.name!r} makes no choice that a bias "
                 "could steer; take one such as 'topk', or another loss"
             )
-        if self.training:
-            self._steer(bias, chosen, given.routing.alive)
+        if self.training and self._passes.learns(new_pass()):
+            self.counts += chosen.sum(dim=0)
         return given.routing.gates.new_zeros(())
 
     @torch.no_grad()
-    def _steer(self, bias: Tensor, chosen: Tensor, alive: Tensor) -> None:
-        """Move the biases [M] in place, by the experts chosen [N, M]."""
+    def finish_step(self, router: Router) -> None:
+        """Move the router's biases by the experts chosen in the step's passes."""
+        bias, alive = router.selection_bias, router.alive
         wide = torch.promote_types(bias.dtype, torch.float32)  # half precision: no large counts
-        counts = sum_over_processes(chosen.long().sum(dim=0)).to(wide)
+        counts = sum_over_processes(self.counts).to(wide)
         experts = alive.sum()
         mean = counts.sum() / experts
         missing = mean - counts
         step = missing.sign() if self.update == "sign" else missing / mean.clamp_min(1e-12)
         moved = torch.where(alive, bias + self.rate * step, 0.0)
-        bias.copy_(torch.where(alive, moved - moved.sum() / experts, bias))
+        moved = torch.where(alive, moved - moved.sum() / experts, bias)
+        bias.copy_(torch.where(counts.sum() > 0, moved, bias))
+        self.counts.zero_()
+        self._passes.clear()

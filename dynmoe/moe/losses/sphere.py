@@ -58,8 +58,9 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
         """
         features, living = router_weighted_features(given)
         mask = given.routing.mask
-        samples = len(features) if mask is None else mask.sum().clamp(min=1)
-        gram = torch.einsum("nmp,nkp->mk", features, features) / (samples * features.shape[2])
+        samples = max(len(features), 1) if mask is None else mask.sum().clamp(min=1)
+        positions = max(features.shape[2], 1)
+        gram = torch.einsum("nmp,nkp->mk", features, features) / (samples * positions)
         mean = gram.trace() / living.sum()
         gaps = gram - torch.diag(mean * living)
         if self.form == "paper":
@@ -90,4 +91,5 @@ def router_weighted_features(given: LossInput) -> tuple[Tensor, Tensor]:
         living = given.routing.alive.repeat_interleave(width)
     else:
         raise UserError(f"sphere loss: experts of bank {bank.name!r} have no hidden layer")
-    return hidden.reshape(*hidden.shape[:2], -1) * weights.unsqueeze(2), living
+    hidden = hidden.flatten(2) if hidden.dim() > 2 else hidden.unsqueeze(2)
+    return hidden * weights.unsqueeze(2), living

@@ -108,5 +108,5 @@ class DomainRouter(
         real = given.mask
         if real is not None:
             log_likelihood = torch.where(real, log_likelihood, 0.0)
-        count = len(logits) if real is None else real.sum().clamp(min=1)
+        count = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
         return -log_likelihood.sum() / count / given.x.shape[1]

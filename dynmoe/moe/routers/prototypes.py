@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.linear import distances
+from dynmoe.moe.passes import Passes, new_pass
+from dynmoe.moe.processes import join_processes, sum_over_processes
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -24,23 +26,31 @@ class PrototypeRouter(
 
     Clustering in place of gradients, as MixER does (Nzoyem et al. 2025, arXiv 2502.05335; Eq. 19
     of Zhang et al. 2025, arXiv 2507.11181). No gradient reaches prototypes or passes through
-    them. Our choices: features are x itself or the context given, without a learned map; in
-    training mode each prototype moves to the running mean of its samples (online k-means), after
-    they have been routed.
+    them. Our choices: features are x itself or the context given, without a learned map; after
+    each optimizer step each prototype moves to the running mean of its samples (online k-means) in
+    the step's training passes, over all processes.
 
-    A prototype without samples stays where it is, also a newborn one, which is drawn near 0. After
-    `patience` batches without any it moves onto the sample that is farthest from its own
+    A prototype without samples stays where it is, also that of a new expert, which starts near 0.
+    After `patience` steps without any it moves onto the sample that is farthest from its own
     prototype (the restart of k-means); several take the farthest samples in turn.
 
     Attributes:
         weight: Parameter [M, D] without gradient, the prototypes ([M, C] for contexts).
-        idle: buffer [M] int64, batches since each living expert had a sample.
+        idle: buffer [M] int64, optimizer steps since each living expert had a sample.
+        sums, counts: buffers [M, D] and [M] int64, samples of each prototype in this step.
+        far, far_off: buffers [M, D] and [M], the step's M samples that are farthest from their own
+            prototypes, and their squared distances, 0 where there are fewer. These four are not
+            saved.
 
     Raises:
         UserError: `use` is context and the context is missing or not C wide.
     """
 
     idle: Tensor
+    sums: Tensor
+    counts: Tensor
+    far: Tensor
+    far_off: Tensor
     k = 1
     steerable = True
 
@@ -53,9 +63,9 @@ class PrototypeRouter(
         context_dim: int = 0
         """width C of the context [N, C]; needed where that is used"""
         decay: float = 0.99
-        """how much of a prototype is left after a batch; the rest is the mean of its samples"""
+        """how much of a prototype is left after a step; the rest is the mean of its samples"""
         patience: int = 20
-        """batches without samples after which a prototype restarts; 0: never"""
+        """optimizer steps without samples after which a prototype restarts; 0: never"""
 
     def __init__(
         self,
@@ -73,6 +83,12 @@ class PrototypeRouter(
         self.decay = config.decay
         self.patience = config.patience
         self.register_buffer("idle", torch.zeros(max_experts, dtype=torch.long))
+        for name, shape in {"sums": (max_experts, width), "far": (max_experts, width),
+                            "far_off": (max_experts,)}.items():  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        counts = torch.zeros(max_experts, dtype=torch.long)
+        self.register_buffer("counts", counts, persistent=False)
+        self._passes = Passes()
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""
@@ -80,9 +96,9 @@ class PrototypeRouter(
         squared = distances(seen, self.weight).square().to(self.weight.dtype)
         logits = self.mask(-squared)
         chosen = self.choose(logits, 1)
-        if self.training:
+        if self.training and self._passes.learns(new_pass()):
             own = chosen if given.mask is None else chosen & given.mask.unsqueeze(1)
-            self._follow(seen, squared, own)
+            self._note(seen, squared, own)
         return Routing(
             gates=chosen.to(given.x.dtype),
             logits=logits,
@@ -109,32 +125,47 @@ class PrototypeRouter(
         return given.context.detach().to(self.weight.dtype)
 
     @torch.no_grad()
-    def _follow(self, seen: Tensor, squared: Tensor, own: Tensor) -> None:
-        """Move the prototypes after a batch.
+    def _note(self, seen: Tensor, squared: Tensor, own: Tensor) -> None:
+        """Note the samples of a pass.
 
         Args:
             seen: [N, D] features. squared: [N, M] their squared distances.
             own: [N, M] bool, the prototype of each real sample.
         """
-        picks = own.to(seen.dtype)
-        count = picks.sum(dim=0)
         with torch.autocast(seen.device.type, enabled=False):
-            means = picks.T @ seen / count.clamp(min=1).unsqueeze(1)
-        has = count > 0
+            self.sums += own.to(seen.dtype).T @ seen
+        self.counts += own.sum(dim=0)
+        off = torch.where(own, squared, 0.0).sum(dim=1)  # [N], 0 for padding
+        self._keep_farthest(torch.cat([self.far_off, off]), torch.cat([self.far, seen]))
+
+    def _keep_farthest(self, off: Tensor, rows: Tensor) -> None:
+        """Keep the M farthest of rows [R, D], by their squared distances [R]."""
+        best = off.topk(len(self.far_off))
+        self.far_off.copy_(best.values)
+        self.far.copy_(rows[best.indices])
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Move the prototypes by the samples of the step's passes."""
+        counts = sum_over_processes(self.counts)
+        means = sum_over_processes(self.sums) / counts.clamp(min=1).unsqueeze(1)
+        has = counts > 0
         moved = self.decay * self.weight + (1 - self.decay) * means
         moved = torch.where(has.unsqueeze(1), moved, self.weight)
         lonely = self.alive & ~has & has.any()
         idle = torch.where(lonely, self.idle + 1, torch.where(has, 0, self.idle))
         if self.patience:
+            self._keep_farthest(join_processes(self.far_off), join_processes(self.far))
             late = self.alive & (idle >= self.patience)
-            off = torch.where(own, squared, 0.0).sum(dim=1)  # [N], 0 for padding
-            turn = late.cumsum(dim=0) - 1
-            source = off.argsort(descending=True)[turn.clamp(0, len(seen) - 1)]  # [M]
-            late = late & (turn < len(seen)) & (off[source] > 0)
-            moved = torch.where(late.unsqueeze(1), seen[source], moved)
+            turn = (late.cumsum(dim=0) - 1).clamp(min=0)  # [M] which of the farthest samples
+            late = late & (self.far_off[turn] > 0)
+            moved = torch.where(late.unsqueeze(1), self.far[turn], moved)
             idle = torch.where(late, 0, idle)
         self.weight.copy_(moved)
         self.idle.copy_(idle)
+        for noted in (self.sums, self.counts, self.far, self.far_off):
+            noted.zero_()
+        self._passes.clear()
 
 
 def _check(config: PrototypeRouter.Config) -> None:

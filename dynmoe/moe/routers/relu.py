@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.moe.passes import Passes, new_pass
+from dynmoe.moe.processes import sum_over_processes
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -22,9 +24,10 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
 
     ReMoE, Wang et al. 2024 (arXiv 2412.14711), Section 3. In training mode the router adds a loss
     `sparsity` of its own, `strength * mean_t sum_e f_e gate_te`, where `f_e = E / k * (share of
-    samples that use e)` has no gradient and balances the load. After each batch, strength is
-    multiplied by `alpha ** sign((1 - k / E) - S)`, S being the share of zero gates among the living
-    experts: gates that are too dense raise it. The target follows E as the layer grows.
+    samples that use e)` has no gradient and balances the load. After each optimizer step, strength
+    is multiplied by `alpha ** sign((1 - k / E) - S)`, S being the share of zero gates among the
+    living experts in the step's passes, over all processes: gates that are too dense raise it. The
+    target follows E as the layer grows.
 
     A sample may use no expert at all; its output then is that of the shared expert, or 0. Scores
     that are never positive have no gradient. Ours: strength is kept between 1e-12 and 1e6, every
@@ -33,10 +36,13 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
 
     Attributes:
         strength: buffer, scalar, the present weight of the loss (the paper's lambda).
+        noted: buffer [2] int64, real samples of this optimizer step and the experts that they use;
+            not saved.
     """
 
     normalised = False
     strength: Tensor
+    noted: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -69,6 +75,8 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         self.mean_used = config.k
         self.alpha = config.alpha
         self.register_buffer("strength", torch.tensor(config.strength))
+        self.register_buffer("noted", torch.zeros(2, dtype=torch.long), persistent=False)
+        self._passes = Passes()
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
@@ -86,18 +94,31 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         ).without_padding(given.mask)
         if self.training:
             routing.losses["sparsity"] = self._sparsity(routing)
+            if self._passes.learns(new_pass()):
+                self._note(routing)
         return routing
 
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Adapt the strength to what the step's passes used."""
+        samples, used = sum_over_processes(self.noted)
+        experts = self.alive.sum()
+        target = (1 - self.mean_used / experts).clamp(min=0.0)
+        zero = 1 - used / (samples * experts).clamp(min=1)
+        sign = torch.where(samples > 0, (target - zero).sign(), 0.0)
+        self.strength.copy_((self.strength * self.alpha**sign).clamp(LOWEST, HIGHEST))
+        self.noted.zero_()
+        self._passes.clear()
+
+    @torch.no_grad()
+    def _note(self, routing: Routing) -> None:
+        used = routing.picks() > 0
+        self.noted[0] += len(used) if routing.mask is None else routing.mask.sum()
+        self.noted[1] += used.sum()
+
     def _sparsity(self, routing: Routing) -> Tensor:
-        """The batch's loss at the present strength; adapts the strength for the next one."""
+        """The batch's loss at the present strength."""
         experts = self.alive.sum()
         use = routing.mean(routing.picks()).detach()  # [M]
         loss = (experts / self.mean_used * use * routing.mean(routing.gates)).sum()
-        loss = self.strength.clone() * loss
-        with torch.no_grad():
-            target = (1 - self.mean_used / experts).clamp(min=0.0)
-            sign = (target - (1 - use.sum() / experts)).sign()
-            if routing.mask is not None:  # a batch of padding says nothing
-                sign = sign * routing.mask.any()
-            self.strength.copy_((self.strength * self.alpha**sign).clamp(LOWEST, HIGHEST))
-        return loss
+        return self.strength.clone() * loss

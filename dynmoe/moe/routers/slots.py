@@ -68,7 +68,7 @@ class SlotRouter(
         scores = self.scale * F.linear(
             F.normalize(given.x, dim=1), F.normalize(phi.flatten(0, 1), dim=1)
         )  # [N, S]
-        owner = torch.arange(len(scores[0]), device=scores.device) // self.slots
+        owner = torch.arange(scores.shape[1], device=scores.device) // self.slots
         used = self.alive[owner]
         masked = (scores + self.logit_shift[owner]).masked_fill(~used, float("-inf"))
         combine = masked.softmax(dim=1)

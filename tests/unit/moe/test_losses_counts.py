@@ -1,8 +1,7 @@
-"""Balancing by counts: global-balance over micro-batches and processes, and bias balancing."""
+"""Balancing by counts: global-balance over passes and processes, and bias balancing."""
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from loss_tools import close, given_by, loss_of, make_layer, make_loss, samples
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.moe import MoELayer
+from dynmoe.moe import MoELayer, finish_step
 from dynmoe.moe.losses.loss_free import LossFree
 
 ROUTERS = ("cosine", "softmax", "topk")  # dense and sparse
@@ -41,23 +40,26 @@ def test_global_balance_of_one_pass_is_the_switch_loss(router):
     for _ in range(3):
         x = samples()
         close(loss(given_by(layer, x)), loss_of("switch", layer, x).detach())
+        loss.finish_step(layer.router)
 
 
 @pytest.mark.parametrize("experts", [1, 3, 5])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_global_balance_adds_up_the_picks_of_its_group(router, experts):
-    layer, loss = make_layer(router, experts), make_loss("global-balance", micro_batches=3)
+def test_global_balance_adds_up_the_picks_of_a_step(router, experts):
+    layer, loss = make_layer(router, experts), make_loss("global-balance")
     batches = [samples(n) for n in (4, 9, 2, 7, 5, 1, 3)]
     for i, x in enumerate(batches):
         seen = torch.cat(batches[i - i % 3 : i + 1])
         close(loss(given_by(layer, x)), global_loss(layer, x, seen, experts))
-    assert loss.passes.item() == 7 and loss.counts.sum().item() == 3 * min(
-        layer.router.k or 1, experts
-    )
+        with torch.no_grad():  # acting does not count
+            loss(given_by(layer, x))
+        if i % 3 == 2:
+            loss.finish_step(layer.router)
+    assert loss.counts.sum().item() == 3 * min(layer.router.k or 1, experts)
 
 
-def test_a_growth_within_a_group_starts_the_new_expert_at_0():
-    layer, loss = make_layer("topk"), make_loss("global-balance", micro_batches=9)
+def test_a_growth_within_a_step_starts_the_new_expert_at_0():
+    layer, loss = make_layer("topk"), make_loss("global-balance")
     loss(given_by(layer, samples(6)))
     before = loss.counts.clone()
     layer.router.alive[3] = True
@@ -66,27 +68,17 @@ def test_a_growth_within_a_group_starts_the_new_expert_at_0():
     assert (loss.counts - before).sum() == 2
 
 
-def test_global_balance_resumes_within_a_group():
-    layer, loss = make_layer("topk"), make_loss("global-balance", micro_batches=4)
-    batches = [samples(5) for _ in range(6)]
-    for x in batches[:2]:
-        loss(given_by(layer, x))
-    other = make_loss("global-balance", micro_batches=4)
-    other.load_state_dict(copy.deepcopy(loss.state_dict()))
-    for x in batches[2:]:
-        close(other(given_by(layer, x)), loss(given_by(layer, x)).detach())
-    assert loss.state_dict().keys() == {"counts", "passes"}
-
-
 def _process(rank: int, folder: str, batches: list[list[Tensor]]) -> None:
     """What one of two processes gets for its micro-batches, written to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
-    layer, loss = make_layer("topk"), make_loss("global-balance", micro_batches=2)
+    layer, loss = make_layer("topk"), make_loss("global-balance")
     losses = [loss(given_by(layer, x)).detach() for x in batches[rank]]
     make_loss("global-balance")(given_by(layer, batches[rank][0])).backward()
-    make_loss("loss-free", rate=0.01, update="proportional")(given_by(layer, batches[rank][0]))
+    bias_loss = make_loss("loss-free", rate=0.01, update="proportional")
+    bias_loss(given_by(layer, batches[rank][0]))
+    bias_loss.finish_step(layer.router)
     gradient, bias = layer.router.weight.grad, layer.router.selection_bias
     torch.save((losses, gradient, bias, loss.counts), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -105,7 +97,9 @@ def test_two_processes_count_the_concatenated_batch(tmp_path: Path):
         close(losses[1], global_loss(layer, own[1], everything, 3))
     loss_of("switch", layer, first).backward()  # data parallel training averages gradients
     close((results[0][1] + results[1][1]) / 2, layer.router.weight.grad)
-    make_loss("loss-free", rate=0.01, update="proportional")(given_by(layer, first))
+    bias_loss = make_loss("loss-free", rate=0.01, update="proportional")
+    bias_loss(given_by(layer, first))
+    bias_loss.finish_step(layer.router)
     for _, _, bias, counts in results:
         close(bias, layer.router.selection_bias)
         assert counts.tolist() == [picks.count(e) for e in range(5)]
@@ -131,6 +125,7 @@ def test_biases_move_against_the_counts(experts, update):
         counts = given.routing.chosen.sum(dim=0).tolist()[:experts]
         value = loss(given)
         assert value.item() == 0.0 and not value.requires_grad
+        loss.finish_step(layer.router)
         bias = steps(bias, counts, 0.02, update)
         close(layer.router.selection_bias, bias + [0.0] * (5 - experts))
     assert experts == 1 or any(bias)
@@ -145,6 +140,7 @@ def test_biases_level_the_counts_without_touching_gates():
     assert before.chosen.sum(dim=0).max() > 250
     for _ in range(300):
         loss(given_by(layer, x))
+        loss.finish_step(layer.router)
     after = layer.router(x)
     assert after.chosen.sum(dim=0)[:3].min() > 80
     assert torch.equal(after.probabilities, before.probabilities)
@@ -155,21 +151,26 @@ def test_biases_rest_in_evaluation_and_for_padding():
     layer, loss = make_layer("topk"), make_loss("loss-free")
     given = given_by(layer, samples(8), torch.zeros(8, dtype=torch.bool))
     loss(given)
+    loss.finish_step(layer.router)
     assert not layer.router.selection_bias.any()  # nothing was chosen
     loss.eval()
     loss(given_by(layer, samples(8)))
+    loss.finish_step(layer.router)
     assert not layer.router.selection_bias.any()
     loss.train()
     loss(given_by(layer, samples(8)))
+    assert not layer.router.selection_bias.any()  # until the step is done
+    loss.finish_step(layer.router)
     assert layer.router.selection_bias[:3].any()
 
 
-def test_a_newborn_expert_starts_at_the_mean_bias():
+def test_a_new_expert_starts_at_the_mean_bias():
     layer, loss = make_layer("topk", k=1), make_loss("loss-free", rate=0.1)
     with torch.no_grad():
         layer.router.weight[0] += 1.0
     for _ in range(20):
         loss(given_by(layer, samples(50) + 1.0))
+        loss.finish_step(layer.router)
     assert abs(layer.router.selection_bias[:3].mean().item()) < 1e-12
     layer.router.alive[3] = True
     layer.router.draw_rows(torch.tensor([3]), torch.Generator().manual_seed(0))
@@ -189,6 +190,7 @@ def test_biases_are_saved_with_the_layer():
     losses = (LossFree.Config(),)
     layer = MoELayer(4, 3, 12, num_experts=3, max_experts=5, router=router, losses=losses)
     layer(torch.randn(20, 4))
+    finish_step(layer)
     assert layer.last_losses["loss-free"] == 0
     assert layer.state_dict()["router.selection_bias"].any()
     layer.eval()
@@ -200,7 +202,6 @@ def test_biases_are_saved_with_the_layer():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("global-balance", {"micro_batches": 0}, "micro_batches=0 must be at least 1"),
         ("loss-free", {"rate": 0.0}, "rate=0.0 must be above 0"),
         ("loss-free", {"update": "plain"}, "update='plain' must be sign or proportional"),
     ],

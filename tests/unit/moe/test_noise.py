@@ -36,15 +36,26 @@ def test_scramble_gives_the_published_sequence():
     ]
 
 
+def numbers(seed: int, step: int, draw: int, count: int) -> list[float]:
+    """Uniform numbers of one draw: hashes of seed, optimizer step, draw and place."""
+    key = split_mix(split_mix(seed, step), draw)
+    return [((split_mix(key, i) >> 41) + 0.5) * 2.0**-23 for i in range(1, count + 1)]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 6), min_size=1, max_size=4))
-def test_draws_are_consecutive_numbers_of_the_sequence(seed, counts):
+def test_draws_are_hashes_of_seed_step_and_draw(seed, counts):
     noise = make_noise(seed)
-    drawn = torch.cat([noise.uniform(torch.empty(n, dtype=torch.double)) for n in counts])
-    first = int(noise.seed)
-    expected = [((split_mix(first, i) >> 41) + 0.5) * 2.0**-23 for i in range(1, sum(counts) + 1)]
-    assert drawn.tolist() == expected
-    assert noise.drawn.tolist() == [sum(counts)]
+    for step in range(2):
+        for draw, count in enumerate(counts):
+            with torch.no_grad():  # acting leaves the numbers of training alone
+                acting = noise.uniform(torch.empty(count, dtype=torch.double))
+            learning = noise.uniform(torch.empty(count, dtype=torch.double))
+            assert learning.tolist() == numbers(int(noise.seed), step, draw, count)
+            assert acting.tolist() == numbers(int(noise.seed), step, draw + 2**40, count)
+        noise.finish_step()
+    noise.finish_step()  # without a draw it changes nothing
+    assert noise.step.item() == 2 and not noise.drawn.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -66,6 +77,7 @@ def test_uniform_and_normal_numbers_have_their_moments(dtype, device):
 def test_a_copy_and_a_loaded_source_go_on_alike_and_others_differ():
     noise, like = make_noise(), torch.empty(50)
     noise.uniform(like)
+    noise.finish_step()
     twin, loaded = copy.deepcopy(noise), make_noise(1)
     assert not torch.equal(make_noise(1).uniform(like), make_noise(0).uniform(like))
     loaded.load_state_dict(noise.state_dict())

@@ -12,6 +12,7 @@ from router_cases import ROOM, make_router, samples
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.moe import finish_step
 from dynmoe.moe.linear import distances
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -94,6 +95,8 @@ def test_prototypes_follow_their_samples_and_restart(seed, experts, n, decay, pa
         x, mask = samples(n), torch.rand(n) < 0.7 if padded else None
         weight, idle = router.weight.clone(), router.idle.tolist()
         routing = router(x, mask=mask)
+        assert torch.equal(router.weight, weight)  # nothing moves before the step is done
+        finish_step(router)
         real = [True] * n if mask is None else mask.tolist()
         living = list(range(experts))
         new, idle, went = naive_follow(weight, idle, x, real, living, decay, patience)
@@ -103,6 +106,7 @@ def test_prototypes_follow_their_samples_and_restart(seed, experts, n, decay, pa
             assert gates == [float(real[k] and f == e) for f in range(ROOM)]
     before = router.weight.clone()
     router.eval()(x)
+    finish_step(router)
     assert torch.equal(router.weight, before)
 
 
@@ -115,6 +119,7 @@ def test_prototypes_find_clusters_and_so_does_a_newborn():
         for _ in range(40):
             x = centres.repeat(8, 1) + 0.1 * torch.randn(24, 6)
             router(x)
+            finish_step(router)
 
     train()
     router.alive[2] = True
@@ -131,6 +136,7 @@ def test_prototypes_do_not_restart_where_one_of_them_already_is():
     before = router.weight.clone()
     for _ in range(3):
         router(x)
+        finish_step(router)
     assert torch.equal(router.weight, before)
     assert router.idle.tolist() == [0, 3, 3, 0, 0]
 

@@ -13,6 +13,7 @@ from router_cases import ROOM, make_router, samples
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.moe import finish_step
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -111,6 +112,7 @@ def test_relu_gates_and_their_adaptive_loss(seed, experts, n, k, padded):
     assert torch.equal(routing.chosen, gates > 0)
     assert routing.losses.keys() == {"sparsity"}
     assert routing.losses["sparsity"].item() == pytest.approx(0.5 * loss, rel=1e-12)
+    finish_step(router)
     missing = max(1 - k / experts, 0.0) - zeros
     if abs(missing) > 1e-9:
         assert router.strength.item() == pytest.approx(0.5 * 1.3 ** math.copysign(1, missing))
@@ -138,6 +140,7 @@ def test_relu_sparsity_reaches_its_target_and_follows_growth():
         # a task that wants every gate to be 1 pulls against the loss
         ((routing.gates - 1).square().mean() + routing.losses["sparsity"]).backward()
         optimizer.step()
+        finish_step(router)
         shares.append(routing.chosen[:, router.alive].double().sum(dim=1).mean().item())
     assert shares[0] == 4
     assert 0.5 < sum(shares[100:150]) / 50 < 1.5
@@ -161,15 +164,18 @@ def test_relu_strength_rests_while_all_experts_are_wanted_and_used():
     with torch.no_grad():
         router.weight.abs_()
     router(samples(9).abs())
+    finish_step(router)
     assert router.strength.item() == 3.0
 
 
 def test_relu_strength_keeps_its_bounds_and_rests_on_padding():
     router = make_router("relu", 2, strength=1e-12)
     router(samples(20))  # two experts and k=2: zero gates are too many, strength would fall
+    finish_step(router)
     assert router.strength.item() == 1e-12
     router.strength.fill_(3.0)
     router(samples(4), mask=torch.zeros(4, dtype=torch.bool))
+    finish_step(router)
     assert router.strength.item() == 3.0
 
 

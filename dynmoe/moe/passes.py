@@ -1,0 +1,85 @@
+"""Forward passes of one optimizer step, told apart so that none is counted twice.
+
+Activation checkpointing runs a layer's forward pass again in the backward pass. Whoever draws noise
+or notes something in a pass therefore takes a number from torch's global CPU generator first. Both
+kinds of `torch.utils.checkpoint` restore that generator before they recompute, as dropout needs it,
+so the recomputed pass gets the same numbers. (`preserve_rng_state=False` gives that up.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+MOST_PASSES = 1024
+"""Passes without an optimizer step after which the older ones are forgotten, with a warning."""
+
+
+def new_pass() -> int | None:
+    """A number for this pass, another one in every pass but those that are recomputed.
+
+    None in a graph that is being compiled: the compiler recomputes without a second call.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return int(torch.randint(2**62, (1,), device="cpu"))
+
+
+class Passes:
+    """What a module remembers of the passes since the latest optimizer step.
+
+    Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, Any] = {}
+        self._warned = False
+
+    def recall(self, number: int | None, make: Callable[[], T]) -> T:
+        """What `make` gives in this pass; a recomputed pass gets what the first one made."""
+        if number is None:
+            return make()
+        if number not in self._memory:
+            self._memory[number] = make()
+            self._bound()
+        return self._memory[number]
+
+    def learns(self, number: int | None) -> bool:
+        """Whether a pass counts: it has a gradient, and is not the recomputation of one that had.
+
+        A pass without gradient is acting or evaluation, or the first of the two passes of a
+        reentrant checkpoint, of which the second counts.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        if number is None:
+            return True
+        first = number not in self._memory
+        self.recall(number, bool)
+        return first
+
+    def clear(self) -> None:
+        """An optimizer step is done."""
+        self._memory.clear()
+
+    def _bound(self) -> None:
+        if len(self._memory) <= MOST_PASSES:
+            return
+        del self._memory[next(iter(self._memory))]
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{MOST_PASSES} training passes of an MoE layer without an optimizer step: biases, "
+                "prototypes and sparsity move once per step only. Call "
+                "dynmoe.moe.register_step_hook(model, optimizer) once, or "
+                "dynmoe.moe.finish_step(model) after each step",
+                stacklevel=2,
+            )
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()
