@@ -1,0 +1,115 @@
+"""Two processes that train together: what moves by data moves alike, as if it were one batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dynmoe import registry
+from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
+
+DIM, STEPS = 6, 3
+CASES = [
+    *((router, "none") for router in registry.names("router") if router != "oracle"),
+    *(("topk", loss) for loss in registry.names("loss") if loss != "load"),
+    ("noisy-topk", "load"),
+]
+MOVED_BY_DATA = [("prototypes", "none"), ("relu", "none"), ("topk", "loss-free")]
+"""Whose state, moved by two processes, is that of one process with the whole batch."""
+
+
+class WithLosses(nn.Module):
+    """A layer whose auxiliary losses leave by the model's output, as data parallel asks."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y.square().mean() + sum(collect_aux_losses(self).values())
+
+
+def make_model(router: str, loss: str) -> WithLosses:
+    config = registry.get("router", router).Config()
+    losses = [registry.get("loss", loss).Config(weight=0.1)]
+    generator = torch.Generator().manual_seed(0)
+    layer = MoELayer(
+        DIM, DIM, 24, num_experts=3, router=config, losses=losses, generator=generator
+    )
+    return WithLosses(layer.double())
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return 2 * torch.randn(16, DIM, dtype=torch.double, generator=generator)
+
+
+def train(model: nn.Module, parts: slice, steps: int = STEPS) -> dict[str, Tensor]:
+    """Steps on every batch's rows `parts`; two accumulated passes each. Returns the state."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for x in batch(step)[parts].chunk(2):
+            model(x).backward()
+        optimizer.step()
+        finish_step(model)
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    return copy.deepcopy(plain.state_dict())
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # nothing may hang on it
+    states = {}
+    for router, loss in CASES:
+        model: nn.Module = make_model(router, loss)
+        if any(p.requires_grad for p in model.parameters()):
+            model = DistributedDataParallel(model, find_unused_parameters=True)
+        states[router, loss] = train(model, slice(rank, None, 2))
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_end_with_one_state(tmp_path: Path):
+    mp.spawn(_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for case in CASES:
+        torch.testing.assert_close(
+            first[case], second[case], rtol=0, atol=0, msg=lambda text, c=case: f"{c}: {text}"
+        )
+
+
+def _statistics(rank: int, folder: str) -> None:
+    """One step of state alone: no weight moves but by what the passes noted."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    states = {}
+    for router, loss in MOVED_BY_DATA:
+        model = make_model(router, loss)
+        model(batch(0)[rank::2])
+        finish_step(model)
+        states[router, loss] = model.state_dict()
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_statistics_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path):
+    mp.spawn(_statistics, (str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for router, loss in MOVED_BY_DATA:
+        model = make_model(router, loss)
+        before = copy.deepcopy(model.state_dict())
+        model(batch(0))
+        finish_step(model)
+        whole = model.state_dict()
+        assert any(not torch.equal(whole[name], before[name]) for name in before), router
+        for state in states:
+            torch.testing.assert_close(state[router, loss], whole)
