@@ -21,7 +21,7 @@ def run_snippets(name: str, count: int) -> dict[str, object]:
 
 
 def test_the_core_s_snippets_run(capsys):
-    names = run_snippets("core.md", 2)
+    names = run_snippets("core.md", 3)
     assert names["event"].experts == 4
     assert names["y"].shape == (8, 10, 64) and not names["y"][~names["mask"]].any()
     assert names["heads"](names["x"]).shape == (8, 10, 64)
