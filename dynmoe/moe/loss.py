@@ -46,6 +46,9 @@ class AuxLoss(nn.Module, Part, kind="loss"):
             raise UserError(f"{self.name} loss: weight={config.weight} must be at least 0")
         self.weight = config.weight
 
+    def reset_parameters(self) -> None:
+        """Back to the start; losses without buffers have nothing to reset."""
+
     @abstractmethod
     def forward(self, given: LossInput) -> Tensor:
         """The loss, not yet weighted; a scalar. Differentiable in the router, the bank or both."""

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dynmoe.moe.draws import draw_seed
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -27,10 +29,16 @@ class Noise(nn.Module):
     seed: Tensor
     drawn: Tensor
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.register_buffer("seed", torch.randint(2**62, (1,), generator=generator))
-        self.register_buffer("drawn", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("seed", torch.empty(1, dtype=torch.long))
+        self.register_buffer("drawn", torch.empty(1, dtype=torch.long))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start again with a new seed."""
+        draw_seed(self.seed, generator)
+        self.drawn.zero_()
 
     def uniform(self, like: Tensor) -> Tensor:
         """Numbers between 0 and 1, of the shape, dtype and device of `like`."""

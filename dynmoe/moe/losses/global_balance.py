@@ -48,6 +48,11 @@ class GlobalBalanceLoss(
         self.register_buffer("counts", torch.zeros(max_experts, dtype=torch.long))
         self.register_buffer("passes", torch.zeros(1, dtype=torch.long))
 
+    def reset_parameters(self) -> None:
+        """Forget all passes."""
+        self.counts.zero_()
+        self.passes.zero_()
+
     def forward(self, given: LossInput) -> Tensor:
         """The loss of this pass; notes its picks."""
         routing = given.routing

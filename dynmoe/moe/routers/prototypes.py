@@ -63,7 +63,7 @@ class PrototypeRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         _check(config)
         self.by_context = config.use == "context"
@@ -73,6 +73,11 @@ class PrototypeRouter(
         self.decay = config.decay
         self.patience = config.patience
         self.register_buffer("idle", torch.zeros(max_experts, dtype=torch.long))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; no prototype has waited for samples."""
+        super().reset_parameters(generator)
+        self.idle.zero_()
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""

@@ -55,7 +55,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.k <= 0:
             raise UserError(f"relu router: k={config.k} must be above 0")
@@ -68,7 +68,13 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         super().__init__(dim, num_experts, max_experts, generator)
         self.mean_used = config.k
         self.alpha = config.alpha
+        self.initial_strength = config.strength
         self.register_buffer("strength", torch.tensor(config.strength))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, the loss's weight included."""
+        super().reset_parameters(generator)
+        self.strength.fill_(self.initial_strength)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
