@@ -25,7 +25,8 @@ LR, STEPS, SHOWN = 1e-3, 500, (1, 2, 3, 5, 10, 20, 50)
 def updates(moments: Moments) -> tuple[list[float], list[float]]:
     """Mean |update| / lr of fresh and of kept units at the steps SHOWN after a growth 2 -> 4."""
     torch.manual_seed(0)
-    layer = MoELayer(64, 64, 256, num_experts=2, max_experts=4)
+    first, later = (torch.Generator().manual_seed(0) for _ in range(2))
+    layer = MoELayer(64, 64, 256, num_experts=2, max_experts=4, generator=first)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), layer, nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     images, labels = torch.randn(512, 32), torch.randint(10, (512,))
@@ -39,7 +40,8 @@ def updates(moments: Moments) -> tuple[list[float], list[float]]:
 
     for _ in range(STEPS):
         step()
-    GrowthController(model, optimizer, granularity=2, moments=moments).grow(STEPS, (images, None))
+    controller = GrowthController(model, optimizer, granularity=2, moments=moments, generator=later)
+    controller.grow(STEPS, (images, None))
     fresh = layer.bank.segment >= 2
     sizes = [step() for _ in range(max(SHOWN))]
     return (

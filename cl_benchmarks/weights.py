@@ -16,7 +16,14 @@ from cl_benchmarks.units import Slot, unit_banks
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.loss import AuxLoss
+from dynmoe.moe.multi_head import MultiHead
+from dynmoe.moe.noise import Noise
+from dynmoe.moe.router import Router
 from dynmoe.plasticity.probes import last_linear
+
+CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)
+"""Modules that a reset would take back to the number of experts that they started with."""
 
 
 def weight_matrices(model: nn.Module, outputs: bool = True) -> list[Slot]:
@@ -98,7 +105,7 @@ def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
         torch.manual_seed(seed)
         for module in twin.modules():
             reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
+            if callable(reset) and not isinstance(module, CORE):
                 reset()
                 drawn |= set(module.parameters(recurse=False))
     for _, layer in moe_layers(twin):

@@ -21,6 +21,7 @@ from dynmoe.dg.kadaptation import Factors, default_terms, draw_xavier
 from dynmoe.dg.moa import Adapter, MoAConfig, Theta, check_config
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.draws import home
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
@@ -80,7 +81,7 @@ class AdapterBank(ExpertBank):
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         check_config(config.options, config.adapter, config.width_in, config.width_out)
         if config.synthesis not in get_args(Synthesis):
@@ -97,7 +98,7 @@ class AdapterBank(ExpertBank):
         )
         factors = [n for n in ("left", "right", "u", "v") if n in shapes]
         self.mixed = [*PLAIN, *(factors if config.synthesis == "factors" else [])]
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """[B, S] the mixed numbers of each sample; x [B, ...] has no say."""
@@ -174,17 +175,19 @@ class AdapterBank(ExpertBank):
         return [self.rows["right"], self.rows["bias"]]
 
     @torch.no_grad()
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the rows `index` [n] afresh: one start for all, and noise of their own."""
         before = int(index.min()) if len(index) else 0
         for name, rows in self.rows.items():
-            start = rows[:before].mean(dim=0).cpu() if before else self._draw(name, generator)
-            noise = torch.randn(len(index), *rows.shape[1:], generator=generator)
-            rows[index] = (start + self.config.init_noise * noise).to(rows)
+            device, shape = home(generator), (len(index), *rows.shape[1:])
+            start = rows[:before].mean(dim=0) if before else self._draw(name, generator)
+            noise = torch.randn(shape, generator=generator, device=device)
+            rows[index] = (start.to(device) + self.config.init_noise * noise).to(rows)
 
-    def _draw(self, name: str, generator: torch.Generator) -> Tensor:
+    def _draw(self, name: str, generator: torch.Generator | None) -> Tensor:
         """The first start of one tensor, [...] without the expert axis; MoA's draws."""
-        drawn, options = torch.zeros(self.rows[name].shape[1:]), self.config.options
+        shape, options = self.rows[name].shape[1:], self.config.options
+        drawn = torch.zeros(shape, device=home(generator))
         kronecker = self.config.adapter == "kadaptation"
         if name in ("left", "right") and kronecker:
             for part in drawn.split(options.ranks, dim=3 if name == "left" else 2):

@@ -25,7 +25,7 @@ class MoASets(DGMethod):
         config: MoAConfig,
         backbone: nn.Module,
         classes: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         adapter: Adapter,
         members: int = 1,
     ) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_uniform
 
 SLICE = 12
 """Least p that `default_terms` leaves: MoA's 768 / 64."""
@@ -80,22 +81,25 @@ def check_terms(terms: int, *widths: int) -> None:
             )
 
 
-@torch.no_grad()
-def draw_xavier(slices: Tensor, generator: torch.Generator) -> None:
+def draw_xavier(slices: Tensor, generator: torch.Generator | None) -> None:
     """Fill matrices [..., a, b] with Xavier's uniform draws of gain sqrt 2 (MoA's start)."""
     bound = math.sqrt(2.0) * math.sqrt(6.0 / (slices.shape[-2] + slices.shape[-1]))
-    slices.copy_(torch.empty(slices.shape).uniform_(-bound, bound, generator=generator))
+    draw_uniform(slices, bound, generator)
 
 
 class SharedFactors(nn.Module):
     """u and v [n, n] of all layers of a model, uniform in +-0.01 at the start."""
 
-    def __init__(self, terms: int, generator: torch.Generator) -> None:
+    def __init__(self, terms: int, generator: torch.Generator | None) -> None:
         super().__init__()
         self.u = nn.Parameter(torch.empty(terms, terms))
         self.v = nn.Parameter(torch.empty(terms, terms))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw u and v again."""
         for parameter in (self.u, self.v):
-            nn.init.uniform_(parameter, -0.01, 0.01, generator=generator)
+            draw_uniform(parameter, 0.01, generator)
 
 
 class KroneckerAdapter(nn.Module):
@@ -109,7 +113,7 @@ class KroneckerAdapter(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear, shared: SharedFactors, rank: int, generator: torch.Generator
+        self, base: nn.Linear, shared: SharedFactors, rank: int, generator: torch.Generator | None
     ) -> None:
         super().__init__()
         terms = len(shared.u)
@@ -118,6 +122,10 @@ class KroneckerAdapter(nn.Module):
         self.shared = (shared,)  # a tuple hides it: else it would be listed once per layer
         self.left = nn.Parameter(torch.empty(terms, base.in_features // terms, rank))
         self.right = nn.Parameter(torch.empty(terms, rank, base.out_features // terms))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw L and R again; the base and what is shared keep their weights."""
         for parameter in (self.left, self.right):
             draw_xavier(parameter, generator)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe.moe.draws import draw_uniform
+
 
 class LoRAAdapter(nn.Module):
     """A frozen linear layer and a low-rank update, `y = base(x) + (alpha / r) B A x`.
@@ -20,15 +22,20 @@ class LoRAAdapter(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator
+        self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank
         self.down = nn.Parameter(torch.empty(rank, base.in_features))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
-        bound = base.in_features**-0.5
-        nn.init.uniform_(self.down, -bound, bound, generator=generator)
+        self.up = nn.Parameter(torch.empty(base.out_features, rank))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw A again, B is 0; the base keeps its weights."""
+        draw_uniform(self.down, self.base.in_features**-0.5, generator)
+        self.up.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D_out]."""

@@ -39,7 +39,11 @@ class DGMethod(nn.Module, Part, kind="dg"):
     embeds: ClassVar[bool] = False
 
     def __init__(
-        self, config: PartConfig, backbone: nn.Module, classes: int, generator: torch.Generator
+        self,
+        config: PartConfig,
+        backbone: nn.Module,
+        classes: int,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         check_backbone(backbone)

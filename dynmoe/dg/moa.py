@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dynmoe.dg.backbone import beside
 from dynmoe.dg.kadaptation import Factors, check_terms, default_terms, update
 from dynmoe.errors import UserError
+from dynmoe.moe.bank import owners
 from dynmoe.moe.losses.importance import cv_squared
 from dynmoe.moe.noise import Noise
 from dynmoe.moe.routing import Routing
@@ -82,19 +83,27 @@ class MoALinear(nn.Module):
         last_balance: its load-balancing loss, a scalar; None outside training mode.
     """
 
-    def __init__(self, base: nn.Linear, config: MoAConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear, config: MoAConfig, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.dropout = config.dropout
         self.noise = Noise(generator)
         self.ranks = list(config.ranks)
-        owner = torch.arange(len(config.ranks)).repeat_interleave(torch.tensor(config.ranks))
+        owner = torch.empty(sum(config.ranks), dtype=torch.long)
         self.register_buffer("owner", owner, persistent=False)
+        self.owner.copy_(owners(self.ranks))
         self.theta: Theta | None = None
         self.last_routing: Routing | None = None
         self.last_balance: Tensor | None = None
 
     owner: Tensor
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: noise of a new seed; the base keeps its weights."""
+        self.noise.reset_parameters(generator)
+        self.owner.copy_(owners(self.ranks))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D_in] -> [B, N, D_out]."""
@@ -232,7 +241,7 @@ def check_config(config: MoAConfig, adapter: Adapter, dim_in: int, dim_out: int)
 
 
 def insert_moa(
-    backbone: nn.Module, config: MoAConfig, generator: torch.Generator
+    backbone: nn.Module, config: MoAConfig, generator: torch.Generator | None
 ) -> list[MoALinear]:
     """Freeze a backbone and put MoA layers beside the fused qkv map of every second block.
 

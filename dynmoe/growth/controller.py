@@ -74,7 +74,8 @@ class GrowthController:
         moments: optimizer state of fresh entries, see `surgery.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
         newborn: how the experts of the latest growth are treated for a while.
-        generator: draws fresh weights and random choices; default one seeded with 0.
+        generator: draws fresh weights and random choices; None: torch's global one, whose state
+            is not part of `state_dict`.
 
     Attributes:
         events: every growth so far.
@@ -107,7 +108,7 @@ class GrowthController:
         self.moments: Moments = moments
         self.measure_shock = measure_shock
         self.nursery = Nursery(newborn or Newborn(), model, optimizer)
-        self.generator = generator or torch.Generator().manual_seed(0)
+        self.generator = generator
         self.events: list[GrowthEvent] = []
         self.listeners: list[Callable[[dict[str, Tensor]], None]] = []
 
@@ -217,10 +218,10 @@ class GrowthController:
                 handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values to resume from: events, generator and trigger state."""
+        """Plain values to resume from: events, generator (None: the global one) and trigger."""
         return {
             "events": [asdict(event) for event in self.events],
-            "generator": self.generator.get_state(),
+            "generator": None if self.generator is None else self.generator.get_state(),
             "trigger": self.trigger.state_dict(),
             "nursery": self.nursery.state_dict(),
         }
@@ -228,6 +229,14 @@ class GrowthController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`; the layers themselves come back with the model's state."""
         self.events = [GrowthEvent(**event) for event in state["events"]]
-        self.generator.set_state(state["generator"])
+        self._load_generator(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
         self.nursery.load_state_dict(state["nursery"])
+
+    def _load_generator(self, state: Tensor | None) -> None:
+        """Draw on as the controller that was saved: from its generator, or the global one."""
+        if state is None:
+            self.generator = None
+            return
+        self.generator = self.generator or torch.Generator()
+        self.generator.set_state(state)

@@ -19,7 +19,7 @@ class Cut(Part, ABC, kind="cut"):
 
     @abstractmethod
     def scores(
-        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Scores [H] of the hidden units, on the CPU; each expert keeps its highest.
 

@@ -33,7 +33,7 @@ class Request:
     """[H] the cut's scores; experts keep their highest, and nothing scored -inf"""
     scale: float
     """gate scale before growth / after it: E / (E + n) where gates are scaled by E, else 1"""
-    generator: torch.Generator
+    generator: torch.Generator | None
 
     @property
     def sizes(self) -> list[int]:

@@ -84,7 +84,7 @@ class GrowthSettings:
         hidden: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> MoELayer:
         """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]."""
         return MoELayer(
@@ -114,7 +114,7 @@ class GrowthSettings:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         measure_shock: MeasureShock = classification_shock,
     ) -> GrowthController:
         """A controller that grows the model's MoE layers with these settings."""

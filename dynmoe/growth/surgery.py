@@ -28,7 +28,7 @@ def grow_layer(
     layer: MoELayer,
     plan: Plan,
     birth: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
 ) -> None:
@@ -75,7 +75,7 @@ def check_room(layer: MoELayer, experts: int) -> None:
 def _place_units(
     bank: UnitBank,
     plan: Plan,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:
@@ -127,7 +127,7 @@ def _place_routes(
     layer: MoELayer,
     plan: Plan,
     new: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:
@@ -150,7 +150,7 @@ def _place_experts(
     layer: MoELayer,
     plan: Plan,
     new: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -30,6 +31,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.layer = layer.to(base.weight)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, as `MoELayer.reset_parameters`; the base keeps its weights."""
+        self.layer.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D_in] -> [..., D_out]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import every
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import Part, PartConfig
 
@@ -48,8 +50,18 @@ class ExpertBank(nn.Module, Part, kind="bank"):
         """Those of `expert_rows` in which, taken together, the experts' output is linear."""
 
     @abstractmethod
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the per-expert rows `index` [n] afresh, as at initialisation."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: all weights drawn again.
+
+        Under equal generators it gives what construction gives. A bank that has more than rows of
+        experts and hidden units resets that, too, in the order in which it was constructed.
+        """
+        rows = self.expert_rows()
+        if rows and not rows[0].is_meta:
+            self.draw_experts(every(rows[0]), generator)
 
 
 class UnitBank(ExpertBank):
@@ -59,6 +71,7 @@ class UnitBank(ExpertBank):
         segment: buffer [H] int64, the expert that owns each hidden unit. At first each expert's
             units are one run; growth relabels units where they stand.
         spread: the option; growth at a constant budget shares the units out with it again.
+        initial_sizes: hidden units of each expert at the start.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -75,7 +88,8 @@ class UnitBank(ExpertBank):
         super().__init__()
         self.spread = config.spread
         self.register_buffer("segment", torch.zeros(hidden, dtype=torch.long))
-        self.set_hidden_sizes(spread_sizes(hidden, num_experts, config.spread))
+        self.initial_sizes = spread_sizes(hidden, num_experts, config.spread)
+        self.set_hidden_sizes(self.initial_sizes)
 
     @abstractmethod
     def hidden(self, x: Tensor) -> Tensor:
@@ -90,8 +104,34 @@ class UnitBank(ExpertBank):
         """The parameter [D_out, H, ...] through which hidden units reach the output."""
 
     @abstractmethod
-    def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw all weights of the hidden units `index` [n] afresh, as at initialisation."""
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: the initial hidden sizes, all weights drawn again.
+
+        Raises:
+            UserError: the pool has another size than at the start.
+        """
+        self.check_resettable()
+        if self.segment.is_meta:
+            return
+        self.set_hidden_sizes(self.initial_sizes)
+        self.draw_units(every(self.segment), generator)
+        super().reset_parameters(generator)
+
+    def check_resettable(self) -> None:
+        """Refuse a pool that has gained units: a reset replaces no Parameter.
+
+        Raises:
+            UserError: the pool has another size than at the start.
+        """
+        units, first = len(self.segment), sum(self.initial_sizes)
+        if units != first:
+            raise UserError(
+                f"reset_parameters: the pool has grown from {first} to {units} hidden units, and a "
+                "reset changes no shape; make a new layer instead"
+            )
 
     def hidden_sizes(self) -> list[int]:
         """Hidden units of each living expert, in order."""
@@ -100,9 +140,15 @@ class UnitBank(ExpertBank):
     @torch.no_grad()
     def set_hidden_sizes(self, sizes: list[int]) -> None:
         """Re-partition the pool into contiguous runs of the given lengths (they add up to H)."""
-        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        owner = owners(sizes)
         assert len(owner) == len(self.segment), (sizes, len(self.segment))
         self.segment.copy_(owner)
+
+
+def owners(sizes: Sequence[int]) -> Tensor:
+    """[sum of sizes] int64 on the CPU: 0 as often as the first size says, then 1, and so on."""
+    counts = torch.tensor(sizes, device="cpu")
+    return torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
 
 
 def even_sizes(units: int, experts: int) -> list[int]:
@@ -134,14 +180,3 @@ def spread_sizes(units: int, experts: int, spread: float) -> list[int]:
         wide = [i for i in range(experts) if sizes[i] > 1]
         sizes[min(wide, key=lambda i: shares[i] - sizes[i])] -= 1
     return sizes
-
-
-@torch.no_grad()
-def draw_entries(
-    parameter: Tensor, axis: int, index: Tensor, bound: float, generator: torch.Generator
-) -> None:
-    """Fill the entries `index` [n] along `axis` with draws uniform in +-bound."""
-    shape = list(parameter.shape)
-    shape[axis] = len(index)
-    fresh = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    parameter.index_copy_(axis, index.to(parameter.device), fresh.to(parameter))

@@ -77,7 +77,7 @@ def distil(
         batches: inputs of the layer; each step takes one of them.
         steps: optimizer steps.
         lr: Adam's learning rate.
-        generator: draws the batches' order; default one seeded with 0.
+        generator: draws the batches' order; None: torch's global one.
 
     Returns:
         The MLP, and the loss [steps] before each step.
@@ -90,7 +90,6 @@ def distil(
             f"distil: {len(batches)} batches, steps={steps} and lr={lr} must be at least 1, at "
             "least 0 and above 0"
         )
-    generator = generator or torch.Generator().manual_seed(0)
     mlp = merge(layer, batches[0])
     with undisturbed(layer), torch.no_grad():
         targets = [layer(x) for x in batches]

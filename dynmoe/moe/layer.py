@@ -47,7 +47,8 @@ class MoELayer(nn.Module):
             "experts" multiplies normalised gates by the number of experts that a sample uses, so
             that the layer's output keeps its scale as experts multiply.
         activation: "relu", "gelu", "silu", "tanh" or "identity".
-        generator: draws the initial weights; default one seeded with 0.
+        generator: draws the initial weights; None: torch's global one, which `torch.manual_seed`
+            seeds.
 
     Attributes:
         birth: buffer [M] int64, the growth count at which each expert was born (0: the start).
@@ -87,7 +88,6 @@ class MoELayer(nn.Module):
                 f"{num_experts} experts cannot share {hidden} hidden units: each needs at least "
                 f"one; allowed are 1 to {hidden} experts"
             )
-        generator = generator or torch.Generator().manual_seed(0)
         router = router or CosineRouter.Config()
         self.gate_scale = gate_scale
         self.route_per = route_per
@@ -113,6 +113,28 @@ class MoELayer(nn.Module):
         self.uncollected: list[PassLosses] = []
         self._passes = Passes()
         self.given: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: the initial experts, all weights drawn again, all buffers reset.
+
+        Under equal generators it gives what construction gives, so that a layer that was made on
+        the meta device can be filled: `layer.to_empty(device=...)`, then this. A router that other
+        layers share is reset for them, too.
+
+        Raises:
+            UserError: a pool of hidden units has another size than at the start; nothing is reset.
+        """
+        if isinstance(self.bank, UnitBank):
+            self.bank.check_resettable()
+        self.router.reset_parameters(generator)
+        self.bank.reset_parameters(generator)
+        if self.shared is not None:
+            self.shared.reset_parameters(generator)
+        for loss in cast("Sequence[AuxLoss]", self.losses):
+            loss.reset_parameters()
+        self.birth.zero_()
+        self.last_routing, self.last_losses, self.uncollected = None, {}, []
+        self._passes.clear()
 
     def forward(
         self,
@@ -250,6 +272,8 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
+        if self.birth.is_meta:  # nobody knows yet which experts exist
+            return f"max_experts={self.max_experts}"
         text = f"experts={self.num_experts}/{self.max_experts}"
         if isinstance(self.bank, UnitBank):
             text += f", hidden_sizes={self.bank.hidden_sizes()}"

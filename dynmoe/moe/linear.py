@@ -5,19 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dynmoe.moe.draws import draw_uniform
+
 
 def seeded_linear(
-    dim_in: int, dim_out: int, generator: torch.Generator, bias: bool = True
+    dim_in: int, dim_out: int, generator: torch.Generator | None, bias: bool = True
 ) -> nn.Linear:
     """A linear map `[..., dim_in] -> [..., dim_out]`, uniform in +-1/sqrt(dim_in) as torch's own.
 
-    torch's global generator is neither read nor moved.
+    With a generator torch's global one is neither read nor moved.
     """
-    linear = nn.utils.skip_init(nn.Linear, dim_in, dim_out, bias=bias)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.uniform_(-(dim_in**-0.5), dim_in**-0.5, generator=generator)
+    device = torch.get_default_device()
+    linear = nn.utils.skip_init(nn.Linear, dim_in, dim_out, bias=bias, device=device)
+    draw_linear(linear, generator)
     return linear
+
+
+def draw_linear(linear: nn.Linear, generator: torch.Generator | None) -> None:
+    """Draw the weights of a linear map as `seeded_linear` does."""
+    for parameter in linear.parameters():
+        draw_uniform(parameter, linear.in_features**-0.5, generator)
 
 
 def distances(x: Tensor, rows: Tensor) -> Tensor:

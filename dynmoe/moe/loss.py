@@ -46,6 +46,9 @@ class AuxLoss(nn.Module, Part, kind="loss"):
             raise UserError(f"{self.name} loss: weight={config.weight} must be at least 0")
         self.weight = config.weight
 
+    def reset_parameters(self) -> None:
+        """Back to the start; losses without buffers have nothing to reset."""
+
     def finish_step(self, router: Router) -> None:
         """Move what the training passes since the last optimizer step ask for; here nothing.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.padding import Padding
 
 MakeLayer = Callable[[int, int], MoELayer]
@@ -28,7 +28,7 @@ class MultiHead(nn.Module):
         dim_in, dim_out: widths of the whole.
         heads: h; divides both.
         make_layer: makes the layer, called once with (D_in/h, D_out/h).
-        generator: draws the weights of the two linear maps; default one seeded with 0.
+        generator: draws the weights of the two linear maps; None: torch's global one.
 
     Raises:
         UserError: heads do not divide a width.
@@ -48,11 +48,16 @@ class MultiHead(nn.Module):
                 f"multi-head layer: heads={heads} must be at least 1 and divide the widths "
                 f"{dim_in} and {dim_out}"
             )
-        generator = generator or torch.Generator().manual_seed(0)
         self.heads = heads
         self.split = seeded_linear(dim_in, dim_in, generator)
         self.layer = make_layer(dim_in // heads, dim_out // heads)
         self.merge = seeded_linear(dim_out, dim_out, generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, as `MoELayer.reset_parameters`; both linear maps are drawn again."""
+        draw_linear(self.split, generator)
+        self.layer.reset_parameters(generator)
+        draw_linear(self.merge, generator)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, context: Tensor | None = None

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dynmoe.moe.draws import draw_seed
 from dynmoe.moe.passes import Passes, new_pass
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -34,12 +35,19 @@ class Noise(nn.Module):
     step: Tensor
     drawn: Tensor
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.register_buffer("seed", torch.randint(2**62, (1,), generator=generator))
-        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
-        self.register_buffer("drawn", torch.zeros(2, dtype=torch.long), persistent=False)
+        self.register_buffer("seed", torch.empty(1, dtype=torch.long))
+        self.register_buffer("step", torch.empty(1, dtype=torch.long))
+        self.register_buffer("drawn", torch.empty(2, dtype=torch.long), persistent=False)
         self._passes = Passes()
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start again with a new seed."""
+        draw_seed(self.seed, generator)
+        self.step.zero_()
+        self._forget()
 
     def uniform(self, like: Tensor) -> Tensor:
         """Numbers between 0 and 1, of the shape, dtype and device of `like`."""
@@ -52,6 +60,9 @@ class Noise(nn.Module):
     def finish_step(self) -> None:
         """An optimizer step is done; without a draw since the last one nothing changes."""
         self.step += self.drawn.any()
+        self._forget()
+
+    def _forget(self) -> None:
         self.drawn.zero_()
         self._passes.clear()
 

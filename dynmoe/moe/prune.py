@@ -84,6 +84,7 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
             if tensor.shape[:1] == order.shape:
                 tensor.copy_(tensor[order])
     smaller.router.alive.copy_(torch.arange(len(order), device=order.device) < len(kept))
+    smaller.router.initial_experts = len(kept)
     smaller.birth.copy_(layer.birth[order])
     for rows in smaller.bank.expert_rows():
         rows.copy_(rows[order])
@@ -101,6 +102,7 @@ def _keep_units(bank: UnitBank, order: Tensor, kept: int) -> None:
         new = nn.Parameter(old.index_select(axis, units), requires_grad=old.requires_grad)
         setattr(bank, name, new)
     bank.segment = owner[units]
+    bank.initial_sizes = bank.hidden_sizes()
 
 
 def _shares(routing: Routing, experts: int) -> Tensor:

@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dynmoe.moe.draws import draw_entries, every
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import Part
 
 
 class Router(nn.Module, Part, kind="router"):
-    """Base of all routers. Subclasses define `route`.
+    """Base of all routers. Subclasses define `route`, and `reset_parameters` if they hold more.
 
     Parameters of a router's own with first axis M are rows of experts; what belongs to no expert
     (a projection, a noise source) stands in a submodule.
@@ -34,6 +35,7 @@ class Router(nn.Module, Part, kind="router"):
             experts' share of 1; else they have a scale of their own, which layers leave alone.
         uses_sizes: `RouterInput.sizes` is wanted.
         steerable: the selection bias has a say in which experts are chosen.
+        initial_experts: how many experts there are at the start.
     """
 
     alive: Tensor
@@ -45,14 +47,30 @@ class Router(nn.Module, Part, kind="router"):
     steerable: ClassVar[bool] = False
 
     def __init__(
-        self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator
+        self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator | None
     ) -> None:
         super().__init__()
+        self.initial_experts = num_experts
         self.weight = nn.Parameter(torch.empty(max_experts, dim))
         self.register_buffer("alive", torch.arange(max_experts) < num_experts)
         self.register_buffer("logit_shift", torch.zeros(max_experts))
         self.register_buffer("selection_bias", torch.zeros(max_experts))
-        self.draw_rows(torch.arange(max_experts), generator)
+        self.draw_rows(every(self.weight), generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: the initial number of experts, all weights drawn again.
+
+        Under equal generators it gives what construction gives. A router that has more than rows of
+        experts (a submodule, a buffer) resets that, too, in the order in which it was constructed.
+        """
+        self.reset_buffers()
+        self.draw_rows(every(self.weight), generator)
+
+    def reset_buffers(self) -> None:
+        """The initial number of experts, without shifts and biases."""
+        self.alive.copy_(every(self.alive) < self.initial_experts)
+        self.logit_shift.zero_()
+        self.selection_bias.zero_()
 
     def forward(
         self,
@@ -85,13 +103,11 @@ class Router(nn.Module, Part, kind="router"):
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]
 
     @torch.no_grad()
-    def draw_rows(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the rows `index` [n] afresh: uniform in +-1/sqrt(D), as torch's linear layers."""
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.expert_rows():
-            shape = (len(index), *parameter.shape[1:])
-            fresh = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            parameter[index] = fresh.to(parameter)
+            draw_entries(parameter, 0, index, bound, generator)
         self.logit_shift[index] = 0.0
         self.selection_bias[index] = 0.0
 

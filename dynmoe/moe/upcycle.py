@@ -56,7 +56,7 @@ def upcycle(
         how: "split" or "copy", see above.
         cluster: split by balanced k-means of the units' input weights, not by their order.
         max_experts, router, losses, route_per: as in `MoELayer`.
-        generator: draws the router and the clusters' start; default one seeded with 0.
+        generator: draws the router and the clusters' start; None: torch's global one.
 
     Raises:
         UserError: another kind of module, an activation other than ReLU, exact GELU, SiLU and
@@ -67,7 +67,6 @@ def upcycle(
     if cluster and how == "copy":
         raise UserError("upcycle: cluster=True needs how='split'; copies are not clustered")
     first, activation, second = _parts(mlp)
-    generator = generator or torch.Generator().manual_seed(0)
     hidden, copies = first.out_features, num_experts if how == "copy" else 1
     layer = MoELayer(
         first.in_features,
@@ -123,7 +122,6 @@ def upcycle_vit(
     for number in chosen:
         if not -count <= number < count:
             raise UserError(f"upcycle_vit: block {number} must be between {-count} and {count - 1}")
-    options.setdefault("generator", torch.Generator().manual_seed(0))
     numbers = sorted({number % count for number in chosen})
     layers = [upcycle(mlps[number], num_experts, **options) for number in numbers]  # type: ignore[arg-type]
     for number, layer in zip(numbers, layers, strict=True):
@@ -179,7 +177,7 @@ def _parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
 
 
 def balanced_clusters(
-    rows: Tensor, sizes: list[int], generator: torch.Generator, steps: int = 30
+    rows: Tensor, sizes: list[int], generator: torch.Generator | None, steps: int = 30
 ) -> Tensor:
     """k-means with given cluster sizes: the cluster of each row [H, D], `[H]` int64 on the CPU.
 

@@ -27,7 +27,7 @@ class MoELayerNorm(nn.Module):
         norm: an affine LayerNorm over the last axis.
         num_experts: experts at the start.
         max_experts: most experts it can grow to; default `num_experts`.
-        generator: draws the router; default one seeded with 0.
+        generator: draws the router; None: torch's global one.
 
     Attributes:
         layer: the MoELayer that holds router and experts; its loss is the balance of the batch.
@@ -56,6 +56,10 @@ class MoELayerNorm(nn.Module):
         ).to(norm.weight)
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
         self.bank.stand_on(norm.weight, bias)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, as `MoELayer.reset_parameters`; the norm's scale and shift stay."""
+        self.layer.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, ..., D]."""

@@ -216,6 +216,23 @@ def test_the_docs_router_does_what_it_says(example: Path) -> None:
         MoELayer(4, 3, hidden=12, router=registry.get("router", "mine").Config(share=1.5))
 
 
+def test_the_docs_router_has_initial_weights_as_any_other(example: Path) -> None:
+    """Its constructor says nothing about them, nor does it define a reset."""
+
+    def make() -> MoELayer:
+        config = registry.get("router", "mine").Config()
+        return MoELayer(4, 3, hidden=12, num_experts=2, max_experts=4, router=config)
+
+    torch.manual_seed(1)
+    direct = make()
+    with torch.device("meta"):
+        layer = make()
+    layer.to_empty(device="cpu")
+    torch.manual_seed(1)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer.state_dict(), direct.state_dict(), rtol=0, atol=0)
+
+
 def test_a_file_is_imported_once_whatever_it_is_called(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

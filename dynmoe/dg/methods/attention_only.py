@@ -16,7 +16,11 @@ class AttentionOnly(
     """Only the attention layers of the backbone and the head learn (28.4M in a ViT-B)."""
 
     def __init__(
-        self, config: PartConfig, backbone: nn.Module, classes: int, generator: torch.Generator
+        self,
+        config: PartConfig,
+        backbone: nn.Module,
+        classes: int,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(config, backbone, classes, generator)
         self.backbone.requires_grad_(False)

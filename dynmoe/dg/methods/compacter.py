@@ -12,6 +12,7 @@ from dynmoe.dg.backbone import beside, features, submodule
 from dynmoe.dg.kadaptation import draw_xavier
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_uniform
 from dynmoe.registry import PartConfig
 
 
@@ -34,7 +35,7 @@ class Compacter(DGMethod, name="compacter", source="Mahabadi et al. 2021 (arXiv 
         """the bottleneck's width is the largest multiple of n up to D / reduction, at least n"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         super().__init__(config, backbone, classes, generator)
         n = config.terms
@@ -47,7 +48,7 @@ class Compacter(DGMethod, name="compacter", source="Mahabadi et al. 2021 (arXiv 
         backbone.requires_grad_(False)
         self.rules = nn.ParameterList(torch.empty(n, n, n) for _ in range(2))
         for rule in self.rules:
-            nn.init.uniform_(rule, -0.5, 0.5, generator=generator)
+            draw_uniform(rule, 0.5, generator)
         shared = (self.rules[0], self.rules[1])
 
         def make(base: nn.Module) -> nn.Module:
@@ -90,7 +91,7 @@ class Bottleneck(nn.Module):
         dim: int,
         width: int,
         rules: tuple[nn.Parameter, nn.Parameter],
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         n = len(rules[0])
@@ -98,11 +99,18 @@ class Bottleneck(nn.Module):
         self.down_s = nn.Parameter(torch.empty(n, dim // n, 1))
         self.down_t = nn.Parameter(torch.empty(n, 1, width // n))
         self.up_s = nn.Parameter(torch.empty(n, width // n, 1))
-        self.up_t = nn.Parameter(torch.zeros(n, 1, dim // n))
-        self.down_bias = nn.Parameter(torch.zeros(width))
-        self.up_bias = nn.Parameter(torch.zeros(dim))
+        self.up_t = nn.Parameter(torch.empty(n, 1, dim // n))
+        self.down_bias = nn.Parameter(torch.empty(width))
+        self.up_bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw s and t again but for the up map's t, which is 0 as the biases are."""
         for parameter in (self.down_s, self.down_t, self.up_s):
             draw_xavier(parameter, generator)
+        for parameter in (self.up_t, self.down_bias, self.up_bias):
+            parameter.zero_()
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -30,7 +30,7 @@ class Ensemble(
         """MoAs (261.3M parameters in the paper's Table 2 are three whole models)"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         if config.members < 1:
             raise UserError(f"ensemble: members={config.members} must be at least 1")

@@ -40,7 +40,7 @@ class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMo
         """weight of the mean of the importance and load losses, summed over layers"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         if config.experts < 1:
             raise UserError(f"gmoe: experts={config.experts} must be at least 1")

@@ -11,8 +11,9 @@ from dynmoe.dg.backbone import features
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.draws import draw_normal
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.losses.importance import ImportanceLoss
 from dynmoe.moe.routers.cosine import CosineRouter
 from dynmoe.moe.routing import Routing
@@ -47,7 +48,7 @@ class HMOE(DGMethod, name="hmoe", source="after Qu et al. 2022 (arXiv 2211.08253
         """weight of the gates' importance loss"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         sizes = {"experts": config.experts, "code_dim": config.code_dim, "hidden": config.hidden}
         for name, value in sizes.items():
@@ -98,7 +99,7 @@ class HyperBank(ExpertBank):
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__()
         self.dim_out = dim_out
@@ -108,7 +109,13 @@ class HyperBank(ExpertBank):
             nn.ReLU(),
             seeded_linear(hidden, dim_out * (dim_in + 1), generator),
         )
-        self.draw_experts(torch.arange(max_experts), generator)
+        super().reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the hypernetwork and the codes again."""
+        for linear in (self.hyper[0], self.hyper[2]):
+            draw_linear(linear, generator)
+        super().reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
@@ -127,11 +134,9 @@ class HyperBank(ExpertBank):
         """None: outputs are not linear in the codes."""
         return []
 
-    @torch.no_grad()
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the codes `index` [n] afresh: standard normal."""
-        fresh = torch.randn(len(index), self.codes.shape[1], generator=generator)
-        self.codes[index] = fresh.to(self.codes)
+        draw_normal(self.codes, index, 1.0, generator)
 
 
 HyperBank.Config.part = HyperBank  # registered nowhere: it has no sense outside HMOE

@@ -33,7 +33,7 @@ class KAdaptation(
         """Kronecker terms; 0 picks 64 for a width of 768, see MoA"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         if config.rank < 1:
             raise UserError(f"kadaptation: rank={config.rank} must be at least 1")

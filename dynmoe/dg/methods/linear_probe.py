@@ -19,7 +19,11 @@ class LinearProbe(DGMethod, name="linear-probe"):
     embeds = True
 
     def __init__(
-        self, config: PartConfig, backbone: nn.Module, classes: int, generator: torch.Generator
+        self,
+        config: PartConfig,
+        backbone: nn.Module,
+        classes: int,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(config, backbone, classes, generator)
         self.backbone.requires_grad_(False)

@@ -30,7 +30,7 @@ class LoRA(DGMethod, name="lora", source="Hu et al. 2021 (arXiv 2106.09685)"):
         """updates are multiplied by alpha / rank"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         if config.rank < 1 or not 0 < config.alpha < float("inf"):
             raise UserError(

@@ -19,6 +19,6 @@ class MoA(MoASets, name="moa", source="Lee et al. 2025 (WACV), KAdaptation-MoA")
         """Options of MoA."""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         super().__init__(config, backbone, classes, generator, "kadaptation")

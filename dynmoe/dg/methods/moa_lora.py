@@ -19,6 +19,6 @@ class MoALoRA(MoASets, name="moa-lora", source="Lee et al. 2025 (WACV), LoRA-MoA
         """Options of MoA with LoRA; `terms` has no say."""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         super().__init__(config, backbone, classes, generator, "lora")

@@ -64,7 +64,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         """label smoothing; the paper does not say how much"""
 
     def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator
+        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
     ) -> None:
         super().__init__(config, backbone, classes, generator)
         room = config.max_experts or config.experts

@@ -13,7 +13,7 @@ class RandomCut(Cut, name="random"):
     """Keeps units drawn at random."""
 
     def scores(
-        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Uniform draws [H]."""
         return torch.rand(len(bank.segment), generator=generator)

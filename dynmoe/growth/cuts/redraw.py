@@ -13,7 +13,7 @@ class RedrawCut(Cut, name="redraw"):
     """Keeps no unit of an expert that shrinks: it is drawn afresh at its new size, too."""
 
     def scores(
-        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """-inf [H] throughout."""
         return torch.full((len(bank.segment),), float("-inf"))

@@ -22,7 +22,7 @@ class UtilityCut(
     """
 
     def scores(
-        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Contribution utility [H]; needs a probe batch."""
         if mean_activation is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.draws import draw_normal
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
@@ -28,6 +29,7 @@ class AffineBank(
     Attributes:
         gamma, beta: Parameters [M, D].
         base_gamma, base_beta: buffers [D], frozen scale and shift that every sample gets; or None.
+            `reset_parameters` leaves them.
 
     Raises:
         UserError: D_in is not D_out, or init_scale below 0.
@@ -53,7 +55,7 @@ class AffineBank(
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if dim_in != dim_out:
             raise UserError(
@@ -68,7 +70,7 @@ class AffineBank(
         self.beta = nn.Parameter(torch.empty(max_experts, dim_in))
         self.register_buffer("base_gamma", None)
         self.register_buffer("base_beta", None)
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def stand_on(self, gamma: Tensor, beta: Tensor) -> None:
         """Let the experts be changes of this frozen scale and shift [D] (copied)."""
@@ -96,9 +98,7 @@ class AffineBank(
         """Scales and shifts [M, D]: the output is linear in both."""
         return [self.gamma, self.beta]
 
-    @torch.no_grad()
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the rows `index` [n] afresh: normal, of standard deviation `init_scale`."""
         for rows in self.expert_rows():
-            fresh = torch.randn(len(index), rows.shape[1], generator=generator)
-            rows[index] = (self.init_scale * fresh).to(rows)
+            draw_normal(rows, index, self.init_scale, generator)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import UnitBank, draw_entries
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.mixing import ACTIVATIONS
 from dynmoe.moe.routing import Routing
 
@@ -50,7 +51,7 @@ class ConvPool(
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         kernel = config.kernel
         if kernel < 1 or kernel % 2 == 0:
@@ -61,8 +62,7 @@ class ConvPool(
         self.b_in = nn.Parameter(torch.empty(hidden))
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden, 1, 1))
         self.b_out = nn.Parameter(torch.empty(max_experts, dim_out))
-        self.draw_units(torch.arange(hidden), generator)
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for images x [N, C_in, h, w] to [N, C_out, h, w]."""
@@ -126,14 +126,14 @@ class ConvPool(
         """`w_out` [C_out, H, 1, 1]."""
         return self.w_out
 
-    def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the channels `index` [n] afresh: uniform in +-1/sqrt(fan_in), as the hidden pool."""
         bound_in = self.w_in[0].numel() ** -0.5
         draw_entries(self.w_in, 0, index, bound_in, generator)
         draw_entries(self.b_in, 0, index, bound_in, generator)
         draw_entries(self.w_out, 1, index, self.w_out.shape[1] ** -0.5, generator)
 
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the output biases of experts `index` [n] afresh."""
         draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import UnitBank, draw_entries
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.mixing import mix_dense, mix_sparse, outputs_by_expert
 from dynmoe.moe.routing import Routing
 
@@ -48,7 +49,7 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 0 < config.alpha < float("inf"):
             raise UserError(f"bank lora: alpha={config.alpha} must be a number above 0")
@@ -57,7 +58,7 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
         self.scale = config.alpha / hidden
         self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
-        self.draw_units(torch.arange(hidden), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
@@ -94,10 +95,10 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
         return self.w_out
 
     @torch.no_grad()
-    def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the ranks `index` [n] afresh: input weights uniform, output weights 0."""
         draw_entries(self.w_in, 0, index, self.w_in.shape[1] ** -0.5, generator)
         self.w_out.index_fill_(1, index.to(self.w_out.device), 0.0)
 
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Nothing to draw: an expert is its ranks."""

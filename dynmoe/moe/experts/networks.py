@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ExpertBank, draw_entries
+from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.mixing import ACTIVATIONS
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
@@ -52,7 +53,7 @@ class NetworkBank(
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.layers < 1:
             raise UserError(f"bank networks: layers={config.layers} must be at least 1")
@@ -68,7 +69,7 @@ class NetworkBank(
             self.weights.append(torch.empty(max_experts, after, before))
             self.biases.append(torch.empty(max_experts, after))
         self.act = ACTIVATIONS[activation]()
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
@@ -134,7 +135,7 @@ class NetworkBank(
         """Weights and biases of the networks' last layer."""
         return [self.weights[-1], self.biases[-1]]
 
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the networks `index` [n] afresh: uniform in +-1/sqrt(fan_in), as linear layers."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             bound = weight.shape[2] ** -0.5

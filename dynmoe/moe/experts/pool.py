@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank, draw_entries
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.mixing import ACTIVATIONS, mix_dense, mix_sparse, outputs_by_expert
 from dynmoe.moe.routing import Routing
 
@@ -43,7 +44,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(config, hidden, num_experts)
         self.output_init = config.output_init
@@ -52,8 +53,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
         self.b_out = nn.Parameter(torch.empty(max_experts, dim_out))
         self.act = ACTIVATIONS[activation]()
-        self.draw_units(torch.arange(hidden), generator)
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
@@ -92,7 +92,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         """`w_out` [D_out, H]."""
         return self.w_out
 
-    def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in), as torch's linear layers.
 
         Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
@@ -104,7 +104,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         draw_entries(self.b_in, 0, index, dim_in**-0.5, generator)
         draw_entries(self.w_out, 1, index, fan_in**-0.5, generator)
 
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the output biases of experts `index` [n] afresh."""
         draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
 

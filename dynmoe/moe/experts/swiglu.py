@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank, draw_entries
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.mixing import ACTIVATIONS, mix_dense, mix_sparse, outputs_by_expert
 from dynmoe.moe.routing import Routing
 
@@ -45,7 +46,7 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         num_experts: int,
         max_experts: int,
         activation: str,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(config, hidden, num_experts)
         self.max_experts = max_experts
@@ -57,8 +58,7 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         self.b_gate = nn.Parameter(torch.empty(hidden)) if config.bias else None
         self.b_in = nn.Parameter(torch.empty(hidden)) if config.bias else None
         self.b_out = nn.Parameter(torch.empty(max_experts, dim_out)) if config.bias else None
-        self.draw_units(torch.arange(hidden), generator)
-        self.draw_experts(torch.arange(max_experts), generator)
+        self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
@@ -112,14 +112,14 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         """`w_out` [D_out, H]."""
         return self.w_out
 
-    def draw_units(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in)."""
         dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
         for name, axis in self.unit_axes():
             fan_in = hidden if name == "w_out" else dim_in
             draw_entries(getattr(self, name), axis, index, fan_in**-0.5, generator)
 
-    def draw_experts(self, index: Tensor, generator: torch.Generator) -> None:
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Draw the output biases of experts `index` [n] afresh."""
         for rows in self.expert_rows():
             draw_entries(rows, 0, index, self.w_out.shape[1] ** -0.5, generator)

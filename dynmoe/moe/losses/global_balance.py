@@ -29,9 +29,16 @@ class GlobalBalanceLoss(
 
     def __init__(self, config: AuxLoss.Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        counts = torch.zeros(max_experts, dtype=torch.long)
+        counts = torch.empty(max_experts, dtype=torch.long)
         self.register_buffer("counts", counts, persistent=False)
         self._seen, self._noted = Passes(), Passes()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget all passes."""
+        self.counts.zero_()
+        self._seen.clear()
+        self._noted.clear()
 
     def forward(self, given: LossInput) -> Tensor:
         """The loss of this pass; notes its picks."""
@@ -48,9 +55,7 @@ class GlobalBalanceLoss(
 
     def finish_step(self, router: Router) -> None:
         """Begin the next global batch."""
-        self.counts.zero_()
-        self._seen.clear()
-        self._noted.clear()
+        self.reset_parameters()
 
     @torch.no_grad()
     def _count(self, picks: Tensor) -> tuple[Tensor, Tensor]:

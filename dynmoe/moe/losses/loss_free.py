@@ -59,6 +59,11 @@ class LossFree(
         self.register_buffer("counts", counts, persistent=False)
         self._passes = Passes()
 
+    def reset_parameters(self) -> None:
+        """Forget all passes; the biases belong to the router."""
+        self.counts.zero_()
+        self._passes.clear()
+
     def forward(self, given: LossInput) -> Tensor:
         """0; in training, notes who was chosen.
 
@@ -89,5 +94,4 @@ class LossFree(
         moved = torch.where(alive, bias + self.rate * step, 0.0)
         moved = torch.where(alive, moved - moved.sum() / experts, bias)
         bias.copy_(torch.where(counts.sum() > 0, moved, bias))
-        self.counts.zero_()
-        self._passes.clear()
+        self.reset_parameters()

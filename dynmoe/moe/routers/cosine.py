@@ -34,7 +34,7 @@ class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.temperature <= 0:
             raise UserError(f"cosine router: temperature={config.temperature} must be above 0")

@@ -40,7 +40,7 @@ class CostAwareRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.cost_weight < 0:
             raise UserError(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_entries, every
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -52,7 +53,7 @@ class DomainRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 0 <= config.k <= max_experts:
             raise UserError(f"domain router: k={config.k} must be between 0 and {max_experts}")
@@ -65,7 +66,8 @@ class DomainRouter(
         self.likelihood, self.floor = config.likelihood, config.floor
         self.log_variance = nn.Parameter(torch.empty(max_experts, dim))
         self.prior = nn.Parameter(torch.empty(max_experts))
-        self.draw_rows(torch.arange(max_experts), generator)
+        for rows in (self.log_variance, self.prior):
+            draw_entries(rows, 0, every(rows), dim**-0.5, generator)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]; logits are `log N(x; mean_e, variance_e) + prior_e`."""

@@ -43,7 +43,7 @@ class ExpertChoiceRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.capacity <= 0:
             raise UserError(f"expert-choice router: capacity={config.capacity} must be above 0")

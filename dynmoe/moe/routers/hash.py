@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_normal, draw_seed, every
 from dynmoe.moe.noise import GOLDEN, scramble
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing, hard_routing
@@ -44,14 +45,24 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.bits <= 62:
             raise UserError(f"hash router: bits={config.bits} must be between 1 and 62")
         super().__init__(dim, num_experts, max_experts, generator)
         self.weight.requires_grad_(False)
-        self.register_buffer("seed", torch.randint(2**62, (1,), generator=generator))
-        self.register_buffer("planes", torch.randn(config.bits, dim, generator=generator))
+        self.register_buffer("seed", torch.empty(1, dtype=torch.long))
+        self.register_buffer("planes", torch.empty(config.bits, dim))
+        self._draw_hash(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, with another hash."""
+        super().reset_parameters(generator)
+        self._draw_hash(generator)
+
+    def _draw_hash(self, generator: torch.Generator | None) -> None:
+        draw_seed(self.seed, generator)
+        draw_normal(self.planes, every(self.planes), 1.0, generator)
 
     def route(self, given: RouterInput) -> Routing:
         """Route by the token ids [N] in the context, or by x [N, D].

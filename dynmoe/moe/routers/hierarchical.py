@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.draws import every
+from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -50,7 +51,7 @@ class HierarchicalRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.num_groups <= max_experts:
             raise UserError(
@@ -65,6 +66,12 @@ class HierarchicalRouter(
         self.coarse = seeded_linear(dim, config.num_groups, generator, bias=False)
         group = torch.arange(max_experts) % config.num_groups
         self.register_buffer("group", group, persistent=False)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, both levels."""
+        super().reset_parameters(generator)
+        draw_linear(self.coarse, generator)
+        self.group.copy_(every(self.group) % self.num_groups)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `softmax(coarse)[group of e] * softmax within the group[e]`."""

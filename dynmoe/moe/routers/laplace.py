@@ -35,7 +35,7 @@ class LaplaceRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.temperature <= 0:
             raise UserError(f"laplace router: temperature={config.temperature} must be above 0")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_entries, every
 from dynmoe.moe.noise import Noise
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
@@ -51,7 +52,7 @@ class NoisyTopKRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.k <= max_experts:
             raise UserError(f"noisy-topk router: k={config.k} must be between 1 and {max_experts}")
@@ -66,6 +67,15 @@ class NoisyTopKRouter(
             nn.Parameter(torch.zeros(max_experts, dim)) if config.noise == "learned" else None
         )
         self.noise = Noise(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; rows of the noise are 0 there, so none are drawn."""
+        self.reset_buffers()
+        draw_entries(self.weight, 0, every(self.weight), self.weight.shape[1] ** -0.5, generator)
+        if self.noise_weight is not None:
+            self.noise_weight.zero_()
+        self.noise.reset_parameters(generator)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D] to the min(K, E) experts of largest noisy score; fills `load`."""

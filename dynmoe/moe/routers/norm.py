@@ -39,7 +39,7 @@ class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.1118
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.k_max <= max_experts:
             raise UserError(

@@ -25,7 +25,7 @@ class OracleRouter(Router, name="oracle", source="ours"):
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(dim, num_experts, max_experts, generator)
         self.weight.requires_grad_(False)

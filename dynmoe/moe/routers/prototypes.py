@@ -73,7 +73,7 @@ class PrototypeRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         _check(config)
         self.by_context = config.use == "context"
@@ -89,6 +89,12 @@ class PrototypeRouter(
         counts = torch.zeros(max_experts, dtype=torch.long)
         self.register_buffer("counts", counts, persistent=False)
         self._passes = Passes()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; no prototype has waited for samples."""
+        super().reset_parameters(generator)
+        self.idle.zero_()
+        self._forget()
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""
@@ -163,6 +169,9 @@ class PrototypeRouter(
             idle = torch.where(late, 0, idle)
         self.weight.copy_(moved)
         self.idle.copy_(idle)
+        self._forget()
+
+    def _forget(self) -> None:
         for noted in (self.sums, self.counts, self.far, self.far_off):
             noted.zero_()
         self._passes.clear()

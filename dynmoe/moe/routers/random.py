@@ -37,7 +37,7 @@ class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.k <= max_experts:
             raise UserError(f"random router: k={config.k} must be between 1 and {max_experts}")

@@ -61,7 +61,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.k <= 0:
             raise UserError(f"relu router: k={config.k} must be above 0")
@@ -74,9 +74,16 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         super().__init__(dim, num_experts, max_experts, generator)
         self.mean_used = config.k
         self.alpha = config.alpha
+        self.initial_strength = config.strength
         self.register_buffer("strength", torch.tensor(config.strength))
         self.register_buffer("noted", torch.zeros(2, dtype=torch.long), persistent=False)
         self._passes = Passes()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, the loss's weight included."""
+        super().reset_parameters(generator)
+        self.strength.fill_(self.initial_strength)
+        self._forget()
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
@@ -107,6 +114,9 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         zero = 1 - used / (samples * experts).clamp(min=1)
         sign = torch.where(samples > 0, (target - zero).sign(), 0.0)
         self.strength.copy_((self.strength * self.alpha**sign).clamp(LOWEST, HIGHEST))
+        self._forget()
+
+    def _forget(self) -> None:
         self.noted.zero_()
         self._passes.clear()
 

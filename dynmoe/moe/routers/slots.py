@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_entries, every
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing, Slots
 from dynmoe.registry import PartConfig
@@ -48,7 +49,7 @@ class SlotRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         slots = config.slots_per_expert
         if slots < 1:
@@ -58,7 +59,13 @@ class SlotRouter(
         self.slots = slots
         if slots > 1:
             self.others = nn.Parameter(torch.empty(max_experts, slots - 1, dim))
-            self.draw_rows(torch.arange(max_experts), generator)
+            draw_entries(self.others, 0, every(self.others), dim**-0.5, generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; the scale is 1 again."""
+        super().reset_parameters(generator)
+        self.scale.fill_(1.0)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D] in `given.groups` sequences of equal length."""

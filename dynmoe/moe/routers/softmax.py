@@ -29,7 +29,7 @@ class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.temperature <= 0:
             raise UserError(f"softmax router: temperature={config.temperature} must be above 0")

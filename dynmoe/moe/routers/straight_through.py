@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynmoe.moe.draws import draw_normal
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -39,7 +40,7 @@ class StraightThroughRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         super().__init__(dim, num_experts, max_experts, generator)
         self.bias = nn.Parameter(torch.zeros(max_experts))
@@ -61,11 +62,10 @@ class StraightThroughRouter(
         )
 
     @torch.no_grad()
-    def draw_rows(self, index: torch.Tensor, generator: torch.Generator) -> None:
+    def draw_rows(self, index: torch.Tensor, generator: torch.Generator | None) -> None:
         """Draw the rows `index` [n] afresh: N(0, 2 / (D + M)), biases 0."""
         experts, dim = self.weight.shape
-        fresh = torch.randn(len(index), dim, generator=generator)
-        self.weight[index] = ((2 / (dim + experts)) ** 0.5 * fresh).to(self.weight)
+        draw_normal(self.weight, index, (2 / (dim + experts)) ** 0.5, generator)
         for name, rows in [*self.named_parameters(recurse=False), *self.named_buffers()]:
             if name in ("bias", "logit_shift", "selection_bias"):
                 rows[index] = 0.0

@@ -44,7 +44,7 @@ class SwitchRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 0 <= config.jitter < 1:
             raise UserError(f"switch router: jitter={config.jitter} must be at least 0, below 1")
@@ -57,6 +57,11 @@ class SwitchRouter(
         self.jitter = config.jitter
         self.capacity_factor = config.capacity_factor
         self.noise = Noise(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, the noise included."""
+        super().reset_parameters(generator)
+        self.noise.reset_parameters(generator)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D] to one expert each, or to none where that expert is full."""

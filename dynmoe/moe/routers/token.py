@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.noise import Noise
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
@@ -52,7 +52,7 @@ class TokenRouter(
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if config.dim < 1:
             raise UserError(f"token router: dim={config.dim} must be at least 1")
@@ -60,6 +60,14 @@ class TokenRouter(
         self.projection = seeded_linear(dim, config.dim, generator)
         self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
         self.noise = Noise(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: space, temperature and noise included."""
+        super().reset_parameters(generator)
+        draw_linear(self.projection, generator)
+        self.log_scale.fill_(math.log(2.0))
+        self.noise.reset_parameters(generator)
 
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D] to one expert each."""

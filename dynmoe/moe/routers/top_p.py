@@ -38,7 +38,7 @@ class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.076
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 0 < config.p <= 1:
             raise UserError(f"top-p router: p={config.p} must be above 0, at most 1")

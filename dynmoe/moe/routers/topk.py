@@ -37,7 +37,7 @@ class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06
         dim: int,
         num_experts: int,
         max_experts: int,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         if not 1 <= config.k <= max_experts:
             raise UserError(f"topk router: k={config.k} must be between 1 and {max_experts}")

@@ -16,6 +16,8 @@ from cl_benchmarks.weights import (
     weight_matrices,
 )
 from dynmoe.errors import UserError
+from dynmoe.growth import Budget, GrowthController
+from dynmoe.growth.cuts.random import RandomCut
 from dynmoe.moe.layer import MoELayer
 
 
@@ -81,6 +83,21 @@ def test_fresh_values_leave_torchs_generator_alone_and_the_rest_out() -> None:
     model, state = Scaled(), torch.get_rng_state()
     assert fresh_draw(model, dice()).keys() == {"linear.weight", "linear.bias"}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fresh_values_of_a_layer_that_grew_are_those_of_its_present_size() -> None:
+    """Its own reset would go back to the experts that it started with."""
+    torch.manual_seed(0)
+    layer = MoELayer(4, 3, 12, num_experts=2, max_experts=4)
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    cut, budget = RandomCut.Config(), Budget(mode="per-growth")
+    GrowthController(model, budget=budget, cut=cut).grow(0)
+    drawn = fresh_draw(model, dice())
+    assert drawn.keys() == weights(model).keys()
+    assert drawn["1.bank.w_in"].shape == (18, 4) and layer.num_experts == 3
+    torch.manual_seed(int(torch.randint(2**62, (), generator=dice())))
+    model[0].reset_parameters()  # type: ignore[operator]
+    assert torch.equal(drawn["0.weight"], model[0].weight)  # type: ignore[arg-type]
 
 
 def test_swapped_parameters_are_trained_in_their_place() -> None:

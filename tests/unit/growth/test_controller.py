@@ -186,14 +186,14 @@ def test_step_asks_the_trigger_and_makes_a_probe_only_to_grow(probe):
 
 def test_generator_alone_decides_a_growth():
     def grown(seed: int) -> dict[str, Tensor]:
-        model = make_model()
+        model = copy.deepcopy(start)
         torch.manual_seed(1000 + len(seeds))  # must not matter
         seeds.append(seed)
         generator = torch.Generator().manual_seed(seed)
         GrowthController(model, cut=part("cut", "random"), generator=generator).grow(1)
         return model.state_dict()
 
-    seeds: list[int] = []
+    start, seeds = make_model(), list[int]()
     first, again, other = grown(1), grown(1), grown(2)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert not torch.equal(first["0.bank.w_in"], other["0.bank.w_in"])
@@ -209,7 +209,7 @@ def test_resuming_makes_the_next_growth_bit_equal(budget, init, probe):
         optimizer = torch.optim.Adam(model.parameters())
         controller = GrowthController(
             model, optimizer, budget=budget, init=part("init", init), cut=part("cut", "random"),
-            trigger=part("trigger", "every", steps=2),
+            trigger=part("trigger", "every", steps=2), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         return model, optimizer, controller
 
@@ -232,3 +232,45 @@ def test_resuming_makes_the_next_growth_bit_equal(budget, init, probe):
         train(model, optimizer, 3)
     for mine, theirs in zip(parts, others, strict=True):
         torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+def test_without_a_generator_a_growth_follows_the_global_seed():
+    def grown(seed: int) -> dict[str, Tensor]:
+        model = copy.deepcopy(start)
+        controller = GrowthController(model, cut=part("cut", "random"))
+        torch.manual_seed(seed)
+        controller.grow(1)
+        controller.grow(2)
+        return model.state_dict()
+
+    start = make_model()
+    first, again, other = grown(1), grown(1), grown(2)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first["0.bank.w_in"], other["0.bank.w_in"])
+
+
+def saved(generator: torch.Generator | None) -> dict[str, Any]:
+    """The state of a controller with that generator, through a file of plain values."""
+    file = io.BytesIO()
+    torch.save(GrowthController(make_model(), generator=generator).state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("mine", [None, 5], ids=["global", "own"])
+def test_a_controller_draws_on_from_what_was_saved(mine):
+    """From the generator that was saved, or from the global one, which the caller keeps."""
+
+    def make() -> GrowthController:
+        generator = None if mine is None else torch.Generator().manual_seed(mine)
+        return GrowthController(make_model(), generator=generator)
+
+    controller = make()
+    controller.load_state_dict(saved(torch.Generator().manual_seed(3)))
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.rand(4, generator=controller.generator), expected)
+    state = saved(None)
+    assert state["generator"] is None
+    controller = make()
+    controller.load_state_dict(state)
+    assert controller.generator is None

@@ -40,9 +40,7 @@ def make_model(router: str, loss: str) -> WithLosses:
     config = registry.get("router", router).Config()
     losses = [registry.get("loss", loss).Config(weight=0.1)]
     generator = torch.Generator().manual_seed(0)
-    layer = MoELayer(
-        DIM, DIM, 24, num_experts=3, router=config, losses=losses, generator=generator
-    )
+    layer = MoELayer(DIM, DIM, 24, num_experts=3, router=config, losses=losses, generator=generator)
     return WithLosses(layer.double())
 
 

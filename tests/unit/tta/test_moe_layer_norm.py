@@ -178,3 +178,17 @@ def test_any_trigger_will_do_and_no_room_means_no_growth():
     for images in stream(3):
         adapter(images)
     assert counts(adapter) == {2} and not adapter.controller.events
+
+
+def test_without_a_generator_the_router_follows_the_global_seed():
+    norm = nn.LayerNorm(5)
+    torch.manual_seed(1)
+    first, second = MoELayerNorm(norm, 3, 6), MoELayerNorm(norm, 3, 6)
+    assert not torch.equal(first.router.weight, second.router.weight)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.fill_(7.0)
+    second.router.alive.fill_(True)
+    torch.manual_seed(1)
+    second.reset_parameters()
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
