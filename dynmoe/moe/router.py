@@ -78,7 +78,7 @@ class Router(nn.Module, Part, kind="router"):
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]
 
     def expert_buffers(self) -> list[Tensor]:
-        """Buffers whose first axis is the expert axis M; pruning keeps the kept experts' entries."""
+        """Buffers whose first axis is the expert axis M; pruning reorders their entries."""
         return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.alive.shape]
 
     @torch.no_grad()
