@@ -15,7 +15,7 @@ from torch import Tensor
 
 from agents.rollout import Rollout
 from dynmoe.moe.stats import gate_shares
-from dynmoe.plasticity.routing import expert_task_information
+from dynmoe.plasticity.routing import expert_task_information, information_by_expert
 from envs.vector import TorchVectorEnv
 
 RECENT = 100
@@ -121,8 +121,8 @@ class FloorRouting:
     def values(self, num_experts: int) -> dict[str, float]:
         """Load of each expert on each visited floor, and what experts tell of the floor.
 
-        The information is in nats; its share is of the most it could be. Floors weigh alike,
-        however long the agents stayed on each.
+        The information is in nats, of all experts and of each; its share is of the most it could
+        be. Floors weigh alike, however long the agents stayed on each.
         """
         floors = self.visited()
         values: dict[str, float] = {}
@@ -133,6 +133,8 @@ class FloorRouting:
             nats, share = expert_task_information(load)
             values[f"router/floor_information/{name}"] = nats
             values[f"router/floor_information_share/{name}"] = share
+            for expert, own in information_by_expert(load).items():
+                values[f"router/floor_information/{name}/expert_{expert}"] = own
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,13 +42,9 @@ def split(count: int, trial: int, domain: int, holdout: float = HOLDOUT) -> tupl
 def batch_indices(indices: Tensor, size: int, step: int, seed: int, domain: int) -> Tensor:
     """The images of a domain that training step `step` takes, int64 [size].
 
-    Passes over all `indices` in random order, without the incomplete batch at the end, one pass
-    after another, as DomainBed's loader. Nothing is kept between steps: a run that is resumed
-    takes the same images. A domain smaller than a batch gives all its images each time.
+    Drawn from `indices` with replacement, each image independently of all others, as DomainBed's
+    training loader does. Nothing is kept between steps: a run that is resumed takes the same
+    images.
     """
-    size = min(size, len(indices))
-    per_pass = len(indices) // size
-    generator = seeding.generator(seed, "batches", domain, step // per_pass)
-    order = torch.randperm(len(indices), generator=generator)
-    start = step % per_pass * size
-    return indices[order[start : start + size]]
+    generator = seeding.generator(seed, "batches", domain, step)
+    return indices[torch.randint(len(indices), (size,), generator=generator)]

@@ -21,7 +21,11 @@ from dynmoe.moe.stats import gate_shares
 from dynmoe.plasticity.entk import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import copy_parameters, take_probe
-from dynmoe.plasticity.routing import expert_task_information, routing_drift
+from dynmoe.plasticity.routing import (
+    expert_task_information,
+    information_by_expert,
+    routing_drift,
+)
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
 
@@ -211,6 +215,8 @@ class Recorder:
             nats, share = expert_task_information(means)
             values[f"router/task_information/{name}"] = nats
             values[f"router/task_information_share/{name}"] = share
+            for expert, own in information_by_expert(means).items():
+                values[f"router/task_information/{name}/expert_{expert}"] = own
         self.gates.append(now[-1])
         return values
 

@@ -17,7 +17,7 @@ from dynmoe.figures import as_image
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.stats import gate_shares, row_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,9 @@ def _overlaps(matrices: list[Tensor]) -> Tensor:
     return table / torch.outer(own, own).clamp_min(torch.finfo(torch.double).tiny)
 
 
-def routing_table(gates: Tensor, labels: Tensor, num_labels: int | None = None) -> Tensor:
+def routing_table(
+    gates: Tensor, labels: Tensor, num_labels: int | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Mean gate share of each expert on the samples of each label: [E, L] float64 on the CPU.
 
     Columns sum to 1; that of a label without samples is nan.
@@ -102,9 +104,12 @@ def routing_table(gates: Tensor, labels: Tensor, num_labels: int | None = None) 
         labels: [N] int64, of classes, tasks, floors, ...; or one for every N / len(labels) rows,
             as where each token of a sample is routed.
         num_labels: L; by default one more than the largest label.
+        mask: [N] bool, False for padding, which does not count; None: all samples are real.
     """
     shares = gate_shares(gates).cpu()
-    labels = labels.cpu().repeat_interleave(len(shares) // len(labels))
+    labels = row_labels(labels.cpu(), len(shares))
+    if mask is not None:
+        shares, labels = shares[mask.cpu()], labels[mask.cpu()]
     member = F.one_hot(labels, -1 if num_labels is None else num_labels).double()
     return (shares.T @ member) / member.sum(dim=0)
 

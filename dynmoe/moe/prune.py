@@ -17,6 +17,7 @@ from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.change import FunctionChange, output_change
 from dynmoe.moe.downcycle import route, used_scale
 from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.experts.lora import LoRAPool
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.routing import Routing
 from dynmoe.moe.stats import gate_shares
@@ -74,22 +75,36 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
     """A copy of the layer with the living experts `kept` [K] only, numbered in that order.
 
     Everything that has one row per expert is put in that order: router rows, shifts and biases,
-    births, rows of the bank, state of the losses.
+    births, rows of the bank, state of the losses. Its `state_dict` loads into a new layer of as
+    many experts and units.
+
+    Raises:
+        UserError: `kept` is empty, names an expert twice, or one that does not exist.
     """
+    living = range(layer.num_experts)
+    if not kept or len(set(kept)) < len(kept) or not set(kept) <= set(living):
+        raise UserError(
+            f"without_experts: kept={kept} must name one or more of the experts 0 to {living[-1]}, "
+            "each once"
+        )
     smaller = copy.deepcopy(layer)
     others = [e for e in range(layer.max_experts) if e not in kept]
     order = torch.tensor([*kept, *others], device=layer.birth.device)
-    for module in (smaller.router, *smaller.losses):
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+    smaller.router.keep_experts(order, len(kept))
+    for loss in smaller.losses:
+        for tensor in (*loss.parameters(recurse=False), *loss.buffers(recurse=False)):
             if tensor.shape[:1] == order.shape:
                 tensor.copy_(tensor[order])
-    smaller.router.alive.copy_(torch.arange(len(order), device=order.device) < len(kept))
+                tensor[len(kept) :] = 0  # what the removed experts left in sums and counts
     smaller.router.initial_experts = len(kept)
     smaller.birth.copy_(layer.birth[order])
+    smaller.birth[len(kept) :] = 0
     for rows in smaller.bank.expert_rows():
         rows.copy_(rows[order])
     if isinstance(smaller.bank, UnitBank):
         _keep_units(smaller.bank, order, len(kept))
+    if isinstance(smaller.bank, LoRAPool):
+        smaller.bank.start_from(len(smaller.bank.segment))
     return smaller
 
 
@@ -107,8 +122,7 @@ def _keep_units(bank: UnitBank, order: Tensor, kept: int) -> None:
 
 def _shares(routing: Routing, experts: int) -> Tensor:
     """[N, E] gate shares of the real samples."""
-    gates = routing.gates[:, :experts]
-    return gate_shares(gates if routing.mask is None else gates[routing.mask])
+    return gate_shares(routing.real(routing.gates[:, :experts]))
 
 
 def _mean_scale(layer: MoELayer, routings: list[Routing]) -> float:

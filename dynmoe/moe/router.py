@@ -20,8 +20,8 @@ from dynmoe.registry import Part
 class Router(nn.Module, Part, kind="router"):
     """Base of all routers. Subclasses define `route`, and `reset_parameters` if they hold more.
 
-    Parameters of a router's own with first axis M are rows of experts; what belongs to no expert
-    (a projection, a noise source) stands in a submodule.
+    Parameters and buffers of a router's own with first axis M are rows of experts; what belongs to
+    no expert (a projection, a noise source) stands in a submodule.
 
     Attributes:
         weight: Parameter [M, D], one row per expert.
@@ -42,7 +42,7 @@ class Router(nn.Module, Part, kind="router"):
     logit_shift: Tensor
     selection_bias: Tensor
     k: int | None = None
-    normalised: ClassVar[bool] = True
+    normalised: bool = True
     uses_sizes: ClassVar[bool] = False
     steerable: ClassVar[bool] = False
 
@@ -101,6 +101,21 @@ class Router(nn.Module, Part, kind="router"):
     def expert_rows(self) -> list[nn.Parameter]:
         """Parameters whose first axis is the expert axis M; growth resets and copies their rows."""
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]
+
+    def expert_buffers(self) -> list[Tensor]:
+        """Buffers whose first axis is the expert axis M; pruning reorders their entries."""
+        return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.alive.shape]
+
+    @torch.no_grad()
+    def keep_experts(self, order: Tensor, count: int) -> None:
+        """Number the experts by `order` [M] int64, their old numbers; the first `count` exist.
+
+        The others' entries in buffers become 0, as they are before an expert exists.
+        """
+        for rows in (*self.expert_rows(), *self.expert_buffers()):
+            rows.copy_(rows[order])
+        for buffer in self.expert_buffers():
+            buffer[count:] = 0
 
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:

@@ -77,6 +77,10 @@ class Routing:
         picks = torch.zeros_like(self.gates).scatter(1, best, 1.0)
         return picks if self.mask is None else picks * self.mask.unsqueeze(1)
 
+    def real(self, values: Tensor) -> Tensor:
+        """The rows of values [N, ...] that belong to real samples."""
+        return values if self.mask is None else values[self.mask]
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values [N, ...] over the real samples: `[...]`."""
         if self.mask is None:

@@ -1,4 +1,4 @@
-"""How routers use their experts: sharpness, balance, load, idle and newborn experts.
+"""How routers use their experts: sharpness, balance, load, idle and new experts, labels' share.
 
 Shapes: N samples, E experts.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.moe.layer import moe_layers
@@ -37,12 +38,16 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(dim=-1)
 
 
-def expert_use(gates: Tensor, birth: Tensor) -> dict[str, float]:
+def expert_use(gates: Tensor, birth: Tensor, mask: Tensor | None = None) -> dict[str, float]:
     """How a batch's gates [N, E] use the experts, born at growths `birth` [E].
 
     Gates are taken as shares (rows sum to 1); expert e's load is its mean share.
 
+    Args:
+        mask: [N] bool, False for padding, which does not count; None: all samples are real.
+
     Returns:
+        Nothing where no sample is real, else
         entropy: mean over samples of H(gates) / log E, in 0..1; 0 = each sample uses one expert.
         balance: H(load) / log E, in 0..1; 1 = all experts carry the same load.
         load_max, load_min: largest and smallest load.
@@ -51,6 +56,10 @@ def expert_use(gates: Tensor, birth: Tensor) -> dict[str, float]:
         newest_share: total load of the experts born last; 1 before the first growth.
         A single expert has entropy 0 and balance 1 by definition.
     """
+    if mask is not None:
+        gates = gates[mask]
+        if not len(gates):
+            return {}
     shares = gate_shares(gates)
     load, count = shares.mean(dim=0), shares.shape[1]
     log_e = math.log(count) if count > 1 else 1.0
@@ -66,16 +75,75 @@ def expert_use(gates: Tensor, birth: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def routing_stats(model: nn.Module) -> dict[str, dict[str, float]]:
-    """`expert_use` of each MoE layer's latest forward pass, by layer name.
+def label_uncertainty(
+    gates: Tensor, labels: Tensor, weighted: bool = False
+) -> tuple[float, list[float]]:
+    """Entropy of the labels of all samples, and of those that each expert takes, in nats.
 
-    Layers that have not run yet are left out.
+    `H(label)` and `H(label | S_e)`; their difference `I(label; e)` is what expert e tells of the
+    label (Zhang et al. 2025, arXiv 2507.11181, Eq. 16). It is below 0 for an expert whose samples
+    are more mixed than all are. The plug-in estimate: few samples make entropies too small.
+
+    Args:
+        gates: [N, E], of real samples.
+        labels: [N] int64, of classes, tasks, ...; or one for every N / len(labels) rows, as where
+            each token of a sample is routed.
+        weighted: False: S_e are the samples whose gate for e is above 0 (Eq. 16). Dense gates are
+            never 0, so that every S_e is the whole batch; True weighs samples by their gate shares.
+
+    Returns:
+        The labels' entropy, and one for each of the E experts; nan for an expert without samples.
     """
-    return {
-        name: expert_use(
-            layer.last_routing.gates.detach()[:, : layer.num_experts],
-            layer.birth[: layer.num_experts],
-        )
-        for name, layer in moe_layers(model)
-        if layer.last_routing is not None
-    }
+    weights = gate_shares(gates) if weighted else (gates > 0).double()
+    label, number = row_labels(labels, len(gates)).to(gates.device).unique(return_inverse=True)
+    member = F.one_hot(number, len(label)).double()
+    taken = weights.T @ member  # [E, L]
+    own = entropy(taken / taken.sum(dim=1, keepdim=True))
+    return float(entropy(member.mean(dim=0))), own.tolist()
+
+
+def row_labels(labels: Tensor, rows: int) -> Tensor:
+    """Labels [B] as one for each of `rows` rows, of which a sample has rows / B.
+
+    Raises:
+        ValueError: the rows cannot be shared out among the labels.
+    """
+    if not len(labels) or rows % len(labels):
+        raise ValueError(f"{len(labels)} labels cannot belong to {rows} routed rows")
+    return labels.repeat_interleave(rows // len(labels))
+
+
+def routing_stats(model: nn.Module, labels: Tensor | None = None) -> dict[str, dict[str, float]]:
+    """`expert_use` of each MoE layer's latest forward pass, by layer name; padding does not count.
+
+    Layers that have not run yet, or saw padding only, are left out.
+
+    Args:
+        labels: of that pass's samples, padding included, as `label_uncertainty` takes them. They
+            add `label_entropy`, and for each expert e that some sample uses
+            `label_entropy/expert_<e>` and `label_information/expert_<e>` (Eq. 16), nats.
+    """
+    found = {}
+    for name, layer in moe_layers(model):
+        routing = layer.last_routing
+        if routing is None:
+            continue
+        gates = routing.gates.detach()[:, : layer.num_experts]
+        use = expert_use(gates, layer.birth[: layer.num_experts], routing.mask)
+        if use and labels is not None:
+            own = routing.real(row_labels(labels, len(gates)).to(gates.device))
+            use |= _label_values(routing.real(gates), own)
+        if use:
+            found[name] = use
+    return found
+
+
+def _label_values(gates: Tensor, labels: Tensor) -> dict[str, float]:
+    """What `routing_stats` says about labels [N]."""
+    whole, own = label_uncertainty(gates, labels)
+    values = {"label_entropy": whole}
+    for expert, uncertainty in enumerate(own):
+        if not math.isnan(uncertainty):
+            values[f"label_entropy/expert_{expert}"] = uncertainty
+            values[f"label_information/expert_{expert}"] = whole - uncertainty
+    return values

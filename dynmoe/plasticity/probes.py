@@ -30,7 +30,7 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class ExpertProbe:
-    """One MoE layer in a probe. N is the number of rows it routed (samples or tokens)."""
+    """One MoE layer in a probe. N is the number of real rows (samples or tokens) in its bank."""
 
     gates: Tensor
     """[N, E] gates of the living experts; rows sum to 1 for softmax routers"""
@@ -232,10 +232,15 @@ def _expert_probes(
         if not isinstance(bank, UnitBank) or bank.whole:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
+        rows = record.inputs[layer].flatten(0, -2)
+        if len(rows) != len(routing.gates):  # tokens of samples that were routed as a whole
+            routing = routing.repeated(len(rows) // len(routing.gates))
+        if not len(rows := routing.real(rows)):
+            continue  # nothing but padding
         w_in, w_out = dict(bank.named_parameters()).get("w_in"), bank.output_weight()
         probes[name or "model"] = ExpertProbe(
-            gates=routing.gates.detach()[:, :living].clone(),
-            hidden=bank.hidden(record.inputs[layer].flatten(0, -2)),
+            gates=routing.real(routing.gates).detach()[:, :living].clone(),
+            hidden=bank.hidden(rows),
             segment=bank.segment.clone(),
             birth=layer.birth[:living].clone(),
             weight_in=None if w_in is None else w_in.detach(),

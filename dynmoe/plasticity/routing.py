@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dynmoe.moe.stats import entropy, gate_shares
+from dynmoe.moe.stats import entropy, gate_shares, label_uncertainty
 
 FLOOR = 1e-12
 """Smallest gate in the drift's denominator; bounds a sample's drift by log 1e12 = 27.6 nats."""
@@ -61,3 +61,22 @@ def expert_task_information(mean_gates: Tensor) -> tuple[float, float]:
     most = min(math.log(len(shares)), marginal)
     # Below 1e-12 nats both are rounding, and their ratio means nothing.
     return information, min(1.0, information / most) if most > 1e-12 else 0.0
+
+
+def information_by_expert(mean_gates: Tensor) -> dict[int, float]:
+    """What each expert tells of the task: `H(task) - H(task | expert)`, nats, by expert.
+
+    The information of Zhang et al. 2025 (arXiv 2507.11181), Eq. 16, with tasks for its labels and
+    samples weighted by gates, so that dense routers have some, too. It is below 0 for an expert
+    whose use is more mixed than the tasks are; experts of zero use are left out. Averaged by the
+    experts' loads it is `expert_task_information`.
+
+    Args:
+        mean_gates: [T, E], as there: all tasks weigh alike.
+
+    Raises:
+        ValueError: not a matrix, or a gate below 0.
+    """
+    tasks = torch.arange(len(mean_gates))
+    whole, own = label_uncertainty(mean_gates, tasks, weighted=True)
+    return {expert: whole - h for expert, h in enumerate(own) if not math.isnan(h)}

@@ -55,10 +55,18 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
             raise UserError(f"bank lora: alpha={config.alpha} must be a number above 0")
         super().__init__(config, hidden, num_experts)
         self.max_experts = max_experts
+        self.alpha = config.alpha
         self.scale = config.alpha / hidden
         self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
         self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def start_from(self, ranks: int) -> None:
+        """Count `ranks` as those at the start; B makes up for the new scale, the function stays."""
+        scale = self.alpha / ranks
+        self.w_out.mul_(self.scale / scale)
+        self.scale = scale
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""

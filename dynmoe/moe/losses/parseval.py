@@ -13,7 +13,9 @@ from dynmoe.moe.comparing import unit_inputs
 from dynmoe.moe.loss import AuxLoss, LossInput
 
 
-class ParsevalLoss(AuxLoss, name="parseval", source="Chung et al. 2024 (arXiv 2407.07873)"):
+class ParsevalLoss(
+    AuxLoss, name="parseval", source="Chung et al. 2024 (arXiv 2412.07224), Section 3"
+):
     """Mean over living experts of `||W_e W_e^T - s I||_F^2`, which keeps learning well-conditioned.
 
     W_e [H_e, D_in] are the weights into expert e's hidden units, one term for each such matrix; for

@@ -26,7 +26,8 @@ class DomainRouter(
     mean, a diagonal variance and a prior weight per expert. The gates are cut off from the task's
     gradient, x from the mixture's. In training mode the router adds a loss `likelihood`: the
     negative log likelihood of x per dimension, nats. Logits and probabilities keep their gradient
-    for auxiliary losses. The start suits features of scale 1.
+    for auxiliary losses. The start suits features of scale 1. Densities are computed in float32 or
+    wider, since they cancel in half precision; gates come in the dtype of x.
 
     Attributes:
         weight: Parameter [M, D], the means.
@@ -72,19 +73,19 @@ class DomainRouter(
     def route(self, given: RouterInput) -> Routing:
         """Route x [N, D]; logits are `log N(x; mean_e, variance_e) + prior_e`."""
         x = given.x.detach().to(torch.promote_types(given.x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):  # squares cancel in half precision
+        with torch.autocast(x.device.type, enabled=False):
             logits = self.mask(self._log_density(x) + self.prior)
         probabilities = logits.softmax(dim=1)
+        gates = probabilities.detach().to(given.x.dtype)
         if self.k is None:
             routing = Routing(
-                gates=probabilities.detach(),
+                gates=gates,
                 logits=logits,
                 probabilities=probabilities,
                 alive=self.alive,
             )
         else:
             chosen = self.choose(logits, self.k)
-            gates = probabilities.detach()
             routing = self.sparse(logits, gates, chosen, renormalise=self.k > 1)
             routing.probabilities = probabilities
         if self.training:
@@ -94,8 +95,8 @@ class DomainRouter(
     def _log_density(self, x: Tensor) -> Tensor:
         """[N, M] log density of x [N, D] under each component; finite for unborn ones, too."""
         born = self.alive.unsqueeze(1)
-        mean = torch.where(born, self.weight, 0.0)
-        variance = self.floor + torch.where(born, self.log_variance, 0.0).exp()
+        mean = torch.where(born, self.weight.to(x.dtype), 0.0)
+        variance = self.floor + torch.where(born, self.log_variance.to(x.dtype), 0.0).exp()
         quadratic = (
             F.linear(x.square(), 1 / variance)
             - 2 * F.linear(x, mean / variance)

@@ -64,6 +64,10 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
         draw_seed(self.seed, generator)
         draw_normal(self.planes, every(self.planes), 1.0, generator)
 
+    def expert_buffers(self) -> list[Tensor]:
+        """Without `planes`, of which there may be as many as experts."""
+        return [buffer for buffer in super().expert_buffers() if buffer is not self.planes]
+
     def route(self, given: RouterInput) -> Routing:
         """Route by the token ids [N] in the context, or by x [N, D].
 

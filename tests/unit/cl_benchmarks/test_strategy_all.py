@@ -36,12 +36,14 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "towards": ("shrink-perturb", {"towards_init": True}),
     "normal": ("shrink-perturb", {"noise": "normal"}),
     "zeros": ("head-reset", {"to": "zeros"}),
+    "svd": ("fire", {"factor": "svd"}),
 }
 CASES = {name: (name, options) for name, options in OPTIONS.items()} | EXTRA
 EVERY = {"fire": 3, "head-reset": 3, "shrink-perturb": 3}
 BAD = [
     ("cbp", "rate", 2.0), ("cbp", "maturity", -1), ("cbp", "decay", 1.0), ("dash", "alpha", 0.0),
     ("dash", "least", 1.5), ("fire", "every", -1), ("fire", "iterations", 0),
+    ("fire", "factor", "qr"),
     ("hare-tortoise", "momentum", 1.0), ("hare-tortoise", "period", 0), ("injection", "task", 0),
     ("injection", "step", -1), ("l2", "strength", float("nan")), ("l2-init", "strength", -1.0),
     ("nap", "every", 0), ("parseval", "strength", -1.0), ("parseval", "scale", 0.0),

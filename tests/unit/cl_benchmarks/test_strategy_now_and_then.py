@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from strategy_helpers import NETWORKS, Loop, dice, weights
 from torch import Tensor, nn
 
-from cl_benchmarks.strategies.fire import polar
+from cl_benchmarks.strategies.fire import exact_polar, polar
 from cl_benchmarks.weights import fresh_draw
 from dynmoe.moe.layer import MoELayer
 
@@ -87,7 +87,35 @@ def test_polar_is_that_of_the_singular_value_decomposition(shape: tuple[int, int
     matrix = torch.randn(shape, generator=dice(1), dtype=torch.double)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.allclose(polar(matrix, 60), u @ v, atol=1e-10)
-    assert torch.equal(polar(torch.zeros(2, 3), 10), torch.zeros(2, 3))
+    assert torch.allclose(exact_polar(matrix), u @ v, atol=1e-12)
+    for zeros in (polar(torch.zeros(2, 3), 10), exact_polar(torch.zeros(2, 3))):
+        assert torch.equal(zeros, torch.zeros(2, 3))
+
+
+def test_what_ten_iterations_reach_is_as_the_docstring_says() -> None:
+    wide = torch.rand(128, 784, generator=dice(0)) - 0.5
+    assert (torch.linalg.svdvals(polar(wide, 10)) - 1).abs().max() < 1e-3
+    least = [
+        float(torch.linalg.svdvals(polar(torch.rand(128, 128, generator=dice(i)) - 0.5, 10)).min())
+        for i in range(20)
+    ]
+    assert sorted(least)[3] > 0.001 and max(least) < 0.1
+    values = torch.tensor([0.999, 0.04, 1e-4], dtype=torch.double)
+    reached = polar((values / values.norm()).diag(), 10).diagonal()
+    assert (reached[:2] - 1).abs().max() < 1e-2
+    assert reached[2] == pytest.approx(1.5**10 * 1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (10, 64), (64, 27)])
+@pytest.mark.parametrize("condition", [1e1, 1e5])
+def test_the_exact_factor_is_orthogonal_however_ill_conditioned(
+    shape: tuple[int, int], condition: float
+) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=dice(2)), full_matrices=False)
+    spread = torch.logspace(0, -math.log10(condition), min(shape))
+    matrix = u * spread @ v
+    assert (torch.linalg.svdvals(exact_polar(matrix)) - 1).abs().max() < 1e-4
+    assert (torch.linalg.svdvals(polar(matrix, 10)) - 1).abs().max() > 1e-2 or condition < 1e2
 
 
 def newton_schulz(w: Tensor, iterations: int) -> Tensor:
@@ -119,8 +147,9 @@ def test_fire(network: str) -> None:
     assert len(changed) == {"mlp": 3, "conv": 4, "moe": 6}[network]
 
 
-def test_fire_leaves_all_singular_values_alike() -> None:
-    _, _, after = acted("mlp", "fire", iterations=40)
+@pytest.mark.parametrize("options", [{"iterations": 40}, {"factor": "svd"}])
+def test_fire_leaves_all_singular_values_alike(options: dict[str, Any]) -> None:
+    _, _, after = acted("mlp", "fire", **options)
     for name in ("1.weight", "3.weight", "5.weight"):
         values = torch.linalg.svdvals(after[name])
         out, into = after[name].shape

@@ -18,6 +18,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "top-p, not renormalised": ("top-p", {"renormalise": False}),
     "norm of long samples": ("norm", {"k_max": 4}),
     "hierarchical, soft": ("hierarchical", {"coarse": "soft"}),
+    "hierarchical, product": ("hierarchical", {"gate": "product"}),
+    "random, shares": ("random", {"gate": "share"}),
     "slots, two each": ("slots", {"slots_per_expert": 2}),
     "domain, sparse": ("domain", {"k": 2}),
 }

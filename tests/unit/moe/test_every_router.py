@@ -164,9 +164,9 @@ def test_drawing_rows_leaves_the_others_alone(name):
 
 
 def shares(router: Router, x: Tensor) -> Tensor:
-    """[N, M] what a shift divides among experts: gates, where they have a scale of their own."""
+    """[N, M] what a shift divides among experts: gates, where their scale depends on scores."""
     routing = route(router, x)
-    return routing.probabilities if router.normalised else routing.gates
+    return routing.gates if router.name == "relu" else routing.probabilities
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -15,16 +15,33 @@ from dynmoe.moe import MoELayer, routing_inputs
 WORD = 2**64
 
 
+@pytest.mark.parametrize("gate", ["one", "share"])
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("experts", [1, 3, 5])
-def test_random_gates_are_equal_shares_of_the_best_scores(k, experts):
-    router, x = make_router("random", experts, k=k), samples(20)
+def test_random_gates_of_the_best_scores_are_1_or_equal_shares(k, experts, gate):
+    """1 by default (Eq. 15)."""
+    options = {} if gate == "one" else {"gate": gate}
+    router, x = make_router("random", experts, k=k, **options), samples(20)
     routing, used = router(x), min(k, experts)
     for row, gates in zip(x, routing.gates, strict=True):
         scores = [float(row @ router.weight[e]) for e in range(experts)]
         best = sorted(range(experts), key=lambda e: -scores[e])[:used]
-        assert gates.tolist() == [1 / used if e in best else 0.0 for e in range(5)]
+        each = 1 if gate == "one" else 1 / used
+        assert gates.tolist() == [each if e in best else 0.0 for e in range(5)]
     torch.testing.assert_close(routing.probabilities, routing.logits.softmax(dim=1))
+
+
+@pytest.mark.parametrize("scale", ["experts", "one"])
+def test_a_layer_adds_up_the_experts_that_random_routing_picked(scale):
+    config = registry.get("router", "random").Config()
+    layer = MoELayer(DIM, 2, 8, num_experts=4, router=config, gate_scale=scale).double()
+    x = samples(10)
+    y, chosen = layer(x), layer.last_routing.chosen
+    expected = torch.einsum("ne,eno->no", chosen.double(), layer.bank.expert_outputs(x))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    shared = registry.get("router", "random").Config(gate="share")
+    other = MoELayer(DIM, 2, 8, num_experts=4, router=shared, gate_scale=scale).double()
+    torch.testing.assert_close(other(x) * (2 if scale == "one" else 1), y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["random", "hash", "oracle"])
@@ -44,6 +61,8 @@ def test_nothing_is_learned(name):
 def test_bad_k_is_refused(k):
     with pytest.raises(UserError, match=f"k={k} must be between 1 and 5"):
         make_router("random", k=k)
+    with pytest.raises(UserError, match="gate='half' must be one or share"):
+        make_router("random", gate="half")
 
 
 # hash ---------------------------------------------------------------------------------------------

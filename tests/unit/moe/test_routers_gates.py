@@ -21,12 +21,13 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 def naive_hierarchy(router, x: Tensor) -> tuple[Tensor, list[int]]:
     """[N, M] coarse times fine probabilities, and each sample's best group."""
     living = [e for e, lives in enumerate(router.alive.tolist()) if lives]
-    groups = sorted({e % router.num_groups for e in living})
+    group = router.group.tolist()
+    groups = sorted({group[e] for e in living})
     result, best = torch.zeros(len(x), ROOM, dtype=torch.double), []
     for n, sample in enumerate(x):
         coarse = {g: math.exp((router.coarse.weight[g] @ sample).item()) for g in groups}
         for g in groups:
-            members = [e for e in living if e % router.num_groups == g]
+            members = [e for e in living if group[e] == g]
             fine = {e: math.exp((router.weight[e] @ sample).item()) for e in members}
             for e in members:
                 result[n, e] = coarse[g] / sum(coarse.values()) * fine[e] / sum(fine.values())
@@ -40,12 +41,20 @@ def naive_hierarchy(router, x: Tensor) -> tuple[Tensor, list[int]]:
     experts=st.integers(1, ROOM),
     groups=st.integers(1, ROOM),
     n=st.integers(1, 8),
+    mixed=st.booleans(),
 )
-def test_hierarchical_gates_are_products(seed, experts, groups, n):
+def test_hierarchical_gates_are_fine_probabilities_or_products(seed, experts, groups, n, mixed):
+    """Eq. 10 for top1: the fine gate within the best group; groups in any order."""
     torch.manual_seed(seed)
     x = samples(n)
-    for coarse in ("soft", "top1"):
-        router = make_router("hierarchical", experts, seed=seed, num_groups=groups, coarse=coarse)
+    for coarse, gate in (("soft", "fine"), ("top1", "fine"), ("top1", "product")):
+        router = make_router(
+            "hierarchical", experts, seed=seed, num_groups=groups, coarse=coarse, gate=gate
+        )
+        assert router.group.tolist() == [e % groups for e in range(ROOM)]
+        if mixed:
+            router.group.copy_(torch.randint(groups, (ROOM,)))
+        owner = router.group.tolist()
         expected, best = naive_hierarchy(router, x)
         routing = router(x)
         torch.testing.assert_close(routing.probabilities, expected, **EXACT)
@@ -55,16 +64,47 @@ def test_hierarchical_gates_are_products(seed, experts, groups, n):
             torch.testing.assert_close(routing.gates, expected, **EXACT)
             continue
         for row, gates, p, group in zip(routing.chosen, routing.gates, expected, best, strict=True):
-            mine = [e < experts and e % groups == group for e in range(ROOM)]
+            mine = [e < experts and owner[e] == group for e in range(ROOM)]
             assert row.tolist() == mine
-            torch.testing.assert_close(gates, p * torch.tensor(mine), **EXACT)
+            share = p * torch.tensor(mine)
+            share = share / share.sum() if gate == "fine" else share
+            torch.testing.assert_close(gates, share, **EXACT)
 
 
-def test_both_levels_of_the_hierarchy_learn_from_the_picked_group_alone():
-    router, x = make_router("hierarchical", 5), samples(30)
-    (router(x).gates * torch.randn(30, 5)).sum().backward()
-    assert (router.coarse.weight.grad.norm(dim=1) > 1e-3).all()
+@pytest.mark.parametrize("gate", ["fine", "product"])
+def test_the_coarse_gate_learns_from_the_task_by_the_product_alone(gate):
+    router, x = make_router("hierarchical", 5, gate=gate), samples(30)
+    routing = router(x)
+    (routing.gates * torch.randn(30, 5)).sum().backward(retain_graph=True)
     assert (router.weight.grad.norm(dim=1) > 1e-3).all()
+    coarse = router.coarse.weight
+    if gate == "product":
+        assert (coarse.grad.norm(dim=1) > 1e-3).all()
+    else:
+        assert coarse.grad is None
+        (routing.probabilities * torch.randn(30, 5)).sum().backward()  # auxiliary losses
+        assert (coarse.grad.norm(dim=1) > 1e-3).all()
+
+
+def test_groups_are_kept_by_pruning_and_filled_up_by_growth():
+    router = make_router("hierarchical", 5, num_groups=3)  # groups 0 1 2 0 1
+    router.keep_experts(torch.tensor([4, 1, 2, 0, 3]), 2)
+    assert router.group.tolist() == [1, 1, 0, 2, 0]
+    assert router.alive.tolist() == [True] * 2 + [False] * 3
+
+
+def test_states_without_groups_are_those_of_earlier_versions():
+    router, x = make_router("hierarchical", 4, seed=3), samples(8)
+    state = router.state_dict()
+    del state["group"]
+    other = make_router("hierarchical", 2)
+    other.group.zero_()
+    other.load_state_dict(state)
+    assert torch.equal(other(x).gates, router(x).gates)
+    assert "group" not in state
+    other.group.zero_()
+    other.load_state_dict({"weight": state["weight"]}, strict=False)
+    assert not other.group.any()
 
 
 def test_a_new_group_opens_when_its_first_expert_is_born():
@@ -239,7 +279,8 @@ def test_the_token_gate_tries_other_experts_in_training_only():
     ("name", "options"),
     [
         ("hierarchical", {"coarse": "soft"}),
-        ("hierarchical", {"coarse": "top1"}),
+        ("hierarchical", {}),
+        ("hierarchical", {"gate": "product"}),
         ("relu", {}),
         ("token", {"dim": 3}),
     ],
@@ -262,6 +303,7 @@ def test_gradcheck(name, options):
         ("hierarchical", {"num_groups": 0}, "num_groups=0 must be between 1 and 5"),
         ("hierarchical", {"num_groups": 6}, "num_groups=6 must be between 1 and 5"),
         ("hierarchical", {"coarse": "top2"}, "coarse='top2' must be top1 or soft"),
+        ("hierarchical", {"gate": "coarse"}, "gate='coarse' must be fine or product"),
         ("relu", {"k": 0}, "k=0 must be above 0"),
         ("relu", {"strength": 0.0}, "strength=0.0 must be between"),
         ("relu", {"alpha": 0.9}, "alpha=0.9 must be at least 1"),
