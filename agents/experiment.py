@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def make_policy(
     steps = _growing_steps(config)
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
-        policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)
+        policy = ActorCritic(config.encoder, env.input_shape, env.single_action_space, make_block)
     config.join_routers(policy)
     strategy.transform(policy, seeding.generator(config.seed, "transform"))
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
@@ -142,7 +143,10 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     controller = None
     if agent.grows:
         dice = seeding.generator(config.seed, "growth")
-        controller = config.make_controller(policy, optimizer, dice, policy_shock)
+        controller = config.make_controller(
+            policy, optimizer, dice,
+            functools.partial(policy_shock, distribution=policy.distribution),
+        )  # fmt: skip
         controller.listeners.append(strategy.grown)
     observations, info = env.reset(seed=config.seed)
     floors, start = info["floor"], 0

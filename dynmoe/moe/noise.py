@@ -19,6 +19,8 @@ MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 class Noise(nn.Module):
     """A stream of random numbers for forward passes.
 
+    In evaluation mode it is silent: `uniform` gives 0.5, `normal` 0, and nothing is counted.
+
     Attributes:
         seed: buffer [1] int64, drawn from the generator given.
         drawn: buffer [1] int64, how many numbers have been drawn.
@@ -38,12 +40,14 @@ class Noise(nn.Module):
 
     def _draw(self, like: Tensor) -> Tensor:
         """Numbers inside (0, 1) in float32 or wider, from hashes of consecutive integers."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if not self.training:
+            return torch.full_like(like, 0.5, dtype=wide)
         count = like.numel()
         place = torch.arange(1, count + 1, device=like.device) + self.drawn
         self.drawn += count
         z = scramble(self.seed + place * GOLDEN)
         # With 23 bits and a half, float32 holds every value exactly and none is 0 or 1.
-        wide = torch.promote_types(like.dtype, torch.float32)
         return ((_shift(z, 41).to(wide) + 0.5) * 2.0**-23).view(like.shape)
 
     def normal(self, like: Tensor) -> Tensor:

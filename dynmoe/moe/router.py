@@ -34,6 +34,8 @@ class Router(nn.Module, Part, kind="router"):
             experts' share of 1; else they have a scale of their own, which layers leave alone.
         uses_sizes: `RouterInput.sizes` is wanted.
         steerable: the selection bias has a say in which experts are chosen.
+        independent: every sample is a sequence of its own, so that samples do not compete; set it
+            where a sample's routing must not depend on its batch, as in policies.
     """
 
     alive: Tensor
@@ -43,6 +45,7 @@ class Router(nn.Module, Part, kind="router"):
     normalised: ClassVar[bool] = True
     uses_sizes: ClassVar[bool] = False
     steerable: ClassVar[bool] = False
+    independent: bool = False
 
     def __init__(
         self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator
@@ -63,6 +66,7 @@ class Router(nn.Module, Part, kind="router"):
         sizes: Tensor | None = None,
     ) -> Routing:
         """Route samples x [N, D]; the other arguments are described in `RouterInput`."""
+        groups = len(x) if self.independent else groups
         routing = self.route(RouterInput(x, mask, context, groups, sizes))
         return routing.without_padding(mask)
 
