@@ -43,7 +43,8 @@ class ActorCritic(nn.Module):
         make_block: makes the blocks at `encoder.place`; the others are dense.
 
     Attributes:
-        trunk, actor, critic: `actor(trunk(x))` are outputs [B, P], `critic(trunk(x))` values [B, 1].
+        trunk, actor, critic: `actor(trunk(x))` are the actor's outputs [B, P],
+            `critic(trunk(x))` values [B, 1].
         distribution: over actions, of the actor's outputs. Its P is A for Discrete(A).
 
     Every observation is routed by itself, whatever the router: what an agent does in one

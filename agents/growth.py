@@ -15,7 +15,7 @@ from agents.rollout import Rollout
 from dynmoe.growth.trigger import Signals
 
 Outputs = tuple[Tensor, Tensor]
-"""The action distribution's parameters, logits [B, A] where actions are Discrete, and values [B]."""
+"""The distribution's parameters (logits [B, A] where actions are Discrete), and values [B]."""
 
 
 FIGURES = {"effective_rank": "actor/rank/effective_rank", "dormant": "actor/dormant/0.1"}

@@ -41,7 +41,7 @@ class Rollout:
     observations: Tensor
     """[T, N, ...] packed, as the environment gave them"""
     actions: Tensor
-    """[T, N] int64 where they are Discrete, else [T, N, ...] int64 or float32, as they were drawn"""
+    """[T, N] int64 where they are Discrete, else [T, N, ...] int64 or float32; not clipped"""
     log_probs: Tensor
     """[T, N] log pi(a|s) when acting, nats"""
     values: Tensor
