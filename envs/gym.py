@@ -107,13 +107,13 @@ class GymEnv(TorchVectorEnv):
         self.steps += 1
         done = torch.from_numpy(terminated | truncated)
         gained = np.asarray(reward, dtype=np.float32)
+        given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
         final = np.array(observations)
         for i in done.nonzero().flatten().tolist():
             final[i] = seen["final_obs"][i]
-        self._check_finite("reward", gained)
+        self._check_finite("reward", given)
         self._check_finite("observation", final)
         self._check_finite("observation", observations)
-        given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
         self.score += torch.from_numpy(given)
         self.length += 1
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
@@ -167,7 +167,7 @@ class GymEnv(TorchVectorEnv):
         """One environment, observations prepared, normalised if they are to be."""
         self.layout = layout_of(env.observation_space)
         if self.normaliser.observations:
-            self.layout = replace(self.layout, low=0.0, span=1.0)
+            self.layout = replace(self.layout, bounds=None)
         return self.normaliser.wrap(env)
 
     def _tensor(self, observations: np.ndarray) -> Tensor:

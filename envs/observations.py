@@ -26,10 +26,8 @@ class Layout:
     """(C, H, W), stacked frames being channels; or (D,)"""
     channels_last: bool = False
     """images are [H, W, C], not [C, H, W]"""
-    low: float = 0.0
-    """value that becomes 0"""
-    span: float = 1.0
-    """range of values that becomes 0..1; bytes in 0..255 are left as they are"""
+    bounds: tuple[float, float] | None = None
+    """values that become 0 and 1; None: values stay as they are, such as bytes in 0..255"""
 
     def inputs(self, observations: Tensor) -> Tensor:
         """Vectors as float32; images uint8 in 0..255 or float32, with channels_last memory."""
@@ -39,8 +37,9 @@ class Layout:
         if self.channels_last:
             x = x.movedim(-1, -3)
         x = x.reshape(len(x), *self.input_shape)
-        if (self.low, self.span) != (0.0, 1.0):
-            x = (x.float() - self.low) / self.span
+        if self.bounds is not None:
+            low, high = self.bounds
+            x = (x.float() - low) / (high - low)
         return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -58,10 +57,9 @@ def layout_of(space: spaces.Box) -> Layout:
         picture = (1, *shape)
     channels_last = len(shape) > 2 and picture[0] >= picture[2]
     height, width, channels = picture if channels_last else (*picture[1:], picture[0])
-    low, high = _bounds(space) or (0.0, 1.0)
-    if space.dtype == np.uint8 and (low, high) == (0.0, 255.0):
-        low, high = 0.0, 1.0
-    return Layout((frames * channels, height, width), channels_last, low, high - low)
+    as_they_are = (0.0, 255.0) if space.dtype == np.uint8 else (0.0, 1.0)
+    bounds = None if _bounds(space) == as_they_are else _bounds(space)
+    return Layout((frames * channels, height, width), channels_last, bounds)
 
 
 def as_array(env: gymnasium.Env) -> gymnasium.Env:
