@@ -1,6 +1,6 @@
 """The network that acts and judges: an encoder, and a block each for actor and critic.
 
-    observations -> encoder -> [B, F] -> actor block -> logits [B, A]
+    observations -> encoder -> [B, F] -> actor block -> outputs [B, P], logits of A actions or so
                                       -> critic block -> value [B]
 
 With a trunk block, another block and a ReLU follow the encoder. A block maps its input through
@@ -15,10 +15,13 @@ from collections.abc import Callable
 
 import torch
 import torch.fx
+from gymnasium import spaces
 from torch import Tensor, nn
 
+from agents.actions import distribution_over
 from agents.encoder import Encoder, orthogonal
 from dynmoe.errors import UserError
+from dynmoe.moe.router import Router
 
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(input width, hidden units, output width) -> module"""
@@ -36,21 +39,26 @@ class ActorCritic(nn.Module):
     Args:
         encoder: Config of a registered encoder.
         shape: of one observation, (C, H, W) or (D,).
-        num_actions: A.
+        actions: what the agent may do: an action space, or A for Discrete(A).
         make_block: makes the blocks at `encoder.place`; the others are dense.
 
     Attributes:
-        trunk, actor, critic: `actor(trunk(x))` are logits [B, A], `critic(trunk(x))` values [B, 1].
+        trunk, actor, critic: `actor(trunk(x))` are the actor's outputs [B, P],
+            `critic(trunk(x))` values [B, 1].
+        distribution: over actions, of the actor's outputs. Its P is A for Discrete(A).
+
+    Every observation is routed by itself, whatever the router: what an agent does in one
+    environment must not depend on what goes on in the others.
 
     Raises:
-        UserError: an unknown place, or sizes that cannot work.
+        UserError: an unknown place, sizes that cannot work, or actions of another kind.
     """
 
     def __init__(
         self,
         encoder: Encoder.Config,
         shape: tuple[int, ...],
-        num_actions: int,
+        actions: spaces.Space | int,
         make_block: MakeBlock = dense_block,
     ) -> None:
         super().__init__()
@@ -59,6 +67,9 @@ class ActorCritic(nn.Module):
         for place in encoder.place:
             if place not in PLACES:
                 raise UserError(f"encoder: place={place} is unknown; use {', '.join(PLACES)}")
+        space = spaces.Discrete(actions) if isinstance(actions, int) else actions
+        self.distribution = distribution_over(space)
+        outputs = self.distribution.outputs
         make = {place: make_block if place in encoder.place else dense_block for place in PLACES}
         frames: Encoder = encoder.build(shape)
         features = frames.out_features
@@ -66,16 +77,23 @@ class ActorCritic(nn.Module):
         if "trunk" in encoder.place:
             self.trunk.append(make["trunk"](features, encoder.hidden, features))
             self.trunk.append(nn.ReLU())
-        self.actor = nn.Sequential(make["actor"](features, encoder.hidden, num_actions))
+        self.actor = nn.Sequential(make["actor"](features, encoder.hidden, outputs))
         self.critic = nn.Sequential(make["critic"](features, encoder.hidden, 1))
         if encoder.actor_tail:
             self.actor.append(nn.ReLU())
-            self.actor.append(orthogonal(nn.Linear(num_actions, num_actions), 0.01))
+            self.actor.append(orthogonal(nn.Linear(outputs, outputs), 0.01))
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.independent = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, A] and values [B], float32, of x: uint8 images or float vectors."""
+        """The distribution's parameters and values [B], float32, of x: uint8 images or floats.
+
+        The parameters are logits [B, A] where actions are Discrete(A).
+        """
         features = self.trunk(as_input(x))
-        return self.actor(features).float(), self.critic(features).squeeze(1).float()
+        parameters = self.distribution(self.actor(features).float())
+        return parameters, self.critic(features).squeeze(1).float()
 
     def output_layer(self, head: str) -> nn.Module:
         """The module that gives a head's outputs: a linear layer, or an MoELayer."""

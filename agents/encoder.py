@@ -29,8 +29,8 @@ class Encoder(nn.Module, Part, kind="encoder"):
         """where the MoE layers are (dense blocks in the methods without them); trunk adds a block
         that actor and critic share"""
         actor_tail: bool = False
-        """one more linear layer, as wide as there are actions, behind the actor's block (as in the
-        Craftax baselines)"""
+        """one more linear layer, as wide as the actor's outputs, behind the actor's block (as in
+        the Craftax baselines)"""
 
     out_features: int
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,7 +67,7 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
     """
     check(config)
     kept = keep_freed_memory()
-    with Run("rl", preset, config, label=f"{config.variant}-{config.env}") as run:
+    with Run("rl", preset, config, label=_label(config)) as run:
         if run.summary is None:
             if run.restored is None:
                 run.log.event(0, "memory", {"freed_memory_is_kept": kept})
@@ -109,11 +111,35 @@ def _growing_steps(config: Config) -> int:
 
 
 def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
-    """The environments of a run."""
+    """The environments of a run.
+
+    Raises:
+        UserError: settings that cannot be.
+    """
     return envs.make(
         config.env, config.num_envs, config.seed, device, renderer=config.renderer,
         observation="pixels" if config.renderer == "upstream" else None,
+        env_args=_env_args(config.env_args),
+        normalize_observations=config.normalize_observations,
+        normalize_rewards=config.normalize_rewards, gamma=config.gamma,
     )  # fmt: skip
+
+
+def _env_args(text: str) -> dict[str, Any]:
+    """The JSON object of `--env-args`; {} for an empty text.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        values = str(error)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--env-args {text} is no JSON object ({values}); write it as '{{\"gravity\": 5}}'"
+        )
+    return values
 
 
 def make_policy(
@@ -124,7 +150,7 @@ def make_policy(
     steps = _growing_steps(config)
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
-        policy = ActorCritic(config.encoder, env.input_shape, env.num_actions, make_block)
+        policy = ActorCritic(config.encoder, env.input_shape, env.single_action_space, make_block)
     config.join_routers(policy)
     strategy.transform(policy, seeding.generator(config.seed, "transform"))
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
@@ -142,7 +168,10 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     controller = None
     if agent.grows:
         dice = seeding.generator(config.seed, "growth")
-        controller = config.make_controller(policy, optimizer, dice, policy_shock)
+        controller = config.make_controller(
+            policy, optimizer, dice,
+            functools.partial(policy_shock, distribution=policy.distribution),
+        )  # fmt: skip
         controller.listeners.append(strategy.grown)
     observations, info = env.reset(seed=config.seed)
     floors, start = info["floor"], 0
@@ -178,6 +207,11 @@ def print_agents(summaries: dict[str, dict[str, Any]], title: str) -> None:
         growths, parameters = str(len(summary["growth"])), f"{summary['parameters']:,}"
         table.add_row(name, shown, share, growths, parameters)
     Console().print(table)
+
+
+def _label(config: Config) -> str:
+    """Part of a folder's name: ids such as module:Space/Name-v0 hold what names should not."""
+    return f"{config.variant}-{config.env}".replace(":", "-").replace("/", "-")
 
 
 def _title(config: Config) -> str:

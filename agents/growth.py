@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.actions import ActionDistribution, Categorical
 from agents.ppo import UpdateStats
 from agents.rollout import Rollout
 from dynmoe.growth.trigger import Signals
 
 Outputs = tuple[Tensor, Tensor]
-"""Logits [B, A] and values [B]."""
+"""The distribution's parameters (logits [B, A] where actions are Discrete), and values [B]."""
 
 
 FIGURES = {"effective_rank": "actor/rank/effective_rank", "dormant": "actor/dormant/0.1"}
@@ -43,21 +44,29 @@ def signals(
     return Signals(step=env_steps, reached=tuple(reached), score=score, **figures)
 
 
-def policy_shock(before: Outputs, after: Outputs, labels: Tensor | None) -> dict[str, float]:
+def policy_shock(
+    before: Outputs,
+    after: Outputs,
+    labels: Tensor | None,
+    distribution: ActionDistribution | None = None,
+) -> dict[str, float]:
     """How a growth changes what the agent does and expects, on the same observations.
+
+    Args:
+        distribution: over actions; default one choice among A.
 
     Returns:
         policy_kl: mean KL(policy before || after), nats.
         value_change: root mean square change of the values, in units of return.
     """
-    (logits, values), (new_logits, new_values) = before, after
-    old = logits.log_softmax(dim=1)
-    kl = (old.exp() * (old - new_logits.log_softmax(dim=1))).sum(dim=1).mean()
+    (parameters, values), (new_parameters, new_values) = before, after
+    distribution = distribution or Categorical([parameters.shape[1]])
+    kl = distribution.divergence(parameters, new_parameters).mean()
     change = (new_values - values).square().mean().sqrt()
     return {"policy_kl": max(float(kl), 0.0), "value_change": float(change)}
 
 
 def sample(rollout: Rollout, count: int) -> Tensor:
     """Indices [<= count] into the flattened rollout, spread evenly over time and environments."""
-    total = rollout.actions.numel()
+    total = rollout.rewards.numel()
     return torch.linspace(0, total - 1, min(count, total)).long()

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from agents.actions import ActionDistribution, Categorical
 from agents.actor_critic import ActorCritic
+from agents.modes import learning
 from agents.rollout import Rollout, advantages, collect
 from cl_benchmarks.intervention import Intervention
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
-from dynmoe.moe.layer import collect_aux_losses
+from dynmoe.moe import collect_aux_losses, finish_step
 from envs.vector import TorchVectorEnv
 
 
@@ -181,6 +183,8 @@ def learn(
 ) -> UpdateStats:
     """One update: several epochs of minibatch steps on a rollout.
 
+    The policy that learns is the one that acted (see `agents.modes`): ratios start at 1.
+
     Raises:
         NumericError: the loss is not finite.
     """
@@ -188,7 +192,7 @@ def learn(
     returns = gains + rollout.values
     flat = {
         "observations": rollout.observations.flatten(0, 1),
-        "actions": rollout.actions.flatten(),
+        "actions": rollout.actions.flatten(0, 1),
         "log_probs": rollout.log_probs.flatten(),
         "values": rollout.values.flatten(),
         "gains": gains.flatten(),
@@ -197,9 +201,9 @@ def learn(
     sums = torch.zeros(len(MEANS), device=env.device)
     for index in minibatches(settings, generator):
         batch = {name: tensor[index.to(env.device)] for name, tensor in flat.items()}
-        with autocast(env.device, settings.autocast):
-            logits, values = policy(env.unpack(batch["observations"]))
-        loss, parts = ppo_loss(logits, values, batch, settings)
+        with learning(policy), autocast(env.device, settings.autocast):
+            parameters, values = policy(env.unpack(batch["observations"]))
+        loss, parts = ppo_loss(parameters, values, batch, settings, policy.distribution)
         loss = loss + sum(collect_aux_losses(policy).values(), loss.new_zeros(()))
         if strategy is not None:
             loss = loss + strategy.penalty()
@@ -216,6 +220,7 @@ def learn(
         if not torch.isfinite(norm):
             raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
         optimizer.step()
+        finish_step(policy)
         if strategy is not None:
             strategy.step_done()
         sums += torch.stack([*parts, norm.detach()])
@@ -231,13 +236,18 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def ppo_loss(
-    logits: Tensor, values: Tensor, batch: dict[str, Tensor], settings: PPOSettings
+    parameters: Tensor,
+    values: Tensor,
+    batch: dict[str, Tensor],
+    settings: PPOSettings,
+    distribution: ActionDistribution | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """PPO's loss on a minibatch of B samples.
 
     Args:
-        logits, values: [B, A] and [B], of the network now.
-        batch: actions, log_probs, values, gains, returns, [B] each, from the rollout.
+        parameters, values: [B, ...] of the distribution and [B], of the network now.
+        batch: actions [B, ...], log_probs, values, gains, returns, [B] each, from the rollout.
+        distribution: over actions; default one choice among A with logits [B, A].
 
     Returns:
         the loss, and (policy loss, value loss, entropy, approximate KL, clipped share).
@@ -245,8 +255,9 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv 1707.06347), Eqs. 7 and 9; the KL estimate is
     mean(ratio - 1 - log ratio), Schulman's "k3".
     """
-    log_probs = logits.log_softmax(dim=1)
-    change = log_probs.gather(1, batch["actions"].unsqueeze(1)).squeeze(1) - batch["log_probs"]
+    distribution = distribution or Categorical([parameters.shape[1]])
+    log_probs, entropies = distribution.evaluate(parameters, batch["actions"])
+    change = log_probs - batch["log_probs"]
     ratio = change.exp()
     gains = batch["gains"]
     if settings.normalise_advantage and len(gains) > 1:
@@ -258,7 +269,7 @@ def ppo_loss(
         near = (values - batch["values"]).clamp(-settings.clip, settings.clip)
         error = torch.maximum(error, (batch["values"] + near - batch["returns"]).square())
     value_loss = 0.5 * error.mean()
-    entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
+    entropy = entropies.mean()
     loss = policy_loss + settings.value_weight * value_loss - settings.entropy * entropy
     with torch.no_grad():
         kl = (ratio - 1 - change).mean()

@@ -127,17 +127,17 @@ class Recorder:
     def _plasticity(self, rollout: Rollout) -> dict[str, float]:
         """All metrics of the actor's network and the critic's, each with a loss of its own.
 
-        The actor's is the cross entropy of its own actions, the critic's the squared error of its
+        The actor's is the mean of -log p of its own actions, the critic's the squared error of its
         values; both on observations of the rollout.
         """
         index = sample(rollout, self.config.probe_samples)
         inputs = self._inputs(rollout, index)
         gains = advantages(rollout, self.config.gamma, self.config.gae_lambda)
         returns = (gains + rollout.values).flatten()[index].unsqueeze(1)
-        actions = rollout.actions.flatten()[index]
+        actions = rollout.actions.flatten(0, 1)[index]
         values: dict[str, float] = {}
         for head, target, loss in (
-            ("actor", actions, F.cross_entropy),
+            ("actor", actions, self.policy.distribution.loss),
             ("critic", returns, F.mse_loss),
         ):
             path, output = self.policy.path(head), self.policy.output_layer(head)

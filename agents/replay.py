@@ -31,6 +31,7 @@ def run_evaluation(config: Config) -> None:
     keep_freed_memory()
     device = resolve(config.device)
     env = make_env(trained, device)
+    env.normalise_as(state["env"])
     strategy: Intervention = trained.strategy.build()
     policy = make_policy(trained, env, device, strategy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the strategy rebuilds

@@ -1,6 +1,6 @@
 """Rollouts: what an agent saw, did and got, and how good that was.
 
-Shapes: T steps, N environments, A actions, M experts a layer can hold.
+Shapes: T steps, N environments, M experts a layer can hold.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from agents.actor_critic import ActorCritic
+from agents.modes import acting
+from dynmoe.errors import NumericError
 from dynmoe.moe.layer import moe_layers
 from envs.vector import TorchVectorEnv
 
@@ -39,7 +41,7 @@ class Rollout:
     observations: Tensor
     """[T, N, ...] packed, as the environment gave them"""
     actions: Tensor
-    """[T, N] int64"""
+    """[T, N] int64 where they are Discrete, else [T, N, ...] int64 or float32; not clipped"""
     log_probs: Tensor
     """[T, N] log pi(a|s) when acting, nats"""
     values: Tensor
@@ -75,21 +77,43 @@ def collect(
 ) -> Rollout:
     """Act for `steps` steps from `observations` [N, ...], made on `floors` [N].
 
+    The policy acts as it is evaluated, and nothing of it moves.
+
     Args:
         env, policy: the environments, and who acts.
         gamma: discount, for the value of what a truncated episode still had to come.
         generator: draws the actions; on the environments' device.
         uniform: every action equally often, whatever the policy says.
+
+    Raises:
+        NumericError: the policy's outputs are not finite, or what the environments give.
     """
+    with acting(policy):
+        return _collect(env, policy, observations, floors, steps, gamma, generator, uniform)
+
+
+def _collect(
+    env: TorchVectorEnv,
+    policy: ActorCritic,
+    observations: Tensor,
+    floors: Tensor,
+    steps: int,
+    gamma: float,
+    generator: torch.Generator,
+    uniform: bool,
+) -> Rollout:
     out = _empty(env, policy, observations, floors, steps)
+    distribution = policy.distribution
     for t in range(steps):
-        logits, values = policy(env.unpack(observations))
-        logits = torch.zeros_like(logits) if uniform else logits
-        probabilities = logits.softmax(dim=1)
-        actions = torch.multinomial(probabilities, 1, generator=generator)
+        parameters, values = policy(env.unpack(observations))
+        _check_finite(parameters, values)
+        if uniform:
+            actions, log_probs = distribution.uniform(parameters, generator)
+        else:
+            actions = distribution.sample(parameters, generator)
+            log_probs, _ = distribution.evaluate(parameters, actions)
         out.observations[t], out.floors[t] = observations, floors
-        out.actions[t], out.values[t] = actions.squeeze(1), values
-        out.log_probs[t] = logits.log_softmax(dim=1).gather(1, actions).squeeze(1)
+        out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
         for name, layer in moe_layers(policy):
             assert layer.last_routing is not None  # the policy ran just now
             out.gates[name][t] = layer.last_routing.gates
@@ -106,6 +130,12 @@ def collect(
     return out
 
 
+def _check_finite(parameters: Tensor, values: Tensor) -> None:
+    """Stop before an action is drawn from what is no distribution."""
+    if not bool(torch.isfinite(parameters).all() & torch.isfinite(values).all()):
+        raise NumericError("the policy's outputs are not finite: a smaller --lr may help")
+
+
 def _empty(
     env: TorchVectorEnv, policy: ActorCritic, observations: Tensor, floors: Tensor, steps: int
 ) -> Rollout:
@@ -116,7 +146,7 @@ def _empty(
 
     return Rollout(
         observations=room(*observations.shape[1:], dtype=observations.dtype),
-        actions=room(dtype=torch.long),
+        actions=room(*policy.distribution.shape, dtype=policy.distribution.dtype),
         log_probs=room(),
         values=room(),
         rewards=room(),

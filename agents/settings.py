@@ -20,7 +20,13 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     env: str = "Craftax-Classic-Pixels-v1"
     """Craftax-Pixels-v1, Craftax-Classic-Pixels-v1, the same with Symbolic, Identity-v0, Stages-v0,
-    or a gymnasium id with discrete actions"""
+    or a gymnasium id; module:Name-v0 imports the module that registers it"""
+    env_args: str = ""
+    """keyword arguments of a gymnasium environment as a JSON object, such as '{"gravity": 5}'"""
+    normalize_observations: bool = False
+    """scale a gymnasium environment's observations to mean 0 and deviation 1, as they come"""
+    normalize_rewards: bool = False
+    """divide its rewards by the deviation of their discounted sum; logged returns are as given"""
     renderer: Literal["fast", "upstream"] = "fast"
     """who draws Craftax's frames: our renderer from compact codes, or the package's own"""
     method: PartConfig = slot("agent", "dynamicmoe")

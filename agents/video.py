@@ -105,6 +105,8 @@ def frames(env: TorchVectorEnv, trace: Trace, scale: int) -> Iterator[Pixels]:
 
 def _images(unpacked: Tensor) -> Pixels:
     """Unpacked images [B, C, H, W] as [B, H, W, 3]; of a stack of gray ones the last."""
+    if unpacked.is_floating_point():
+        unpacked = (255 * unpacked.clamp(0, 1)).round().byte()
     last = unpacked if unpacked.shape[1] == 3 else unpacked[:, -1:].expand(-1, 3, -1, -1)
     return last.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -20,7 +20,7 @@ from dynmoe.errors import UserError
 from envs import craftax_game, jax_setup
 from envs.craftax_code import layout
 from envs.craftax_game import Carry, Programs, State
-from envs.vector import Info, TorchVectorEnv
+from envs.vector import Actions, Info, TorchVectorEnv
 
 NAMES = {
     "Craftax-Pixels-v1": (False, True),
@@ -126,14 +126,15 @@ class CraftaxVectorEnv(TorchVectorEnv):
         first = self._frames(self._enter(every)[every])
         return first, {"floor": torch.zeros(every.shape, dtype=torch.long, device=self.device)}
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
-        """One step of all environments with actions [N], integers on any device."""
+    def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
+        """One step of all environments with actions [N], integers."""
         if self._carry is None:
             raise RuntimeError("call reset() before step()")
         rows, count = _padded(self._waiting, self.num_envs), np.int32(len(self._waiting))
+        taken = self.as_actions(actions).to(torch.int32).numpy()
         self._carry, out = self._programs.step(
             *(self._carry, self._worlds.worlds, rows, count),
-            *(self._actions(actions), self._chance, np.int32(self.max_timesteps)),
+            *(taken, self._chance, np.int32(self.max_timesteps)),
         )
         self._worlds.use(self._waiting)
         observations = final = self._frames(self._look())
@@ -254,18 +255,6 @@ class CraftaxVectorEnv(TorchVectorEnv):
         if self._shares:
             return torch.from_dlpack(values)
         return torch.from_numpy(np.array(values)).to(self.device)
-
-    def _actions(self, actions: Tensor) -> Any:
-        """Actions as JAX takes them."""
-        if actions.shape != (self.num_envs,) or actions.is_floating_point():
-            raise ValueError(
-                f"actions must be integers [{self.num_envs}], "
-                f"not {actions.dtype} {list(actions.shape)}"
-            )
-        taken = actions.to("cpu", torch.int32).numpy()
-        if taken.min() < 0 or taken.max() >= self.num_actions:
-            raise ValueError(f"actions must be in 0..{self.num_actions - 1}, not {taken.tolist()}")
-        return taken
 
 
 class _Worlds:

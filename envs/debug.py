@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynmoe import seeding
-from envs.vector import Info, TorchVectorEnv
+from envs.vector import Actions, Info, TorchVectorEnv
 
 GAMES = {"Identity-v0": 1, "Stages-v0": 3}
 """Name -> number of floors."""
@@ -48,17 +48,22 @@ class Stages(TorchVectorEnv):
         self.single_action_space = spaces.Discrete(SYMBOLS)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._start(seed)
+        self.started = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start all episodes anew."""
-        self._start(self.seed if seed is None else seed)
+        """Start new episodes: all over again with a seed, else with the next random numbers."""
+        if seed is not None or not self.started:
+            self._start(self.seed if seed is None else seed)
+        else:
+            self._begin()
+        self.started = True
         return self._observe(), {"floor": self.floor.clone()}
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
+    def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
         """One step of all environments with actions [N]."""
-        right = actions.to(self.device) == (self.symbol + self.floor) % SYMBOLS
+        right = self.as_actions(actions).to(self.device) == (self.symbol + self.floor) % SYMBOLS
         reward = right.float()
         self.score += reward
         self.length += 1
@@ -105,11 +110,16 @@ class Stages(TorchVectorEnv):
         self.generator.set_state(state["generator"])
         for name in state.keys() - {"generator"}:
             setattr(self, name, state[name].to(self.device).clone())
+        self.started = True
         return self._observe()
 
     def _start(self, seed: int) -> None:
-        counts = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self.generator = seeding.generator(seed, self.name)
+        self._begin()
+
+    def _begin(self) -> None:
+        """New episodes everywhere."""
+        counts = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self.floor, self.progress, self.length = counts.clone(), counts.clone(), counts.clone()
         self.score = counts.float()
         self.symbol = self._draw()

@@ -1,85 +1,121 @@
-"""Any gymnasium environment with discrete actions, as a TorchVectorEnv."""
+"""Any gymnasium environment as a TorchVectorEnv."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynmoe import seeding
-from dynmoe.errors import UserError
-from envs.vector import Info, TorchVectorEnv
+from dynmoe.errors import NumericError, UserError
+from envs.normalise import Normaliser
+from envs.observations import as_array, layout_of
+from envs.vector import Actions, Info, TorchVectorEnv
+
+KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
+"""Action spaces that are arrays of numbers."""
 
 
 class GymEnv(TorchVectorEnv):
     """Environments of gymnasium's registry, stepped one after another in this process.
 
-    They cannot be saved: when a run is resumed, their episodes start anew.
+    They cannot be saved: when a run is resumed, their episodes start anew. What they count starts
+    at 0 here: actions of Discrete(3, start=2) are 0, 1 and 2.
 
     Args:
-        name: a gymnasium id, such as "CartPole-v1".
+        name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
         num_envs, seed, device: as for all environments.
+        env_args: keyword arguments of the environment.
+        normalize_observations, normalize_rewards, gamma: see `envs.normalise`.
 
     Raises:
-        UserError: actions are not discrete, or observations are neither vectors nor images.
+        UserError: it cannot be made, or shows what is neither a vector nor an image.
     """
 
     resumable: ClassVar[bool] = False
 
     def __init__(
-        self, name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        num_envs: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        env_args: dict[str, Any] | None = None,
+        normalize_observations: bool = False,
+        normalize_rewards: bool = False,
+        gamma: float = 0.99,
     ) -> None:
         self.name, self.num_envs, self.seed, self.resets = name, num_envs, seed, 0
         self.device = torch.device(device)
+        self.normaliser = Normaliser(normalize_observations, normalize_rewards, gamma)
         try:
-            self.envs = gymnasium.make_vec(
-                name, num_envs, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
-            )
-        except gymnasium.error.Error as error:  # unknown, or a package is lacking
-            raise UserError(f"environment {name}: {error}") from None
+            base = gymnasium.make_vec(
+                name, num_envs, "sync", wrappers=[as_array, self._normalised],
+                vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **(env_args or {}),
+            )  # fmt: skip
+        except Exception as error:  # the id, an argument, a package, or its own code
+            raise UserError(f"environment {name}: {_one_line(error)}") from error
+        self.envs = self.normaliser.wrap_all(base)
         self.single_observation_space = self.envs.single_observation_space
         self.observation_space = self.envs.observation_space
-        self.single_action_space = self.envs.single_action_space
-        self.action_space = self.envs.action_space
-        seen, acts = self.single_observation_space, self.single_action_space
-        if not isinstance(acts, spaces.Discrete):
-            self._refuse(f"its actions are {acts}, and only Discrete ones are supported")
-        shape = seen.shape or ()
-        if not isinstance(seen, spaces.Box) or len(shape) not in (1, 3):
-            self._refuse(f"it shows {seen}, and only vectors and images are supported")
-        self.first_action = int(acts.start)
-        self.is_image = len(shape) == 3
-        self.input_shape = (shape[2], shape[0], shape[1]) if self.is_image else tuple(shape)
+        self.input_shape = self.layout.input_shape
+        acts = self.envs.single_action_space
+        if not isinstance(acts, KINDS):
+            self.envs.close()
+            kinds = ", ".join(kind.__name__ for kind in KINDS)
+            raise UserError(f"environment {name}: its actions are {acts}, not one of {kinds}")
+        self.first_action = getattr(acts, "start", 0)
+        self.single_action_space = _from_zero(acts)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self.score = torch.zeros(num_envs)
         self.length = torch.zeros(num_envs, dtype=torch.long)
+        self.started, self.steps = False, 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start all episodes anew."""
-        seed = self.seed if seed is None else seed
-        first = seeding.derive(seed, self.name, self.resets) % 2**31
+        """Start new episodes: all over again with a seed, else with the next random numbers."""
+        first = None
+        if seed is not None or not self.started:
+            seed = self.seed if seed is None else seed
+            first = seeding.derive(seed, self.name, self.resets) % 2**31
         observations, _ = self.envs.reset(seed=first, options=options)
+        self.started, self.steps = True, 0
         self.score.zero_()
         self.length.zero_()
+        self._check_finite("observation", observations)
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         return self._tensor(observations), {"floor": floor}
 
-    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
-        """One step of all environments with actions [N]."""
-        chosen = actions.cpu().numpy() + self.first_action
+    def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
+        """One step of all environments with actions [N, ...].
+
+        Raises:
+            ValueError: actions of another shape or kind.
+            NumericError: an observation or a reward is not finite.
+        """
+        chosen = self.as_actions(actions).numpy() + self.first_action
+        chosen = chosen.astype(self.envs.single_action_space.dtype)
         observations, reward, terminated, truncated, seen = self.envs.step(chosen)
+        self.steps += 1
         done = torch.from_numpy(terminated | truncated)
-        self.score += torch.from_numpy(np.asarray(reward, dtype=np.float32))
-        self.length += 1
+        gained = np.asarray(reward, dtype=np.float32)
+        given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
         final = np.array(observations)
         for i in done.nonzero().flatten().tolist():
             final[i] = seen["final_obs"][i]
+        self._check_finite("reward", given)
+        self._check_finite("observation", final)
+        self._check_finite("observation", observations)
+        self.score += torch.from_numpy(given)
+        self.length += 1
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         info: Info = {
             "final_obs": self._tensor(final),
@@ -95,40 +131,77 @@ class GymEnv(TorchVectorEnv):
         }
         self.score[done] = 0
         self.length[done] = 0
-        gained = torch.from_numpy(np.asarray(reward, dtype=np.float32)).to(self.device)
-        died, cut_off = (torch.from_numpy(x).to(self.device) for x in (terminated, truncated))
-        return self._tensor(observations), gained, died, cut_off, info
+        paid, died, cut_off = (
+            torch.from_numpy(values).to(self.device) for values in (gained, terminated, truncated)
+        )
+        return self._tensor(observations), paid, died, cut_off, info
 
     def unpack(self, observations: Tensor) -> Tensor:
-        """Images as [B, C, H, W] in their own type, vectors as float32."""
-        if self.is_image:
-            return observations.permute(0, 3, 1, 2)
-        return observations.float()
+        """Images as [B, C, H, W], uint8 or float32 in 0..1, vectors as float32."""
+        return self.layout.inputs(observations)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often the environments were started; their own state cannot be had."""
-        return {"resets": self.resets}
+        """How often the environments were started, and the statistics of what is normalised.
+
+        Their own state cannot be had.
+        """
+        statistics = self.normaliser.state_dict()
+        return {"resets": self.resets} | ({"normaliser": statistics} if statistics else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """Start anew, from another seed than before; returns the first observations."""
         self.resets = state["resets"] + 1
-        return self.reset()[0]
+        self.normaliser.load_state_dict(state.get("normaliser", {}))
+        return self.reset(seed=self.seed)[0]
+
+    def normalise_as(self, state: dict[str, Any]) -> None:
+        """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
+        self.normaliser.load_state_dict(state.get("normaliser", {}))
+        self.normaliser.freeze()
 
     def close(self, **kwargs: Any) -> None:
         """Close the environments."""
         self.envs.close(**kwargs)
 
+    def _normalised(self, env: gymnasium.Env) -> gymnasium.Env:
+        """One environment, observations prepared, normalised if they are to be."""
+        self.layout = layout_of(env.observation_space)
+        if self.normaliser.observations:
+            self.layout = replace(self.layout, bounds=None)
+        return self.normaliser.wrap(env)
+
     def _tensor(self, observations: np.ndarray) -> Tensor:
         """A copy on the device: gymnasium reuses its arrays."""
         return torch.from_numpy(np.array(observations)).to(self.device)
 
-    def _refuse(self, why: str) -> NoReturn:
-        self.envs.close()
-        raise UserError(f"environment {self.name}: {why}")
+    def _check_finite(self, what: str, values: np.ndarray) -> None:
+        """Stop at the first environment whose values [N, ...] are not finite."""
+        bad = ~np.isfinite(values).reshape(self.num_envs, -1)
+        if bad.any():
+            i = int(bad.any(axis=1).argmax())
+            value = values.reshape(self.num_envs, -1)[i][bad[i]][0]
+            raise NumericError(
+                f"environment {self.name}: {what} of number {i} (of {self.num_envs}) is {value} at "
+                f"step {self.steps}; rewards and observations must be finite"
+            )
 
 
 def make_gym(
-    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu"
+    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu", **settings: Any
 ) -> TorchVectorEnv:
-    """The environment of that gymnasium id."""
-    return GymEnv(name, num_envs, seed, device)
+    """The environment of that gymnasium id; settings are those of `GymEnv`."""
+    return GymEnv(name, num_envs, seed, device, **settings)
+
+
+def _from_zero(space: spaces.Space) -> spaces.Space:
+    """The space of actions, counted from 0."""
+    if isinstance(space, spaces.Discrete):
+        return spaces.Discrete(int(space.n))
+    return spaces.MultiDiscrete(space.nvec) if isinstance(space, spaces.MultiDiscrete) else space
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, with the exception's kind where the text alone may not tell."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, gymnasium.error.Error | UserError)
+    return text if known else f"{type(error).__name__}: {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import UserError
@@ -22,16 +23,23 @@ def make(
     renderer: str = "fast",
     env_device: str = "auto",
     max_timesteps: int | None = None,
+    env_args: dict[str, Any] | None = None,
+    normalize_observations: bool = False,
+    normalize_rewards: bool = False,
+    gamma: float = 0.99,
 ) -> TorchVectorEnv:
     """N environments of that name.
 
     Args:
-        name: a Craftax name (see envs.craftax), a debug one (see envs.debug) or a gymnasium id.
+        name: a Craftax name (see envs.craftax), a debug one (see envs.debug) or a gymnasium id;
+            "module:Name-v0" imports the module that registers it.
         num_envs: N.
         seed: of all randomness.
         device: of all tensors: auto, cpu, cuda or cuda:N.
         observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
             environments have no such choice.
+        env_args: keyword arguments of a gymnasium environment.
+        normalize_observations, normalize_rewards, gamma: see envs.normalise; gymnasium's only.
 
     Raises:
         UserError: unknown name, or a setting that cannot be.
@@ -48,6 +56,16 @@ def make(
         "env_device": env_device,
         "max_timesteps": max_timesteps,
     }
+    gymnasium_only: dict[str, Any] = {
+        "env_args": env_args or {},
+        "normalize_observations": normalize_observations,
+        "normalize_rewards": normalize_rewards,
+    }
+    for setting, value in gymnasium_only.items():
+        if value and name in (*craftax.NAMES, *debug.names()):
+            raise UserError(
+                f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
+            )
     if name in craftax.NAMES:
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
     usual = {"observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None}
@@ -59,7 +77,7 @@ def make(
     if _in_gymnasium(name):
         from envs.gym import make_gym
 
-        return make_gym(name, num_envs, seed, where)
+        return make_gym(name, num_envs, seed, where, gamma=gamma, **gymnasium_only)
     known = [*craftax.NAMES, *debug.names()]
     near = difflib.get_close_matches(name, [*known, *_gymnasium_ids()], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -75,4 +93,18 @@ def _gymnasium_ids() -> list[str]:
 
 
 def _in_gymnasium(name: str) -> bool:
-    return name in _gymnasium_ids()
+    """Whether gymnasium knows the name, once the module before a colon is imported.
+
+    Raises:
+        UserError: that module cannot be imported.
+    """
+    module, colon, short = name.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"environment {name}: its module {module!r} cannot be imported: {why}"
+            ) from error
+    return short in _gymnasium_ids()

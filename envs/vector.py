@@ -12,19 +12,26 @@ Shapes: N environments, A achievements. Tensors are on `device`.
     achievements    [N, A] bool, unlocked so far in the episode that this step belonged to
     floor           [N] int64, floor on which the returned observation was made
 
-and `reset`'s info holds `floor` alone.
+and `reset`'s info holds `floor` alone. `reset` starts all over again with a seed; without one it
+goes on with the environment's random numbers, the first time with those of the seed it was made
+with. Actions count from 0, and come as tensors, arrays or lists; those beyond a Box are clipped.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 Info = dict[str, Any]
+Actions = Tensor | np.ndarray | Sequence[Any]
+"""[N, ...] one action per environment"""
 
 
 class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -52,12 +59,44 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """Discrete actions per environment."""
         return int(self.single_action_space.n)  # type: ignore[attr-defined]
 
+    def as_actions(self, actions: Actions) -> Tensor:
+        """Actions of any kind as a tensor [N, ...] on the CPU, those beyond a Box clipped.
+
+        Raises:
+            ValueError: another shape, no integers where the space counts, or a value that is not
+                in it.
+        """
+        space, shape = self.single_action_space, list(self.action_space.shape or ())
+        floats = isinstance(space, spaces.Box)
+        if not isinstance(actions, Tensor):
+            try:
+                actions = torch.from_numpy(np.asarray(actions))
+            except (TypeError, ValueError) as error:  # no numbers, or rows of different lengths
+                raise ValueError(f"actions must be numbers {shape}: {error}") from None
+        taken = actions.detach().cpu()
+        if list(taken.shape) != shape or (taken.is_floating_point() and not floats):
+            raise ValueError(
+                f"actions must be {'numbers' if floats else 'integers'} {shape}, not "
+                f"{taken.dtype} {list(taken.shape)}"
+            )
+        if isinstance(space, spaces.Box):
+            if not taken.isfinite().all():
+                raise ValueError(f"actions must be finite, not {taken.tolist()}")
+            values = taken.to(torch.float32).numpy().astype(space.dtype)
+            return torch.from_numpy(np.clip(values, space.low, space.high))
+        taken = taken.long()
+        most = torch.as_tensor(_options(space)) - 1
+        if bool(((taken < 0) | (taken > most)).any()):
+            raise ValueError(f"actions must be in 0..{most.tolist()}, not {taken.tolist()}")
+        return taken
+
     @abstractmethod
     def unpack(self, observations: Tensor) -> Tensor:
         """Stored observations [B, ...] as a network takes them: [B, *input_shape].
 
-        Images are uint8 in 0..255 with channels_last memory, vectors float32. Observations are kept
-        packed because a frame's compact code is far smaller than the frame.
+        Images are uint8 in 0..255 or float32 (0..1 where the environment's have bounds), with
+        channels_last memory, vectors float32. Observations are kept packed because a frame's
+        compact code is far smaller than the frame.
         """
 
     @abstractmethod
@@ -67,3 +106,13 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """Restore `state_dict()`; returns the present observations [N, ...]."""
+
+    def normalise_as(self, state: dict[str, Any]) -> None:
+        """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
+
+
+def _options(space: spaces.Space) -> Any:
+    """Options of each choice of an action: A, or an array of them."""
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.nvec
+    return space.n if isinstance(space, spaces.Discrete) else 2

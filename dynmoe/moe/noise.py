@@ -25,6 +25,8 @@ WITHOUT_GRADIENT = 2**40
 class Noise(nn.Module):
     """A stream of random numbers for forward passes.
 
+    In evaluation mode it is silent: `uniform` gives 0.5, `normal` 0, and nothing is counted.
+
     Attributes:
         seed: buffer [1] int64, drawn from the generator given.
         step: buffer [1] int64, optimizer steps so far (see `dynmoe.moe.step`).
@@ -68,12 +70,14 @@ class Noise(nn.Module):
 
     def _draw(self, like: Tensor) -> Tensor:
         """Numbers inside (0, 1) in float32 or wider, from hashes of consecutive integers."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if not self.training:
+            return torch.full_like(like, 0.5, dtype=wide)
         order = self._passes.recall(new_pass(), self._next)
         key = scramble(scramble(self.seed + self.step * GOLDEN) + order * GOLDEN)
         place = torch.arange(1, like.numel() + 1, device=like.device)
         z = scramble(key + place * GOLDEN)
         # With 23 bits and a half, float32 holds every value exactly and none is 0 or 1.
-        wide = torch.promote_types(like.dtype, torch.float32)
         return ((_shift(z, 41).to(wide) + 0.5) * 2.0**-23).view(like.shape)
 
     def _next(self) -> Tensor:

@@ -36,6 +36,8 @@ class Router(nn.Module, Part, kind="router"):
         uses_sizes: `RouterInput.sizes` is wanted.
         steerable: the selection bias has a say in which experts are chosen.
         initial_experts: how many experts there are at the start.
+        independent: every sample is a sequence of its own, so that samples do not compete; set it
+            where a sample's routing must not depend on its batch, as in policies.
     """
 
     alive: Tensor
@@ -45,6 +47,7 @@ class Router(nn.Module, Part, kind="router"):
     normalised: bool = True
     uses_sizes: ClassVar[bool] = False
     steerable: ClassVar[bool] = False
+    independent: bool = False
 
     def __init__(
         self, dim: int, num_experts: int, max_experts: int, generator: torch.Generator | None
@@ -81,6 +84,7 @@ class Router(nn.Module, Part, kind="router"):
         sizes: Tensor | None = None,
     ) -> Routing:
         """Route samples x [N, D]; the other arguments are described in `RouterInput`."""
+        groups = len(x) if self.independent else groups
         routing = self.route(RouterInput(x, mask, context, groups, sizes))
         return routing.without_padding(mask)
 

@@ -140,7 +140,12 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
     ("flags", "message"),
     [
         ("--env Craftax-Pixel-v1", "Did you mean 'Craftax-Pixels-v1'"),
-        ("--env Pendulum-v1", "only Discrete"),
+        ("--env no_such_module:Name-v0", "'no_such_module' cannot be imported"),
+        ("--env Pendulum-v1 --env-args {g:5}", "--env-args {g:5} is no JSON object"),
+        ("--env Pendulum-v1 --env-args [5]", "--env-args [5] is no JSON object"),
+        ('--env Pendulum-v1 --env-args {"gravity":5}', "unexpected keyword argument 'gravity'"),
+        ('--env Stages-v0 --env-args {"g":5}', "gymnasium's environments only"),
+        ("--env Stages-v0 --normalize-rewards", "gymnasium's environments only"),
         ("--minibatches 7", "do not divide into --minibatches 7"),
         ("--total-steps 10", "less than one rollout"),
         ("--num-envs 0", "--num-envs 0 is too small"),
@@ -177,6 +182,64 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     assert _exit_code(_argv(tmp_path, "--lr 1e38 --max-grad-norm 0")) == 3
     assert "a smaller --lr" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_environment_that_gives_what_is_not_finite_stops_the_run(
+    what: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line that names the environment, the step and what it is."""
+    (tmp_path / "broken_game.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = json.dumps({"what": what, "value": value}, separators=(",", ":"))
+    argv = _argv(tmp_path, f"--env broken_game:Broken-v0 --method moe-start --env-args {args}")
+    assert _exit_code(argv) == 3
+    line = error_line(capsys.readouterr().err)
+    assert f"environment broken_game:Broken-v0: {what} of number 0 (of 4) is {value}" in line
+    assert "at step 20;" in line
+
+
+BROKEN = """
+import gymnasium, numpy as np
+class Broken(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-9, 9, (3,))
+    action_space = gymnasium.spaces.Discrete(2)
+    def __init__(self, what, value): self.what, self.value, self.steps = what, float(value), 0
+    def reset(self, *, seed=None, options=None): return np.zeros(3, np.float32), {}
+    def step(self, action):
+        self.steps += 1
+        bad = self.value if self.steps == 20 else 0.0
+        seen = np.array([0, bad if self.what == "observation" else 0, 0], np.float32)
+        return seen, bad if self.what == "reward" else 1.0, False, self.steps % 7 == 0, {}
+gymnasium.register("Broken-v0", Broken)
+"""
+
+
+def test_a_gymnasium_run_keeps_its_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through checkpoints and into evaluation, which only uses them."""
+    scaled = "--env Pendulum-v1 --normalize-observations --normalize-rewards"
+    argv = _argv(tmp_path, f"{scaled} --method moe-start --total-steps 1024")
+    stop_at(monkeypatch, Recorder, "update_done", 4)
+    assert _exit_code([*argv, "--resume"]) == 143
+    folder = _folder(tmp_path) / "checkpoints"
+    before = checkpoint.load_latest(folder)
+    assert _exit_code([*argv, "--resume"]) in (0, 143)
+    after = checkpoint.load_latest(folder)
+    assert before is not None and after is not None
+    counts = [saved["state"]["env"]["normaliser"]["rewards"]["count"] for saved in (before, after)]
+    steps = [saved["state"]["update"] * 64 for saved in (before, after)]
+    assert counts == pytest.approx([count + 1e-4 for count in steps])
+    monkeypatch.undo()
+    assert _exit_code(["--evaluate", str(_folder(tmp_path)), "--max-steps", "300"]) == 0
+    found = json.loads(next(_folder(tmp_path).glob("evaluation-*.json")).read_text())
+    assert found["episodes"] == 4 and found["return_mean"] < -500  # as given, not as normalised
 
 
 def test_evaluation_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

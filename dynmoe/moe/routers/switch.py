@@ -70,7 +70,7 @@ class SwitchRouter(
             x = x * (1 + self.jitter * (2 * self.noise.uniform(x) - 1))
         logits = self.mask(F.linear(x, self.weight))
         chosen = self.choose(logits, 1)
-        if self.capacity_factor > 0:
+        if self.capacity_factor > 0 and not self.independent:
             chosen = self._within_capacity(chosen, given.mask)
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
@@ -46,14 +47,27 @@ def check_vector_env(make: Callable[[int], TorchVectorEnv], steps: int = 60) -> 
         score, length = score.masked_fill(done, 0), length.masked_fill(done, 0)
     _check_unpack(env, observations)
     _check_repeats(make, steps)
+    _check_resets(make)
+    _check_actions(make)
     env.close()
     return ends
 
 
 def actions_of(env: TorchVectorEnv, steps: int, seed: int = 0) -> list[Tensor]:
-    """Random actions [N] for each step."""
+    """Random actions [N, ...] for each step."""
     dice = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(env.num_actions, (steps, env.num_envs), generator=dice)
+    space = env.single_action_space
+    if isinstance(space, spaces.Discrete):
+        drawn = torch.randint(env.num_actions, (steps, env.num_envs), generator=dice)
+    else:
+        assert isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary)
+        drawn = torch.rand(steps, env.num_envs, *space.shape, generator=dice)
+        if isinstance(space, spaces.Box):  # also beyond the bounds
+            width = torch.from_numpy(np.where(np.isfinite(space.high), 2 * space.high, 2.0))
+            drawn = ((2 * drawn - 1) * width).float()
+        else:
+            most = space.nvec if isinstance(space, spaces.MultiDiscrete) else 2
+            drawn = (drawn * torch.as_tensor(most)).long()
     return list(drawn.to(env.device))
 
 
@@ -90,8 +104,14 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
 def _check_spaces(env: TorchVectorEnv) -> None:
     assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     assert isinstance(env.single_observation_space, spaces.Box)
-    assert isinstance(env.single_action_space, spaces.Discrete)
-    assert env.single_action_space.start == 0 and env.num_actions == env.single_action_space.n
+    acts = env.single_action_space
+    assert isinstance(
+        acts, spaces.Discrete | spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary
+    )
+    if isinstance(acts, spaces.Discrete):
+        assert acts.start == 0 and env.num_actions == acts.n
+    if isinstance(acts, spaces.MultiDiscrete):
+        assert not acts.start.any()
     assert env.observation_space == batch_space(env.single_observation_space, env.num_envs)
     assert env.action_space == batch_space(env.single_action_space, env.num_envs)
     assert env.num_floors >= 1 and len(set(env.achievements)) == len(env.achievements)
@@ -141,6 +161,7 @@ def _check_unpack(env: TorchVectorEnv, observations: Tensor) -> None:
     assert inputs.shape == (env.num_envs, *env.input_shape)
     if len(env.input_shape) == 3:
         assert inputs.is_contiguous(memory_format=torch.channels_last)
+        assert inputs.dtype in (torch.uint8, torch.float32)
     else:
         assert inputs.dtype == torch.float32
 
@@ -158,3 +179,40 @@ def _check_repeats(make: Callable[[int], TorchVectorEnv], steps: int) -> None:
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(streams[0], streams[3], strict=True))
     one.close()
     other.close()
+
+
+def _check_resets(make: Callable[[int], TorchVectorEnv]) -> None:
+    """Without a seed a reset goes on: first as the seed it was made with says, then elsewhere."""
+    env, other = make(3), make(4)
+    starts = [copied(env.reset()[0]) for _ in range(4)]
+    assert torch.equal(starts[0], other.reset(seed=3)[0])
+    assert not all(torch.equal(starts[0], start) for start in starts[1:])
+    assert_same([other.reset()[0] for _ in range(3)], starts[1:])
+    assert torch.equal(env.reset(seed=3)[0], starts[0])
+    env.close()
+    other.close()
+
+
+def _check_actions(make: Callable[[int], TorchVectorEnv]) -> None:
+    """Tensors, arrays, lists and gymnasium's samples are actions; other shapes are named."""
+    env = make(3)
+    actions = actions_of(env, 1)[0]
+    streams = []
+    for same in (actions, actions.cpu().numpy(), actions.tolist()):
+        env.reset(seed=3)
+        streams.append(copied(env.step(same)))
+    assert_same(streams[0], streams[1])
+    assert_same(streams[0], streams[2])
+    env.step(env.action_space.sample())
+    shape = [env.num_envs + 1, *actions.shape[1:]]
+    for wrong in (torch.zeros(shape).to(actions), np.zeros(shape), "left", [[1], [1, 2]]):
+        with pytest.raises(ValueError, match="actions must be"):
+            env.step(wrong)
+    if not actions.is_floating_point():
+        for wrong in (actions + 1000, actions - 1000, actions.float()):
+            with pytest.raises(ValueError, match="actions must be"):
+                env.step(wrong)
+    else:
+        with pytest.raises(ValueError, match="actions must be finite"):
+            env.step(torch.full_like(actions, torch.nan))
+    env.close()

@@ -57,11 +57,10 @@ def registered() -> Iterator[None]:
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "Picture-v0": (Picture, {}),
         "Shifted-v0": (Picture, {"first": 2}),
-        "Continuous-v0": (Odd, {"shows": VECTOR, "takes": spaces.Box(-1, 1, (2,))}),
-        "Several-v0": (Odd, {"shows": VECTOR, "takes": spaces.MultiDiscrete([2, 2])}),
-        "Plane-v0": (Odd, {"shows": spaces.Box(0, 1, (4, 4)), "takes": TWO}),
-        "Number-v0": (Odd, {"shows": spaces.Discrete(9), "takes": TWO}),
-        "Both-v0": (Odd, {"shows": spaces.Dict(a=VECTOR), "takes": TWO}),
+        "Words-v0": (Odd, {"shows": VECTOR, "takes": spaces.Text(3)}),
+        "Pairs-v0": (Odd, {"shows": VECTOR, "takes": spaces.Tuple((TWO, TWO))}),
+        "Lists-v0": (Odd, {"shows": spaces.Sequence(VECTOR), "takes": TWO}),
+        "Web-v0": (Odd, {"shows": spaces.Graph(VECTOR, None), "takes": TWO}),
     }
     for name, (entry, options) in made.items():
         gymnasium.register(name, entry, kwargs=options)
@@ -274,12 +273,10 @@ def test_resuming_in_the_midst_of_episodes_forgets_them() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("Continuous-v0", "its actions are Box"),
-        ("Pendulum-v1", "its actions are Box"),
-        ("Several-v0", "its actions are MultiDiscrete"),
-        ("Plane-v0", "only vectors and images are supported"),
-        ("Number-v0", "only vectors and images are supported"),
-        ("Both-v0", "only vectors and images are supported"),
+        ("Words-v0", "its actions are Text"),
+        ("Pairs-v0", "its actions are Tuple"),
+        ("Lists-v0", "it shows Sequence"),
+        ("Web-v0", "it shows Graph"),
     ],
 )
 def test_what_cannot_be_learnt_here_is_refused_in_one_line(name: str, why: str) -> None:
