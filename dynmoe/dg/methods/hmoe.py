@@ -113,8 +113,9 @@ class HyperBank(ExpertBank):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the hypernetwork and the codes again."""
-        for linear in (self.hyper[0], self.hyper[2]):
-            draw_linear(linear, generator)
+        for module in self.hyper:
+            if isinstance(module, nn.Linear):
+                draw_linear(module, generator)
         super().reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:

@@ -19,6 +19,7 @@ def make_layer(router: str = "cosine", experts: int = 3, bank: str = "pool", **o
     layer = MoELayer(
         DIM, OUT, 12, num_experts=experts, max_experts=ROOM, router=config,
         bank=registry.get("bank", bank).Config(), activation="tanh",
+        generator=torch.Generator().manual_seed(0),
     ).double()  # fmt: skip
     if bank == "pool" and experts == 3:
         layer.bank.set_hidden_sizes([5, 3, 4])

@@ -129,8 +129,14 @@ def test_it_grows_in_training_under_one_graph(router):
 
 
 def test_state_and_seed():
+    def seeded() -> MultiHead:
+        generator = torch.Generator().manual_seed(3)
+        return MultiHead(
+            6, 9, 3, lambda i, o: MoELayer(i, o, 12, generator=generator), generator
+        ).double()
+
     state = torch.get_rng_state()
-    first, second = make(), make()
+    first, second = seeded(), seeded()
     assert torch.equal(torch.get_rng_state(), state)
     x = torch.randn(2, 6, dtype=torch.double)
     assert torch.equal(first(x), second(x))
