@@ -1,9 +1,9 @@
-"""The two modes of a policy. Acting: as it is evaluated. Learning: the same, with balancing on.
+"""The two modes of a policy. Acting: as it is evaluated. Learning: so that it acts the same.
 
 What makes a policy act differently from one pass to the next (noise of routers, dropout, statistics
 of a batch) is off in both, so that before an update the policy that learns is the policy that
-acted: all probability ratios are 1. Only routers and auxiliary losses know that they learn; their
-losses and the statistics that they keep follow the minibatches.
+acted: all probability ratios are 1. Everything else is in training mode while it learns: auxiliary
+losses are computed, and statistics of routers and strategies follow the minibatches.
 """
 
 from __future__ import annotations
@@ -13,32 +13,40 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.loss import AuxLoss
-from dynmoe.moe.router import Router
+from dynmoe.moe.noise import Noise
+
+CHANGEABLE: tuple[type[nn.Module], ...] = (
+    Noise, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention, nn.RNNBase,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+)  # fmt: skip
+"""Modules whose outputs differ in training mode."""
 
 
 @contextmanager
 def acting(policy: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block: nothing of the policy moves."""
-    with _training(policy, ()):
+    with _kept(policy):
+        policy.eval()
         yield
 
 
 @contextmanager
 def learning(policy: nn.Module) -> Iterator[None]:
-    """Evaluation mode but for MoE layers, routers and auxiliary losses."""
-    with _training(policy, (MoELayer, Router, AuxLoss)):
+    """Training mode inside the block, but for modules whose outputs would differ in it."""
+    with _kept(policy):
+        policy.train()
+        for module in policy.modules():
+            if isinstance(module, CHANGEABLE):
+                module.eval()
         yield
 
 
 @contextmanager
-def _training(policy: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
-    """Training mode for modules of these kinds alone; afterwards all flags are put back."""
+def _kept(policy: nn.Module) -> Iterator[None]:
+    """Put all training flags back after the block."""
     before = [(module, module.training) for module in policy.modules()]
     try:
-        for module, _ in before:
-            module.training = isinstance(module, kinds)
         yield
     finally:
         for module, flag in before:

@@ -57,7 +57,7 @@ class GymEnv(TorchVectorEnv):
         self.normaliser = Normaliser(normalize_observations, normalize_rewards, gamma)
         try:
             base = gymnasium.make_vec(
-                name, num_envs, "sync", wrappers=[as_array, self._normalised],
+                name, num_envs, "sync", wrappers=[self._prepared],
                 vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **(env_args or {}),
             )  # fmt: skip
         except Exception as error:  # the id, an argument, a package, or its own code
@@ -163,8 +163,10 @@ class GymEnv(TorchVectorEnv):
         """Close the environments."""
         self.envs.close(**kwargs)
 
-    def _normalised(self, env: gymnasium.Env) -> gymnasium.Env:
-        """One environment, observations prepared, normalised if they are to be."""
+    def _prepared(self, env: gymnasium.Env) -> Any:
+        """One environment whose observations are arrays, normalised if they are to be."""
+        env = as_array(env)
+        assert isinstance(env.observation_space, spaces.Box)  # as_array refuses others
         self.layout = layout_of(env.observation_space)
         if self.normaliser.observations:
             self.layout = replace(self.layout, bounds=None)

@@ -32,6 +32,7 @@ class Normaliser:
     def __init__(self, observations: bool, rewards: bool, gamma: float) -> None:
         self.observations, self.rewards, self.gamma = observations, rewards, gamma
         self.wrappers: list[NormalizeObservation | NormalizeReward] = []
+        self.statistics: dict[str, RunningMeanStd] = {}
         self.given: _Given | None = None
 
     def wrap(self, env: gymnasium.Env) -> gymnasium.Env:
@@ -39,8 +40,7 @@ class Normaliser:
         if not self.observations:
             return env
         wrapper = NormalizeObservation(env)
-        if self.wrappers:  # one set of statistics for all
-            wrapper.obs_rms = self.wrappers[0].obs_rms
+        wrapper.obs_rms = self.statistics.setdefault("observations", wrapper.obs_rms)  # all share
         self.wrappers.append(wrapper)
         return TransformObservation(
             wrapper, lambda seen: np.clip(seen, -LIMIT, LIMIT), wrapper.observation_space
@@ -53,6 +53,7 @@ class Normaliser:
         self.given = _Given(envs)
         wrapper = NormalizeReward(self.given, self.gamma)
         self.wrappers.append(wrapper)
+        self.statistics["rewards"] = wrapper.return_rms
         return ClipReward(wrapper, -LIMIT, LIMIT)
 
     def rewards_given(self, rewards: np.ndarray) -> np.ndarray:
@@ -67,12 +68,12 @@ class Normaliser:
                 "var": torch.from_numpy(np.array(statistics.var)),
                 "count": float(statistics.count),
             }
-            for name, statistics in self._statistics().items()
+            for name, statistics in self.statistics.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
-        for name, statistics in self._statistics().items():
+        for name, statistics in self.statistics.items():
             saved = state[name]
             statistics.mean, statistics.var = saved["mean"].numpy(), saved["var"].numpy()
             statistics.count = saved["count"]
@@ -81,14 +82,6 @@ class Normaliser:
         """Use the statistics as they are from now on."""
         for wrapper in self.wrappers:
             wrapper.update_running_mean = False
-
-    def _statistics(self) -> dict[str, RunningMeanStd]:
-        found = {}
-        if self.observations:
-            found["observations"] = self.wrappers[0].obs_rms
-        if self.rewards:
-            found["rewards"] = self.wrappers[-1].return_rms
-        return found
 
 
 class _Given(VectorWrapper):
