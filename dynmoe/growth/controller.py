@@ -22,7 +22,7 @@ from dynmoe.growth.inits.random import RandomInit
 from dynmoe.growth.newborn import Newborn, Nursery
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
-from dynmoe.growth.surgery import check_room, grow_layer
+from dynmoe.growth.surgery import Restart, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
 from dynmoe.growth.undo import Undo, rolled_back
@@ -152,9 +152,10 @@ class GrowthController:
                 another process; nothing has been touched.
         """
         layers = dict(moe_layers(self.model))
-        with self._taken_back():
+        copies = [[layer for _, layer in moe_layers(model)] for model in self.copies]
+        with self._taken_back(layers):
             with distributed.all_or_none():
-                self._check(layers)
+                self._check(layers, copies)
                 self.nursery.end()
                 before, activations = observe(self.model, probe)
             generator = distributed.common_generator(self.generator)
@@ -166,55 +167,63 @@ class GrowthController:
                 ]
             plans = distributed.from_first(plans)
             with distributed.all_or_none():
-                undo = self._undo(plans)
+                undo = self._undo(layers, copies, plans)
                 old = self._parameters() if self.listeners else {}
             with rolled_back(undo):
                 with distributed.all_or_none():
-                    self._write(plans, generator)
-                    for listener in self.listeners:
-                        listener(old)
+                    restarts = self._write(layers, copies, plans, generator)
                     after, _ = observe(self.model, probe, activations=False)
                     labels = probe_labels(probe)
                     shock = {} if probe is None else self.measure_shock(before, after, labels)
+                    for listener in self.listeners:
+                        listener(old)
                 event = self._event(step, layers, distributed.mean_figures(shock))
+        for restart in restarts:
+            restart.carry_out(self.optimizer)
+        forget_flat_state(self.optimizer)
         self.events.append(event)
         return event
 
-    def _check(self, layers: dict[str, MoELayer]) -> None:
+    def _check(self, layers: dict[str, MoELayer], copies: list[list[MoELayer]]) -> None:
         """Refuse what cannot grow, before anything is touched."""
         distributed.check_not_sharded(self.model)
         for layer in layers.values():
             check_room(layer, layer.num_experts + self.granularity)
-        for model in self.copies:
-            shapes = [[p.shape for p in layer.parameters()] for _, layer in moe_layers(model)]
+        for theirs in copies:
+            shapes = [[p.shape for p in layer.parameters()] for layer in theirs]
             if shapes != [[p.shape for p in layer.parameters()] for layer in layers.values()]:
                 raise UserError(
                     "growth: a model in copies= does not have the MoE layers that the grown model "
                     "has; make copies of the model as it is now, and list them from then on"
                 )
 
-    def _write(self, plans: list[Plan], generator: torch.Generator) -> None:
+    def _write(
+        self,
+        layers: dict[str, MoELayer],
+        copies: list[list[MoELayer]],
+        plans: list[Plan],
+        generator: torch.Generator,
+    ) -> list[Restart]:
         """Carry the plans out, on the model and then, with the same draws, on each of its copies."""
-        count, start = len(self.events) + 1, generator.get_state()
-        for (_, layer), plan in zip(moe_layers(self.model), plans, strict=True):
-            grow_layer(layer, plan, count, generator, self.optimizer, self.moments)
+        count, start, restarts = len(self.events) + 1, generator.get_state(), []
+        for layer, plan in zip(layers.values(), plans, strict=True):
+            restarts += grow_layer(layer, plan, count, generator, self.optimizer, self.moments)
             if self.budget.mode == "per-growth" and distributed.several_processes():
                 distributed.watch_wrapper(layer.bank)
-        for model in self.copies:
+        for theirs in copies:
             again = torch.Generator()
             again.set_state(start)
-            for (_, layer), plan in zip(moe_layers(model), plans, strict=True):
+            for layer, plan in zip(theirs, plans, strict=True):
                 grow_layer(layer, plan, count, again)
-        forget_flat_state(self.optimizer)
         self.nursery.begin()
+        return restarts
 
-    def _undo(self, plans: list[Plan]) -> list[Undo]:
+    def _undo(
+        self, layers: dict[str, MoELayer], copies: list[list[MoELayer]], plans: list[Plan]
+    ) -> list[Undo]:
         """What the plans overwrite, in the model and its copies."""
-        models = [(self.model, self.optimizer), *((model, None) for model in self.copies)]
-        return [
-            Undo([layer for _, layer in moe_layers(model)], plans, optimizer)
-            for model, optimizer in models
-        ]
+        undo = [Undo(list(layers.values()), plans, self.optimizer)]
+        return undo + [Undo(theirs, plans, None) for theirs in copies]
 
     def _event(
         self, step: int, layers: dict[str, MoELayer], shock: dict[str, float]
@@ -233,10 +242,10 @@ class GrowthController:
         )
 
     @contextmanager
-    def _taken_back(self) -> Iterator[None]:
+    def _taken_back(self, layers: dict[str, MoELayer]) -> Iterator[None]:
         """Put generator, new experts' treatment and logit shifts back if the block fails."""
         generator, nursery = self.generator.get_state(), self.nursery.state_dict()
-        routers = [layer.router for _, layer in moe_layers(self.model)]
+        routers = [layer.router for layer in layers.values()]
         shifts = [router.logit_shift.clone() for router in routers]
         try:
             yield

@@ -69,9 +69,11 @@ def neutral_state(
     for key, value, its_axis in entry_state(optimizer, parameter, axis):
         if key == "ax":
             start = parameter.index_select(axis, index.to(parameter.device))
+        elif key in second:
+            start = second[key]
         else:
-            start = second.get(key, _initial(optimizer, parameter, key))
-        set_entries(value, its_axis, index, torch.as_tensor(start).to(value))
+            start = torch.as_tensor(_initial(optimizer, parameter, key))
+        set_entries(value, its_axis, index, start.to(value))
 
 
 def entry_state(
@@ -154,10 +156,8 @@ def _factored_shape(key: str, shape: torch.Size) -> torch.Size | None:
 
 def _initial(optimizer: Optimizer, parameter: Tensor, key: str) -> Any:
     """What entries of this state start with in a new optimizer."""
-    for group in optimizer.param_groups:
+    option = {"step_size": "lr", "sum": "initial_accumulator_value"}.get(key)
+    for group in optimizer.param_groups if option else ():
         if any(p is parameter for p in group["params"]):
-            if key == "step_size":
-                return group["lr"]
-            if key == "sum":
-                return group.get("initial_accumulator_value", 0.0)
+            return group.get(option, 0.0)
     return 0.0

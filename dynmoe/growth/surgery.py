@@ -8,6 +8,8 @@ ones' place in the module and in the optimizer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,8 +26,28 @@ from dynmoe.growth.optimizer_state import (
 from dynmoe.moe.bank import UnitBank, set_entries
 from dynmoe.moe.layer import MoELayer
 
-Entries = tuple[nn.Parameter, int, Tensor]
-"""A parameter, an axis of it, and the index [n] of some of its entries along that axis."""
+
+@dataclass(frozen=True)
+class Restart:
+    """Entries of a parameter that hold new weights, drawn or copied."""
+
+    parameter: nn.Parameter
+    axis: int
+    index: Tensor
+    """[n] the entries along the axis"""
+    second: dict[str, Tensor]
+    """the second moments that they start with, see `mean_moments`"""
+
+    @torch.no_grad()
+    def carry_out(self, optimizer: Optimizer | None) -> None:
+        """Set the entries' pending gradients to 0, and restart their optimizer state."""
+        gradient = self.parameter.grad
+        if gradient is not None and len(self.index):
+            dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+            set_entries(dense, self.axis, self.index, dense.new_zeros(()))
+            if dense is not gradient:
+                self.parameter.grad = dense.to_sparse(gradient.sparse_dim())
+        neutral_state(optimizer, self.parameter, self.axis, self.index, self.second)
 
 
 @torch.no_grad()
@@ -36,11 +58,12 @@ def grow_layer(
     generator: torch.Generator,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
-) -> None:
+) -> list[Restart]:
     """Carry out a plan on one layer.
 
     Units that are taken over keep their weights (output weights times the plan's factor) and their
-    optimizer state; fresh ones, and second copies of a unit, restart theirs (see `neutral_state`).
+    optimizer state. That of fresh ones, and of second copies of a unit, is to restart: the returned
+    records do that, once nothing can fail any more.
 
     Args:
         layer: the layer to grow.
@@ -57,11 +80,12 @@ def grow_layer(
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
     new = new.to(layer.birth.device)
     layer.birth[new] = birth
+    restarts = []
     if isinstance(layer.bank, UnitBank):
-        _place_units(layer.bank, plan, generator, optimizer, moments)
+        restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
     if not bool(layer.router.alive[new].any()):  # else a layer that shares the router was first
-        _place_routes(layer, plan, new, generator, optimizer, moments)
-    _place_experts(layer, plan, new, generator, optimizer, moments)
+        restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
+    return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
@@ -83,11 +107,12 @@ def _place_units(
     generator: torch.Generator,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Hand units over where they stand, and copy or draw the others into what is left free."""
-    restarted = new_units(bank, plan)
-    means = [mean_moments(optimizer, p, moments) if len(i) else {} for p, _, i in restarted]
-    place, stays = _places(plan.source)
+    place, stays = plan.places
+    new = place[~stays]
+    parameters = [getattr(bank, name) for name, _ in bank.unit_axes()]
+    means = [mean_moments(optimizer, p, moments) if len(new) else {} for p in parameters]
     append_units(bank, len(plan.source) - len(bank.segment), optimizer)
     copied = ~stays & (plan.source != FRESH)
     owner = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
@@ -105,48 +130,10 @@ def _place_units(
         factor = torch.empty(weight.shape[1], dtype=plan.factor.dtype)
         factor[place] = plan.factor
         weight.mul_(factor.to(weight).view(-1, *[1] * (weight.dim() - 2)))
-    for (name, axis), mean in zip(bank.unit_axes(), means, strict=True):
-        restart((getattr(bank, name), axis, place[~stays]), optimizer, mean)
-
-
-def new_units(bank: UnitBank, plan: Plan) -> list[Entries]:
-    """The entries of the units that a plan draws or copies, in each parameter of a bank."""
-    place, stays = _places(plan.source)
-    return [(getattr(bank, name), axis, place[~stays]) for name, axis in bank.unit_axes()]
-
-
-def restart(entries: Entries, optimizer: Optimizer | None, second: dict[str, Tensor]) -> None:
-    """Zero the pending gradient of entries that hold new weights, and restart their state."""
-    parameter, axis, index = entries
-    if parameter.grad is not None and len(index):
-        if parameter.grad.layout == torch.strided:
-            set_entries(parameter.grad, axis, index, parameter.grad.new_zeros(()))
-        else:
-            dense = parameter.grad.to_dense()
-            set_entries(dense, axis, index, dense.new_zeros(()))
-            parameter.grad = dense.to_sparse(parameter.grad.sparse_dim())
-    neutral_state(optimizer, parameter, axis, index, second)
-
-
-def _places(source: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the units of a plan go in the pool, so that units taken over need not move.
-
-    Returns:
-        place [H'], the position of each unit of the plan; stays [H'] bool, which of them are old
-        units at their old position. The others fill the free positions, in order.
-    """
-    order = source.argsort(stable=True)
-    ranked = source[order]
-    again = torch.zeros_like(ranked, dtype=torch.bool)
-    again[1:] = ranked[1:] == ranked[:-1]
-    stays = torch.empty_like(again)
-    stays[order] = ~again & (ranked != FRESH)
-    free = torch.ones_like(stays)
-    free[source[stays]] = False
-    place = torch.empty_like(source)
-    place[stays] = source[stays]
-    place[~stays] = free.nonzero().flatten()
-    return place, stays
+    return [
+        Restart(getattr(bank, name), axis, new, mean)
+        for (name, axis), mean in zip(bank.unit_axes(), means, strict=True)
+    ]
 
 
 def _place_routes(
@@ -156,7 +143,7 @@ def _place_routes(
     generator: torch.Generator,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
     router, experts = layer.router, len(plan.sizes)
     redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
@@ -168,8 +155,10 @@ def _place_routes(
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
-    for rows, mean in zip(router.expert_rows(), means, strict=True):
-        restart((rows, 0, redrawn), optimizer, mean)
+    return [
+        Restart(rows, 0, redrawn, mean)
+        for rows, mean in zip(router.expert_rows(), means, strict=True)
+    ]
 
 
 def _place_experts(
@@ -179,16 +168,17 @@ def _place_experts(
     generator: torch.Generator,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Give the new experts their rows in the bank."""
     bank, experts = layer.bank, len(plan.sizes)
     bank.draw_experts(new, generator)
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-    for rows in bank.expert_rows():
-        mean = mean_moments(optimizer, rows, moments, experts - len(new))
-        restart((rows, 0, new), optimizer, mean)
+    return [
+        Restart(rows, 0, new, mean_moments(optimizer, rows, moments, experts - len(new)))
+        for rows in bank.expert_rows()
+    ]
 
 
 def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:

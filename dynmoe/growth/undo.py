@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.growth.init import Plan
-from dynmoe.growth.optimizer_state import entry_state
-from dynmoe.growth.surgery import new_units
 from dynmoe.moe.bank import UnitBank, set_entries
 from dynmoe.moe.layer import MoELayer
 
 
 class Undo:
-    """Copies of what surgery is about to write in some layers and in the optimizer.
+    """Copies of what surgery is about to write in some layers, and what the optimizer holds.
 
-    At a constant budget that is the weights, pending gradients and optimizer state of the units and
-    rows that change; Parameters that will be replaced are kept as they are, without a copy.
+    At a constant budget that is the weights of the units and rows that change; Parameters that will
+    be replaced, with their gradients and state, are kept as they are, without a copy.
     """
 
     def __init__(
@@ -28,12 +26,11 @@ class Undo:
     ) -> None:
         self.optimizer = optimizer
         self._objects: list[tuple[nn.Module, str, Tensor]] = []
-        self._values: dict[tuple[int, int], tuple[Tensor, int, Tensor | None, Tensor]] = {}
-        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._values: dict[int, tuple[Tensor, int, Tensor | None, Tensor]] = {}
         for layer, plan in zip(layers, plans, strict=True):
             self._keep_objects(layer)
-            for parameter, axis, index, scaled in _written(layer, plan):
-                self._keep_entries(parameter, axis, index, scaled)
+            for parameter, axis, index in _written(layer, plan):
+                self._keep(parameter, axis, index)
         if optimizer is not None:
             self._groups = [list(group["params"]) for group in optimizer.param_groups]
             self._state = dict(optimizer.state)
@@ -43,8 +40,6 @@ class Undo:
         """Put everything back, objects and values."""
         for module, name, tensor in self._objects:
             setattr(module, name, tensor)
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
         for tensor, axis, index, before in self._values.values():
             if index is None:
                 tensor.copy_(before)
@@ -59,33 +54,23 @@ class Undo:
     def _keep_objects(self, layer: MoELayer) -> None:
         """Note which tensors stand where, and copy the buffers, which are small."""
         for module in (layer, *layer.router.modules(), *layer.bank.modules()):
-            self._objects += [(module, *named) for named in module.named_parameters(recurse=False)]
-            for name, buffer in module.named_buffers(recurse=False):
-                self._objects.append((module, name, buffer))
-                self._keep(buffer, 0, None)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._objects.append((module, name, tensor))
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._keep(buffer, 0, None)
 
-    def _keep_entries(
-        self, parameter: nn.Parameter, axis: int, index: Tensor | None, scaled: bool
-    ) -> None:
-        """Copy entries of a parameter and of what belongs to it; all weights where it is scaled."""
-        gradient = parameter.grad
-        self._gradients.append((parameter, gradient))
-        if gradient is not None and gradient.layout == torch.strided:
-            self._keep(gradient, axis, index)
-        self._keep(parameter.detach(), axis, None if scaled else index)
-        if self.optimizer is not None:
-            for _, value, its_axis in entry_state(self.optimizer, parameter, axis):
-                self._keep(value, its_axis, index)
-
+    @torch.no_grad()
     def _keep(self, tensor: Tensor, axis: int, index: Tensor | None) -> None:
         """Copy some entries of a tensor, or all; once where layers share it."""
-        key = (tensor.data_ptr(), axis)
-        if key not in self._values:
-            if index is None:
-                before = tensor.clone()
-            else:
-                before = tensor.index_select(axis, index.to(tensor.device))
-            self._values[key] = (tensor, axis, index, before)
+        if id(tensor) in self._values:
+            return
+        if index is None:
+            before = tensor.clone()
+        else:
+            before = tensor.index_select(axis, index.to(tensor.device))
+        self._values[id(tensor)] = (tensor, axis, index, before)
 
 
 @contextmanager
@@ -99,22 +84,20 @@ def rolled_back(undo: Sequence[Undo]) -> Iterator[None]:
         raise
 
 
-def _written(
-    layer: MoELayer, plan: Plan
-) -> Iterator[tuple[nn.Parameter, int, Tensor | None, bool]]:
-    """(parameter, axis, index, scaled) of all that surgery writes.
-
-    No index stands for all entries; `scaled` weights are written at every entry.
-    """
+def _written(layer: MoELayer, plan: Plan) -> Iterator[tuple[nn.Parameter, int, Tensor | None]]:
+    """(parameter, axis, index) of all weights that surgery writes; no index stands for all."""
     bank, experts = layer.bank, len(plan.sizes)
     for parameter in layer.router.parameters():
-        yield parameter, 0, None, False
+        yield parameter, 0, None
     new = torch.arange(experts - len(plan.parents), experts)
-    scaled = bool((plan.bias_factor != 1).any())
-    outputs = {id(rows) for rows in bank.output_rows()}
+    outputs = bank.output_rows() if bool((plan.bias_factor != 1).any()) else []
     for rows in bank.expert_rows():
-        yield rows, 0, new, scaled and id(rows) in outputs
+        scaled = any(rows is output for output in outputs)
+        yield rows, 0, None if scaled else new
     if isinstance(bank, UnitBank) and len(plan.source) == len(bank.segment):
+        place, stays = plan.places
         scaled = bool((plan.factor != 1).any())
-        for parameter, axis, index in new_units(bank, plan):
-            yield parameter, axis, index, scaled and parameter is bank.output_weight()
+        for name, axis in bank.unit_axes():
+            parameter = getattr(bank, name)
+            whole = scaled and parameter is bank.output_weight()
+            yield parameter, axis, None if whole else place[~stays]
