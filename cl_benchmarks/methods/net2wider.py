@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from cl_benchmarks.method import Horizon, Method, Training
 from dynmoe.errors import UserError
-from dynmoe.growth.settings import GrowthSettings
 from dynmoe.growth.optimizer_state import Moments, mean_moments, neutral_state
+from dynmoe.growth.settings import GrowthSettings
 from dynmoe.growth.surgery import append_entries
 from dynmoe.network import MakeBlock
 from dynmoe.registry import PartConfig

@@ -204,7 +204,7 @@ class GrowthController:
         plans: list[Plan],
         generator: torch.Generator,
     ) -> list[Restart]:
-        """Carry the plans out, on the model and then, with the same draws, on each of its copies."""
+        """Carry the plans out, on the model and, with the same draws, on each of its copies."""
         count, start, restarts = len(self.events) + 1, generator.get_state(), []
         for layer, plan in zip(layers.values(), plans, strict=True):
             restarts += grow_layer(layer, plan, count, generator, self.optimizer, self.moments)

@@ -22,7 +22,7 @@ FACTORED = {
     "exp_avg_sq_row": (-1, False),  # transformers' Adafactor
     "exp_avg_sq_col": (-2, False),
 }
-"""State key -> the parameter's axis that it averages over, and whether that is kept, of length 1."""
+"""State key -> the parameter's axis that it averages over, and whether it is kept, of length 1."""
 SECOND_MOMENTS = (
     "exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta", "variance",
     *FACTORED,
