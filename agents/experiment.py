@@ -26,7 +26,6 @@ from cl_benchmarks.intervention import Intervention
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.controller import GrowthController
-from dynmoe.growth.surgery import match_shapes
 from dynmoe.memory import keep_freed_memory
 from dynmoe.progress import ProgressLine
 from dynmoe.run import Run
@@ -180,7 +179,6 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
         if run.restored is not None:
             state, start = run.restored, run.restored["update"]
             strategy.rebuild_from(state["strategy"])
-            match_shapes(policy, state["policy"], optimizer)
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
             strategy.load_state_dict(state["strategy"])

@@ -19,7 +19,6 @@ from dynmoe.config import from_dict
 from dynmoe.device import resolve
 from dynmoe.errors import UserError
 from dynmoe.files import write_json
-from dynmoe.growth.surgery import match_shapes
 from dynmoe.memory import keep_freed_memory
 from dynmoe.progress import ProgressLine
 
@@ -37,7 +36,6 @@ def run_evaluation(config: Config) -> None:
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the strategy rebuilds
     strategy.attach(policy, optimizer, torch.Generator())
     strategy.rebuild_from(state["strategy"])
-    match_shapes(policy, state["policy"])
     policy.load_state_dict(state["policy"])
     with ProgressLine("evaluation", config.max_steps) as progress:
         episodes, unfinished, trace = play(

@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import nn
 
 from dynmoe.growth import GrowthController
-from dynmoe.growth.surgery import Moments
+from dynmoe.growth.cuts.utility import UtilityCut
+from dynmoe.growth.optimizer_state import Moments
 from dynmoe.moe import MoELayer
 
 LR, STEPS, SHOWN = 1e-3, 500, (1, 2, 3, 5, 10, 20, 50)
@@ -40,7 +41,14 @@ def updates(moments: Moments) -> tuple[list[float], list[float]]:
 
     for _ in range(STEPS):
         step()
-    controller = GrowthController(model, optimizer, granularity=2, moments=moments, generator=later)
+    controller = GrowthController(
+        model,
+        optimizer,
+        granularity=2,
+        moments=moments,
+        cut=UtilityCut.Config(),
+        generator=later,
+    )
     controller.grow(STEPS, (images, None))
     fresh = layer.bank.segment >= 2
     sizes = [step() for _ in range(max(SHOWN))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.probe import Probe
 from dynmoe.growth.trigger import Signals
 from dynmoe.plasticity.metrics.dormant import mean_activity, redo_scores
 from dynmoe.plasticity.metrics.rank import effective_rank, singular_values
@@ -29,6 +30,7 @@ class GrowthPlugin:
     Not after the step: experts that come after a task's last step would be judged untrained, and
     after the run's last step for nothing. The probe batch, for unit utilities and the growth shock,
     is drawn from the present task; at a task start, from the one before.
+    The strategy's own forward pass runs on it, so that multi-head models get its task labels.
     Avalanche has synchronised its optimizer by the time `before_training_exp` runs; growth keeps
     the optimizer in step itself, and refreshes Avalanche's record of it afterwards.
 
@@ -106,18 +108,38 @@ class GrowthPlugin:
         return figures
 
     def _step(self, strategy: Any, signals: Signals, dataset: Any) -> None:
-        event = self.controller.step(signals, lambda: self._probe(dataset, strategy.device))
+        event = self.controller.step(signals, lambda: self._growth_probe(strategy, dataset))
         if event is not None:
             strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
+    def _growth_probe(self, strategy: Any, dataset: Any) -> Probe:
+        """The strategy's own forward pass on samples of a dataset, with their task labels."""
+        batch = self._samples(dataset, strategy.device)
+
+        def run(_: nn.Module) -> Any:
+            before, strategy.mbatch = strategy.mbatch, list(batch)
+            try:
+                return strategy.forward()
+            finally:
+                strategy.mbatch = before
+
+        return run, batch[1]
+
     def _probe(self, dataset: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """Evenly spaced samples of an Avalanche classification dataset: [N, C, H, W], [N]."""
+        return self._samples(dataset, device)[:2]
+
+    def _samples(self, dataset: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the task label of each sample, [N]; 0 in datasets that have none."""
         count = min(self.probe_samples, len(dataset))
         index = torch.linspace(0, len(dataset) - 1, count).long().tolist()
         samples = [dataset[i] for i in index]
         images = torch.stack([sample[0] for sample in samples])
-        labels = torch.tensor([int(sample[1]) for sample in samples])
-        return images.to(device), labels.to(device)
+        labels, tasks = (
+            torch.tensor([int(sample[place]) if len(sample) > place else 0 for sample in samples])
+            for place in (1, 2)
+        )
+        return images.to(device), labels.to(device), tasks.to(device)
 
 
 def probe_figures(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:

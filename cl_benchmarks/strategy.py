@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from cl_benchmarks.batches import Augment, Batches, Position
 from cl_benchmarks.stream import chunk_of
 from dynmoe.errors import NumericError
-from dynmoe.growth.surgery import match_shapes
 from dynmoe.moe import collect_aux_losses, finish_step
 
 CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
@@ -191,7 +190,6 @@ class StreamStrategy(SupervisedTemplate):
         for plugin, saved in zip(self.own_plugins, state["plugins"], strict=True):
             if hasattr(plugin, "rebuild_from"):  # it may have changed what parameters there are
                 plugin.rebuild_from(saved)
-        match_shapes(self.model, state["model"], self.optimizer)
         self.optimized_param_id = dict(self.model.named_parameters())
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

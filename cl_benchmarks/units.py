@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.growth.surgery import neutral_state
+from dynmoe.growth.optimizer_state import neutral_state
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.layer import MoELayer
 from dynmoe.plasticity.probes import ACTIVATIONS

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cl_benchmarks.method import ConstantMoE, Training
+from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.growth.surgery import mean_moments, neutral_state
 from dynmoe.moe import UnitBank, moe_layers
 
 

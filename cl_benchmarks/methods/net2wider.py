@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from cl_benchmarks.method import Horizon, Method, Training
 from dynmoe.errors import UserError
+from dynmoe.growth.optimizer_state import Moments, mean_moments, neutral_state
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.growth.surgery import Moments, append_entries, mean_moments, neutral_state
+from dynmoe.growth.surgery import append_entries
 from dynmoe.network import MakeBlock
 from dynmoe.registry import PartConfig
 
@@ -119,7 +120,7 @@ def widen(
     """Widen a block to `hidden` units by copies of random units (Eqs. 4 and 5 of the paper).
 
     All copies of a unit share its outgoing weights equally. Old units keep their optimizer state;
-    that of copies begins as `surgery.neutral_state` says.
+    that of copies begins as `optimizer_state.neutral_state` says.
     """
     old = block.hidden
     parent = torch.randint(old, (hidden - old,), generator=generator)

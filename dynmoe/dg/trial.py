@@ -21,7 +21,8 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.dg.settings import Config
 from dynmoe.dg.source import Source
 from dynmoe.errors import NumericError, UserError
-from dynmoe.growth.controller import GrowthController, GrowthEvent, Probe
+from dynmoe.growth.controller import GrowthController, GrowthEvent
+from dynmoe.growth.probe import Probe
 from dynmoe.growth.trigger import Signals
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.step import finish_step

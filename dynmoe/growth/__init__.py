@@ -3,4 +3,5 @@
 from dynmoe.growth.budget import Budget as Budget
 from dynmoe.growth.controller import GrowthController as GrowthController
 from dynmoe.growth.controller import GrowthEvent as GrowthEvent
+from dynmoe.growth.distributed import rewrap as rewrap
 from dynmoe.growth.trigger import Signals as Signals

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynmoe.errors import UserError
+from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.cut import Cut
-from dynmoe.growth.cuts.utility import UtilityCut
-from dynmoe.growth.init import Init, Request
+from dynmoe.growth.cuts.redraw import RedrawCut
+from dynmoe.growth.init import Init, Plan, Request
 from dynmoe.growth.inits.random import RandomInit
 from dynmoe.growth.newborn import Newborn, Nursery
-from dynmoe.growth.surgery import Moments, check_room, grow_layer
+from dynmoe.growth.optimizer_state import Moments, forget_flat_state
+from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
+from dynmoe.growth.surgery import Restart, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.task import TaskTrigger
+from dynmoe.growth.undo import Undo, rolled_back
 from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.step import register_step_hook
 from dynmoe.registry import PartConfig
-
-Probe = tuple[Tensor, Tensor | None]
-"""Inputs [N, ...] and class labels [N] (or None) on which a growth is measured."""
-MeasureShock = Callable[[Any, Any, Tensor | None], dict[str, float]]
-"""(model outputs before, after, labels or None) -> named figures"""
-
-
-def classification_shock(before: Tensor, after: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """How logits [N, C] changed: `output_change` (norm of the difference over norm before).
-
-    With labels also `loss_before`, `loss_after` (nats), `accuracy_before`, `accuracy_after`.
-    """
-    shock = {"output_change": float((after - before).norm() / before.norm())}
-    if labels is not None:
-        for when, outputs in (("before", before), ("after", after)):
-            shock[f"loss_{when}"] = float(F.cross_entropy(outputs, labels))
-            shock[f"accuracy_{when}"] = float((outputs.argmax(1) == labels).float().mean())
-    return shock
 
 
 @dataclass(frozen=True)
@@ -59,28 +47,46 @@ class GrowthEvent:
     parameters: int
     """parameters of the model after it"""
     shock: dict[str, float]
-    """change of the model on the probe batch; by default what `classification_shock` measures"""
+    """change of the model on the probe batch; by default what `classification_shock` measures;
+    with several processes the mean of theirs"""
 
 
 class GrowthController:
     """Grows every MoE layer of a model by `granularity` experts whenever the trigger fires.
 
+    By default this is the method of `python -m dynmoe.cl`, and needs no probe: at each growth of
+    constant budget the layer is re-initialised, as no unit of an expert that shrinks is kept (cut
+    `redraw`), and all router rows are drawn (init `random`, router `all`). What was learnt stays in
+    the rest of the network alone. The cut `utility` keeps the units that contribute most.
+
+    A growth succeeds and is recorded, or raises and leaves model, optimizer, generator, trigger and
+    events as they were. With torch.distributed it is one growth of all processes, each of which has
+    to call `step` or `grow` with them: plans and draws are rank 0's, activations on the probe,
+    figures of triggers and the growth shock are means. Under DistributedDataParallel, pass the
+    module or the wrapper, and after a growth of budget per-growth renew it by
+    `ddp = rewrap(ddp)`. Sharded parameters (FSDP2) are refused.
+
     Args:
         model: a model with at least one MoELayer.
-        optimizer: its state is carried over; None outside training.
+        optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
+            move what moves once per step (see `dynmoe.moe.step`).
         granularity: experts added per growth (the paper's g).
-        trigger, cut, init: Configs of registered parts; defaults: at tasks, utility, random.
+        trigger, cut, init: Configs of registered parts; defaults: at tasks, redraw, random.
         budget: constant, or units per growth.
-        moments: optimizer state of fresh entries, see `surgery.mean_moments`.
+        moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
         newborn: how the experts of the latest growth are treated for a while.
+        copies: models that follow, such as `torch.optim.swa_utils.AveragedModel(model)`: they grow
+            by the same plans and get the same fresh weights, and keep their own elsewhere.
         generator: draws fresh weights and random choices; None: torch's global one, whose state
             is not part of `state_dict`.
 
     Attributes:
         events: every growth so far.
+        copies: the list of models that follow; more may be added to it.
         listeners: called after each growth with the old values of the MoE layers' parameters, by
-            their names in the model.
+            their names in the model. If one fails, the growth is taken back; what listeners have
+            noted for themselves is theirs to take back.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class GrowthController:
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
         newborn: Newborn | None = None,
+        copies: Sequence[nn.Module] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         self.model = model
@@ -103,12 +110,15 @@ class GrowthController:
         self.granularity = granularity
         self.budget = budget or Budget()
         self.trigger: Trigger = (trigger or TaskTrigger.Config()).build()
-        self.cut: Cut = (cut or UtilityCut.Config()).build()
+        self.cut: Cut = (cut or RedrawCut.Config()).build()
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
         self.measure_shock = measure_shock
         self.nursery = Nursery(newborn or Newborn(), model, optimizer)
+        self.copies = list(copies)
         self.generator = generator
+        if optimizer is not None:
+            register_step_hook(model, optimizer)
         self.events: list[GrowthEvent] = []
         self.listeners: list[Callable[[dict[str, Tensor]], None]] = []
 
@@ -117,42 +127,115 @@ class GrowthController:
     ) -> GrowthEvent | None:
         """Grow if the trigger says so. Call at each task start and before each optimizer step.
 
-        `make_probe` gives the probe batch; it is called only when the layers grow.
+        Pending gradients stay with the weights they belong to: those of units and rows that are
+        drawn or copied are set to 0, all others stay, also where a Parameter is replaced.
+        `make_probe` gives the probe; it is called only when the layers grow.
         """
+        signals = distributed.common_signals(signals, self.trigger.needs)
+        before = copy.deepcopy(self.trigger.state_dict())
         if not self.trigger.fires(signals):
             return None
-        return self.grow(signals.step, make_probe() if make_probe else None)
+        try:
+            with distributed.all_or_none():
+                probe = make_probe() if make_probe else None
+            return self.grow(signals.step, probe)
+        except BaseException:
+            self.trigger.load_state_dict(before)
+            raise
 
     def grow(self, step: int, probe: Probe | None = None) -> GrowthEvent:
         """Grow now.
 
         Args:
             step: the loop's clock, for the record.
-            probe: batch on the model's device for utilities and the growth shock.
+            probe: batch on the model's device for utilities and the growth shock, or a function
+                that runs the model on it: `lambda model: model(input_ids=..., task_labels=...)`.
 
         Raises:
-            UserError: a layer cannot hold more experts, or an expert would have no units; no layer
-                has been touched.
+            UserError: a layer cannot hold more experts, an expert would have no units, a model in
+                `copies` is not one of this model, parameters are sharded, or the growth failed on
+                another process; nothing has been touched.
         """
-        count, layers = len(self.events) + 1, dict(moe_layers(self.model))
+        layers = dict(moe_layers(self.model))
+        copies = [[layer for _, layer in moe_layers(model)] for model in self.copies]
+        with self._taken_back(layers):
+            with distributed.all_or_none():
+                self._check(layers, copies)
+                self.nursery.end()
+                before, activations = observe(self.model, probe)
+            generator = distributed.common_generator(self._drawing())
+            activations = distributed.mean_tensors(activations)
+            with distributed.all_or_none():
+                plans = [
+                    self.init.plan(self._request(layer, activations.get(name), generator))
+                    for name, layer in layers.items()
+                ]
+            plans = distributed.from_first(plans)
+            with distributed.all_or_none():
+                undo = self._undo(layers, copies, plans)
+                old = self._parameters() if self.listeners else {}
+            with rolled_back(undo):
+                with distributed.all_or_none():
+                    restarts = self._write(layers, copies, plans, generator)
+                    after, _ = observe(self.model, probe, activations=False)
+                    labels = probe_labels(probe)
+                    shock = {} if probe is None else self.measure_shock(before, after, labels)
+                    for listener in self.listeners:
+                        listener(old)
+                event = self._event(step, layers, distributed.mean_figures(shock))
+        for restart in restarts:
+            restart.carry_out(self.optimizer)
+        forget_flat_state(self.optimizer)
+        self.events.append(event)
+        return event
+
+    def _check(self, layers: dict[str, MoELayer], copies: list[list[MoELayer]]) -> None:
+        """Refuse what cannot grow, before anything is touched."""
+        distributed.check_not_sharded(self.model)
         for layer in layers.values():
             check_room(layer, layer.num_experts + self.granularity)
-        self.nursery.end()
-        before, activations = self._observe(probe)
-        plans = {
-            name: self.init.plan(self._request(layer, activations.get(name)))
-            for name, layer in layers.items()
-        }
-        old = self._parameters() if self.listeners else {}
-        for name, layer in layers.items():
-            grow_layer(layer, plans[name], count, self.generator, self.optimizer, self.moments)
+        for theirs in copies:
+            shapes = [[p.shape for p in layer.parameters()] for layer in theirs]
+            if shapes != [[p.shape for p in layer.parameters()] for layer in layers.values()]:
+                raise UserError(
+                    "growth: a model in copies= does not have the MoE layers that the grown model "
+                    "has; make copies of the model as it is now, and list them from then on"
+                )
+
+    def _write(
+        self,
+        layers: dict[str, MoELayer],
+        copies: list[list[MoELayer]],
+        plans: list[Plan],
+        generator: torch.Generator,
+    ) -> list[Restart]:
+        """Carry the plans out, on the model and, with the same draws, on each of its copies."""
+        count, start, restarts = len(self.events) + 1, generator.get_state(), []
+        for layer, plan in zip(layers.values(), plans, strict=True):
+            restarts += grow_layer(layer, plan, count, generator, self.optimizer, self.moments)
+            if self.budget.mode == "per-growth" and distributed.several_processes():
+                distributed.watch_wrapper(layer.bank)
+        for theirs in copies:
+            again = torch.Generator()
+            again.set_state(start)
+            for layer, plan in zip(theirs, plans, strict=True):
+                grow_layer(layer, plan, count, again)
         self.nursery.begin()
-        for listener in self.listeners:
-            listener(old)
-        after, _ = self._observe(probe)
-        event = GrowthEvent(
+        return restarts
+
+    def _undo(
+        self, layers: dict[str, MoELayer], copies: list[list[MoELayer]], plans: list[Plan]
+    ) -> list[Undo]:
+        """What the plans overwrite, in the model and its copies."""
+        undo = [Undo(list(layers.values()), plans, self.optimizer)]
+        return undo + [Undo(theirs, plans, None) for theirs in copies]
+
+    def _event(
+        self, step: int, layers: dict[str, MoELayer], shock: dict[str, float]
+    ) -> GrowthEvent:
+        return GrowthEvent(
             step=step,
-            count=count,
+            count=len(self.events) + 1,
             experts=max(layer.num_experts for layer in layers.values()),
             hidden_sizes={
                 name: layer.bank.hidden_sizes()
@@ -160,18 +243,33 @@ class GrowthController:
                 if isinstance(layer.bank, UnitBank)
             },
             parameters=sum(p.numel() for p in self.model.parameters()),
-            shock={} if probe is None else self.measure_shock(before, after, probe[1]),
+            shock=shock,
         )
-        self.events.append(event)
-        return event
 
-    def _request(self, layer: MoELayer, mean_activation: Tensor | None) -> Request:
+    @contextmanager
+    def _taken_back(self, layers: dict[str, MoELayer]) -> Iterator[None]:
+        """Put generator, new experts' treatment and logit shifts back if the block fails."""
+        generator, nursery = self._drawing().get_state(), self.nursery.state_dict()
+        routers = [layer.router for layer in layers.values()]
+        shifts = [router.logit_shift.clone() for router in routers]
+        try:
+            yield
+        except BaseException:
+            self._drawing().set_state(generator)
+            for router, shift in zip(routers, shifts, strict=True):
+                router.logit_shift.copy_(shift)
+            self.nursery.load_state_dict(nursery)
+            raise
+
+    def _request(
+        self, layer: MoELayer, mean_activation: Tensor | None, generator: torch.Generator
+    ) -> Request:
         bank, experts = layer.bank, layer.num_experts
         target, scores = [0] * (experts + self.granularity), torch.empty(0)
         segment = torch.empty(0, dtype=torch.long)
         if isinstance(bank, UnitBank):
             target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity, bank.spread)
-            scores = self.cut.scores(bank, mean_activation, self.generator)
+            scores = self.cut.scores(bank, mean_activation, generator)
             segment = bank.segment.cpu()
         return Request(
             segment=segment,
@@ -179,7 +277,7 @@ class GrowthController:
             target=target,
             scores=scores,
             scale=layer.gate_factor(experts) / layer.gate_factor(len(target)),
-            generator=self.generator,
+            generator=generator,
         )
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -189,33 +287,6 @@ class GrowthController:
             for name, layer in moe_layers(self.model)
             for own, parameter in layer.named_parameters()
         }
-
-    @torch.no_grad()
-    def _observe(self, probe: Probe | None) -> tuple[Any, dict[str, Tensor]]:
-        """Outputs on the probe, and mean |activation| [H] of each MoE layer's units there."""
-        if probe is None:
-            return None, {}
-        activations: dict[str, Tensor] = {}
-
-        def watch(name: str, layer: MoELayer, bank: UnitBank) -> Any:
-            def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-                x = args[0] if bank.whole else args[0].reshape(-1, args[0].shape[-1])
-                hidden = bank.hidden(x).abs()
-                activations[name] = hidden.transpose(0, 1).flatten(1).mean(dim=1)
-
-            return layer.register_forward_pre_hook(hook)
-
-        handles = [
-            watch(name, layer, layer.bank)
-            for name, layer in moe_layers(self.model)
-            if isinstance(layer.bank, UnitBank)
-        ]
-        try:
-            with undisturbed(self.model):
-                return self.model(probe[0]), activations
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values to resume from: events, generator (None: the global one) and trigger."""
@@ -232,6 +303,10 @@ class GrowthController:
         self._load_generator(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
         self.nursery.load_state_dict(state["nursery"])
+
+    def _drawing(self) -> torch.Generator:
+        """The generator that growth draws from."""
+        return torch.default_generator if self.generator is None else self.generator
 
     def _load_generator(self, state: Tensor | None) -> None:
         """Draw on as the controller that was saved: from its generator, or the global one."""

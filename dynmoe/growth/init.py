@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,6 +71,27 @@ class Plan:
     redraw_router: bool = False
     """draw the router rows of the old experts afresh, too"""
 
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the units of the plan go in the pool, so that units taken over need not move.
+
+        Returns:
+            place [H'], the position of each unit of the plan; stays [H'] bool, which of them are
+            old units at their old position. The others fill the free positions, in order.
+        """
+        order = self.source.argsort(stable=True)
+        ranked = self.source[order]
+        again = torch.zeros_like(ranked, dtype=torch.bool)
+        again[1:] = ranked[1:] == ranked[:-1]
+        stays = torch.empty_like(again)
+        stays[order] = ~again & (ranked != FRESH)
+        free = torch.ones_like(stays)
+        free[self.source[stays]] = False
+        place = torch.empty_like(self.source)
+        place[stays] = self.source[stays]
+        place[~stays] = free.nonzero().flatten()
+        return place, stays
+
 
 class Init(Part, ABC, kind="init"):
     """Base of all inits."""
@@ -87,21 +109,24 @@ def cut_plan(request: Request) -> Plan:
 
     An expert that does not shrink keeps all of them, whatever the cut says.
     """
-    owned = request.owned
-    source = []
-    for expert, target in enumerate(request.target):
-        kept = torch.empty(0, dtype=torch.long)
-        if expert < len(owned):
-            units = owned[expert]
-            best = units[request.scores[units].argsort(descending=True, stable=True)[:target]]
-            kept = best[request.scores[best] > float("-inf")].sort().values
-            if target >= len(units):  # nothing to cut
-                kept = units
-        source.append(torch.cat([kept, kept.new_full((target - len(kept),), FRESH)]))
+    segment, target = request.segment, torch.tensor(request.target)
+    sizes = torch.bincount(segment, minlength=len(target))
+    ranked = request.scores.argsort(descending=True, stable=True)
+    ranked = ranked[segment[ranked].argsort(stable=True)]  # by expert, its best units first
+    owner = segment[ranked]
+    rank = torch.arange(len(ranked)) - (sizes.cumsum(0) - sizes)[owner]
+    best = (rank < target[owner]) & (request.scores[ranked] > float("-inf"))
+    kept = ranked[best | (sizes <= target)[owner]].sort().values
+    kept = kept[segment[kept].argsort(stable=True)]
+    owner = segment[kept]
+    count = torch.bincount(owner, minlength=len(target))
+    source = torch.full((sum(request.target),), FRESH)
+    begin = (target.cumsum(0) - target) - (count.cumsum(0) - count)
+    source[begin[owner] + torch.arange(len(kept))] = kept
     experts = len(request.target)
     return Plan(
         sizes=list(request.target),
-        source=torch.cat(source),
+        source=source,
         factor=torch.ones(sum(request.target), dtype=torch.float64),
         parents=[FRESH] * request.new,
         bias_factor=torch.ones(experts, dtype=torch.float64),

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from dynmoe.config import slot
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController, MeasureShock, classification_shock
+from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.newborn import Newborn
-from dynmoe.growth.surgery import Moments
+from dynmoe.growth.optimizer_state import Moments
+from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.trigger import Trigger
 from dynmoe.moe.bank import UnitBank, spread_sizes
 from dynmoe.moe.layer import GateScale, MoELayer, moe_layers

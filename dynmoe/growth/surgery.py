@@ -8,7 +8,7 @@ ones' place in the module and in the optimizer.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,39 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth.init import FRESH, Plan
+from dynmoe.growth.optimizer_state import (
+    Moments,
+    mean_moments,
+    neutral_state,
+    pad,
+    replace_parameter,
+)
 from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.draws import set_entries
+from dynmoe.moe.layer import MoELayer
 
-Moments = Literal["mean", "zero"]
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+@dataclass(frozen=True)
+class Restart:
+    """Entries of a parameter that hold new weights, drawn or copied."""
+
+    parameter: nn.Parameter
+    axis: int
+    index: Tensor
+    """[n] the entries along the axis"""
+    second: dict[str, Tensor]
+    """the second moments that they start with, see `mean_moments`"""
+
+    @torch.no_grad()
+    def carry_out(self, optimizer: Optimizer | None) -> None:
+        """Set the entries' pending gradients to 0, and restart their optimizer state."""
+        gradient = self.parameter.grad
+        if gradient is not None and len(self.index):
+            dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+            set_entries(dense, self.axis, self.index, dense.new_zeros(()))
+            if dense is not gradient:
+                self.parameter.grad = dense.to_sparse(gradient.sparse_dim())
+        neutral_state(optimizer, self.parameter, self.axis, self.index, self.second)
 
 
 @torch.no_grad()
@@ -31,11 +59,12 @@ def grow_layer(
     generator: torch.Generator | None,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
-) -> None:
+) -> list[Restart]:
     """Carry out a plan on one layer.
 
     Units that are taken over keep their weights (output weights times the plan's factor) and their
-    optimizer state; fresh ones, and second copies of a unit, restart theirs (see `neutral_state`).
+    optimizer state. That of fresh ones, and of second copies of a unit, is to restart: the returned
+    records do that, once nothing can fail any more.
 
     Args:
         layer: the layer to grow.
@@ -50,13 +79,14 @@ def grow_layer(
     """
     check_room(layer, len(plan.sizes))
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
-    layer.birth[new] = birth
-    if isinstance(layer.bank, UnitBank):
-        _place_units(layer.bank, plan, generator, optimizer, moments)
     new = new.to(layer.birth.device)
+    layer.birth[new] = birth
+    restarts = []
+    if isinstance(layer.bank, UnitBank):
+        restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
     if not bool(layer.router.alive[new].any()):  # else a layer that shares the router was first
-        _place_routes(layer, plan, new, generator, optimizer, moments)
-    _place_experts(layer, plan, new, generator, optimizer, moments)
+        restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
+    return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
@@ -78,49 +108,33 @@ def _place_units(
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Hand units over where they stand, and copy or draw the others into what is left free."""
-    device = bank.segment.device
-    means = {
-        name: mean_moments(optimizer, getattr(bank, name), moments) for name, _ in bank.unit_axes()
-    }
-    source, (place, stays) = plan.source.to(device), _places(plan.source)
-    place, stays = place.to(device), stays.to(device)
-    append_units(bank, len(source) - len(bank.segment), optimizer)
-    copied = ~stays & (source != FRESH)
-    for name, axis in bank.unit_axes():
-        parameter = getattr(bank, name)
-        parameter.index_copy_(axis, place[copied], parameter.index_select(axis, source[copied]))
-        neutral_state(optimizer, parameter, axis, place[~stays], means[name])
+    place, stays = plan.places
+    new = place[~stays]
+    parameters = [getattr(bank, name) for name, _ in bank.unit_axes()]
+    means = [mean_moments(optimizer, p, moments) if len(new) else {} for p in parameters]
+    append_units(bank, len(plan.source) - len(bank.segment), optimizer)
+    copied = ~stays & (plan.source != FRESH)
     owner = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
-    bank.segment[place] = owner.to(device)
-    bank.draw_units(place[source == FRESH], generator)
+    segment = torch.empty_like(owner)
+    segment[place] = owner
+    bank.segment.copy_(segment)
+    if bool(copied.any()):
+        parents = plan.source[copied].to(bank.segment.device)
+        for name, axis in bank.unit_axes():
+            parameter = getattr(bank, name)
+            set_entries(parameter, axis, place[copied], parameter.index_select(axis, parents))
+    bank.draw_units(place[plan.source == FRESH].to(bank.segment.device), generator)
     if not bool((plan.factor == 1).all()):
         weight = bank.output_weight()
-        factor = weight.new_empty(weight.shape[1])
-        factor[place] = plan.factor.to(factor)
-        weight.mul_(factor.view(-1, *[1] * (weight.dim() - 2)))
-
-
-def _places(source: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the units of a plan go in the pool, so that units taken over need not move.
-
-    Returns:
-        place [H'], the position of each unit of the plan; stays [H'] bool, which of them are old
-        units at their old position. The others fill the free positions, in order.
-    """
-    order = source.argsort(stable=True)
-    ranked = source[order]
-    again = torch.zeros_like(ranked, dtype=torch.bool)
-    again[1:] = ranked[1:] == ranked[:-1]
-    stays = torch.empty_like(again)
-    stays[order] = ~again & (ranked != FRESH)
-    free = torch.ones_like(stays)
-    free[source[stays]] = False
-    place = torch.empty_like(source)
-    place[stays] = source[stays]
-    place[~stays] = free.nonzero().flatten()
-    return place, stays
+        factor = torch.empty(weight.shape[1], dtype=plan.factor.dtype)
+        factor[place] = plan.factor
+        weight.mul_(factor.to(weight).view(-1, *[1] * (weight.dim() - 2)))
+    return [
+        Restart(getattr(bank, name), axis, new, mean)
+        for (name, axis), mean in zip(bank.unit_axes(), means, strict=True)
+    ]
 
 
 def _place_routes(
@@ -130,7 +144,7 @@ def _place_routes(
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
     router, experts = layer.router, len(plan.sizes)
     redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
@@ -142,8 +156,10 @@ def _place_routes(
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
-    for rows, mean in zip(router.expert_rows(), means, strict=True):
-        neutral_state(optimizer, rows, 0, redrawn, mean)
+    return [
+        Restart(rows, 0, redrawn, mean)
+        for rows, mean in zip(router.expert_rows(), means, strict=True)
+    ]
 
 
 def _place_experts(
@@ -153,16 +169,17 @@ def _place_experts(
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
     moments: Moments,
-) -> None:
+) -> list[Restart]:
     """Give the new experts their rows in the bank."""
     bank, experts = layer.bank, len(plan.sizes)
     bank.draw_experts(new, generator)
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-    for rows in bank.expert_rows():
-        mean = mean_moments(optimizer, rows, moments, experts - len(new))
-        neutral_state(optimizer, rows, 0, new, mean)
+    return [
+        Restart(rows, 0, new, mean_moments(optimizer, rows, moments, experts - len(new)))
+        for rows in bank.expert_rows()
+    ]
 
 
 def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:
@@ -182,7 +199,7 @@ def append_units(bank: UnitBank, count: int, optimizer: Optimizer | None) -> Non
         return
     for name, axis in bank.unit_axes():
         append_entries(bank, name, axis, count, optimizer)
-    bank.segment = _padded(bank.segment, 0, count)
+    bank.segment = pad(bank.segment, 0, count)
 
 
 def append_entries(
@@ -190,80 +207,16 @@ def append_entries(
 ) -> None:
     """Give a parameter `count` zero entries more along `axis`, with zero optimizer state.
 
-    A new Parameter takes the old one's place, in the module and the optimizer.
+    A new Parameter takes the old one's place, in the module and the optimizer, and has its pending
+    gradient with zeros for the new entries.
     """
     old: nn.Parameter = getattr(module, name)
-    new = nn.Parameter(_padded(old.detach(), axis, count), requires_grad=old.requires_grad)
+    new = nn.Parameter(pad(old.detach(), axis, count), requires_grad=old.requires_grad)
+    if old.grad is not None:
+        dense = old.grad if old.grad.layout == torch.strided else old.grad.to_dense()
+        grad = pad(dense, axis, count)
+        strided = old.grad.layout == torch.strided
+        new.grad = grad if strided else grad.to_sparse(old.grad.sparse_dim())
     setattr(module, name, new)
     if optimizer is not None:
-        _replace_parameter(optimizer, old, new, axis, count)
-
-
-def mean_moments(
-    optimizer: Optimizer | None, parameter: Tensor, moments: Moments, rows: int | None = None
-) -> dict[str, float]:
-    """The second moments that fresh entries start with, by state key; none of them for "zero".
-
-    With 0 under an old step count, Adam's bias correction has long faded, and the first update is
-    (1 - b1) / sqrt(1 - b2) = 3.2 learning rates whatever the gradient; the mean over the entries in
-    use before the growth (the first `rows`) gives fresh ones the step size of their neighbours.
-    """
-    if optimizer is None or moments == "zero":
-        return {}
-    state = optimizer.state.get(parameter, {})
-    return {key: float(state[key][:rows].mean()) for key in SECOND_MOMENTS if key in state}
-
-
-def neutral_state(
-    optimizer: Optimizer | None,
-    parameter: Tensor,
-    axis: int,
-    index: Tensor,
-    second: dict[str, float],
-) -> None:
-    """Restart the optimizer state of the entries `index` along `axis`.
-
-    First moments (Adam's exp_avg, SGD's momentum) become 0, second moments what `second` says (see
-    `mean_moments`), or 0.
-    """
-    state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.index_fill_(axis, index, second.get(key, 0.0))
-
-
-@torch.no_grad()
-def match_shapes(
-    model: nn.Module, state: dict[str, Tensor], optimizer: Optimizer | None = None
-) -> None:
-    """Grow the pools of a fresh model to those of a saved `state_dict`, before it is loaded.
-
-    Values are not restored here, only shapes; `load_state_dict` does the rest.
-    """
-    for name, layer in moe_layers(model):
-        if not isinstance(layer.bank, UnitBank):
-            continue
-        saved = len(state[f"{name}.bank.segment"])
-        append_units(layer.bank, saved - len(layer.bank.segment), optimizer)
-
-
-def _padded(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """The tensor with `count` zero entries more along `axis`."""
-    shape = list(tensor.shape)
-    shape[axis] = count
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
-
-
-def _replace_parameter(
-    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int, count: int
-) -> None:
-    """Put `new` where `old` stands in the optimizer, its state padded by `count` along `axis`."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    if old not in optimizer.state:
-        return
-    state = optimizer.state.pop(old)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = _padded(value, axis, count)
-    optimizer.state[new] = state
+        replace_parameter(optimizer, old, new, axis)

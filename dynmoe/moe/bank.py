@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,22 @@ class UnitBank(ExpertBank):
         owner = owners(sizes)
         assert len(owner) == len(self.segment), (sizes, len(self.segment))
         self.segment.copy_(owner)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, after the pool has taken on the size of the saved one, which growth may have moved.
+
+        Parameters stay the same objects, so that an optimizer that holds them still does.
+        """
+        saved = state.get(f"{prefix}segment")
+        if saved is not None and len(saved) != len(self.segment):
+            for name, axis in self.unit_axes():
+                parameter = getattr(self, name)
+                shape = list(parameter.shape)
+                shape[axis] = len(saved)
+                parameter.grad, parameter.data = None, parameter.new_zeros(shape)
+            self.segment = self.segment.new_zeros(len(saved))
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 def owners(sizes: Sequence[int]) -> Tensor:

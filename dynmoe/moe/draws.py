@@ -32,11 +32,15 @@ def draw_entries(
     """Fill the entries `index` [n] along `axis` with draws uniform in +-bound."""
     if parameter.is_meta:
         return
+    run, plain = as_run(index, parameter), parameter.dtype == torch.get_default_dtype()
+    if run and plain and home(generator).type == "cpu":
+        parameter.narrow(axis, *run).uniform_(-bound, bound, generator=generator)
+        return
     shape = list(parameter.shape)
     shape[axis] = len(index)
     fresh = torch.empty(shape, device=home(generator))
     fresh.uniform_(-bound, bound, generator=generator)
-    parameter.index_copy_(axis, index.to(parameter.device), fresh.to(parameter))
+    set_entries(parameter, axis, index, fresh.to(parameter))
 
 
 @torch.no_grad()
@@ -60,3 +64,30 @@ def draw_seed(seed: Tensor, generator: torch.Generator | None) -> None:
 def every(rows: Tensor) -> Tensor:
     """[n] the index of every row of a tensor [n, ...]."""
     return torch.arange(len(rows), device=rows.device)
+
+
+def set_entries(tensor: Tensor, axis: int, index: Tensor, values: Tensor) -> None:
+    """Write `values` to the entries `index` [n] along `axis`; a scalar tensor fills them all."""
+    index = index.to(tensor.device)
+    if axis != 0 and (run := as_run(index, tensor)):
+        tensor.narrow(axis, *run).copy_(values)
+    elif axis != 0 and tensor.device.type == "cpu":  # faster there than a fill or copy by index
+        shape = list(tensor.shape)
+        shape[axis] = len(index)
+        place = index.view(-1, *[1] * (tensor.dim() - 1 - axis)).expand(shape)
+        tensor.scatter_(axis, place, values.expand(shape))
+    elif values.dim() == 0:
+        tensor.index_fill_(axis, index, values)
+    else:
+        tensor.index_copy_(axis, index, values)
+
+
+def as_run(index: Tensor, tensor: Tensor) -> tuple[int, int] | None:
+    """(first, length) of an index on the CPU that counts up by ones, for tensors on the CPU."""
+    count = index.numel()
+    if not count or index.device.type != "cpu" or tensor.device.type != "cpu":
+        return None  # elsewhere the look would wait for the device
+    first, last = int(index[0]), int(index[-1])
+    if last - first != count - 1 or not torch.equal(index, torch.arange(first, last + 1)):
+        return None
+    return first, count

@@ -14,7 +14,6 @@ from cl_benchmarks.intervention import Intervention
 from dynmoe import registry
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
-from dynmoe.growth.surgery import match_shapes
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
 
 TASK = 4
@@ -136,7 +135,6 @@ class Loop:
     def restore(self, state: dict[str, Any]) -> Loop:
         """Go on from `state()`, in the order that runs have."""
         self.strategy.rebuild_from(state["strategy"])
-        match_shapes(self.model, state["model"], self.optimizer)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.strategy.load_state_dict(state["strategy"])

@@ -19,9 +19,7 @@ from torch.optim import Optimizer
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.surgery import match_shapes
 from dynmoe.moe import MoELayer
-from dynmoe.registry import PartConfig
 
 D_IN, D_OUT, UNITS, ROOM = 3, 2, 24, 9
 FIRST = ("exp_avg", "momentum_buffer")
@@ -348,15 +346,23 @@ def test_per_growth_replaces_parameters_in_their_own_group_and_keeps_frozen_ones
 
 
 @pytest.mark.parametrize("saved", [UNITS + 12, UNITS])
-def test_match_shapes_makes_room_for_a_saved_state(saved):
+@pytest.mark.parametrize("grown", [0, 2])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_any_pool_size_is_loaded_plainly(saved, grown, assign):
+    """Into a fresh model, and into one that has grown further since."""
     model, other = make_model(), make_model()
-    config: PartConfig = registry.get("cut", "first").Config()
+    budget = Budget(mode="per-growth")
     if saved > UNITS:
-        GrowthController(model, budget=Budget(mode="per-growth"), cut=config).grow(1)
+        GrowthController(model, budget=budget).grow(1)
+    for growth in range(grown):
+        GrowthController(other, budget=budget).grow(growth)
     optimizer = torch.optim.Adam(other.parameters())
-    match_shapes(other, model.state_dict(), optimizer)
-    other.load_state_dict(model.state_dict())
+    state = copy.deepcopy(model.state_dict())
+    other.load_state_dict(state, assign=assign)
     x = torch.randn(9, 4, dtype=torch.double)
     assert torch.equal(other(x), model(x)) and len(other[1].bank.segment) == saved
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert held == [id(p) for p in other.parameters()]
+    if not assign:  # which replaces Parameters, in all modules of torch
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert held == [id(p) for p in other.parameters()]
+        train(other, optimizer)
+        assert not torch.equal(other[1].bank.w_in, model[1].bank.w_in)

@@ -103,7 +103,10 @@ def test_growth_in_the_middle_of_training(router):
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     init = registry.get("init", "random").Config(router="new")
     generator = torch.Generator().manual_seed(0)
-    controller = GrowthController(net, optimizer, granularity=2, init=init, generator=generator)
+    cut = registry.get("cut", "utility").Config()
+    controller = GrowthController(
+        net, optimizer, granularity=2, cut=cut, init=init, generator=generator
+    )
     x, target = torch.randn(20, 6).double(), torch.randn(20, 6).double()
     for experts in (2, 4, 6):
         losses = [train(net, optimizer, x, target) for _ in range(3)]

@@ -1,0 +1,119 @@
+"""The batch on which a growth is measured: how the model runs on it, and what is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.layer import MoELayer, moe_layers
+
+RunModel = Callable[[nn.Module], Any]
+"""Runs the model and returns what it returns, as `lambda model: model(input_ids=ids, tasks=t)`."""
+Probe = RunModel | tuple[Tensor | RunModel, Tensor | None]
+"""What the model runs on: inputs [N, ...] that are its only argument, or a function that runs it;
+as the first of a pair with class labels [..., ] of the outputs [..., C], or None."""
+MeasureShock = Callable[[Any, Any, Tensor | None], dict[str, float]]
+"""(model outputs before, after, labels or None) -> named figures"""
+
+
+def classification_shock(before: Any, after: Any, labels: Tensor | None) -> dict[str, float]:
+    """How logits [..., C] changed: `output_change` (norm of the difference over norm before).
+
+    Outputs may be a tensor, or a dict, dataclass or sequence: of these its `logits` count, or else
+    its first tensor of floating point; without one nothing is measured. With labels [...] also
+    `loss_before`, `loss_after` (nats), `accuracy_before`, `accuracy_after`.
+    """
+    old, new = find_logits(before), find_logits(after)
+    if old is None or new is None or old.shape != new.shape:
+        return {}
+    shock = {"output_change": float((new - old).norm() / old.norm())}
+    if labels is not None and labels.shape == old.shape[:-1] and not labels.is_floating_point():
+        labels = labels.flatten()
+        for when, outputs in (("before", old), ("after", new)):
+            logits = outputs.flatten(0, -2)
+            shock[f"loss_{when}"] = float(F.cross_entropy(logits, labels))
+            shock[f"accuracy_{when}"] = float((logits.argmax(1) == labels).float().mean())
+    return shock
+
+
+def find_logits(outputs: Any) -> Tensor | None:
+    """The logits in what a model returns, or its first tensor of floating point, or None."""
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]
+    named = getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    return next((t for t in _tensors(outputs) if t.is_floating_point() and t.dim()), None)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, dataclasses and sequences, in order."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(outputs):
+        for field in dataclasses.fields(outputs):
+            yield from _tensors(getattr(outputs, field.name))
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, probe: Probe | None, activations: bool = True
+) -> tuple[Any, dict[str, Tensor]]:
+    """Outputs on the probe; and mean |activation| [H] of each MoE layer's units, by its name.
+
+    The model is in evaluation mode meanwhile, and is left as it was. Padding does not count, and a
+    layer that the model does not call has no entry.
+    """
+    if probe is None:
+        return None, {}
+    run = probe[0] if isinstance(probe, tuple) else probe
+    watched = [(n, layer) for n, layer in moe_layers(model) if isinstance(layer.bank, UnitBank)]
+    calls: dict[str, list[Tensor]] = {name: [] for name, _ in watched if activations}
+    handles = [
+        layer.register_forward_pre_hook(_Watch(calls[name]), with_kwargs=True)
+        for name, layer in watched
+        if activations
+    ]
+    try:
+        with undisturbed(model):
+            outputs = model(run) if isinstance(run, Tensor) else run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, {n: torch.stack(means).mean(dim=0) for n, means in calls.items() if means}
+
+
+class _Watch:
+    """A hook that notes the mean |activation| [H] of a layer's units in each of its calls."""
+
+    def __init__(self, means: list[Tensor]) -> None:
+        self.means = means
+
+    def __call__(self, layer: MoELayer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = dict(zip(("x", "mask"), args, strict=False)) | named
+        bank, x, mask = layer.bank, given["x"], given.get("mask")
+        mask = layer.given[0] if mask is None else mask
+        assert isinstance(bank, UnitBank)
+        rows = x if bank.whole else x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1).repeat_interleave(len(rows) // mask.numel())]
+        hidden = bank.hidden(rows).abs()
+        self.means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))
+
+
+def probe_labels(probe: Probe | None) -> Tensor | None:
+    """The labels of a probe, where it has some."""
+    return probe[1] if isinstance(probe, tuple) else None
