@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,12 +54,10 @@ def innermost(model: nn.Module) -> nn.Module:
     So it is the same for a model, its compiled or parallel form, and one behind a normalisation.
     """
     while True:
-        weighty = [
-            child for child in model.children() if next(child.parameters(), None) is not None
-        ]
-        if len(weighty) != 1:
+        inner = [child for child in model.children() if any(True for _ in child.parameters())]
+        if len(inner) != 1:
             return model
-        (model,) = weighty
+        (model,) = inner
 
 
 def channel_last_norms(model: nn.Module) -> list[tuple[str, nn.LayerNorm]]:
@@ -86,6 +85,22 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 replace_module(model, parent, new)  # it would go on calling what it compiled
             else:
                 setattr(parent, name, new)
+
+
+@contextmanager
+def holding(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    """Let the parameters hold other values, by name, within the block.
+
+    Graphs of earlier passes stay valid, and wrappers of any kind see the values.
+    """
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name].to(parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def use_batch_statistics(model: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def take_step(optimizer: Optimizer) -> bool:
 
 @torch.no_grad()
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Restore `state_dict()`, state in float32 for weights in half precision, which torch rounds."""
+    """Restore `state_dict()`, in float32 for weights in half precision, where torch rounds it."""
     optimizer.load_state_dict(saved)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, trained_by(optimizer), strict=True):
@@ -68,7 +68,7 @@ def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def moved(value: Any, like: Tensor) -> Any:
-    """The value with all tensors in it on like's device, floats in its dtype or float32 if wider."""
+    """The value, its tensors on like's device, floats in like's dtype or float32 if wider."""
     if isinstance(value, Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return value.to(like.device, dtype if value.is_floating_point() else value.dtype)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.augment import augment
 from dynmoe.tta.entropy import cross_entropy, wide
+from dynmoe.tta.params import holding
 
 
 class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), Section 3"):
@@ -84,8 +84,8 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
         """[B, classes] logits that the student is to learn."""
-        source = {name: self.start[name] for name in self.trained}
-        p = wide(functional_call(self.model, source, (images,))).softmax(dim=1)
+        with holding(self.trained, self.start):
+            p = wide(self.model(images)).softmax(dim=1)
         if float(p.amax(dim=1).mean()) >= self.config.confidence:
             return self._teach(images)
         views = (self._teach(augment(images, self.generator)) for _ in range(self.config.views))
@@ -93,9 +93,8 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
 
     def _teach(self, images: Tensor) -> Tensor:
         """[B, classes] logits of the teacher."""
-        teacher = self.memory["teacher"]
-        weights = {name: teacher[name].to(student.dtype) for name, student in self.trained.items()}
-        return functional_call(self.model, weights, (images,))
+        with holding(self.trained, self.memory["teacher"]):
+            return self.model(images)
 
     @torch.no_grad()
     def _follow(self) -> None:
