@@ -88,6 +88,23 @@ def test_other_models_compiled(method, make_model):
     assert wrapped.steps == plain.steps == 3
 
 
+@each_wrap
+@pytest.mark.parametrize("make_model", [lambda: vit(depth=12), convnext, resnet])
+def test_sar_leaves_the_same_layers_alone(wrap, make_model):
+    if wrap == "compiled and used":
+        pytest.skip("as compiled before use, which nested layers cover")
+
+    def trained(model: nn.Module, wrapped: nn.Module) -> set[str]:
+        make("sar", wrapped)
+        names = {n for n, p in model.named_parameters() if p.requires_grad}
+        return {name.replace("._orig_mod", "") for name in names}
+
+    plain, model = make_model(), make_model()
+    expected = trained(plain, plain)
+    assert expected and expected < {n for n, _ in make_model().named_parameters()}
+    assert trained(model, WRAPS[wrap](model)) == expected
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     torch.distributed.init_process_group(
