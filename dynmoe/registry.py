@@ -95,7 +95,8 @@ class Part:
         if name is None:
             return
         if "Config" not in cls.__dict__:  # a part without options still needs a Config of its own
-            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), {}))
+            where = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), where))
         other = _PARTS[cls.kind].get(name)
         same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
         if other is not None and (other.__module__, other.__qualname__) != same:

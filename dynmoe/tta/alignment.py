@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe.tta.entropy import entropy
 from dynmoe.tta.params import affine_parameters
 
 
@@ -35,8 +36,7 @@ def accumulated_gradient(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         for parameter in parameters:
             parameter.requires_grad_(True)
         for images in batches:
-            logs = model(images).log_softmax(dim=1)
-            loss = -(logs.exp() * logs).sum(dim=1).mean()
+            loss = entropy(model(images)).mean()
             gradients = torch.autograd.grad(loss, parameters)
             total += torch.cat([g.flatten() for g in gradients]).double().cpu()
     finally:

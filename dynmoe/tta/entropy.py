@@ -11,7 +11,29 @@ from torch import Tensor
 def entropy(logits: Tensor) -> Tensor:
     """[B] Shannon entropy of softmax(logits [B, classes]), in float32 or wider."""
     log_p = wide(logits).log_softmax(dim=1)
-    return -(log_p.exp() * log_p).sum(dim=1)
+    return cross_entropy(log_p, log_p)
+
+
+def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[B] `-sum_c p log q` of log-probabilities [B, classes]; a class with p = q = 0 adds 0.
+
+    So masked classes (logits of -inf) count for nothing, in the value and in the gradient.
+    """
+    p = log_p.exp()
+    return -(p * log_q.masked_fill((p == 0) & log_q.isneginf(), 0.0)).sum(dim=1)
+
+
+def sound(logits: Tensor) -> Tensor:
+    """bool []: whether every row of logits [B, classes] gives probabilities.
+
+    It does where its largest logit is finite: -inf masks a class, nan and inf spoil the row.
+    """
+    return logits.amax(dim=1).isfinite().all()
+
+
+def possible_classes(logits: Tensor) -> int:
+    """C of logits [B, classes]: classes that are masked (-inf) in every row do not count."""
+    return max(int((~logits.isneginf()).any(dim=0).sum()), 1)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -25,5 +47,5 @@ def mean_of(values: Tensor, trusted: Tensor) -> Tensor:
 
 
 def margin(given: float | None, share: float, logits: Tensor) -> float:
-    """An entropy margin: the one given, or that share of the largest entropy, ln classes."""
-    return share * math.log(logits.shape[1]) if given is None else given
+    """An entropy margin: the one given, or that share of the largest entropy, ln C."""
+    return share * math.log(possible_classes(logits)) if given is None else given

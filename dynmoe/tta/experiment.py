@@ -22,11 +22,12 @@ from dynmoe.errors import UserError, unknown
 from dynmoe.jobs import Job, run_jobs
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.alignment import alignment
+from dynmoe.tta.options import for_classes
 from dynmoe.tta.report import report
 from dynmoe.tta.settings import Config
 from dynmoe.tta.source_model import embedded_model, keep_classes, normalise, timm_model
 from dynmoe.tta.trial import make_adapter, open_run, run_method, safe, shifted
-from dynmoe.tta.variants import few_class_options, parse_variant
+from dynmoe.tta.variants import parse_variant
 
 LEAST = {"seeds": 1, "jobs": 1, "batch_size": 1, "window": 1, "lr_scale": 0.0, "threads": 0,
          "routing_batches": 0, "alignment": 0}  # fmt: skip
@@ -125,14 +126,8 @@ def variants(config: Config, classes: int) -> dict[str, Config]:
 
 
 def fitted(config: Config, classes: int) -> Config:
-    """The settings with the method's options for few classes, where those are at their defaults."""
-    method = config.method
-    fewer = {
-        option: value
-        for option, value in few_class_options(method.part.name, classes).items()
-        if getattr(method, option) == getattr(type(method)(), option)
-    }
-    return replace(config, method=replace(method, **fewer))
+    """The settings with the method's options that follow the number of classes."""
+    return replace(config, method=for_classes(config.method, classes))
 
 
 def make_source(config: Config) -> tuple[ShiftSource, nn.Module]:

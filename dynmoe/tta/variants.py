@@ -5,30 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from typing import Any
 
 from torch import nn
 
-from dynmoe import registry
-from dynmoe.errors import UserError, unknown
+from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
-
-FEW = 200
-"""Up to so many classes count as few."""
-
-
-def few_class_options(name: str, classes: int) -> dict[str, Any]:
-    """Options of a method whose published defaults are for 1000 classes, where data have fewer.
-
-    EATA's own code takes 0.4 for the 10 classes of CIFAR. The margins are ours: MoETTA's code takes
-    0.4 ln 1000 whatever the classes, the other methods 0.4 ln(classes).
-    """
-    if classes > FEW:
-        return {}
-    if name == "eata":
-        return {"redundancy": 0.4}
-    return {"margin": 0.4 * math.log(classes)} if name in ("moetta", "becotta") else {}
+from dynmoe.tta.options import for_classes, make_config
 
 
 def parse_variant(text: str, classes: int) -> PartConfig:
@@ -36,27 +19,23 @@ def parse_variant(text: str, classes: int) -> PartConfig:
 
     Args:
         text: the variant; values are read as JSON (0.5, true, null) and else taken as they stand.
-        classes: of the data; decides `few_class_options`, which options in `text` override.
+        classes: of the data; decides the options that `text` leaves open, see `for_classes`.
 
     Raises:
         UserError: an unknown method or option, or an option without a value.
     """
     name, _, rest = text.partition(":")
-    kind = registry.get("tta", name).Config
-    known = [field.name for field in dataclasses.fields(kind)]
-    options = few_class_options(name, classes)
+    options: dict[str, Any] = {}
     for pair in filter(None, rest.split(",")):
         option, equals, value = pair.partition("=")
         option = option.strip().replace("-", "_")
         if not equals:
             raise UserError(f"variant {text!r} must read NAME:OPTION=VALUE,OPTION=VALUE")
-        if option not in known:
-            raise unknown(f"option of {name}", option, known)
         try:
             options[option] = json.loads(value)
         except json.JSONDecodeError:
             options[option] = value.strip()
-    return kind(**options)
+    return for_classes(make_config(name, options), classes)
 
 
 def for_run(config: PartConfig, lr_scale: float, seed: int, model: nn.Module) -> PartConfig:

@@ -13,7 +13,8 @@ from dynmoe.moe.noise import Noise
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import entropy, mean_of
-from dynmoe.tta.params import NORMS, replace_module
+from dynmoe.tta.options import sure_margin
+from dynmoe.tta.params import NORMS, plain_modules, replace_module
 
 
 class BlockExperts(nn.Module):
@@ -88,14 +89,20 @@ class Becotta(
         """learning rate of Adam; MoETTA's code"""
         num_experts: int = 6
         """adapters beside each block; MoETTA's code"""
-        margin: float = 2.763102111592855
-        """E0 in nats: 0.4 ln 1000 whatever the classes; MoETTA's code"""
+        margin: float | None = None
+        """E0 in nats; by default 0.4 ln 1000, MoETTA's code, and for 200 classes or fewer
+        0.4 ln(classes), ours"""
         std: float = 0.02
         """standard deviation of the adapters' initial weights; MoETTA's code"""
         seed: int = 0
         """of the initial weights and the gates' noise"""
 
     config: Config
+
+    @staticmethod
+    def by_classes(classes: int) -> dict[str, float]:
+        """The margin."""
+        return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
         """Wrap the blocks.
@@ -124,7 +131,7 @@ class Becotta(
         """One step down the entropy of the sure samples."""
         logits = self.model(images)
         h = entropy(logits)
-        self.learn(mean_of(h, h.detach() < self.config.margin), logits)
+        self.learn(mean_of(h, h.detach() < self.option("margin", logits)), logits)
         return logits
 
 
@@ -136,7 +143,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     """
     found = [
         block
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if name.split(".")[-1] == "blocks" and isinstance(module, nn.Sequential | nn.ModuleList)
         for block in module
     ]

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.augment import augment
-from dynmoe.tta.entropy import wide
+from dynmoe.tta.entropy import cross_entropy, wide
+from dynmoe.tta.params import holding
 
 
 class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), Section 3"):
@@ -26,7 +26,7 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
     returns to its source value with a small chance. Returned are the target's logits.
 
     Attributes:
-        memory: `teacher`, the teacher's trained weights by name.
+        memory: `teacher`, the teacher's trained weights by name, in float32 or wider.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -68,23 +68,24 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
         if not self.trained:
             raise UserError("cotta trains parameters called weight or bias; the model has none")
         self.use_sgd(list(self.trained.values()), config.lr, config.momentum)
-        self.memory = {"teacher": {n: p.detach().clone() for n, p in self.trained.items()}}
+        teacher = {n: wide(p.detach()).clone() for n, p in self.trained.items()}
+        self.memory = {"teacher": teacher}
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step of the student, then of the teacher."""
         logits = self.model(images)
         target = self._target(images)
         log_p, log_q = wide(logits).log_softmax(dim=1), wide(target).log_softmax(dim=1)
-        cross = (log_q.exp() * log_p).sum(dim=1) + (log_p.exp() * log_q).sum(dim=1)
-        if self.learn(-0.5 * cross.mean(), torch.cat([logits.detach(), target])):
+        cross = cross_entropy(log_q, log_p) + cross_entropy(log_p, log_q)
+        if self.learn(0.5 * cross.mean(), torch.cat([logits.detach(), target])):
             self._follow()
         return target
 
     @torch.no_grad()
     def _target(self, images: Tensor) -> Tensor:
         """[B, classes] logits that the student is to learn."""
-        source = {name: self.start[name] for name in self.trained}
-        p = wide(functional_call(self.model, source, (images,))).softmax(dim=1)
+        with holding(self.trained, self.start):
+            p = wide(self.model(images)).softmax(dim=1)
         if float(p.amax(dim=1).mean()) >= self.config.confidence:
             return self._teach(images)
         views = (self._teach(augment(images, self.generator)) for _ in range(self.config.views))
@@ -92,13 +93,14 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
 
     def _teach(self, images: Tensor) -> Tensor:
         """[B, classes] logits of the teacher."""
-        return functional_call(self.model, self.memory["teacher"], (images,))
+        with holding(self.trained, self.memory["teacher"]):
+            return self.model(images)
 
     @torch.no_grad()
     def _follow(self) -> None:
         """Move the teacher, then restore some of the student."""
         for name, student in self.trained.items():
-            self.memory["teacher"][name].lerp_(student, 1 - self.config.teacher_decay)
+            self.memory["teacher"][name].lerp_(wide(student), 1 - self.config.teacher_decay)
         for name, student in self.trained.items():
             luck = torch.rand(
                 student.shape, generator=self.generator, device=student.device, dtype=torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy, margin, wide
+from dynmoe.tta.entropy import entropy, margin, sound, wide
 from dynmoe.tta.params import affine_parameters
 from dynmoe.tta.shuffle import Destruction, occlude, shuffle_patches, shuffle_pixels
 
@@ -58,16 +58,16 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         """of the random orders"""
 
     config: Config
+    draws_on_cpu = True
 
     def prepare(self) -> None:
-        """All scales and shifts; the orders' generator is on the CPU."""
+        """All scales and shifts."""
         config = self.config
         if config.grid < 1 or not 0 < config.occlusion <= 1:
             raise UserError(
                 f"deyo: grid={config.grid} must be at least 1 and occlusion={config.occlusion} "
                 "above 0, at most 1"
             )
-        self.generator = torch.Generator().manual_seed(config.seed)
         lr = CONSTANTS[config.setting]["lr"] if config.lr is None else config.lr
         self.use_sgd(affine_parameters(self.model, self.name), lr, config.momentum)
 
@@ -77,7 +77,7 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         logits = self.model(images)
         h = entropy(logits)
         likely = (h < margin(config.filter, constants["filter"], logits)).nonzero().flatten()
-        if not len(likely) or not bool(logits.isfinite().all()):
+        if not len(likely) or not bool(sound(logits)):
             self.finite(h.detach().sum(), logits)
             return logits
         plpd = self._fall(images[likely], logits.detach()[likely])

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import entropy, margin, mean_of, wide
+from dynmoe.tta.options import FEW
 from dynmoe.tta.params import affine_parameters
 
 
@@ -39,9 +41,9 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
         """momentum of SGD; MoETTA's code, as upstream"""
         margin: float | None = None
         """E0 in nats; by default 0.4 ln(classes), as upstream"""
-        redundancy: float = 0.05
-        """d, largest cosine with the average prediction; upstream's for 1000 classes. Fewer classes
-        need more: 0.4 for 10"""
+        redundancy: float | None = None
+        """d, largest cosine with the average prediction; by default 0.05, upstream for 1000
+        classes, and for 200 classes or fewer 0.4, upstream for 10"""
         decay: float = 0.9
         """share of the old q in the new one; upstream"""
         fisher_weight: float = 2000.0
@@ -51,36 +53,43 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
 
     config: Config
 
+    @staticmethod
+    def by_classes(classes: int) -> dict[str, float]:
+        """The largest cosine."""
+        return {"redundancy": 0.4 if classes <= FEW else 0.05}
+
     def prepare(self) -> None:
         """All scales and shifts."""
         self.trained = affine_parameters(self.model, self.name)
-        self.origin = [parameter.detach().clone() for parameter in self.trained]
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.names = [names[parameter] for parameter in self.trained]
         self.use_sgd(self.trained, self.config.lr, self.config.momentum)
         self.memory = {"average": None, "fisher": None}
         if self.config.fisher_weight > 0:
             self.source_images = self.config.fisher_images
 
-    def observe_source(self, batches: Iterable[Tensor]) -> None:
+    def learn_source(self, batches: Iterable[Tensor]) -> None:
         """Take the Fisher information: squared gradients of batches' mean cross-entropy.
 
         Labels are the model's own predictions; squares are averaged over the batches (of 64
-        upstream). Call it before the stream.
+        upstream).
 
         Raises:
-            UserError: there are no batches.
+            UserError: a batch whose gradients are not finite.
         """
-        fisher, count = [torch.zeros_like(p) for p in self.trained], 0
-        for count, images in enumerate(batches, start=1):  # noqa: B007 - used after the loop
-            with torch.enable_grad():
+        fisher, count = [torch.zeros_like(wide(p)) for p in self.trained], 0
+        for count, images in enumerate(batches, start=1):
+            with undisturbed(self.model):
                 logits = wide(self.model(images))
                 loss = F.cross_entropy(logits, logits.detach().argmax(dim=1))
                 gradients = torch.autograd.grad(loss, self.trained)
             for total, gradient in zip(fisher, gradients, strict=True):
-                total += gradient.square()
-        if not count:
-            raise UserError("eata: no source images were given to take the Fisher information of")
+                total += wide(gradient).square()
+            if not all(bool(total.isfinite().all()) for total in fisher):
+                raise UserError(
+                    f"eata: the gradients of source batch {count} are not finite; leave it out"
+                )
         self.memory["fisher"] = [total / count for total in fisher]
-        self.mark_start()
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step, if any sample is trusted."""
@@ -96,7 +105,7 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
         trusted = h.detach() < e0
         if average is not None:
             cosine = F.cosine_similarity(average.unsqueeze(0), p.detach(), dim=1)
-            trusted = trusted & (cosine.abs() < self.config.redundancy)
+            trusted = trusted & (cosine.abs() < self.option("redundancy", logits))
         if not bool(trusted.any()):
             self.finite(h.new_zeros(()), logits)
             return logits
@@ -113,6 +122,7 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
         fisher = self.memory["fisher"]
         if fisher is None or self.config.fisher_weight == 0:
             return 0.0
-        terms = zip(fisher, self.trained, self.origin, strict=True)
-        distances = [(f * (p - first).square()).sum() for f, p, first in terms]
+        origin = [self.start[name] for name in self.names]
+        terms = zip(fisher, self.trained, origin, strict=True)
+        distances = [(f * (wide(p) - wide(first)).square()).sum() for f, p, first in terms]
         return self.config.fisher_weight * torch.stack(distances).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.controller import GrowthController, classification_shock
 from dynmoe.growth.inits.random import RandomInit
 from dynmoe.growth.trigger import Signals
 from dynmoe.growth.triggers.drift import DriftTrigger
@@ -19,6 +18,7 @@ from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import entropy, mean_of
 from dynmoe.tta.norm import MoELayerNorm
+from dynmoe.tta.options import sure_margin
 from dynmoe.tta.params import channel_last_norms, replace_module
 
 Setting = Literal["paper", "official"]
@@ -57,8 +57,9 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         """learning rate of SGD, for batches of 64, of experts and routers; code"""
         momentum: float = 0.9
         """momentum of SGD; code"""
-        margin: float = 0.4 * math.log(1000)
-        """E0 in nats: 0.4 ln 1000 whatever the classes; code"""
+        margin: float | None = None
+        """E0 in nats; by default 0.4 ln 1000, code, and for 200 classes or fewer 0.4 ln(classes),
+        ours"""
         keep: int = 1
         """LayerNorms that stay as they are, the first ones; code (1 for ViT-B, 15 for ViT-L, 4 for
         ConvNeXt-B)"""
@@ -75,6 +76,11 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         """of the routers' initial weights, and of those of experts to come"""
 
     config: Config
+
+    @staticmethod
+    def by_classes(classes: int) -> dict[str, float]:
+        """The margin."""
+        return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
         """Replace the LayerNorms.
@@ -123,6 +129,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
             granularity=self.config.granularity,
             trigger=trigger,
             init=RandomInit.Config(router="new"),
+            measure_shock=unmasked_shock,
             generator=torch.Generator().manual_seed(self.config.seed),
         )
         if hasattr(self, "start"):
@@ -132,7 +139,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         """One step, then growth if it is time."""
         logits = self.model(images)
         h = entropy(logits)
-        e0, fixed = self.config.margin, h.detach()
+        e0, fixed = self.option("margin", logits), h.detach()
         mean = fixed.mean()
         memory = next_threshold(self.memory, mean, self.config.setting)
         threshold = memory["threshold"]
@@ -163,6 +170,12 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         super().set_extra_state(state)
         if self.controller is not None:
             self.controller.load_state_dict(state["growth"])
+
+
+def unmasked_shock(before: Tensor, after: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """How a growth changed logits [B, classes], masked ones (-inf) left out."""
+    masked = before.isneginf() & after.isneginf()
+    return classification_shock(before.masked_fill(masked, 0), after.masked_fill(masked, 0), labels)
 
 
 def check(config: Moetta.Config) -> None:

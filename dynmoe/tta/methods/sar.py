@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy, margin, mean_of
-from dynmoe.tta.params import affine_parameters
+from dynmoe.tta.entropy import entropy, margin, mean_of, wide
+from dynmoe.tta.params import affine_parameters, innermost
 
 
 class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
@@ -53,8 +53,8 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         decay: float = 0.9
         """share of the old moving average in the new one; both codes"""
         skip: tuple[str, ...] = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm.")
-        """layers whose name contains one of these are not trained, nor is one named `norm`; both
-        codes, for a ResNet-50 or a ViT of 12 blocks"""
+        """layers whose name contains one of these are not trained, nor is the model's own `norm`;
+        both codes, for a ResNet-50 or a ViT of 12 blocks. Wrappers of the model do not count"""
 
     config: Config
 
@@ -64,8 +64,11 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         if not config.rho >= 0:
             raise UserError(f"sar: rho={config.rho} must be at least 0")
 
-        def keep(name: str) -> bool:
-            return name != "norm" and not any(part in name for part in config.skip)
+        last = innermost(self.model)._modules.get("norm")
+        kept = set() if last is None else set(last.modules())
+
+        def keep(name: str, norm: nn.Module) -> bool:
+            return norm not in kept and not any(part in name for part in config.skip)
 
         lr = {"paper": 1e-3, "official": 5e-4}[config.setting]
         self.trained = affine_parameters(self.model, self.name, keep)
@@ -93,7 +96,7 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
     @torch.no_grad()
     def _shift(self, gradients: tuple[Tensor, ...]) -> None:
         """Move the trained weights by rho up the gradient."""
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        norm = torch.stack([wide(gradient).norm() for gradient in gradients]).norm()
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.add_(self.config.rho / (norm + 1e-12) * gradient)
 
@@ -107,10 +110,8 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         with torch.no_grad():
             for parameter, value in zip(self.trained, origin, strict=True):
                 parameter.copy_(value)
-        if not sound:
+        if not sound or not self.take_step():
             return
-        self.optimizer.step()
-        self.steps += 1
         memory, decay = self.memory, self.config.decay
         if any_certain:
             old, new = memory["average"], loss.item()
