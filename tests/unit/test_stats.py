@@ -206,7 +206,7 @@ def test_improvement_over_tasks():
 
 def test_seeds_to_see_a_difference():
     """Twice the spread takes four times the seeds; simulated, that many see it in four of five."""
-    assert seeds_to_see([1.0, 3.0], [0.0, 0.0]) == 7  # d / s = sqrt 2: 6 have POW6
+    assert seeds_to_see([1.0, 3.0], [0.0, 0.0]) == 7  # d / s = sqrt 2: 6 have 79 % power
     assert seeds_to_see([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]) == 2
     assert seeds_to_see([0.1 + 0.2, 0.4], [0.3, 0.4]) is not None  # tiny, but sure
     assert seeds_to_see([1.0, -1.0 + 1e-9], [0.0, 0.0]) is None  # rounding
