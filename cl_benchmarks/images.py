@@ -134,27 +134,15 @@ def check_class_folders(root: Path, split: str, expected: int) -> list[Path]:
     )
 
 
-def read_class_tree(
-    root: Path, split: str, expected: int, size: int, names: Sequence[str] | None = None
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Read `root/split/<class>/*` or `root/split/<class>/images/*` as RGB.
-
-    `names` gives the classes' order; without it they are sorted. All images must be `size` square.
-
-    Returns:
-        images uint8 `[N, 3, size, size]`, labels int64 `[N]`, class names.
-
-    Raises:
-        UserError: wrong number of classes, a class that is missing or empty, an unreadable image.
-    """
-    files, labels, order = class_tree_files(root, split, expected, names)
-    return decode(files, size), torch.tensor(labels), order
-
-
 def class_tree_files(
     root: Path, split: str, expected: int, names: Sequence[str] | None = None
 ) -> tuple[list[Path], list[int], list[str]]:
-    """The N files that `read_class_tree` reads, their labels, and the class names.
+    """Images in `root/split/<class>/*` or `root/split/<class>/images/*`.
+
+    `names` gives the classes' order; without it they are sorted.
+
+    Returns:
+        N files, their labels, class names.
 
     Raises:
         UserError: wrong number of classes, a class that is missing or empty.
