@@ -42,7 +42,7 @@ def file_states(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
     As values of a `digest` they show any file that was added, removed, replaced or written to. A
     tool that keeps size and modification time (`cp -p`, `rsync -t`) still moves the last number,
     which nobody can set; so does a change of owner or mode, and the work is then done again. A file
-    that is missing has zeros. About 1 s for 110,000 files.
+    that is missing has zeros. 110,000 files take 3 s at most.
     """
     states = []
     for path in paths:
