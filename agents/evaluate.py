@@ -21,7 +21,7 @@ from dynmoe import seeding
 from dynmoe.files import finite
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.progress import ProgressLine
-from dynmoe.stats import Interval, bootstrap_interval, iqm
+from dynmoe.stats import Interval, confidence_interval, iqm
 from envs.vector import TorchVectorEnv
 
 CHUNK = 64
@@ -118,7 +118,7 @@ def evaluation_summary(
 
     Returns:
         episodes, unfinished: how many.
-        return_mean, return_low, return_high: mean and its 95 % bootstrap interval over episodes.
+        return_mean, return_low, return_high: mean and its 95 % t interval over episodes.
         return_iqm: interquartile mean.
         percent_of_max: the mean in percent of the most an episode can return.
         length_mean: steps.
@@ -130,7 +130,7 @@ def evaluation_summary(
     returns = [episode.episode_return for episode in episodes]
     deepest = [episode.deepest for episode in episodes]
     unknown = Interval(float("nan"), float("nan"), float("nan"))
-    interval = bootstrap_interval(returns, "mean") if returns else unknown
+    interval = confidence_interval(returns, "mean") if returns else unknown
     unlocked = [index for episode in episodes for index in episode.achievements]
     summary: dict[str, Any] = {
         "episodes": len(episodes),

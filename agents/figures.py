@@ -120,7 +120,7 @@ def draw_learning(
 ) -> Figure:
     """The mean episodic return over environment steps, one curve per variant.
 
-    With several seeds: their mean, and a band of its 95 % bootstrap interval. Each seed's curve is
+    With several seeds: their mean, and a band of its 95 % t interval. Each seed's curve is
     joined across points where no episode ended, and held after its last; the mean begins where all
     seeds have begun. A seed in which no episode ended is left out, and the legend counts the rest.
 
@@ -203,10 +203,10 @@ def _joined(
 
 def _band(steps: NDArray[np.float64], seeds: NDArray[np.float64]) -> tuple[Any, Any, Any]:
     """Steps, lower and upper end of the 95 % interval of the mean over seeds [seeds, J]."""
-    from dynmoe.stats import bootstrap_interval
+    from dynmoe.stats import confidence_interval
 
     some = np.unique(np.linspace(0, len(steps) - 1, BAND_POINTS).round().astype(int))
-    intervals = [bootstrap_interval(seeds[:, j], "mean") for j in some]
+    intervals = [confidence_interval(seeds[:, j], "mean") for j in some]
     return steps[some], [i.low for i in intervals], [i.high for i in intervals]
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from dynmoe import registry
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
 from dynmoe.moe.stats import expert_use
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 
 DIM, EXPERTS, HIDDEN = 16, 8, 16  # width, experts, hidden units of each
 COMMON, SPREAD, NOISE = 2.0, 2.0, 1.0  # lengths of the mean and the centres; deviation per axis
@@ -162,15 +162,15 @@ def verdict(entropies: list[float]) -> str:
 
 
 def show(results: dict[str, list[list[dict[str, float]]]]) -> Table:
-    """The table: mean over seeds at the end, with a bootstrap interval where there are several."""
-    table = Table(title="after training; mean over seeds [95 % bootstrap interval]")
+    """The table: mean over seeds at the end, with a t interval where there are several."""
+    table = Table(title="after training; mean over seeds [95 % t interval]")
     table.add_column("method", no_wrap=True)
     for column in ("load entropy", "largest load", "dead experts", "task loss", "verdict"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, curves in results.items():
         row = []
         for figure in curves[0][-1]:
-            point, low, high = bootstrap_interval([c[-1][figure] for c in curves], "mean")
+            point, low, high = confidence_interval([c[-1][figure] for c in curves], "mean")
             ends = f" [{low:.2f}, {high:.2f}]" if len(curves) > 1 else ""
             row.append(f"{point:.2f}{ends}")
         table.add_row(name, *row, verdict([c[-1]["load entropy"] for c in curves]))

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cl_benchmarks.image_reader import read_rgb, to_tensor
 from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 
@@ -46,10 +46,10 @@ class Domain:
         return len(self.labels)
 
     def pixels(self, index: int) -> Tensor:
-        """One image, uint8 [3, H, W]; gray files are repeated in each channel.
+        """One image, uint8 [3, H, W].
 
         Raises:
-            UserError: names the file that is missing, truncated or no image.
+            UserError: names the file that cannot be read.
         """
         if isinstance(self.images, Tensor):
             return self.images[index]
@@ -111,20 +111,12 @@ class DomainData(Part, ABC, kind="domains"):
 
 
 def read_image(path: Path) -> Tensor:
-    """Decode a file to uint8 [3, H, W].
+    """A file as uint8 [3, H, W].
 
     Raises:
-        UserError: names the file that is missing, truncated or no image.
+        UserError: names the file that cannot be read, see `read_rgb`.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of them
-        reason = str(error).split("\n")[0].replace(f" '{path}'", "")
-        raise UserError(f"cannot read image {path}: {reason}; restore or delete the file") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return to_tensor(read_rgb(path))
 
 
 def check_domains(known: Sequence[str], chosen: Sequence[str]) -> list[int]:

@@ -2,7 +2,8 @@
 
 DomainBed (Gulrajani and Lopez-Paz 2021, arXiv 2007.01434) numbers domains and classes by the sorted
 names of the folders and images by their sorted paths; its splits depend on that order. Whatever
-folder lies in the root becomes a domain there; here one that is none is refused.
+folder lies in the root becomes a domain there; here one that is none is refused. Hidden files and
+folders, and those that systems leave (`is_system`), are left out at every level.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 
 from cl_benchmarks.domain_set import Domain, DomainSet
+from cl_benchmarks.image_reader import is_system
+from cl_benchmarks.images import class_folders
 from dynmoe.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -42,11 +45,11 @@ def read_tree(
     """
     if not root.is_dir():
         raise UserError(f"{name} not found: {root} is no folder; give its folder's parent")
-    found = _folders(root, "domain")
+    found = _folders(root)
     _check_domains(name, root, found, domains)
-    names = _folders(root / found[0], "class")
+    names = _folders(root / found[0])
     for domain in found[1:]:
-        _check_same(root, found[0], names, domain, _folders(root / domain, "class"))
+        _check_same(root, found[0], names, domain, _folders(root / domain))
     if classes is not None and len(names) != classes:
         raise UserError(
             f"{name} has {classes} classes, but {root / found[0]} has {len(names)} folders; "
@@ -72,20 +75,9 @@ def read_duplicates(file: Path, folder: str) -> list[Path]:
     return [Path(*p.parts[1:]) if p.parts[0] == folder else p for p in paths]
 
 
-def _folders(root: Path, what: str) -> list[str]:
-    """Names of all folders in `root`, sorted.
-
-    Raises:
-        UserError: a hidden folder, which DomainBed would take for one more domain or class.
-    """
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-    hidden = [n for n in names if n.startswith(".")]
-    if hidden:
-        raise UserError(
-            f"{root / hidden[0]} is a hidden folder and no {what}; move it out of {root}"
-        )
-    return names
+def _folders(root: Path) -> list[str]:
+    """Names of all folders in `root`, sorted."""
+    return [path.name for path in class_folders(root)]
 
 
 def _check_domains(name: str, root: Path, found: list[str], domains: Sequence[str] | None) -> None:
@@ -129,9 +121,10 @@ def _domain(root: Path, classes: list[str], drop: set[Path]) -> Domain:
 
 def _images(folder: Path) -> list[Path]:
     """Image files at any depth, in ImageFolder's order: by folder, then by name."""
-    return [
-        Path(place) / name
-        for place, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(SUFFIXES)
-    ]
+    found: list[tuple[str, list[str]]] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_system(name)]
+        found.append(
+            (place, [n for n in names if n.lower().endswith(SUFFIXES) and not is_system(n)])
+        )
+    return [Path(place) / name for place, names in sorted(found) for name in sorted(names)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
@@ -84,6 +85,7 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
     outputs = protocol.num_outputs(data, config.chunks)
     training = prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
+    _check_batches(config, training.model, [len(chunk) for chunk in train])
     plugins = config.method.build().plugins(config, training)
     growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
     plugins.append(attach_strategy(config, training, growth))
@@ -97,6 +99,30 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
         for experience in list(make_benchmark(data, chunks).train_stream)[strategy.position.task :]:
             strategy.train(experience, eval_streams=[])
     return _summary(config, data, recorder)
+
+
+def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
+    """Refuse batches of one image, be it the last of a task, where a network has BatchNorm.
+
+    Raises:
+        UserError: names the task and a batch size that works.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+
+    def single(size: int) -> list[int]:
+        return [task for task, n in enumerate(sizes, start=1) if size == 1 or n % size == 1]
+
+    tasks = single(config.batch_size)
+    if tasks:
+        others = [s for s in range(config.batch_size + 1, max(sizes) + 2) if not single(s)]
+        hint = f"; {others[0]} works" if others else ""
+        raise UserError(
+            f"{config.network.part.name} has BatchNorm, which normalises by the batch and needs at "
+            f"least 2 images, and a batch of task {tasks[0]} ({sizes[tasks[0] - 1]} images) has 1; "
+            f"use another --batch-size (now {config.batch_size}{hint}), or a network "
+            "without BatchNorm"
+        )
 
 
 def prepare(

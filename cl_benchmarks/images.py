@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cl_benchmarks.image_reader import is_system, read_rgb, to_tensor
 from dynmoe.errors import UserError
 
-SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".webp"}
+SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 STATS_IMAGES = 10_000
 """Images that `channel_stats` looks at, at most."""
 DECODERS = 4
@@ -93,12 +93,16 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files right inside a folder, sorted by name; other and hidden files are left out."""
+    """Image files right inside a folder, sorted by name; others and systems' own are left out."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES]
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+        names = [e.name for e in entries if _is_image(e.name) and e.is_file()]
+    return [folder / name for name in sorted(names)]
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_system(name)
 
 
 def class_files(folder: Path) -> list[Path]:
@@ -107,10 +111,10 @@ def class_files(folder: Path) -> list[Path]:
 
 
 def class_folders(root: Path) -> list[Path]:
-    """Folders right inside `root`, sorted by name, hidden ones left out."""
+    """Folders right inside `root`, sorted by name, hidden ones and systems' own left out."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in root.iterdir() if p.is_dir() and not is_system(p.name))
 
 
 def check_class_folders(root: Path, split: str, expected: int) -> list[Path]:
@@ -130,18 +134,18 @@ def check_class_folders(root: Path, split: str, expected: int) -> list[Path]:
     )
 
 
-def read_class_tree(
-    root: Path, split: str, expected: int, size: int, names: Sequence[str] | None = None
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Read `root/split/<class>/*` or `root/split/<class>/images/*` as RGB.
+def class_tree_files(
+    root: Path, split: str, expected: int, names: Sequence[str] | None = None
+) -> tuple[list[Path], list[int], list[str]]:
+    """Images in `root/split/<class>/*` or `root/split/<class>/images/*`.
 
-    `names` gives the classes' order; without it they are sorted. All images must be `size` square.
+    `names` gives the classes' order; without it they are sorted.
 
     Returns:
-        images uint8 `[N, 3, size, size]`, labels int64 `[N]`, class names.
+        N files, their labels, class names.
 
     Raises:
-        UserError: wrong number of classes, a class that is missing or empty, an unreadable image.
+        UserError: wrong number of classes, a class that is missing or empty.
     """
     check_class_folders(root, split, expected)
     order = list(names) if names else [p.name for p in class_folders(root / split)]
@@ -153,20 +157,20 @@ def read_class_tree(
             raise UserError(f"no images in {root / split / name}; unpack the data set again")
         files += own
         labels += [label] * len(own)
-    return decode(files, size), torch.tensor(labels), order
+    return files, labels, order
 
 
 def decode(files: Sequence[Path], size: int) -> Tensor:
-    """Decode image files to uint8 `[N, 3, size, size]`; gray ones are repeated in each channel.
+    """Decode image files, as `read_rgb` does, to uint8 `[N, 3, size, size]`.
 
     Raises:
-        UserError: names the file that is missing, truncated, no image or of another size.
+        UserError: names the file that cannot be read or is of another size.
     """
     out = torch.empty((len(files), 3, size, size), dtype=torch.uint8)
 
     def read(start: int) -> None:
         for i in range(start, min(start + 256, len(files))):
-            out[i] = _decode_one(files[i], size)
+            out[i] = to_tensor(read_rgb(files[i], (size, size)))
 
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(read, start) for start in range(0, len(files), 256)]
@@ -177,20 +181,3 @@ def decode(files: Sequence[Path], size: int) -> Tensor:
             pool.shutdown(cancel_futures=True)
             raise
     return out
-
-
-def _decode_one(path: Path, size: int) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            found = image.size
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of them
-        reason = str(error).split("\n")[0].replace(f" '{path}'", "")
-        raise UserError(f"cannot read image {path}: {reason}; restore or delete the file") from None
-    if found != (size, size):
-        raise UserError(
-            f"image {path} is {found[0]}x{found[1]}, expected {size}x{size}; restore the file"
-        )
-    return torch.from_numpy(pixels).permute(2, 0, 1)

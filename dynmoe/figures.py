@@ -49,7 +49,7 @@ def plasticity_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title
 
 
 def band_figure(path: Path, results: dict[str, Any], title: str) -> None:
-    """The same over several seeds: the mean, and a band of its 95 % bootstrap interval.
+    """The same over several seeds: the mean, and a band of its 95 % t interval.
 
     Args:
         path: the PNG file, written atomically.
@@ -64,7 +64,7 @@ def _draw(path: Path, series: dict[str, dict[str, Any]], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from dynmoe.stats import bootstrap_interval
+    from dynmoe.stats import confidence_interval
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -73,7 +73,7 @@ def _draw(path: Path, series: dict[str, dict[str, Any]], title: str) -> None:
             by_task = [[100 * x for x in task] for task in zip(*metrics[key], strict=True)]
             color, x = COLORS[number % len(COLORS)], range(1, len(by_task) + 1)
             line = "--" if number >= len(COLORS) else "-"
-            intervals = [bootstrap_interval(task, "mean") for task in by_task]
+            intervals = [confidence_interval(task, "mean") for task in by_task]
             mean = [i.point for i in intervals]
             axes.plot(x, mean, line, marker="o", markersize=3.5, color=color, label=name)
             low, high = [i.low for i in intervals], [i.high for i in intervals]

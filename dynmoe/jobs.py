@@ -9,16 +9,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dynmoe.errors import DynmoeError, Interrupted, ResourceError
+from dynmoe.config import difference, identity, parse
+from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
+from dynmoe.run import check_settings
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,17 @@ class Job:
     """its flags"""
     folder: Path
     """where its summary.json will be"""
+    settings: dict[str, Any]
+    """those that decide its numbers, see `identity`"""
 
     @property
     def done(self) -> bool:
-        """Whether its summary is there."""
+        """Whether its summary is there.
+
+        Raises:
+            UserError: the folder holds a run with other settings.
+        """
+        check_settings(self.folder, self.settings)
         return (self.folder / "summary.json").is_file()
 
     def summary(self) -> Any:
@@ -44,33 +53,45 @@ class Job:
         return json.loads((self.folder / "summary.json").read_text())
 
 
-def make_job(
-    command: str, name: str, flags: list[str], seed: int, runs_dir: Path, label: str
-) -> Job:
-    """The run of `command` with these flags and seed, in `runs_dir/command/name/seed-N`.
+def make_jobs(
+    command: str, name: str, flags: list[str], seeds: Iterable[int], runs_dir: Path, label: str
+) -> list[Job]:
+    """The runs of `command` with these flags, each in `runs_dir/command/name/seed-N`.
 
-    It resumes what is unfinished, and compares with nothing unless the flags say so.
+    They resume what is unfinished, and compare with nothing unless the flags say so.
+
+    Raises:
+        UserError: flags that do not fit.
     """
-    alone = [] if "--compare" in flags else ["--compare"]
-    place = ["--name", name, "--runs-dir", str(runs_dir), "--seed", str(seed), "--resume"]
-    folder = runs_dir / command / name / f"seed-{seed}"
-    return Job(f"{label}, seed {seed}", command, (*flags, *alone, *place), folder)
+    argv = [*flags, *([] if "--compare" in flags else ["--compare"])]
+    presets = importlib.import_module(f"dynmoe.{command}").presets()
+    _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
+    jobs = []
+    for seed in seeds:
+        place = ["--name", name, "--runs-dir", str(runs_dir), "--seed", str(seed), "--resume"]
+        folder = runs_dir / command / name / f"seed-{seed}"
+        jobs.append(
+            Job(f"{label}, seed {seed}", command, (*argv, *place), folder,
+                identity(replace(config, seed=seed)))
+        )  # fmt: skip
+    return jobs
 
 
 def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
     """Run all jobs that are not done; the first failure stops those not begun.
 
-    Jobs of one folder are one run.
+    Jobs of one folder and the same settings are one run.
 
     Args:
         processes: runs at a time.
         title: shown with the progress.
 
     Raises:
+        UserError: jobs of one folder differ in their settings, or the folder holds others.
         DynmoeError: a run failed; its message and exit code are passed on.
         ResourceError: a process was killed.
     """
-    jobs = list({job.folder: job for job in jobs}.values())
+    jobs = _distinct(jobs)
     todo = [job for job in jobs if not job.done]
     if not todo:
         return
@@ -110,6 +131,20 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
                     "to go on, with fewer --jobs"
                 ) from None
             raise
+
+
+def _distinct(jobs: list[Job]) -> list[Job]:
+    """One job per folder."""
+    by_folder: dict[Path, Job] = {}
+    for job in jobs:
+        other = by_folder.setdefault(job.folder, job)
+        changed = difference(other.settings, job.settings)
+        if changed:
+            raise UserError(
+                f"{other.label!r} and {job.label!r} have one folder, {job.folder}, and other "
+                f"settings ({'; '.join(changed)}); give them other names"
+            )
+    return list(by_folder.values())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a run writes down: TensorBoard for people, `log.jsonl` for programs.
 
+Both are cut back to what a checkpoint knows of when a run goes on, so that they always agree.
 `log.jsonl` has one JSON object per line: `{"step": 120, "loss": 0.3, ...}` for metrics and
 `{"step": 120, "event": "growth", ...}` for events. It holds no times, so a resumed run's file is
 byte for byte the uninterrupted one's.
@@ -23,16 +24,26 @@ class Logger:
     Args:
         folder: the run's folder.
         position: bytes of `log.jsonl` to keep, when resuming; the rest is cut off.
-        step: the step resumed from (TensorBoard hides what was written after it), or None to start
-            afresh.
+        step: the step resumed from, or None to start afresh. A TensorBoard that has already read
+            what is cut off hides what came after this step.
+        events: bytes of each of TensorBoard's files to keep, when resuming; a file that is not
+            named is deleted. None, of runs before this was saved, keeps all.
     """
 
-    def __init__(self, folder: Path, position: int = 0, step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        position: int = 0,
+        step: int | None = None,
+        events: dict[str, int] | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if step is None:  # what an attempt without any checkpoint left behind
-            for stale in folder.glob("events.out.tfevents.*"):
-                stale.unlink()
+            events = {}
+        if events is not None:
+            _cut_back(folder, events)
+        self.folder = folder
         self.path = folder / "log.jsonl"
         self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
         self._file.truncate(position)
@@ -61,9 +72,16 @@ class Logger:
             self._file.flush()
             os.fsync(self._file.fileno())
             self.tensorboard.flush()
+            for path in _event_files(self.folder):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise disk_full(self.path, 0) from error
         return self._file.tell()
+
+    def event_sizes(self) -> dict[str, int]:
+        """Bytes of each of TensorBoard's files; call `sync` before."""
+        return {path.name: path.stat().st_size for path in _event_files(self.folder)}
 
     def close(self) -> None:
         """Flush and close both."""
@@ -76,3 +94,16 @@ class Logger:
             self._file.write((json.dumps(finite(line)) + "\n").encode())
         except OSError as error:
             raise disk_full(self.path, 0) from error
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Cut TensorBoard's files to these sizes, and delete those without one."""
+    for path in _event_files(folder):
+        if path.name not in sizes:
+            path.unlink()
+        elif path.stat().st_size > sizes[path.name]:
+            os.truncate(path, sizes[path.name])

@@ -135,6 +135,7 @@ class Run:
             "step": step,
             "logged": step if logged is None else logged,
             "log_position": self.log.sync(),
+            "event_sizes": self.log.event_sizes(),
             "random": seeding.global_state(),
             "state": state,
         }
@@ -155,7 +156,7 @@ class Run:
 
     def _open(self) -> None:
         remove_leftovers(self.folder)
-        self._check_settings()
+        check_settings(self.folder, identity(self.config))
         summary = self.folder / "summary.json"
         if summary.is_file():
             self.summary = json.loads(summary.read_text())
@@ -171,29 +172,11 @@ class Run:
             self._log = Logger(self.folder)
         else:
             logged = saved.get("logged", saved["step"])  # older runs do not know it
-            self._log = Logger(self.folder, saved["log_position"], logged)
+            self._log = Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
             seeding.load_global_state(saved["random"])
             self.restored = saved["state"]
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
-
-    def _check_settings(self) -> None:
-        """Refuse a folder that holds a run with other settings, and say which differ.
-
-        What was left by an attempt that never got to a checkpoint is no run.
-        """
-        path, summary = self.folder / "config.json", self.folder / "summary.json"
-        begun = summary.is_file() or checkpoint.exists(self.checkpoints)
-        if not begun or not path.is_file():
-            return
-        known = identity(self.config)
-        old = {k: v for k, v in json.loads(path.read_text()).items() if k in known}
-        changed = difference(old, known)
-        if changed:
-            raise UserError(
-                f"{self.folder} holds a run with other settings ({'; '.join(changed)}); "
-                "use those settings, or another --name"
-            )
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if not checkpoint.exists(self.checkpoints):
@@ -256,6 +239,36 @@ class Run:
             }
         )
         write_json(path, {"sessions": sessions})
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a run's folder that holds a run with other settings, and say which differ.
+
+    What was left by an attempt that never got to a checkpoint is no run.
+
+    Args:
+        folder: the run's.
+        settings: the `identity` of those that are asked for.
+
+    Raises:
+        UserError: they differ, or cannot be read.
+    """
+    path, summary = folder / "config.json", folder / "summary.json"
+    begun = summary.is_file() or checkpoint.exists(folder / "checkpoints")
+    if not begun or not path.is_file():
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(
+            f"{path} cannot be read; delete {folder} to run it again, or use another --name"
+        ) from None
+    changed = difference({k: v for k, v in saved.items() if k in settings}, settings)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+            "use those settings, or another --name"
+        )
 
 
 def _command_line() -> str:

@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
         return
     if config.seeds < 0:
         raise UserError(f"--seeds {config.seeds} is too small; use 1 or more, 0 for the preset's")
+    if config.jobs < 1:
+        raise UserError(f"--jobs {config.jobs} is too small; use 1 or more")
     study: Study = registry.get("study", config.study)()
     run_study(study, config, argv[cut + 1 :])
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from dynmoe.registry import Part
 from dynmoe.stats import (
     Interval,
-    bootstrap_interval,
+    confidence_interval,
     paired_difference,
     probability_of_improvement,
     seeds_to_see,
@@ -105,7 +105,7 @@ class Results:
         metric: str = "",
         at: At | None = None,
     ) -> Interval:
-        """Mean of a - b over seeds, paired by seed, with its 95 % bootstrap interval."""
+        """Mean of a - b over seeds, paired by seed, with its 95 % t interval."""
         return paired_difference(
             self.values(stream, a, metric, at), self.values(stream, b, metric, at)
         )
@@ -125,7 +125,7 @@ class Results:
         metric, at = metric or self.view.metric, at or self.view.at
         factor, unit, digits = self.view.unit(metric)
         low, high = factor * gap.low, factor * gap.high
-        word = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
+        word = gap.verdict("higher", "lower", "no difference seen")
         more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
         return (
             f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
@@ -140,7 +140,7 @@ class Results:
         gap = paired_difference(last, first)
         factor, unit, digits = self.view.unit(metric)
         point, low, high = (factor * x for x in gap)
-        word = "gains" if low > 0 else "loses" if high < 0 else "no change seen"
+        word = gap.verdict("gains", "loses", "no change seen")
         return (
             f"{stream}: {variant} from {self.view.span}: {point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({metric.replace('_', ' ')})."
@@ -149,11 +149,11 @@ class Results:
     def interval(
         self, stream: str, variant: str, metric: str = "", at: At | None = None
     ) -> Interval:
-        """Mean over seeds with its 95 % bootstrap interval; nan where a run lacks the metric."""
+        """Mean over seeds with its 95 % t interval; nan where a run lacks the metric."""
         values = self.values(stream, variant, metric, at)
         if any(map(math.isnan, values)):
             return Interval(math.nan, math.nan, math.nan)
-        return bootstrap_interval(values, "mean")
+        return confidence_interval(values, "mean")
 
 
 def logged(folder: Path, tag: str) -> list[float]:

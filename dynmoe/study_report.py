@@ -13,12 +13,14 @@ from dynmoe.files import make_folder, write_atomic, write_json
 from dynmoe.stats import Interval
 from dynmoe.study_design import Results, Study
 
-CAPTION = "Mean over seeds [95 % bootstrap interval]"
+CAPTION = "Mean over seeds [95 % t interval]"
 FEW_SEEDS = (
-    "Intervals are nominal 95 % percentile bootstraps over {seeds} seeds, and narrow (about 75 % "
-    "covered at 3 seeds, 83 % at 5): what ends near 0 needs more seeds. Where N seeds are said to "
-    "see it, a difference of the size found would show at N with a chance of 80 %, as far as these "
-    "seeds can tell."
+    "Intervals are 95 % t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
+    "N seeds are said to see it, a difference of the size found would show at N with a chance of "
+    "80 %, as far as these seeds can tell."
+)
+TWO_SEEDS = (
+    "Of two seeds an interval reaches 12.7 standard errors to each side: it sees next to nothing."
 )
 
 
@@ -40,6 +42,8 @@ def report(
     verdict = study.verdict(results)
     if seeds < 10:
         verdict.append(FEW_SEEDS.format(seeds=seeds))
+    if seeds == 2:
+        verdict.append(TWO_SEEDS)
     command = f"python -m dynmoe.study {study.name} --preset {preset} --seeds {seeds}"
     command += f" -- {shlex.join(flags)}" if flags else ""
     commits = _commits(results)

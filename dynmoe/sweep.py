@@ -5,7 +5,7 @@
 
 What follows `--` are flags of every run. Each run is a run of the command itself, in a folder of
 its own; finished ones are read, unfinished ones resumed, so a sweep can be stopped and started
-again at will.
+again at will. A sweep with other flags under the same name is refused: it takes another --name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tyro
 
 from dynmoe.config import run_command
 from dynmoe.errors import UserError
-from dynmoe.jobs import make_job, run_jobs
+from dynmoe.jobs import make_jobs, run_jobs
 from dynmoe.sweep_report import report
 
 
@@ -50,13 +50,10 @@ def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__)
     config = replace(config, flags=tuple(argv[cut + 1 :]))
-    variants = dict(_parse(text) for text in config.variants)
+    variants = _check(config)
     jobs = {
-        label: [
-            make_job(config.command, f"{config.name}/{label}", [*config.flags, *flags], seed,
-                     config.runs_dir, label)
-            for seed in range(config.seeds)
-        ]
+        label: make_jobs(config.command, f"{config.name}/{label}", [*config.flags, *flags],
+                         range(config.seeds), config.runs_dir, label)
         for label, flags in variants.items()
     }  # fmt: skip
     in_turn = [job for seed_jobs in zip(*jobs.values(), strict=True) for job in seed_jobs]
@@ -65,6 +62,25 @@ def main(argv: list[str]) -> None:
     settings = {"flags": shlex.join(config.flags), "seeds": config.seeds}
     flags = {label: shlex.join(chosen) for label, chosen in variants.items()}
     report(config.command, config.runs_dir / "sweep" / config.name, settings, flags, runs)
+
+
+def _check(config: Config) -> dict[str, list[str]]:
+    """Variant -> its flags.
+
+    Raises:
+        UserError: numbers that cannot work, a variant that cannot be read or is named twice.
+    """
+    for name in ("seeds", "jobs"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} is too small; use 1 or more")
+    parsed = [_parse(text) for text in config.variants]
+    if not parsed:
+        raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
+    labels = [label for label, _ in parsed]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"variant {label!r} is named twice; name each once")
+    return dict(parsed)
 
 
 def _parse(text: str) -> tuple[str, list[str]]:

@@ -35,7 +35,7 @@ def report(
 def _continual(folder: Path, settings: dict[str, Any], flags: dict[str, str], runs: Runs) -> None:
     """Accuracies over the tasks."""
     from dynmoe.figures import band_figure
-    from dynmoe.stats import bootstrap_interval
+    from dynmoe.stats import confidence_interval
 
     subjects = {f"{run['dataset']}, {run['protocol']} stream" for s in runs.values() for run in s}
     title = f"{folder.name}: {'; '.join(sorted(subjects))}"
@@ -48,10 +48,10 @@ def _continual(folder: Path, settings: dict[str, Any], flags: dict[str, str], ru
             values = [[task[metric] for task in run["tasks"]] for run in seeds]
             entry[metric] = values
             entry[f"{metric}_summary"] = {
-                "first task": _interval(bootstrap_interval([v[0] for v in values], "mean")),
-                "last task": _interval(bootstrap_interval([v[-1] for v in values], "mean")),
+                "first task": _interval(confidence_interval([v[0] for v in values], "mean")),
+                "last task": _interval(confidence_interval([v[-1] for v in values], "mean")),
                 "mean over tasks": _interval(
-                    bootstrap_interval([sum(v) / len(v) for v in values], "mean")
+                    confidence_interval([sum(v) / len(v) for v in values], "mean")
                 ),
             }
         results["variants"][label] = entry
@@ -69,7 +69,7 @@ def _reinforcement(
     """Episodic returns over the environment steps."""
     from agents.figures import learning_figure
     from agents.statistics import learning_curve
-    from dynmoe.stats import bootstrap_interval
+    from dynmoe.stats import confidence_interval
 
     subjects = {run["env"] for seeds in runs.values() for run in seeds}
     title = f"{folder.name}: {'; '.join(sorted(subjects))}"
@@ -84,8 +84,8 @@ def _reinforcement(
         }
         cells = ["no episode ended"] * 2
         if None not in entry["final_return"]:
-            entry["final_mean"] = _interval(bootstrap_interval(entry["final_return"], "mean"))
-            entry["final_iqm"] = _interval(bootstrap_interval(entry["final_return"], "iqm"))
+            entry["final_mean"] = _interval(confidence_interval(entry["final_return"], "mean"))
+            entry["final_iqm"] = _interval(confidence_interval(entry["final_return"], "iqm"))
             cells = [_cell(entry[key]) for key in ("final_mean", "final_iqm")]
         results["variants"][label] = entry
         curves[label] = learning_curve(seeds)
@@ -102,7 +102,7 @@ def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], un
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, caption=f"mean over seeds [95 % bootstrap interval], {unit}")
+    table = Table(title=title, caption=f"mean over seeds [95 % t interval], {unit}")
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:

@@ -7,22 +7,21 @@ from pathlib import Path
 
 import torch
 
+from cl_benchmarks import image_reader
 from cl_benchmarks.dataset import Dataset
 from cl_benchmarks.images import (
     ImageData,
     check_class_folders,
     class_files,
+    class_tree_files,
     decode,
     image_files,
-    read_class_tree,
 )
 from dynmoe import cache
 from dynmoe.errors import UserError
 
 TREE = "tiny-imagenet-200"
 CLASSES, SIZE = 200, 64
-VERSION = 1
-"""Raise it when the same files give other tensors: decoded images are then read anew."""
 
 
 class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stanford cs231n)"):
@@ -44,8 +43,8 @@ class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stan
     def load(self, seed: int) -> ImageData:
         """Images `[N, 3, 64, 64]`; label = line of wnids.txt. The labelled validation set tests.
 
-        Decoded images are kept in the cache folder (1.4 GB), under a name that changes with the
-        place and the modification time of the folders. Editing a file in place does not show.
+        Decoded images are kept in the cache folder (1.4 GB), under a name that changes with any of
+        the files (`cache.file_states`).
         """
         tree, places = find_tree(self.config.data_dir)
         if tree is None and self.config.download:
@@ -79,21 +78,24 @@ def read_tree(tree: Path) -> ImageData:
     Raises:
         UserError: not 200 classes, a class without images, an image that cannot be read.
     """
-    folders = check_class_folders(tree, "train", CLASSES)
-    names = _class_names(tree, folders)
+    names = _class_names(tree, check_class_folders(tree, "train", CLASSES))
+    train_files, train_labels, _ = class_tree_files(tree, "train", CLASSES, names)
+    test_files, test_labels = _validation(tree / "val", names)
 
     def make() -> cache.Arrays:
-        test_files, test_labels = _validation(tree / "val", names)
-        train_images, train_labels, _ = read_class_tree(tree, "train", CLASSES, SIZE, names)
-        tensors = {
-            "train_images": train_images, "train_labels": train_labels,
-            "test_images": decode(test_files, SIZE), "test_labels": torch.tensor(test_labels),
-        }  # fmt: skip
-        return {key: tensor.numpy() for key, tensor in tensors.items()}
+        return {"train_images": decode(train_files, SIZE).numpy(),
+                "test_images": decode(test_files, SIZE).numpy()}  # fmt: skip
 
-    arrays = cache.load_or_make(f"tiny-imagenet-{_digest(tree, names)}", make)
-    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    return ImageData(name="tiny-imagenet", num_classes=CLASSES, **tensors)
+    states = cache.file_states([*train_files, *test_files])
+    key = cache.digest({"reader": image_reader.VERSION, "files": states})
+    arrays = cache.load_or_make(f"tiny-imagenet-{key}", make)
+    return ImageData(
+        name="tiny-imagenet",
+        num_classes=CLASSES,
+        train_labels=torch.tensor(train_labels),
+        test_labels=torch.tensor(test_labels),
+        **{split: torch.from_numpy(array) for split, array in arrays.items()},
+    )
 
 
 def _class_names(tree: Path, folders: list[Path]) -> list[str]:
@@ -138,16 +140,6 @@ def _annotated(annotations: Path, labels: dict[str, int]) -> tuple[list[Path], l
                 "unpack the data set again"
             )
     return [annotations.parent / "images" / r[0] for r in rows], [labels[r[1]] for r in rows]
-
-
-def _digest(tree: Path, names: list[str]) -> str:
-    """Changes with the tree's place and with the modification times of its folders and lists."""
-    paths = [tree / "wnids.txt", tree / "val" / "val_annotations.txt", tree / "val" / "images"]
-    for split in ("train", "val"):
-        for name in names:
-            paths += [tree / split / name, tree / split / name / "images"]
-    times = [p.stat().st_mtime_ns if p.exists() else 0 for p in paths]
-    return cache.digest({"version": VERSION, "tree": str(tree.resolve()), "times": times})
 
 
 def _download(data_dir: Path) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cl_benchmarks.image_reader import read_rgb, to_tensor
 from cl_benchmarks.images import DECODERS
 from dynmoe.errors import UserError
 
@@ -101,12 +101,7 @@ def read_image(path: Path, resize: int | None, size: int) -> Tensor:
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of them
-        reason = str(error).split("\n")[0].replace(f" '{path}'", "")
-        raise UserError(f"cannot read image {path}: {reason}; restore or delete the file") from None
+    rgb = read_rgb(path)
     width, height = rgb.size
     if resize is not None:
         short = min(width, height)
@@ -118,5 +113,4 @@ def read_image(path: Path, resize: int | None, size: int) -> Tensor:
             "restore the file"
         )
     left, top = round((width - size) / 2), round((height - size) / 2)
-    pixels = np.asarray(rgb.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return to_tensor(rgb.crop((left, top, left + size, top + size)))

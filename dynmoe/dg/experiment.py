@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from dynmoe import registry
-from dynmoe.config import from_dict, to_dict
+from dynmoe.config import from_dict, identity, to_dict
 from dynmoe.dg.settings import Config
 from dynmoe.dg.source import load_source
 from dynmoe.errors import UserError
@@ -88,7 +88,9 @@ def job_of(preset: str, config: Config) -> Job:
     """The run of these settings: one method in one trial."""
     settings = json.dumps(to_dict(config))
     label = f"{config.method.part.name}, seed {config.seed}"
-    return Job(label, "dg.experiment", (preset, settings), _run(preset, config).folder)
+    return Job(
+        label, "dg.experiment", (preset, settings), _run(preset, config).folder, identity(config)
+    )
 
 
 def _trial(preset: str, config: Config, seed: int) -> Config:

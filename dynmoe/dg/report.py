@@ -1,8 +1,8 @@
 """What the runs of a comparison add up to: a table, results.json and figures.
 
 DomainBed's table: accuracy on each left-out domain as the mean over trials with its standard error,
-and their average. Beside it stand a 95 % bootstrap interval of the average and of the difference to
-the first method, paired by trial and domain, and the parameters that learn.
+and their average. Beside it stand a 95 % t interval of the average and of the difference to
+the first method, paired by trial, and the parameters that learn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from dynmoe.dg.settings import Config
 from dynmoe.files import make_folder, write_json
-from dynmoe.stats import Interval, bootstrap_interval, paired_difference
+from dynmoe.stats import Interval, confidence_interval, paired_difference
 
 Summaries = dict[str, list[dict[str, Any]]]
 """method -> one summary per trial"""
@@ -42,24 +42,28 @@ def collect(summaries: Summaries) -> dict[str, dict[str, Any]]:
     `measures` (means of the method's own figures over trials and domains).
     """  # noqa: D205
     first = next(iter(summaries))
-    base = list(by_domain(summaries[first]).values())
+    base = _means(by_domain(summaries[first]))
     found = {}
     for name, own in summaries.items():
         values = by_domain(own)
-        rows = list(values.values())
-        means = [float(np.mean(trial)) for trial in zip(*rows, strict=True)]
+        means = _means(values)
         last = own[0]["tests"][-1]
         found[name] = {
             "domains": {domain: mean_error(trials) for domain, trials in values.items()},
             "average": mean_error(means),
-            "interval": bootstrap_interval(rows, "mean"),
-            "difference": None if name == first else paired_difference(rows, base),
+            "interval": confidence_interval(means, "mean"),
+            "difference": None if name == first else paired_difference(means, base),
             "parameters": last["parameters"],
             "learning": last["learning"],
             "values": values,
             "measures": _measures(own),
         }
     return found
+
+
+def _means(values: dict[str, list[float]]) -> list[float]:
+    """Each trial's mean over the domains: the trials, not their domains, are independent."""
+    return [float(np.mean(trial)) for trial in zip(*values.values(), strict=True)]
 
 
 def _measures(summaries: list[dict[str, Any]]) -> dict[str, float]:
@@ -107,9 +111,8 @@ def print_table(found: dict[str, dict[str, Any]], title: str, trials: int) -> No
 
     first = next(iter(found))
     caption = (
-        f"test accuracy in % (mean ± standard error, {trials} trial(s)); brackets: 95 % bootstrap "
-        f"intervals over trials{', narrow at so few trials' if 1 < trials < 5 else ''}; "
-        f"minus {first}: paired by trial and domain"
+        f"test accuracy in % (mean ± standard error, {trials} trial(s)); brackets: 95 % t "
+        f"intervals over trials; minus {first}: paired by trial"
     )
     table = Table(title=title, caption=caption)
     table.add_column("method")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from dynmoe.study_design import Preset, Results, Study
 
 RANK = "rank/effective_rank"
@@ -53,7 +53,7 @@ class GranularityCapacity(Study, name="granularity-capacity", source="ours"):
             sentences.append(results.says(stream, "grow g2", "8 experts", at="mean"))
             for variant in ("1 experts", "8 experts", "32 experts", "grow g2", "fresh"):
                 ranks = [seed[-1] for seed in results.scalars(stream, variant, RANK)]
-                point, low, high = bootstrap_interval(ranks, "mean")
+                point, low, high = confidence_interval(ranks, "mean")
                 sentences.append(
                     f"{stream}: effective rank of the features after the last task, {variant}: "
                     f"{point:.1f} [{low:.1f}, {high:.1f}]."

@@ -42,7 +42,7 @@ class RouterShift(Study, name="router-shift", source="Kim 2025 (arXiv 2511.18987
                 for moment, text in ((0, "one epoch after growths"), (-1, "at the end of tasks")):
                     gap = paired_difference(*self._shares(results, stream, variant, moment))
                     low, high = 100 * gap.low, 100 * gap.high
-                    word = "move to" if low > 0 else "avoid" if high < 0 else "show no bias to"
+                    word = gap.verdict("move to", "avoid", "show no bias to")
                     sentences.append(
                         f"{stream}, {variant}: gates {word} the newest experts {text}: "
                         f"{100 * gap.point:+.1f} points [{low:.1f}, {high:.1f}] over an even share "

@@ -43,7 +43,7 @@ class RouterUncertainty(Study, name="router-uncertainty", source="ours"):
             for title, tag in FIGURES:
                 before, after = (_means(results, s, variant, tag) for s in (sharp, blurred))
                 gap = paired_difference(after, before)
-                word = "more" if gap.low > 0 else "less" if gap.high < 0 else "no change seen"
+                word = gap.verdict("more", "less", "no change seen")
                 sentences.append(
                     f"{variant}: {title} (share of the most it could be): {fmean(before):.4f} "
                     f"sharp, {fmean(after):.4f} blurred: {gap.point:+.4f} "

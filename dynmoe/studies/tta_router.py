@@ -43,7 +43,7 @@ class TTARouter(Study, name="tta-router", source="ours; questions of Fan et al. 
                     sentences.append(results.kept(stream, variant, metric))
                 gain = results.interval(stream, variant, "routing_gain")
                 point, low, high = (100 * x for x in gain)
-                word = "more" if low > 0 else "less" if high < 0 else "not clearly more or less"
+                word = gain.verdict("more", "less", "not clearly more or less")
                 sentences.append(
                     f"{stream}: {variant}: the learned routing is worth {word} than a random one: "
                     f"{point:+.1f} points [{low:.1f}, {high:.1f}]."

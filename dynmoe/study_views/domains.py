@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.config import digest, parse
 from dynmoe.jobs import Job
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from dynmoe.study_views.drawing import COLORS, dots, new_figure, save
 from dynmoe.study_views.view import At, View, three
 
@@ -72,7 +72,7 @@ class Domains(View):
         }
         for metric in ("accuracy", "oracle_accuracy"):
             values = results.values(stream, variant, metric)
-            entry[metric] = three(bootstrap_interval(values, "mean"))
+            entry[metric] = three(confidence_interval(values, "mean"))
         return entry
 
     def draw(self, path: Path, results: Results, title: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.jobs import Job
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from dynmoe.study_views.drawing import band, new_figure, save
 from dynmoe.study_views.view import At, View, named_jobs, three
 
@@ -40,8 +40,8 @@ class Returns(View):
         runs, returns = results.runs[stream][variant], results.values(stream, variant)
         return {
             "final_return": returns,
-            "final_return_mean": three(bootstrap_interval(returns, "mean")),
-            "final_return_iqm": three(bootstrap_interval(returns, "iqm")),
+            "final_return_mean": three(confidence_interval(returns, "mean")),
+            "final_return_iqm": three(confidence_interval(returns, "iqm")),
             "parameters": runs[0]["parameters"],
             "curves": [run["curve"] for run in runs],
         }
@@ -55,7 +55,7 @@ class Returns(View):
                 steps = [step for step, _ in runs[0]["curve"]]
                 points = zip(*([value for _, value in r["curve"]] for r in runs), strict=True)
                 whole = [(s, p) for s, p in zip(steps, points, strict=True) if None not in p]
-                intervals = [bootstrap_interval(list(p), "mean") for _, p in whole]
+                intervals = [confidence_interval(list(p), "mean") for _, p in whole]
                 band(axes, [s for s, _ in whole], intervals, number, variant, 1)
             axes.set(title=stream, xlabel="environment steps", ylabel="episodic return")
         save(figure, path)

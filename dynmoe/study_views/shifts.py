@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.config import digest, parse
 from dynmoe.jobs import Job
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from dynmoe.study_views.drawing import band, dots, new_figure, save
 from dynmoe.study_views.view import At, View, three
 
@@ -91,7 +91,7 @@ class Shifts(View):
             for at in ("first", "last", "mean"):
                 values = results.values(stream, variant, metric, at)
                 if not any(map(math.isnan, values)):
-                    entry[f"{metric}_{at}"] = three(bootstrap_interval(values, "mean"))
+                    entry[f"{metric}_{at}"] = three(confidence_interval(values, "mean"))
         return entry
 
     def draw(self, path: Path, results: Results, title: str) -> None:
@@ -105,7 +105,7 @@ class Shifts(View):
             first = next(iter(variants))  # the source, in our own studies
             for number, (variant, runs) in enumerate(variants.items()):
                 points = list(zip(*map(_gains, runs, variants[first]), strict=True))
-                intervals = [bootstrap_interval(list(point), "mean") for point in points]
+                intervals = [confidence_interval(list(point), "mean") for point in points]
                 band(right, range(1, len(points) + 1), intervals, number, variant, 100)
             right.set(title=stream, xlabel="window of the stream",
                       ylabel=f"accuracy so far minus {first}'s (points)")  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.jobs import Job
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval, iqm
 from dynmoe.study_views.drawing import band, dots, new_figure, save
 from dynmoe.study_views.view import At, View, named_jobs, three
 
@@ -56,8 +56,8 @@ class Tasks(View):
         for metric, _ in PANELS:
             tasks = results.tasks(stream, variant, metric)
             entry[metric] = [[round(x, 4) for x in seed] for seed in tasks]
-            by_task = [list(task) for task in zip(*tasks, strict=True)]
-            entry[f"{metric}_iqm"] = three(bootstrap_interval(by_task, "iqm"))
+            # The tasks of a run are not independent: its own IQM is one value.
+            entry[f"{metric}_iqm"] = three(confidence_interval([iqm(t) for t in tasks], "mean"))
             for at in ("first", "last", "mean"):
                 entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
         return entry
@@ -76,7 +76,7 @@ class Tasks(View):
             for axes, (metric, label) in zip(row, PANELS, strict=True):
                 for number, variant in enumerate(results.runs[stream]):
                     by_task = list(zip(*results.tasks(stream, variant, metric), strict=True))
-                    intervals = [bootstrap_interval(list(task), "mean") for task in by_task]
+                    intervals = [confidence_interval(list(task), "mean") for task in by_task]
                     band(axes, range(1, len(by_task) + 1), intervals, number, variant, 100)
                 axes.set(title=stream, xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
         save(figure, path)

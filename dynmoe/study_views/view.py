@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dynmoe.config import digest, parse
-from dynmoe.jobs import Job, make_job
+from dynmoe.jobs import Job, make_jobs
 from dynmoe.stats import Interval
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def named_jobs(
     """`View.jobs` of a command whose run is one method: in `runs_dir/command/studies`."""
     _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
     name = f"studies/{config.method.part.name}-{digest(config)}"
-    return [make_job(command, name, argv, seed, runs_dir, label) for seed in seeds]
+    return make_jobs(command, name, argv, seeds, runs_dir, label)
 
 
 def three(interval: Interval) -> list[float | None]:

@@ -16,7 +16,7 @@ from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
 from cl_benchmarks.shifts.source import STREAMS, ShiftSource, make_stream
 from cl_benchmarks.shifts.stream import Stream
-from dynmoe.config import from_dict, to_dict
+from dynmoe.config import from_dict, identity, to_dict
 from dynmoe.device import make_deterministic, resolve
 from dynmoe.errors import UserError, unknown
 from dynmoe.jobs import Job, run_jobs
@@ -106,7 +106,7 @@ def job_of(preset: str, label: str, config: Config) -> Job:
     """The run of these settings: one method, one stream, one seed."""
     argv = (preset, json.dumps(to_dict(config)))
     title = f"{label}, {config.streams[0]}, seed {config.seed}"
-    return Job(title, "tta.experiment", argv, open_run(preset, config).folder)
+    return Job(title, "tta.experiment", argv, open_run(preset, config).folder, identity(config))
 
 
 def variants(config: Config, classes: int) -> dict[str, Config]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dynmoe.config import identity
 from dynmoe.figures import COLORS
 from dynmoe.files import make_folder, write_atomic, write_json
-from dynmoe.stats import Interval, bootstrap_interval, paired_difference
+from dynmoe.stats import Interval, confidence_interval, paired_difference
 from dynmoe.tta.settings import Config
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def gather(runs: Runs) -> dict[str, Any]:
         out[label] = {}
         for stream, seeds in streams.items():
             own = [s["accuracy"] for s in seeds]
-            entry = {"accuracy": bootstrap_interval(own, "mean"), "seeds": seeds}
+            entry = {"accuracy": confidence_interval(own, "mean"), "seeds": seeds}
             if label != reference:
                 other = [s["accuracy"] for s in runs[reference][stream]]
                 entry[f"{reference} minus this"] = paired_difference(other, own)
@@ -157,7 +157,7 @@ def _print_streams(runs: Runs, title: str, seeds: int) -> None:
         cells = [_cell([s["accuracy"] for s in by_stream[stream]]) for stream in streams]
         rows.append((label, *cells))
     _print(title, ("method", *streams), rows,
-           f"mean over {seeds} seed(s) [95 % bootstrap interval]")  # fmt: skip
+           f"mean over {seeds} seed(s) [95 % t interval]")  # fmt: skip
 
 
 def _print_domains(runs: Runs, stream: str, seeds: int) -> None:
@@ -208,7 +208,7 @@ def _print_routings(runs: Runs, batches: int) -> None:
     if rows:
         columns = ("method", "stream", *names[:3], "best single", "learned - random")
         _print(f"routing compared on the last {batches} batches: accuracy in % (loss in nats)",
-               columns, rows, "mean over seeds [95 % bootstrap interval]; random: any expert for "
+               columns, rows, "mean over seeds [95 % t interval]; random: any expert for "
                "any image; busiest, best single: one expert per layer for all")  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def _print(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], ca
 
 
 def _cell(values: list[float]) -> str:
-    interval = bootstrap_interval(values, "mean")
+    interval = confidence_interval(values, "mean")
     return f"{100 * interval.point:.1f}{_ends(interval)}"
 
 

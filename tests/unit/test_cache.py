@@ -36,6 +36,24 @@ def test_second_call_reads_what_the_first_made(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+def test_states_of_files_show_every_change(tmp_path: Path) -> None:
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"one")
+    other.write_bytes(b"two")
+    seen = [cache.file_states([path, other])]
+    assert cache.file_states([path, other]) == seen[0] != cache.file_states([other, path])
+    times = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    seen.append(cache.file_states([path, other]))
+    path.rename(tmp_path / "c")
+    other.rename(path)  # its times of content are those of before
+    seen.append(cache.file_states([path, tmp_path / "c"]))
+    seen.append(cache.file_states([path, other]))  # one is missing
+    digests = {cache.digest({"files": states}) for states in seen}
+    assert len(digests) == 4
+
+
 def test_folder_is_under_home_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache.folder() == Path(os.environ["HOME"]) / ".cache" / "dynmoe"

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 from dynmoe import log
 from dynmoe.errors import ResourceError
 from dynmoe.log import Logger
+
+
+@pytest.fixture(autouse=True)
+def first_writer_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files by name: the second, the process, and this count, where 10 < 9.
+
+    Runs that go on do so in another process, a second later at least.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -72,6 +82,44 @@ def test_going_on_cuts_off_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     third.close()
     assert (tmp_path / "log.jsonl").read_bytes() == b""
     assert _scalars(tmp_path) == {}
+
+
+def test_what_was_logged_at_the_checkpoints_own_step_is_shown_once(tmp_path: Path) -> None:
+    """Before it or after it, scalars, texts and pictures, also when the run is stopped twice."""
+
+    def after(logger: Logger, value: float) -> None:
+        logger.scalars(5, {"task": value})
+        logger.event(5, "growth", {"experts": value})
+        logger.image(5, "map", torch.full((3, 4, 4), int(value), dtype=torch.uint8))
+        logger.scalars(4, {"late": value})  # of an earlier step, but after the checkpoint
+
+    first = Logger(tmp_path)
+    first.scalars(5, {"epoch": 1.0})
+    position, sizes = first.sync(), first.event_sizes()
+    after(first, 1.0)
+    first.close()
+    for value in (2.0, 3.0):
+        again = Logger(tmp_path, position, 5, sizes)
+        after(again, value)
+        again.close()
+    scalars = _scalars(tmp_path)
+    assert scalars == {"epoch": [(5, 1.0)], "task": [(5, 3.0)], "late": [(4, 3.0)]}
+    lines = [(line["step"], key, value) for line in _lines(tmp_path)
+             for key, value in line.items() if key in scalars]  # fmt: skip
+    assert sorted(lines) == sorted((s, tag, v) for tag, ps in scalars.items() for s, v in ps)
+    assert [step for step, _ in _images(tmp_path)["map"]] == [5]
+
+
+def test_a_file_of_tensorboard_that_lost_its_end_is_left_as_it_is(tmp_path: Path) -> None:
+    first = Logger(tmp_path)
+    first.scalars(1, {"loss": 1.0})
+    position, sizes = first.sync(), first.event_sizes()
+    first.close()
+    (name,) = sizes
+    second = Logger(tmp_path, position, 1, {name: sizes[name] + 100})
+    second.scalars(2, {"loss": 2.0})
+    second.close()
+    assert _scalars(tmp_path) == {"loss": [(1, 1.0), (2, 2.0)]}
 
 
 def _images(folder: Path) -> dict[str, list[tuple[int, bytes]]]:

@@ -40,8 +40,8 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
         c=[[0.5, 0.6], [0.2, 0.9], [0.1, 0.3]],
     )
     gap = r.difference("s", "a", "b")
-    assert gap.point == pytest.approx(0.11) and 0.0999 < gap.low <= gap.high < 0.1201
-    assert "s: a against b: +11.0 points [10." in r.says("s", "a", "b")
+    assert gap.point == pytest.approx(0.11) and 0.085 < gap.low < 0.086 < 0.134 < gap.high < 0.135
+    assert "s: a against b: +11.0 points [8.5, 13.5]" in r.says("s", "a", "b")
     assert "higher (train accuracy, last task; better with probability 0.67)" in r.says(
         "s", "a", "b"
     )
@@ -56,13 +56,15 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
 
 def test_what_is_kept_from_first_to_last_task() -> None:
     r = results(
-        up=[[0.1, 0.0, 0.3], [0.2, 0.0, 0.5]],
-        down=[[0.9, 0.5, 0.1], [0.8, 0.5, 0.3]],
-        level=[[0.5, 0.5, 0.4], [0.5, 0.5, 0.6]],
+        up=[[0.1, 0.0, 0.3], [0.2, 0.0, 0.5], [0.2, 0.0, 0.45]],
+        down=[[0.9, 0.5, 0.1], [0.8, 0.5, 0.1], [0.8, 0.5, 0.05]],
+        level=[[0.5, 0.5, 0.4], [0.5, 0.5, 0.6], [0.5, 0.5, 0.5]],
+        once=[[0.1, 0.2]],
     )
-    assert "+25.0 points [20.0, 30.0], gains" in r.kept("s", "up")
-    assert "-65.0 points [-80.0, -50.0], loses" in r.kept("s", "down")
+    assert "+25.0 points [12.6, 37.4], gains" in r.kept("s", "up")
+    assert "-75.0 points [-87.4, -62.6], loses" in r.kept("s", "down")
     assert "no change seen" in r.kept("s", "level")
+    assert "not known from one seed" in r.kept("s", "once")
 
 
 def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:

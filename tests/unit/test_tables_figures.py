@@ -140,8 +140,8 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ):
                 point, low, high = shown[name]
                 assert point == pytest.approx(sum(values) / 2)
-                # all resamples of two values: each twice with 1/4, their mean with 1/2
-                assert [low, high] == pytest.approx(sorted(values))
+                reach = 12.7062 * abs(values[1] - values[0]) / 2  # t of one degree of freedom
+                assert [low, high] == pytest.approx([point - reach, point + reach], rel=1e-4)
     assert (
         f"{100 * results['variants']['plain']['train_accuracy_summary']['last task'][0]:.1f}"
         in (out)
@@ -153,6 +153,11 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep.main([*argv[:4], "1", *argv[5:]])  # of one seed now
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
     assert logs == {p: p.stat().st_mtime_ns for p in logs}
+    kept = (tmp_path / "sweep" / "s" / "results.json").read_bytes()
+    for other in (["--protocol", "permuted"], ["--epochs", "1"]):
+        with pytest.raises(UserError, match=r"holds a run with other settings \(.*->.*--name"):
+            sweep.main([*argv, *other])
+    assert kept == (tmp_path / "sweep" / "s" / "results.json").read_bytes()
     results = json.loads((tmp_path / "sweep" / "s" / "results.json").read_text())
     point, low, high = results["variants"]["g1"]["train_accuracy_summary"]["first task"]
     first = summaries[tmp_path / "cl" / "s" / "g1" / "seed-0" / "summary.json"]["tasks"][0]

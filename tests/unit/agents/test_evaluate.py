@@ -16,7 +16,7 @@ from agents.rollout import Episode, collect
 from dynmoe import registry, seeding
 from dynmoe.moe.layer import moe_layers
 from dynmoe.progress import ProgressLine
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from envs.debug import make_debug
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv
@@ -157,7 +157,7 @@ EPISODES = [
 def test_summary() -> None:
     summary = evaluation_summary(stages(6), EPISODES, unfinished=1)
     json.dumps(summary, allow_nan=False)
-    interval = bootstrap_interval([3.0, 8.0, 18.0, 1.0, 2.0], "mean")
+    interval = confidence_interval([3.0, 8.0, 18.0, 1.0, 2.0], "mean")
     assert 1 < interval.low < 6.4 < interval.high < 18
     assert summary == {
         "episodes": 5,

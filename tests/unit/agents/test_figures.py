@@ -33,7 +33,7 @@ from agents.figures import (
 from agents.traces import Trace
 from dynmoe.figures import COLORS, as_image
 from dynmoe.moe.stats import gate_shares
-from dynmoe.stats import bootstrap_interval
+from dynmoe.stats import confidence_interval
 from envs.debug import make_debug
 
 MARK = "#222222"
@@ -241,7 +241,7 @@ def test_learning_curves_of_several_seeds() -> None:
     assert to_hex(band.get_facecolor()[0]) == COLORS[0] and band.get_alpha() < 0.5
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
     for number, step in ((1, 300.0), (2, 400.0)):
-        interval = bootstrap_interval([row[number] for row in joined], "mean")
+        interval = confidence_interval([row[number] for row in joined], "mean")
         assert interval.low < interval.point < interval.high
         assert {(step, interval.low), (step, interval.high)} <= corners
     assert np.unique(flat.get_paths()[0].vertices[:, 1]).tolist() == [1, 2]

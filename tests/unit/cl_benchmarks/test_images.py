@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cl_benchmarks import images
-from cl_benchmarks.images import ImageData, channel_stats, decode, read_class_tree
+from cl_benchmarks.images import ImageData, channel_stats, class_tree_files, decode
 from dynmoe.errors import UserError
 
 
@@ -26,11 +26,12 @@ def test_reads_both_layouts_and_gray_images(tmp_path: Path) -> None:
     _save(tmp_path / "train" / "a" / "images" / "x.png", (4, 5, 6))
     (tmp_path / "train" / "a" / "boxes.txt").write_text("no image")
     (tmp_path / "train" / ".hidden").mkdir()
-    x, y, names = read_class_tree(tmp_path, "train", 2, 8)
-    assert names == ["a", "b"] and y.tolist() == [0, 1, 1] and x.shape == (3, 3, 8, 8)
+    files, y, names = class_tree_files(tmp_path, "train", 2)
+    x = decode(files, 8)
+    assert names == ["a", "b"] and y == [0, 1, 1] and x.shape == (3, 3, 8, 8)
     assert x[:, :, 0, 0].tolist() == [[4, 5, 6], [9, 9, 9], [1, 2, 3]]
-    _, y, _ = read_class_tree(tmp_path, "train", 2, 8, names=["b", "a"])
-    assert y.tolist() == [0, 0, 1]
+    _, y, _ = class_tree_files(tmp_path, "train", 2, names=["b", "a"])
+    assert y == [0, 0, 1]
 
 
 def test_keeps_rows_columns_and_channels_apart(tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_wrong_folder_gets_a_suggestion(tmp_path: Path, given: str, right: str) 
     for name in "ab":
         _save(tmp_path / "top" / "set" / "train" / name / "0.png")
     with pytest.raises(UserError) as caught:
-        read_class_tree(tmp_path / given, "train", 2, 8)
+        class_tree_files(tmp_path / given, "train", 2)
     text = str(caught.value)
     assert f"expected 2 class folders in {tmp_path / given / 'train'}, found 0" in text
     assert text.endswith(f"Did you mean {tmp_path / right}?")
@@ -73,10 +74,10 @@ def test_wrong_folder_gets_a_suggestion(tmp_path: Path, given: str, right: str) 
 def test_missing_and_empty_classes_are_named(tmp_path: Path) -> None:
     _save(tmp_path / "train" / "a" / "0.png")
     with pytest.raises(UserError, match="expected 3 class folders in .*train, found 1"):
-        read_class_tree(tmp_path, "train", 3, 8)
+        class_tree_files(tmp_path, "train", 3)
     (tmp_path / "train" / "b").mkdir()
     with pytest.raises(UserError, match="no images in .*train/b"):
-        read_class_tree(tmp_path, "train", 2, 8)
+        class_tree_files(tmp_path, "train", 2)
 
 
 def test_channel_stats_are_those_of_numpy(data: ImageData) -> None:

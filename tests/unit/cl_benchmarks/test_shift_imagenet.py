@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,39 @@ def test_bad_image_files_are_named(tmp_path: Path) -> None:
             read_image(tmp_path / name, None, 224)
     with pytest.raises(UserError, match=r"a\.jpg is 230x240, smaller than the crop of 256x256"):
         read_image(tmp_path / "a.jpg", None, 256)
+
+
+def test_system_files_are_left_out_at_every_level(tmp_path: Path) -> None:
+    picture = image(tmp_path / "x.jpg", 256, 256)
+    noise = tree(tmp_path / "imagenet-c" / "noise" / "shot_noise" / "5", WNIDS, picture)
+    other = tree(tmp_path / "imagenet-r", SYNSETS["r"], picture)
+    first = noise / WNIDS[0]
+    for place in (tmp_path, *[p for p in first.parents if tmp_path in p.parents], first, other,
+                  other / SYNSETS["r"][3]):  # fmt: skip
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.JPEG"):
+            (place / name).write_bytes(b"no image")
+        for name in ("__MACOSX", ".hidden"):
+            (place / name).mkdir()
+            (place / name / "x.JPEG").write_bytes(b"no image")
+    assert len(Imagenet(tmp_path).corrupted("shot_noise", 5)) == 1000
+    assert len(Imagenet(tmp_path).other("rendition")) == 200
+    with pytest.raises(UserError, match=r"folders there: noise"):
+        Imagenet(tmp_path).corrupted("snow", 5)
+
+
+def test_corruptions_of_a_file_that_changed_are_made_again(tmp_path: Path) -> None:
+    picture = image(tmp_path / "x.jpg", 256, 256)
+    val = tree(tmp_path / "val", WNIDS, picture)
+    path = val / WNIDS[5] / "ILSVRC2012_val_0.JPEG"
+    path.unlink()  # it is linked into every class
+    path.write_bytes(picture.read_bytes().ljust(50_000, b"\0"))
+    before = path.stat()
+    first = Imagenet(tmp_path, on_the_fly=True).corrupted("contrast", 1).images([5])
+    other = image(tmp_path / "y.jpg", 256, 256, seed=1)
+    path.write_bytes(other.read_bytes().ljust(50_000, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = Imagenet(tmp_path, on_the_fly=True).corrupted("contrast", 1).images([5])
+    assert not torch.equal(first, again)
 
 
 def test_on_the_fly_corruptions_of_the_clean_set(root: Path, tmp_path: Path) -> None:

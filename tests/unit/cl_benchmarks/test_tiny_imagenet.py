@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -109,6 +110,57 @@ def test_decoded_images_are_cached_until_a_folder_changes(
     extra = tree / "train" / NAMES[7] / "images" / "extra.JPEG"
     extra.write_bytes(_jpeg(27))
     assert len(_load(tree).train_labels) == 201
+
+
+def _rewrite(path: Path) -> None:
+    path.write_bytes(_jpeg(200))
+
+
+def _replace_keeping_size_and_time(path: Path) -> None:
+    before = path.stat()
+    path.with_suffix(".new").write_bytes(_jpeg(200).ljust(before.st_size, b"\0"))
+    os.utime(path.with_suffix(".new"), ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.with_suffix(".new").replace(path)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def _write_keeping_size_and_time(path: Path) -> None:
+    before = path.stat()
+    path.write_bytes(_jpeg(200).ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change", [_rewrite, _replace_keeping_size_and_time, _write_keeping_size_and_time]
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_changed_in_any_way_is_read_again(
+    split: str, change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    tree = _tree(tmp_path)
+    path = next((tree / split).rglob("*7*.JPEG"))
+    path.write_bytes(_jpeg(30).ljust(2000, b"\0"))
+    images = "train_images" if split == "train" else "test_images"
+    first = getattr(_load(tree), images)
+    change(path)
+    second = getattr(_load(tree), images)
+    changed = (first != second).flatten(1).any(1)
+    assert changed.sum() == 1 and second[changed].float().mean() == pytest.approx(200, abs=1)
+
+
+def test_the_cache_leaves_out_system_files_in_every_folder(tmp_path: Path) -> None:
+    tree = _tree(tmp_path)
+    first = _load(tree)
+    for place in [tree, *(p for p in tree.rglob("*") if p.is_dir())]:
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.JPEG"):
+            (place / name).write_bytes(b"no image")
+        (place / "__MACOSX").mkdir()
+        (place / "__MACOSX" / "x.JPEG").write_bytes(b"no image")
+    again = _load(tree)
+    assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.test_labels, again.test_labels)
+    assert len(list(cache.folder().glob("tiny-imagenet-*"))) == 1
 
 
 def _truncate_train(tree: Path) -> None:

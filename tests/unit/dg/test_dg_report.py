@@ -55,7 +55,7 @@ def test_what_is_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     folders = {name: [tmp_path] * 3 for name in RUNS}
     report(tmp_path / "report", Config(), RUNS, folders)
     out = capsys.readouterr().out
-    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "narrow", "moe2: kl 0.7000"):
+    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "95 % t", "moe2: kl 0.7000"):
         assert text in out
     assert "erm: " not in out
     kept = json.loads((tmp_path / "report" / "results.json").read_text())

@@ -95,8 +95,6 @@ def tree(tmp_path: Path) -> Path:
     ("place", "message"),
     [
         ("helper/c0", "helper is no domain of pacs .*move it out"),
-        (".cache", r"\.cache is a hidden folder and no domain; move it out"),
-        ("photo/.ipynb_checkpoints", "is a hidden folder and no class; move it out"),
         ("photo/c7", "class lists differ .*: photo has 'c7' and art_painting has not"),
     ],
 )

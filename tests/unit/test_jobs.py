@@ -1,0 +1,84 @@
+"""Runs of sweeps and studies are known by their settings, not by their folders alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe import sweep
+from dynmoe.config import identity, to_dict
+from dynmoe.errors import UserError
+from dynmoe.jobs import Job, make_jobs, run_jobs
+
+COMMANDS = ("cl", "rl", "tta", "dg")
+
+
+def _job(command: str, runs: Path, **changes: Any) -> tuple[Job, Any]:
+    """A job of a command's first preset, and its settings."""
+    module = {"tta": "tta.__main__", "dg": "dg.__main__"}.get(command, command)
+    preset, config = next(iter(importlib.import_module(f"dynmoe.{module}").presets().items()))
+    config = replace(config, runs_dir=runs, name="x", **changes)
+    if command in ("cl", "rl"):
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
+        return make_jobs(command, "x", flags, [config.seed], runs, "x")[0], config
+    job_of = importlib.import_module(f"dynmoe.{command}.experiment").job_of
+    return (job_of(preset, "x", config) if command == "tta" else job_of(preset, config)), config
+
+
+def _finish(job: Job, config: Any) -> None:
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (job.folder / "summary.json").write_text("{}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_run_counts_for_its_own_settings_alone(command: str, tmp_path: Path) -> None:
+    job, config = _job(command, tmp_path)
+    assert not job.done and pickle.loads(pickle.dumps(job)) == job
+    config = replace(config, compare=()) if hasattr(config, "compare") else config
+    assert job.settings == identity(config)
+    _finish(job, config)
+    assert job.done
+    run_jobs([job, job], 1, "nothing to do")
+    other, _ = _job(command, tmp_path, batch_size=config.batch_size + 1) if command != "rl" else (
+        _job(command, tmp_path, num_envs=config.num_envs * 2)
+    )  # fmt: skip
+    assert other.folder == job.folder
+    with pytest.raises(UserError, match=r"holds a run with other settings \(.* -> ") as caught:
+        run_jobs([other], 1, "refused")
+    assert "\n" not in str(caught.value)
+
+
+def test_two_jobs_of_one_folder_need_the_same_settings(tmp_path: Path) -> None:
+    job, _ = _job("cl", tmp_path)
+    other, _ = _job("cl", tmp_path, epochs=3)
+    with pytest.raises(UserError, match=r"have one folder, .*, and other settings \(epochs: "):
+        run_jobs([job, other], 1, "refused")
+
+
+def test_settings_that_cannot_be_read_are_no_ones(tmp_path: Path) -> None:
+    job, config = _job("cl", tmp_path)
+    _finish(job, config)
+    (job.folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read; delete"):
+        run_jobs([job], 1, "refused")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0 is too small"),
+        (["--jobs", "0"], "--jobs 0 is too small"),
+        (["--variants", "a: --lr 1", "a: --lr 2"], "variant 'a' is named twice"),
+        (["--variants"], "--variants needs one or more"),
+    ],
+)
+def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
