@@ -195,8 +195,7 @@ class GrowthController:
         for layer in layers.values():
             check_room(layer, layer.num_experts + self.granularity)
         for theirs in copies:
-            shapes = [[p.shape for p in layer.parameters()] for layer in theirs]
-            if shapes != [[p.shape for p in layer.parameters()] for layer in layers.values()]:
+            if [_partition(layer) for layer in theirs] != [_partition(x) for x in layers.values()]:
                 raise UserError(
                     "growth: a model in copies= does not have the MoE layers that the grown model "
                     "has; make copies of the model as it is now, and list them from then on"
@@ -315,3 +314,9 @@ class GrowthController:
             return
         self.generator = self.generator or torch.Generator()
         self.generator.set_state(state)
+
+
+def _partition(layer: MoELayer) -> list[Any]:
+    """What must be equal of two layers that one plan is to fit: shapes, and the units' owners."""
+    owners = layer.bank.segment.tolist() if isinstance(layer.bank, UnitBank) else []
+    return [layer.num_experts, owners, *(parameter.shape for parameter in layer.parameters())]

@@ -156,8 +156,8 @@ def _factored_shape(key: str, shape: torch.Size) -> torch.Size | None:
 
 def _initial(optimizer: Optimizer, parameter: Tensor, key: str) -> Any:
     """What entries of this state start with in a new optimizer."""
-    option = {"step_size": "lr", "sum": "initial_accumulator_value"}.get(key)
-    for group in optimizer.param_groups if option else ():
+    options = {"step_size": "lr", "sum": "initial_accumulator_value"}
+    for group in optimizer.param_groups if key in options else ():
         if any(p is parameter for p in group["params"]):
-            return group.get(option, 0.0)
+            return group.get(options[key], 0.0)
     return 0.0

@@ -54,7 +54,7 @@ class _Listening(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         before = ctx.returned.get(ctx.name)
         ctx.returned[ctx.name] = gradient if before is None else before + gradient
         return None, None, None, None
@@ -69,5 +69,5 @@ class _Sending(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradient, ctx.gradient, None
