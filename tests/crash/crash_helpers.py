@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dynmoe import checkpoint
 from dynmoe.config import run_command
 
 
@@ -40,6 +42,13 @@ def error_line(err: str) -> str:
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in err, err
     return lines[0]
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """A run's newest checkpoint, but for the sizes of event files: each session has its own."""
+    saved = checkpoint.load_latest(folder / "checkpoints")
+    assert saved is not None
+    return {name: value for name, value in saved.items() if name != "event_sizes"}
 
 
 def assert_same(one: object, two: object, where: str = "") -> None:

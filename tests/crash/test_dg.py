@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crash_helpers import assert_same, error_line, exit_code
+from crash_helpers import assert_same, error_line, exit_code, last_checkpoint
 from PIL import Image
 from torch import Tensor
 
 from cl_benchmarks.domain_split import split
-from dynmoe import checkpoint
 from dynmoe.dg import __main__ as dg
 from dynmoe.dg.methods.moe2 import MoE2
 from dynmoe.dg.source import load_source
@@ -78,7 +77,7 @@ def test_stopped_and_resumed_at_every_step(
     one, two = folder(tmp_path / "whole"), folder(tmp_path / "parts")
     for name in ("log.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    last = [checkpoint.load_latest(f / "checkpoints") for f in (one, two)]
+    last = [last_checkpoint(f) for f in (one, two)]
     if moment == "_train_step":
         assert_same(last[0], last[1])
     with np.load(one / "figures.npz") as a, np.load(two / "figures.npz") as b:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_helpers import assert_same, exit_code, stop_at
+from crash_helpers import assert_same, exit_code, last_checkpoint, stop_at
 
 from cl_benchmarks.recorder import Recorder
 from dynmoe import checkpoint, cl
@@ -73,7 +73,7 @@ def _exit_code(argv: list[str]) -> int:
 def _assert_same_run(one: Path, two: Path) -> None:
     for name in ("log.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
+    last = [last_checkpoint(folder) for folder in (one, two)]
     assert last[0] is not None and last[0]["state"]["strategy"]["model"]
     assert_same(last[0], last[1])
 

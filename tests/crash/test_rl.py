@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code, stop_at
+from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
 from agents.recorder import Recorder
 from dynmoe import checkpoint, rl
@@ -68,7 +68,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
         assert (one / name).is_file() == (two / name).is_file(), name
         if (one / name).is_file():
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    last = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
+    last = [last_checkpoint(folder) for folder in (one, two)]
     assert last[0] is not None and last[0]["state"]["policy"]
     assert_same(last[0], last[1])
 

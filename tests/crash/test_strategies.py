@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code, stop_at
+from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
 import agents.recorder
 import cl_benchmarks.recorder
-from dynmoe import checkpoint, cl, rl
+from dynmoe import cl, rl
 
 CL = (
     "--preset smoke --compare --chunks 3 --epochs 2 --eval-samples 60 --protocol.images 150 "
@@ -69,7 +69,7 @@ def _stopped(
     whole, cut = (tmp_path / runs / command / "x" / "seed-0" for runs in ("whole", "cut"))
     for name in ("log.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
-    last = [checkpoint.load_latest(folder / "checkpoints") for folder in (whole, cut)]
+    last = [last_checkpoint(folder) for folder in (whole, cut)]
     assert last[0] is not None
     assert_same(last[0], last[1])
     return whole, sessions

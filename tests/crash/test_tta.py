@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from crash_helpers import assert_same, error_line, exit_code, stop_at
+from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
-from dynmoe import checkpoint
 from dynmoe.tta.__main__ import main
 from dynmoe.tta.tally import Tally
 
@@ -48,7 +47,7 @@ def test_stopped_after_every_batch(
     one, two = _folder(whole), _folder(parts)
     for name in ("log.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    states = [checkpoint.load_latest(folder / "checkpoints") for folder in (one, two)]
+    states = [last_checkpoint(folder) for folder in (one, two)]
     assert states[0] is not None and states[0]["state"]["batch"] == 5
     assert_same(states[0], states[1])
     results = [json.loads((r / "tta" / "x" / "results.json").read_text()) for r in (whole, parts)]
@@ -119,7 +118,7 @@ def test_the_routing_is_compared_without_a_trace(
                     "--compare tent --checkpoint-every-s 0 --alignment 0") == 0  # fmt: skip
         (folder,) = (tmp_path / str(batches) / "tta").glob("x-moetta-*/seed-0")
         seen[batches] = json.loads((folder / "summary.json").read_text())
-        states[batches] = checkpoint.load_latest(folder / "checkpoints")
+        states[batches] = last_checkpoint(folder)
         logs[batches] = (folder / "log.jsonl").read_bytes()
         assert ("learned - random" in capsys.readouterr().out) == (batches > 0)
     assert seen[0].pop("routings") == {} and logs[0] == logs[2]
