@@ -306,6 +306,7 @@ class Fold:
             "method": self.method.learned_state(),
             "optimizer": self.optimizer.state_dict(),
             "growth": self.controller.state_dict() if self.controller else None,
+            "random": seeding.global_state(),  # a fold begins by seeding it
         }
         return {"rows": self.trial.rows, "step": self.step, "fold": fold}
 
@@ -316,3 +317,4 @@ class Fold:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
             self.controller.load_state_dict(state["growth"])
+        seeding.load_global_state(state["random"])
