@@ -18,10 +18,10 @@ from agents.actor_critic import ActorCritic
 from agents.rollout import Episode, Rollout, collect
 from agents.traces import Trace
 from dynmoe import seeding
-from dynmoe.files import finite
+from dynmoe.lab.files import finite
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.statistics import Interval, confidence_interval, iqm
 from dynmoe.moe.evaluation import undisturbed
-from dynmoe.progress import ProgressLine
-from dynmoe.stats import Interval, confidence_interval, iqm
 from envs.vector import TorchVectorEnv
 
 CHUNK = 64

@@ -22,13 +22,13 @@ from agents.ppo import train
 from agents.recorder import Recorder
 from agents.settings import Config
 from agents.statistics import learning_curve
-from cl_benchmarks.intervention import Intervention
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.controller import GrowthController
-from dynmoe.memory import keep_freed_memory
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
 from envs.vector import TorchVectorEnv
 
 

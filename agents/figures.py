@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.traces import Trace
-from dynmoe.figures import COLORS
-from dynmoe.files import write_atomic
+from dynmoe.lab.figures import COLORS
+from dynmoe.lab.files import write_atomic
 from dynmoe.moe.stats import gate_shares
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _joined(
 
 def _band(steps: NDArray[np.float64], seeds: NDArray[np.float64]) -> tuple[Any, Any, Any]:
     """Steps, lower and upper end of the 95 % interval of the mean over seeds [seeds, J]."""
-    from dynmoe.stats import confidence_interval
+    from dynmoe.lab.statistics import confidence_interval
 
     some = np.unique(np.linspace(0, len(steps) - 1, BAND_POINTS).round().astype(int))
     intervals = [confidence_interval(seeds[:, j], "mean") for j in some]

@@ -18,9 +18,9 @@ from agents.actions import ActionDistribution, Categorical
 from agents.actor_critic import ActorCritic
 from agents.modes import learning
 from agents.rollout import Rollout, advantages, collect
-from cl_benchmarks.intervention import Intervention
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
+from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe import collect_aux_losses, finish_step
 from envs.vector import TorchVectorEnv
 

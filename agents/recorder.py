@@ -20,17 +20,17 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
 from agents.traces import Traces
-from cl_benchmarks.intervention import Intervention
 from dynmoe.errors import NumericError
-from dynmoe.figures import as_image
 from dynmoe.growth.controller import GrowthController
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab.figures import as_image
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
 from dynmoe.moe.inspection import heat_map
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.stats import routing_stats
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import copy_parameters, take_probe
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
 from envs.vector import TorchVectorEnv
 
 

@@ -13,14 +13,14 @@ from agents.experiment import make_env, make_policy
 from agents.figures import router_figure, write_figure
 from agents.settings import Config
 from agents.video import write_video
-from cl_benchmarks.intervention import Intervention
-from dynmoe import checkpoint
-from dynmoe.config import from_dict
-from dynmoe.device import resolve
 from dynmoe.errors import UserError
-from dynmoe.files import write_json
-from dynmoe.memory import keep_freed_memory
-from dynmoe.progress import ProgressLine
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab import checkpoint
+from dynmoe.lab.config import from_dict
+from dynmoe.lab.device import resolve
+from dynmoe.lab.files import write_json
+from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.progress import ProgressLine
 
 
 def run_evaluation(config: Config) -> None:

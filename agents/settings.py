@@ -8,9 +8,9 @@ from typing import Literal
 
 from agents.encoder import Encoder
 from agents.ppo import PPOSettings
-from dynmoe.config import RunConfig, place, slot
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.settings import GrowthSettings
+from dynmoe.lab.config import RunConfig, place, slot
 from dynmoe.registry import PartConfig
 
 

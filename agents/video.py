@@ -22,7 +22,7 @@ from torch import Tensor
 from agents.figures import FLOOR_COLORS, averaged, expert_color, floor_changes, used_shares
 from agents.traces import Trace
 from dynmoe.errors import UserError
-from dynmoe.files import write_atomic
+from dynmoe.lab.files import write_atomic
 from envs.vector import TorchVectorEnv
 
 Pixels = NDArray[np.uint8]

@@ -30,8 +30,8 @@ from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
 from dynmoe import registry
 from dynmoe.cl import presets
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
 
 
 def bare_task(training: Training, chunk: ChunkDataset, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of `dynmoe.stats` hold the true value at few seeds.
+"""How often the 95 % intervals of `dynmoe.lab.statistics` hold the true value at few seeds.
 
     python -m benchmarks.coverage [--trials 4000]
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from dynmoe.stats import Statistic, confidence_interval, paired_difference
+from dynmoe.lab.statistics import Statistic, confidence_interval, paired_difference
 
 Draw = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 DISTRIBUTIONS: dict[str, Draw] = {

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_benchmarks import domain_styles, fractals
-from dynmoe import cache, seeding
+from dynmoe import seeding
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 VERSION = 1
 """Raise it when the same settings give other weights: cached ones are then trained anew."""

@@ -13,19 +13,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.intervention import Intervention
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.recorder import Recorder
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.figures import plasticity_figure
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab.figures import plasticity_figure
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
+from dynmoe.lab.tables import print_methods, print_tasks
 from dynmoe.network import Network, build_network
 from dynmoe.plasticity.trend import plasticity_summary
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
-from dynmoe.tables import print_methods, print_tasks
 
 if TYPE_CHECKING:
     from cl_benchmarks.strategy import StreamStrategy

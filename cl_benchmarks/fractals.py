@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmoe import cache
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 NUM_CLASSES = 200
 MAX_MAPS = 8

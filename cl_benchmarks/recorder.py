@@ -15,6 +15,8 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.errors import NumericError
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.stats import gate_shares
@@ -26,8 +28,6 @@ from dynmoe.plasticity.routing import (
     information_by_expert,
     routing_drift,
 )
-from dynmoe.progress import ProgressLine
-from dynmoe.run import Run
 
 if TYPE_CHECKING:
     from cl_benchmarks.strategy import StreamStrategy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dynmoe.config import RunConfig, place, slot
 from dynmoe.growth.settings import GrowthSettings
+from dynmoe.lab.config import RunConfig, place, slot
 from dynmoe.network import Trunk
 from dynmoe.registry import PartConfig
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_benchmarks.settings import Config
-from dynmoe.config import parse, run_command
+from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import tyro
 
 from dynmoe import registry
-from dynmoe.config import run_command
 from dynmoe.errors import unknown
+from dynmoe.lab.config import run_command
 
 DESCRIPTION = """List the parts that can be chosen by name, such as the routers of `--router`: what
 they are, where they are from (the paper, or "ours") and their options. Parts of your own are among

@@ -40,7 +40,7 @@ FOLDERS = {
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
-    "strategy": "cl_benchmarks.strategies",
+    "strategy": "dynmoe.interventions",
     "domains": "cl_benchmarks.domains",
     "dg": "dynmoe.dg.methods",
     "study": "dynmoe.studies",

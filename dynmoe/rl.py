@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from agents.settings import Config
-from dynmoe.config import parse, run_command
+from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the

@@ -19,10 +19,10 @@ from typing import Annotated
 import tyro
 
 from dynmoe import registry
-from dynmoe.config import run_command
 from dynmoe.errors import UserError
-from dynmoe.jobs import Job, run_jobs
-from dynmoe.study_design import VIEWS, Preset, Results, Study
+from dynmoe.lab.config import run_command
+from dynmoe.lab.jobs import Job, run_jobs
+from dynmoe.studies.design import VIEWS, Preset, Results, Study
 
 SEARCH_SEED = 1000
 """Searches use a seed that no reported run has."""
@@ -76,7 +76,7 @@ def run_study(study: Study, config: Config, flags: list[str]) -> None:
     Args:
         flags: more flags for every run, for instance to shorten it.
     """
-    from dynmoe.study_report import report
+    from dynmoe.studies.report import report
 
     view = VIEWS[study.command]
     seeds = config.seeds or study.seeds[config.preset]

@@ -18,10 +18,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dynmoe.config import run_command
 from dynmoe.errors import UserError
-from dynmoe.jobs import make_jobs, run_jobs
-from dynmoe.sweep_report import report
+from dynmoe.lab.config import run_command
+from dynmoe.lab.jobs import make_jobs, run_jobs
+from dynmoe.studies.sweep_report import report
 
 
 @dataclass(frozen=True, kw_only=True)

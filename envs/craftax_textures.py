@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynmoe.cache import Arrays, digest, load_or_make
 from dynmoe.errors import UserError
+from dynmoe.lab.cache import Arrays, digest, load_or_make
 from envs.craftax_code import CLASSIC, FULL, Layout
 
 ROW = 32

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynmoe import cache
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 CPU_OPTIONS = {
     # fewer copies of what loops carry: a step of Craftax takes 30 % less time

@@ -46,7 +46,7 @@ def make(
     """
     if num_envs < 1:
         raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
-    from dynmoe.device import resolve
+    from dynmoe.lab.device import resolve
     from envs import craftax, debug
 
     where = resolve(str(device))

@@ -9,8 +9,8 @@ from cl_benchmarks.dataset import Dataset
 from cl_benchmarks.datasets.fractal import Fractal
 from cl_benchmarks.datasets.tiny_imagenet import find_tree, read_tree
 from cl_benchmarks.images import ImageData
-from dynmoe.cache import notice
 from dynmoe.errors import UserError
+from dynmoe.lab.cache import notice
 
 
 class Auto(Dataset, name="auto"):

@@ -17,8 +17,8 @@ from cl_benchmarks.images import (
     decode,
     image_files,
 )
-from dynmoe import cache
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 TREE = "tiny-imagenet-200"
 CLASSES, SIZE = 200, 64

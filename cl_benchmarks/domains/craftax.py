@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cl_benchmarks.domain_set import Domain, DomainData, DomainSet
-from dynmoe import cache, seeding
+from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
+from dynmoe.lab import cache
 
 if TYPE_CHECKING:
     from envs.craftax_scenes import Scenes

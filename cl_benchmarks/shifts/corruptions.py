@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cl_benchmarks.shifts.domain import Domain
-from dynmoe import cache, seeding
+from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
+from dynmoe.lab import cache
 
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),

@@ -19,8 +19,9 @@ from cl_benchmarks.shifts import small
 from cl_benchmarks.shifts.corruptions import check
 from cl_benchmarks.shifts.domain import Domain, Memory
 from cl_benchmarks.shifts.source import OTHERS, ShiftSource
-from dynmoe import cache, seeding
+from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
+from dynmoe.lab import cache
 
 SEED = 0
 """The embedded images are one fixed data set, as a downloaded one is."""

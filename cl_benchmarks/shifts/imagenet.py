@@ -29,8 +29,8 @@ from cl_benchmarks.images import class_folders, image_files
 from cl_benchmarks.shifts.corruptions import GROUPS, Corrupted, check
 from cl_benchmarks.shifts.domain import Domain, Files
 from cl_benchmarks.shifts.source import OTHERS, ShiftSource
-from dynmoe import cache
 from dynmoe.errors import UserError, unknown
+from dynmoe.lab import cache
 
 Labels = Literal["all-1000", "subset"]
 CLASSES, SIZE, RESIZE = 1000, 224, 256

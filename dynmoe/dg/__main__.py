@@ -1,7 +1,7 @@
 """`python -m dynmoe.dg`: domain generalisation, leaving one domain out at a time.
 
-This file holds the presets; the settings are in `dynmoe.dg.settings`, the work is in
-`dynmoe.dg.experiment`.
+This file holds the presets; the settings are in `dynmoe.experiments.dg.settings`, the work is in
+`dynmoe.experiments.dg.experiment`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_benchmarks.backbone import SmallVit
-from dynmoe.config import parse, run_command
-from dynmoe.dg.settings import Config
+from dynmoe.experiments.dg.settings import Config
+from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
 
 DESCRIPTION = """Domain generalisation: adapt a pre-trained vision transformer to some domains and
@@ -61,7 +61,7 @@ def presets() -> dict[str, Config]:
 def main(argv: list[str]) -> None:
     """Read the command line, train all methods in all trials, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.dg", DESCRIPTION)
-    from dynmoe.dg.experiment import run_all
+    from dynmoe.experiments.dg.experiment import run_all
 
     run_all(preset, config)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dynmoe import seeding
-from dynmoe.cache import Arrays
 from dynmoe.dg.method import DGMethod
-from dynmoe.dg.source import Source
+from dynmoe.experiments.dg.source import Source
+from dynmoe.lab.cache import Arrays
 from dynmoe.moe.layer import MoELayer, moe_layers
 
 Embeddings = Callable[[DGMethod, int], Tensor | None]

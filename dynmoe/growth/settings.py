@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynmoe.config import slot
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
@@ -16,6 +15,7 @@ from dynmoe.growth.newborn import Newborn
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.trigger import Trigger
+from dynmoe.lab.config import slot
 from dynmoe.moe.bank import UnitBank, spread_sizes
 from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
 from dynmoe.moe.share import share_router

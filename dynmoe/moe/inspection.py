@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.figures import as_image
+from dynmoe.lab.figures import as_image
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 WAIT = 200
 """Steps that a trigger waits at least: less than the shortest task, which has 320."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 GRID: dict[str, tuple[str, tuple[str, ...]]] = {
     "l2": ("strength", ("1e-5", "1e-4", "1e-3", "1e-2")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 WIDTHS = (0.0, 0.5, 1.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 FORMS = ("euclidean", "cosine", "kl")
 WEIGHTS = ("0", "0.2", "1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 SETS = (1, 2, 3, 5, 8)
 PAPER = "--preset paper --domains pacs --pretrained"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 METHODS = ("erm", "linear-probe", "attention-only", "lora", "compacter", "kadaptation", "moa",
            "moa-lora", "gmoe", "hmoe", "ensemble", "moe2")  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 LARGER = {
     "moa, ranks x 8": "--method.ranks 8 16 32 64",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 TEMPERATURES = ("0.1", "0.3", "0.5", "0.7", "1.0")
 NOISES = ("0", "1e-4", "1e-2", "0.1")

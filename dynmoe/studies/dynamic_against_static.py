@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 
 class DynamicAgainstStatic(Study, name="dynamic-against-static", source="ours"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 
 class Granularity(Study, name="granularity", source="Kim 2025 (arXiv 2511.18987)"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dynmoe.stats import confidence_interval
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.lab.statistics import confidence_interval
+from dynmoe.studies.design import Preset, Results, Study
 
 RANK = "rank/effective_rank"
 EXPERTS = (1, 2, 4, 8, 16, 32)

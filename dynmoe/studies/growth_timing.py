@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 STEPS = {"class": 640, "shuffle": 320}
 """Optimizer steps of one task in the laptop's streams."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.studies.design import Preset, Results, Study
 
 
 class Preservation(Study, name="preservation", source="ours; inits after arXiv 1511.05641"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.study_design import Command, Preset, Results, Study
+from dynmoe.studies.design import Command, Preset, Results, Study
 
 
 class RLGrowth(Study, name="rl-growth", source="Kim 2025 (arXiv 2511.18987)"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dynmoe.stats import paired_difference
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.lab.statistics import paired_difference
+from dynmoe.studies.design import Preset, Results, Study
 
 NEWEST = "router/newest_share"
 G = 2

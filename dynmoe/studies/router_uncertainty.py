@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from dynmoe.stats import paired_difference
-from dynmoe.study_design import Preset, Results, Study
+from dynmoe.lab.statistics import paired_difference
+from dynmoe.studies.design import Preset, Results, Study
 
 WIDTHS = (0.0, 1.0)
 FIGURES = (("entropy of a sample's gates", "router/entropy"),

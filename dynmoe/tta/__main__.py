@@ -1,7 +1,7 @@
 """`python -m dynmoe.tta`: methods of test-time adaptation on streams of shifted images.
 
-This file holds the presets; the settings are in `dynmoe.tta.settings`, the work is in
-`dynmoe.tta.experiment`.
+This file holds the presets; the settings are in `dynmoe.experiments.tta.settings`, the work is in
+`dynmoe.experiments.tta.experiment`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.config import parse, run_command
-from dynmoe.tta.settings import Config, SmallVit
+from dynmoe.experiments.tta.settings import Config, SmallVit
+from dynmoe.lab.config import parse, run_command
 
 DESCRIPTION = """Test-time adaptation: a trained model meets corrupted and otherwise shifted images
 and goes on learning from them without labels. Every method runs on every stream with every seed;
@@ -45,7 +45,7 @@ LAPTOP_LR = 10.0
 def main(argv: list[str]) -> None:
     """Read the command line, run the methods on the streams, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.tta", DESCRIPTION)
-    from dynmoe.tta.experiment import run_all
+    from dynmoe.experiments.tta.experiment import run_all
 
     run_all(preset, config)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dynmoe import checkpoint
-from dynmoe.config import run_command
+from dynmoe.lab import checkpoint
+from dynmoe.lab.config import run_command
 
 
 def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -23,8 +23,9 @@ import pytest
 from crash_helpers import assert_same, exit_code, last_checkpoint, stop_at
 
 from cl_benchmarks.recorder import Recorder
-from dynmoe import checkpoint, cl
-from dynmoe.config import run_command
+from dynmoe import cl
+from dynmoe.lab import checkpoint
+from dynmoe.lab.config import run_command
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 240

@@ -15,7 +15,8 @@ import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
 from agents.recorder import Recorder
-from dynmoe import checkpoint, rl
+from dynmoe import rl
+from dynmoe.lab import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from crash_helpers import error_line, exit_code
 
-from dynmoe.config import run_command
+from dynmoe.lab.config import run_command
 from dynmoe.tta.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def processes() -> BaseContext:
     """Starts processes of their own that have imported everything: forks of a clean server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["dynmoe.tta.experiment", "timm.models.vision_transformer", "scipy",
+        ["dynmoe.experiments.tta.experiment", "timm.models.vision_transformer", "scipy",
          "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
     )  # fmt: skip
     return context

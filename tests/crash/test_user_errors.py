@@ -19,9 +19,10 @@ import torch
 from crash_helpers import error_line, exit_code
 from PIL import Image
 
-from dynmoe import checkpoint, cl, files, registry
-from dynmoe.config import run_command
-from dynmoe.run import Run
+from dynmoe import cl, registry
+from dynmoe.lab import checkpoint, files
+from dynmoe.lab.config import run_command
+from dynmoe.lab.run import Run
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynmoe import cache
+from dynmoe.lab import cache
 
 ARRAYS: cache.Arrays = {"a": np.arange(500), "b": np.eye(3, dtype=np.uint8)}
 

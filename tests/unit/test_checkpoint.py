@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dynmoe import checkpoint
-from dynmoe.checkpoint import exists, load_latest, save
 from dynmoe.errors import ResourceError
+from dynmoe.lab import checkpoint
+from dynmoe.lab.checkpoint import exists, load_latest, save
 
 
 def _steps(folder: Path) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynmoe.device import make_deterministic, resolve
 from dynmoe.errors import UserError
+from dynmoe.lab.device import make_deterministic, resolve
 
 
 def test_known_devices() -> None:

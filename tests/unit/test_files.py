@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dynmoe import files
 from dynmoe.errors import ResourceError
-from dynmoe.files import make_folder, remove_leftovers, write_atomic, write_json
+from dynmoe.lab import files
+from dynmoe.lab.files import make_folder, remove_leftovers, write_atomic, write_json
 
 
 def _failing(error: OSError) -> Any:

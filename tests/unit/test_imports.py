@@ -16,7 +16,7 @@ from dynmoe import registry
 ROOT = Path(__file__).parents[2]
 HEAVY = ("avalanche", "torchvision", "timm", "jax", "matplotlib", "tensorboard", "sklearn", "scipy")
 MODEL_CODE = ("dynmoe.moe", "dynmoe.growth", "dynmoe.network", "dynmoe.nets", "dynmoe.plasticity")
-STRATEGIES = ("cl_benchmarks.intervention", "cl_benchmarks.strategies")
+STRATEGIES = ("dynmoe.interventions.intervention", "dynmoe.interventions")
 """What keeps networks plastic works in any training loop, so agents may import it."""
 SCENES = ("cl_benchmarks/domains/craftax.py", "envs.craftax_scenes")
 """The one data set that is drawn by a game, and what it takes from it."""
@@ -70,7 +70,7 @@ def _backward(source: str, forbidden: tuple[str, ...]) -> set[str]:
     ("places", "forbidden"),
     [
         (CORE, ("cl_benchmarks", "envs", "agents", "avalanche", "jax", "gymnasium", "craftax")),
-        (DATA, (*MODEL_CODE, "dynmoe.cl", "dynmoe.run", "agents", "envs")),
+        (DATA, (*MODEL_CODE, "dynmoe.cl", "dynmoe.lab.run", "agents", "envs")),
         (["envs"], ("dynmoe.moe", "dynmoe.growth", "agents", "cl_benchmarks")),
         (["agents"], ("cl_benchmarks",)),  # but for STRATEGIES
         (["dynmoe/nets", "dynmoe/network.py"], ("cl_benchmarks", "envs", "agents", "avalanche")),
@@ -92,7 +92,7 @@ def test_no_import_points_backward(places: list[str], forbidden: tuple[str, ...]
 def test_strategies_need_no_framework_at_the_top() -> None:
     """Nor anything of `cl_benchmarks` that knows Avalanche or how a run is made."""
     shared = [f"cl_benchmarks/{m}.py" for m in ("anchor", "periodic", "units", "weights")]
-    files = _files([*shared, "cl_benchmarks/intervention.py", "cl_benchmarks/strategies"])
+    files = _files([*shared, "dynmoe/interventions/intervention.py", "dynmoe/interventions"])
     bound = ("strategy", "experiment", "recorder", "method", "methods", "settings", "growth_plugin")
     forbidden = (*HEAVY, "agents", "envs", *(f"cl_benchmarks.{name}" for name in bound))
     for path in files:

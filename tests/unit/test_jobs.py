@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from dynmoe import sweep
-from dynmoe.config import identity, to_dict
 from dynmoe.errors import UserError
-from dynmoe.jobs import Job, make_jobs, run_jobs
+from dynmoe.lab.config import identity, to_dict
+from dynmoe.lab.jobs import Job, make_jobs, run_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tensorboard.summary.writer import event_file_writer
 
-from dynmoe import log
 from dynmoe.errors import ResourceError
-from dynmoe.log import Logger
+from dynmoe.lab import log
+from dynmoe.lab.log import Logger
 
 
 @pytest.fixture(autouse=True)

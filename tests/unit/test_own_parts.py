@@ -16,9 +16,9 @@ import torch
 
 from cl_benchmarks.settings import Config
 from dynmoe import own_parts, registry
-from dynmoe.config import from_dict, to_dict
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
+from dynmoe.lab.config import from_dict, to_dict
 from dynmoe.moe import MoELayer
 
 ROOT = Path(__file__).parents[2]

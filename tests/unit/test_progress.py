@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.progress import ProgressLine
+from dynmoe.lab.progress import ProgressLine
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_one_live_line_on_a_terminal() -> None:
     code = (
-        "from dynmoe.progress import ProgressLine\n"
+        "from dynmoe.lab.progress import ProgressLine\n"
         "with ProgressLine('dense', 4) as progress:\n"
         "    progress.update(4, experts=6)\n"
     )

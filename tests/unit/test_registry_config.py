@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from dynmoe import registry
-from dynmoe.config import (
+from dynmoe.errors import UserError
+from dynmoe.growth import Budget
+from dynmoe.lab.config import (
     RunConfig,
     difference,
     digest,
@@ -26,8 +28,6 @@ from dynmoe.config import (
     slots,
     to_dict,
 )
-from dynmoe.errors import UserError
-from dynmoe.growth import Budget
 from dynmoe.registry import Part, PartConfig
 
 PARTS = [(kind, name) for kind in registry.FOLDERS for name in registry.names(kind)]

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynmoe.config import RunConfig
 from dynmoe.errors import Interrupted, UserError
-from dynmoe.run import Run
+from dynmoe.lab.config import RunConfig
+from dynmoe.lab.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

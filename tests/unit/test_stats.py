@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, t, trim_mean, ttest_1samp, ttest_rel
 
-from dynmoe.stats import (
+from dynmoe.lab.statistics import (
     Interval,
     confidence_interval,
     iqm,

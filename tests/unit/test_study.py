@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from dynmoe import cl, registry, rl
-from dynmoe.config import parse
 from dynmoe.dg import __main__ as dg
 from dynmoe.errors import UserError
-from dynmoe.stats import Interval, seeds_to_see
+from dynmoe.lab.config import parse
+from dynmoe.lab.statistics import Interval, seeds_to_see
+from dynmoe.studies.design import VIEWS, Preset, Results, Study, logged
+from dynmoe.studies.report import _cell
 from dynmoe.study import Config, main, run_study
-from dynmoe.study_design import VIEWS, Preset, Results, Study, logged
-from dynmoe.study_report import _cell
 from dynmoe.tta import __main__ as tta
 
 STUDIES = registry.names("study")

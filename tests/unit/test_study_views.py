@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dynmoe import registry
-from dynmoe.stats import Interval
+from dynmoe.lab.statistics import Interval
+from dynmoe.studies.design import VIEWS, Command, Preset, Results, Study
+from dynmoe.studies.views.drawing import dots
+from dynmoe.studies.views.shifts import _gains
+from dynmoe.studies.views.view import At
 from dynmoe.study import Config, run_study
-from dynmoe.study_design import VIEWS, Command, Preset, Results, Study
-from dynmoe.study_views.drawing import dots
-from dynmoe.study_views.shifts import _gains
-from dynmoe.study_views.view import At
 
 TTA: dict[str, Any] = {
     "accuracy": 0.5,

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynmoe import figures, sweep
-from dynmoe.config import run_command
+from dynmoe import sweep
 from dynmoe.errors import UserError
-from dynmoe.figures import band_figure, plasticity_figure
+from dynmoe.lab import figures
+from dynmoe.lab.config import run_command
+from dynmoe.lab.figures import band_figure, plasticity_figure
+from dynmoe.lab.tables import print_methods, print_tasks
 from dynmoe.plasticity.trend import plasticity_summary
-from dynmoe.tables import print_methods, print_tasks
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from agents.actor_critic import ActorCritic
 from agents.ppo import PPOSettings, train
-from cl_benchmarks.intervention import Intervention
-from cl_benchmarks.units import find_units, watch
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.units import find_units, watch
 
 SHORT = changed(total_steps=256)
 """Four updates of 2 x 4 optimizer steps."""

@@ -14,9 +14,9 @@ from agents.actor_critic import ActorCritic
 from agents.evaluate import evaluation_summary, play, print_evaluation
 from agents.rollout import Episode, collect
 from dynmoe import registry, seeding
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.statistics import confidence_interval
 from dynmoe.moe.layer import moe_layers
-from dynmoe.progress import ProgressLine
-from dynmoe.stats import confidence_interval
 from envs.debug import make_debug
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv

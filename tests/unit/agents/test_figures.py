@@ -31,9 +31,9 @@ from agents.figures import (
     write_figure,
 )
 from agents.traces import Trace
-from dynmoe.figures import COLORS, as_image
+from dynmoe.lab.figures import COLORS, as_image
+from dynmoe.lab.statistics import confidence_interval
 from dynmoe.moe.stats import gate_shares
-from dynmoe.stats import confidence_interval
 from envs.debug import make_debug
 
 MARK = "#222222"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_benchmarks.intervention import Intervention
 from cl_benchmarks.method import Training
 from cl_benchmarks.settings import Config
-from cl_benchmarks.strategies.none import NoStrategy
 from dynmoe import cl
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.none import NoStrategy
 from dynmoe.registry import get
 
 

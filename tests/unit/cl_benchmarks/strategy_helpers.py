@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_benchmarks.intervention import Intervention
 from dynmoe import registry
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
+from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
 
 TASK = 4

@@ -6,9 +6,9 @@ import torch
 from strategy_helpers import batch, moe, weights
 from torch import nn
 
-from cl_benchmarks.anchor import Anchor
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
+from dynmoe.interventions.anchor import Anchor
 from dynmoe.registry import get
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from cl_benchmarks.images import ImageData
-from dynmoe import cache, registry
+from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 PARTS = [(kind, n) for kind in ("dataset", "protocol") for n in registry.names(kind)]
 SMALL = {"classes": 4, "size": 16, "train_per_class": 6, "test_per_class": 3}

@@ -12,8 +12,8 @@ import torch
 
 from cl_benchmarks import fractals
 from cl_benchmarks.fractals import VIEWS, Views, render
-from dynmoe import cache
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 
 def test_same_arguments_same_bits_other_arguments_other_images() -> None:

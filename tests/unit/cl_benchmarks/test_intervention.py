@@ -10,9 +10,9 @@ from strategy_helpers import dice, make
 from torch import Tensor, nn
 
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.intervention import Batches, Intervention, StrategyPlugin
 from cl_benchmarks.stream import make_benchmark
 from dynmoe import registry
+from dynmoe.interventions.intervention import Batches, Intervention, StrategyPlugin
 
 
 class Witness(Intervention):

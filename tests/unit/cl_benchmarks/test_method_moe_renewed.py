@@ -9,7 +9,7 @@ from torch import nn
 
 from cl_benchmarks.method import Training
 from cl_benchmarks.methods.moe_renewed import RenewExperts
-from cl_benchmarks.strategies.none import NoStrategy
+from dynmoe.interventions.none import NoStrategy
 from dynmoe.moe import MoELayer
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from cl_benchmarks.experiment import run_method
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.net2wider import WideningBlock, WidenPlugin, widen
-from cl_benchmarks.strategies.l2_init import L2Init
-from cl_benchmarks.strategies.layernorm import insert_norms
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
+from dynmoe.interventions.l2_init import L2Init
+from dynmoe.interventions.layernorm import insert_norms
 from dynmoe.registry import get
 
 

@@ -16,8 +16,8 @@ from cl_benchmarks.shifts.domain import read_image
 from cl_benchmarks.shifts.imagenet import Imagenet, subset
 from cl_benchmarks.shifts.source import make_stream
 from dynmoe.errors import UserError
+from dynmoe.experiments.tta.source_model import normalise
 from dynmoe.tta.__main__ import main
-from dynmoe.tta.source_model import normalise
 
 MODEL = "vit_tiny_patch16_224"
 

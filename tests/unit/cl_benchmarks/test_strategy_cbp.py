@@ -7,8 +7,8 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch
 from torch import Tensor, nn
 
-from cl_benchmarks.strategies.cbp import CBP
 from dynmoe.growth.budget import Budget
+from dynmoe.interventions.cbp import CBP
 
 
 def outgoing(model: nn.Module, number: int) -> list[list[float]]:

@@ -7,10 +7,10 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
 from torch import nn
 
-from cl_benchmarks.strategies.injection import Injected
-from cl_benchmarks.units import find_units
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
+from dynmoe.interventions.injection import Injected
+from dynmoe.interventions.units import find_units
 from dynmoe.network import build_network
 from dynmoe.registry import get
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from strategy_helpers import NETWORKS, Loop, dice, weights
 from torch import Tensor, nn
 
-from cl_benchmarks.strategies.fire import exact_polar, polar
-from cl_benchmarks.weights import fresh_draw
+from dynmoe.interventions.fire import exact_polar, polar
+from dynmoe.interventions.weights import fresh_draw
 from dynmoe.moe.layer import MoELayer
 
 

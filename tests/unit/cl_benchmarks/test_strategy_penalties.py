@@ -10,8 +10,8 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch, dice, make, weights
 from torch import Tensor, nn
 
-from cl_benchmarks.intervention import Intervention
 from dynmoe.growth.budget import Budget
+from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe.layer import MoELayer
 
 

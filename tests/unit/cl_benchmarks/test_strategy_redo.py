@@ -7,8 +7,8 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch
 from torch import nn
 
-from cl_benchmarks.strategies.redo import ReDo
-from cl_benchmarks.units import find_units
+from dynmoe.interventions.redo import ReDo
+from dynmoe.interventions.units import find_units
 
 
 def kill(model: nn.Module, unit: int) -> None:

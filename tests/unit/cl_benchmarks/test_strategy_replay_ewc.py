@@ -18,9 +18,9 @@ from cl_benchmarks.experiment import attach_strategy, make_strategy, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon
 from cl_benchmarks.settings import Config
-from cl_benchmarks.strategies.ewc import ResumableEWC
 from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
 from dynmoe.errors import UserError
+from dynmoe.interventions.ewc import ResumableEWC
 from dynmoe.registry import get
 
 CPU = torch.device("cpu")

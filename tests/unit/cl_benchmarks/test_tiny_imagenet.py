@@ -15,8 +15,9 @@ from PIL import Image
 
 from cl_benchmarks.datasets import tiny_imagenet
 from cl_benchmarks.images import ImageData
-from dynmoe import cache, registry
+from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 NAMES = [f"n{(i * 77) % 200:08d}" for i in range(200)]
 """In the order of wnids.txt, which is not the sorted one. Class i is gray i + 20."""

@@ -7,7 +7,10 @@ import torch
 from strategy_helpers import NETWORKS, conv, dice, mlp, moe, weights
 from torch import nn
 
-from cl_benchmarks.weights import (
+from dynmoe.errors import UserError
+from dynmoe.growth import Budget, GrowthController
+from dynmoe.growth.cuts.random import RandomCut
+from dynmoe.interventions.weights import (
     fresh_draw,
     linear_outputs,
     output_layers,
@@ -15,9 +18,6 @@ from cl_benchmarks.weights import (
     swap_parameter,
     weight_matrices,
 )
-from dynmoe.errors import UserError
-from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.cuts.random import RandomCut
 from dynmoe.moe.layer import MoELayer
 
 

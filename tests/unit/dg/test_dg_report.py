@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dynmoe.dg.report import collect, mean_error, print_table, report
-from dynmoe.dg.settings import Config
+from dynmoe.experiments.dg.report import collect, mean_error, print_table, report
+from dynmoe.experiments.dg.settings import Config
 
 
 def summary(accuracies: dict[str, float], learning: int) -> dict[str, Any]:

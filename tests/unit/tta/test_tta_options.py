@@ -12,13 +12,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tta_options import METHODS, each_method, same
 
-from dynmoe.config import parse
 from dynmoe.errors import UserError
+from dynmoe.experiments.tta.experiment import fitted
+from dynmoe.experiments.tta.variants import parse_variant
+from dynmoe.lab.config import parse
 from dynmoe.tta import adapt
 from dynmoe.tta.__main__ import presets
-from dynmoe.tta.experiment import fitted
 from dynmoe.tta.options import for_classes, make_config
-from dynmoe.tta.variants import parse_variant
 
 
 def sized(classes: int) -> nn.Module:

@@ -10,15 +10,21 @@ import torch
 from torch import nn
 
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
-from dynmoe import cache
 from dynmoe.errors import UserError
+from dynmoe.experiments.tta.settings import SmallVit
+from dynmoe.experiments.tta.source_model import (
+    embedded_model,
+    keep_classes,
+    normalise,
+    small_vit,
+    timm_model,
+)
+from dynmoe.experiments.tta.variants import for_run, parse_variant
+from dynmoe.lab import cache
 from dynmoe.tta import adapt
 from dynmoe.tta.alignment import alignment, mean_alignment
 from dynmoe.tta.diagnostics import expert_similarity, similarity, use_of_experts
-from dynmoe.tta.settings import SmallVit
-from dynmoe.tta.source_model import embedded_model, keep_classes, normalise, small_vit, timm_model
 from dynmoe.tta.tally import Tally
-from dynmoe.tta.variants import for_run, parse_variant
 
 VIT = SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=8)
 DATA = EmbeddedConfig(classes=3, size=16, train_per_class=8, test_per_class=2)

@@ -1,0 +1,1 @@
+"""Runs of test-time adaptation and domain generalisation: data, methods, reports."""

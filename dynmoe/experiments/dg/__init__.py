@@ -1,0 +1,1 @@
+"""`python -m dynmoe.dg`: methods with each domain left out in turn."""

@@ -1,0 +1,67 @@
+"""Settings of `python -m dynmoe.dg`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cl_benchmarks.backbone import SmallVit
+from dynmoe.lab.config import RunConfig, place, slot
+from dynmoe.registry import PartConfig
+
+Selection = Literal["training-domain", "oracle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of a comparison of methods by leave-one-domain-out."""
+
+    method: PartConfig = slot("dg", "moe2")
+    """the method; its options as --method.OPTION"""
+    compare: tuple[str, ...] = place(())
+    """methods to train beside it, each with its defaults; `--compare` alone for none"""
+    seeds: int = place(3)
+    """trials: seeds SEED, SEED+1, ..., each with splits, batches and weights of its own"""
+    jobs: int = place(os.cpu_count() or 1)
+    """runs at a time, each a process"""
+    domains: PartConfig = slot("domains", "embedded")
+    """the data set"""
+    test_domains: tuple[str, ...] = ()
+    """domains to leave out in turn; none named: each of them"""
+    model: str = "embedded"
+    """embedded: a small vision transformer trained on the spot; or a vision transformer of timm"""
+    pretrained: bool = False
+    """take timm's weights for it, from timm's cache or the network"""
+    weights: Path | None = None
+    """a file of weights for it, which needs no network"""
+    vit: SmallVit = field(default_factory=SmallVit)
+    """the embedded backbone"""
+    steps: int = 5001
+    """training steps per left-out domain (DomainBed: 5,001; MoA 15,001 on DomainNet)"""
+    eval_every: int = 300
+    """steps between two evaluations, of which one is selected (DomainBed: 300, DomainNet 1,000)"""
+    batch_size: int = 32
+    """training images per source domain and step (DomainBed)"""
+    eval_batch: int = 128
+    """images per evaluation batch"""
+    lr: float = 5e-5
+    """learning rate of Adam (DomainBed's ERM, and MoA)"""
+    weight_decay: float = 0.0
+    """of Adam"""
+    augment: bool = False
+    """DomainBed's augmentation of training images; never of images that are evaluated"""
+    selection: Selection = "training-domain"
+    """training-domain: the evaluation with the best mean accuracy on the source domains' held-out
+    images; oracle: the last one. Both are reported, this one is in the table"""
+    granularity: int = 0
+    """outer experts added by each growth; 0: no growth (ours, the paper's bank is fixed)"""
+    trigger: PartConfig = slot("trigger", "every")
+    """when to grow; a plateau is one of the mean accuracy on held-out images of the sources"""
+    init: PartConfig = slot("init", "zero-output")
+    """where new outer experts start; zero-output leaves the function as it was"""
+    features: int = 40
+    """images per domain whose features and routing are kept for the figures; 0: none"""
+    landscape: int = 0
+    """side of the grid on which the loss around the last weights is drawn; 0: none"""

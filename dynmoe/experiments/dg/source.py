@@ -1,0 +1,68 @@
+"""What a run is made of: its domains, its backbone, and what that backbone expects of images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cl_benchmarks.backbone import MEAN, STD, embedded_vit
+from cl_benchmarks.domain_images import Preparation
+from cl_benchmarks.domain_set import DomainSet, check_domains
+from dynmoe.dg.backbone import make_backbone
+from dynmoe.errors import UserError
+from dynmoe.experiments.dg.settings import Config
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all methods of a comparison share."""
+
+    data: DomainSet
+    """domains"""
+    backbone: nn.Module
+    """never trained itself: methods get copies"""
+    prepare: Preparation
+    """makes its input"""
+    tests: list[int]
+    """numbers of the domains that are left out in turn"""
+
+    def new_backbone(self) -> Any:
+        """A copy to build a method on."""
+        return copy.deepcopy(self.backbone)
+
+
+def load_source(config: Config) -> Source:
+    """Read or make the data set and the backbone.
+
+    Raises:
+        UserError: data, names or weights that cannot be used.
+    """
+    data = config.domains.build().load()
+    tests = check_domains(data.names, config.test_domains)
+    if config.model == "embedded":
+        if config.pretrained or config.weights is not None:
+            raise UserError(
+                "--pretrained and --weights are for timm's models; name one with --model"
+            )
+        backbone = embedded_vit(config.vit)
+        return Source(data, backbone, Preparation(config.vit.size, MEAN, STD), tests)
+    if not config.pretrained and config.weights is None:
+        raise UserError(
+            f"model {config.model} needs weights: --weights FILE, or --pretrained to let timm get "
+            "them; --model embedded needs neither"
+        )
+    backbone = make_backbone(
+        config.model, pretrained=config.pretrained, weights=_expanded(config.weights)
+    )
+    about: Any = backbone.pretrained_cfg
+    size = about["input_size"][-1]
+    prepare = Preparation(size, tuple(about["mean"]), tuple(about["std"]))
+    return Source(data, backbone.eval(), prepare, tests)
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser()

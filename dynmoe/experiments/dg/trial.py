@@ -1,0 +1,320 @@
+"""One method in one trial: train on all domains but one, for each domain that is left out.
+
+Everything a run needs to go on is in its checkpoint; batches are a function of seed and step, so a
+run that is stopped and resumed writes the same bytes as one that is not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_benchmarks.domain_split import batch_indices, split
+from dynmoe import seeding
+from dynmoe.dg.measure import accuracies, feature_arrays, landscape_array
+from dynmoe.dg.method import DGMethod
+from dynmoe.errors import NumericError, UserError
+from dynmoe.experiments.dg.settings import Config
+from dynmoe.experiments.dg.source import Source
+from dynmoe.growth.controller import GrowthController, GrowthEvent
+from dynmoe.growth.probe import Probe
+from dynmoe.growth.trigger import Signals
+from dynmoe.lab.cache import Arrays, write_npz
+from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.run import Run
+from dynmoe.moe.layer import moe_layers
+from dynmoe.moe.step import finish_step
+
+PROBE = 64
+"""Images of a domain on which the shock of a growth, and a method's own figures, are measured."""
+
+
+class Trial:
+    """A run of `dynmoe.dg`.
+
+    Args:
+        run: where it is kept.
+        config: its settings; `config.seed` is the trial's number.
+        source: data and backbone.
+    """
+
+    def __init__(self, run: Run, config: Config, source: Source) -> None:
+        self.run, self.config, self.source = run, config, source
+        self.splits = [
+            split(len(domain), config.seed, number)
+            for number, domain in enumerate(source.data.domains)
+        ]
+        for domain, (train, out) in zip(source.data.domains, self.splits, strict=True):
+            if not len(train) or not len(out):
+                raise UserError(
+                    f"domain {domain.name} has {len(domain)} image(s); a fifth is held out, so it "
+                    "takes 5 or more"
+                )
+        self.embeddings: dict[int, Tensor] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def run_all(self) -> dict[str, Any]:
+        """Train for each left-out domain; returns the summary."""
+        config, tests = self.config, self.source.tests
+        state = self.run.restored or {}
+        self.rows = list(state.get("rows", []))
+        first = len(self.rows)
+        name = f"{config.method.part.name}, seed {config.seed}"
+        with ProgressLine(name, config.steps * len(tests)) as progress:
+            progress.start_at(first * config.steps + state.get("step", 0))
+            for place in range(first, len(tests)):
+                fold = Fold(self, tests[place], place)
+                if place == first and "fold" in state:
+                    fold.load_state_dict(state["fold"])
+                self.rows.append(fold.train(progress))
+        return {
+            "method": config.method.part.name,
+            "dataset": self.source.data.name,
+            "domains": self.source.data.names,
+            "model": config.model,
+            "seed": config.seed,
+            "selection": config.selection,
+            "tests": self.rows,
+        }
+
+    def embedding(self, method: DGMethod, number: int) -> Tensor | None:
+        """[N, D] frozen embeddings of a domain, made once and in fixed batches, or None.
+
+        They come from the backbone alone, so that all left-out domains can share them.
+        """
+        if not method.embeds:
+            return None
+        if number not in self.embeddings:
+            domain = self.source.data.domains[number]
+            method.eval()
+            found = []
+            for chosen in torch.arange(len(domain)).split(self.config.eval_batch):
+                images = self.source.prepare.batch(domain, chosen).to(self.run.device)
+                embedded = method.embed(images)
+                assert embedded is not None
+                found.append(embedded)
+            self.embeddings[number] = torch.cat(found)
+        return self.embeddings[number]
+
+
+class Fold:
+    """Training with one domain left out.
+
+    Args:
+        trial: what it belongs to.
+        test: number of the domain that is left out.
+        place: its place among those left out.
+    """
+
+    def __init__(self, trial: Trial, test: int, place: int) -> None:
+        config, data = trial.config, trial.source.data
+        self.trial, self.config, self.test, self.place = trial, config, test, place
+        self.sources = [n for n in range(len(data.domains)) if n != test]
+        self.step, self.loss = 0, math.nan
+        self.curve: list[dict[str, Any]] = []
+        seeding.seed_global(seeding.derive(config.seed, "fold", test))
+        generator = seeding.generator(config.seed, "weights", test)
+        self.method: DGMethod = config.method.build(
+            trial.source.new_backbone(), len(data.classes), generator
+        ).to(trial.run.device)
+        self.optimizer = torch.optim.Adam(
+            self.method.learning(), config.lr, weight_decay=config.weight_decay
+        )
+        self.controller = self._controller()
+
+    def train(self, progress: ProgressLine) -> dict[str, Any]:
+        """All steps from where it is; returns the row of the summary.
+
+        Raises:
+            NumericError: the loss is no longer finite.
+        """
+        run, config = self.trial.run, self.config
+        while self.step < config.steps:
+            self._grow()
+            self.loss = loss = self._train_step()
+            self.step += 1
+            if self.step % config.eval_every == 0 or self.step == config.steps:
+                self._evaluate(loss)
+            step = self.place * config.steps + self.step
+            if progress.due(step):
+                progress.update(step, loss=loss)
+            if run.checkpoint_due() and self.step < config.steps:
+                run.checkpoint(step, self._state())
+        row = self._row()
+        self._keep_figures()
+        if run.checkpoint_due():
+            after = {"rows": [*self.trial.rows, row], "step": 0}
+            run.checkpoint((self.place + 1) * config.steps, after)
+        return row
+
+    def _train_step(self) -> float:
+        config, prepare, device = self.config, self.trial.source.prepare, self.trial.run.device
+        images, labels, embeddings = [], [], []
+        for number in self.sources:
+            domain, seed = self.trial.source.data.domains[number], config.seed
+            chosen = batch_indices(
+                self.trial.splits[number][0], config.batch_size, self.step, seed, number
+            )
+            generator = None
+            if config.augment:
+                generator = seeding.generator(seed, "augment", self.test, number, self.step)
+            else:
+                embedding = self.trial.embedding(self.method, number)
+                if embedding is not None:
+                    embeddings.append(embedding[chosen.to(device)])
+            images.append(prepare.batch(domain, chosen, generator))
+            labels.append(domain.labels[chosen])
+        self.method.train()
+        known = torch.cat(embeddings) if embeddings else None
+        loss, _ = self.method.loss(
+            torch.cat(images).to(device), torch.cat(labels).to(device), known
+        )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NumericError(
+                f"the loss of {config.method.part.name} is {value} at step {self.step} without "
+                f"{self.trial.source.data.names[self.test]}; use a smaller --lr"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        finish_step(self.method)
+        return value
+
+    def _evaluate(self, loss: float) -> None:
+        """Add an evaluation to the curve: accuracy on "in" and "out" of each domain."""
+        names = self.trial.source.data.names
+        point: dict[str, Any] = {"step": self.step, "loss": loss, "in": {}, "out": {}}
+        for number, name in enumerate(names):
+            embedding = self.trial.embedding(self.method, number)
+            parts = self.trial.splits[number]
+            # Accuracy on the sources' training images decides nothing, and is most of the work.
+            which = zip(("in", "out"), parts, strict=True)
+            for part, chosen in which:
+                if part == "out" or number == self.test:
+                    point[part][name] = accuracies(
+                        self.method, self.trial.source, number, chosen, embedding,
+                        self.config.eval_batch, self.trial.run.device,
+                    )  # fmt: skip
+        held = [point["out"][names[n]] for n in self.sources]
+        point["validation"] = sum(held) / len(held)
+        self.curve.append(point)
+        step, test = self.place * self.config.steps + self.step, names[self.test]
+        self.trial.run.log.scalars(step, {
+            f"{test}/loss": loss, f"{test}/validation": point["validation"],
+            f"{test}/test": point["in"][test],
+        })  # fmt: skip
+
+    def _row(self) -> dict[str, Any]:
+        """The figures of this left-out domain."""
+        name = self.trial.source.data.names[self.test]
+        best = max(self.curve, key=lambda point: point["validation"])  # the first of equals
+        chosen = {"training-domain": best, "oracle": self.curve[-1]}
+        total, learning = self.method.counts()
+        return {
+            "domain": name,
+            "accuracy": chosen[self.config.selection]["in"][name],
+            "selected_step": chosen[self.config.selection]["step"],
+            **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
+            "parameters": total,
+            "learning": learning,
+            "measures": self.method.measures(*self._images([self.test])),
+            "curve": self.curve,
+            "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
+        }
+
+    def _keep_figures(self) -> None:
+        """Features, routing and loss plane of the last weights, for the first left-out domain."""
+        if self.place > 0:
+            return
+        trial, config = self.trial, self.config
+        arrays: Arrays = {}
+        if config.features:
+            arrays |= feature_arrays(
+                self.method, trial.source, trial.embedding, config.features, trial.run.device
+            )
+        if config.landscape:
+            arrays |= landscape_array(self, config.landscape)
+        if arrays:
+            write_npz(trial.run.folder / "figures.npz", arrays)
+
+    def _controller(self) -> GrowthController | None:
+        if not self.config.granularity:
+            return None
+        config, layers = self.config, [layer for _, layer in moe_layers(self.method)]
+        name = config.method.part.name
+        if not layers:
+            raise UserError(f"method {name} has no experts that can grow; use --method moe2")
+        growths = config.trigger.build().planned(config.steps, 1)
+        most = max(layer.num_experts for layer in layers) + config.granularity * growths
+        room = min(layer.max_experts for layer in layers)
+        if most > room:
+            raise UserError(
+                f"{growths} growths of {config.granularity} end with {most} experts, and {name} "
+                f"has room for {room}; use --method.max-experts {most}, or fewer growths"
+            )
+        return GrowthController(
+            self.method,
+            self.optimizer,
+            granularity=self.config.granularity,
+            trigger=self.config.trigger,
+            init=config.init,
+            generator=seeding.generator(self.config.seed, "growth", self.test),
+        )
+
+    def _grow(self) -> None:
+        if self.controller is None:
+            return
+        score = self.curve[-1]["validation"] if self.curve else math.nan
+        signals = Signals(step=self.step, score=score, loss=self.loss)
+        event = self.controller.step(signals, self._probe)
+        if event is not None:
+            step = self.place * self.config.steps + self.step
+            grown, log = self._grown(event), self.trial.run.log
+            log.event(step, "growth", grown)
+            figures = event.shock | {n: float(grown[n]) for n in ("experts_before", "experts")}
+            name = self.trial.source.data.names[self.test]
+            log.scalars(step, {f"{name}/growth/{key}": value for key, value in figures.items()})
+
+    def _grown(self, event: GrowthEvent) -> dict[str, Any]:
+        """A growth as it is written down: sets before and after, and the shock on the probe."""
+        return {"experts_before": event.experts - self.config.granularity, **asdict(event)}
+
+    def _probe(self) -> Probe:
+        """Held-out images of the sources."""
+        return self._images(self.sources)
+
+    def _images(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """At most PROBE held-out images of each of these domains: [N, 3, S, S], and labels [N]."""
+        images, labels = [], []
+        for number in numbers:
+            domain, chosen = self.trial.source.data.domains[number], self.trial.splits[number][1]
+            images.append(self.trial.source.prepare.batch(domain, chosen[:PROBE]))
+            labels.append(domain.labels[chosen[:PROBE]])
+        device = self.trial.run.device
+        return torch.cat(images).to(device), torch.cat(labels).to(device)
+
+    def _state(self) -> dict[str, Any]:
+        fold = {
+            "step": self.step,
+            "loss": self.loss,
+            "curve": self.curve,
+            "method": self.method.learned_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "growth": self.controller.state_dict() if self.controller else None,
+            "random": seeding.global_state(),  # a fold begins by seeding it
+        }
+        return {"rows": self.trial.rows, "step": self.step, "fold": fold}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.step, self.loss, self.curve = state["step"], state["loss"], state["curve"]
+        self.method.load_learned_state(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["growth"])
+        seeding.load_global_state(state["random"])

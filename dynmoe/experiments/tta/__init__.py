@@ -1,0 +1,1 @@
+"""`python -m dynmoe.tta`: methods on streams of shifted images."""

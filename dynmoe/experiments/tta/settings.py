@@ -1,0 +1,96 @@
+"""The settings of a run of test-time adaptation, as `python -m dynmoe.tta` takes them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cl_benchmarks.shifts.embedded import EmbeddedConfig
+from dynmoe.lab.config import RunConfig, place, slot
+from dynmoe.registry import PartConfig
+
+BASELINES = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallVit:
+    """The embedded source model, a vision transformer, and how it is trained on clean images."""
+
+    patch: int = 8
+    """side of a patch in pixels; divides the image side"""
+    width: int = 96
+    """features of a token"""
+    depth: int = 4
+    """blocks; each has two LayerNorms, and one follows the last"""
+    heads: int = 3
+    """attention heads; divide the width"""
+    epochs: int = 8
+    """passes over the clean training images"""
+    batch_size: int = 128
+    """images per step"""
+    lr: float = 2e-3
+    """highest learning rate of AdamW; it rises over the first tenth and falls to 0 as a cosine"""
+    weight_decay: float = 0.05
+    smoothing: float = 0.1
+    """label smoothing: without it the model is sure of nearly every answer, also of wrong ones"""
+    jitter: float = 0.5
+    """training images are multiplied by 1-jitter .. 1 and raised by 0 .. jitter/2, at random;
+    without it, brightness and contrast at severity 5 leave the model at chance"""
+    seed: int = 0
+    """of initial weights and batches"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of a comparison of methods on shifted streams."""
+
+    method: PartConfig = slot("tta", "moetta")
+    compare: tuple[str, ...] = place(BASELINES)
+    """methods to run as well, each as NAME or NAME:OPTION=VALUE,OPTION=VALUE; none if nothing
+    follows the flag"""
+    streams: tuple[str, ...] = ("classical", "potpourri", "potpourri+")
+    """what is adapted to, one run each: classical, potpourri, potpourri+, validation, or one of
+    rendition, sketch, adversarial, clean alone"""
+    seeds: int = place(3)
+    """runs of each method and stream, with seeds `seed`, `seed` + 1, ...; a seed decides the
+    stream's images and order and what the method draws"""
+    jobs: int = place(os.cpu_count() or 1)
+    """runs at a time, each a process; the results do not depend on it"""
+    order: Literal["mixed", "sequential", "gradual"] = "mixed"
+    """mixed: all images shuffled together; sequential: one domain after another; gradual: the same
+    with severities 1 2 3 4 5 4 3 2 1 in each corruption"""
+    severity: int = 5
+    """of the corruptions, 1 to 5; gradual has its own"""
+    batch_size: int = 64
+    """images per step of adaptation"""
+    limit: int | None = None
+    """images of each domain, drawn at random; None for all"""
+    lr_scale: float = 1.0
+    """multiplies the learning rate of every method"""
+    data: Literal["embedded", "imagenet"] = "embedded"
+    """embedded: fractals under our 32-pixel corruptions; imagenet: the real sets in --data-dir"""
+    data_dir: Path | None = None
+    """holds imagenet-c, imagenet-r, imagenet-a, imagenet-sketch/sketch, imagenet-1k_2012/val"""
+    labels: Literal["all-1000", "subset"] = "all-1000"
+    """all-1000: the model answers with all classes (MoETTA's protocol). subset: its outputs are cut
+    down to the 200 classes of ImageNet-R or -A, in the streams rendition and adversarial alone"""
+    on_the_fly: bool = False
+    """make the corruptions of the clean validation set here (needs dynmoe[tta]), cached on disk"""
+    model: str = "vit_base_patch16_224"
+    """timm's name of the source model for imagenet"""
+    pretrained: bool = False
+    """fetch the source model's weights through timm"""
+    weights: Path | None = None
+    """file with the source model's weights, for use without a network"""
+    embedded: EmbeddedConfig = field(default_factory=EmbeddedConfig)
+    vit: SmallVit = field(default_factory=SmallVit)
+    window: int = 5
+    """batches whose accuracy makes one point of the curves"""
+    routing_batches: int = 10
+    """batches at the end of a stream on which the learned routing is compared with others, at the
+    weights that the stream has left; 0: none"""
+    alignment: int = place(2)
+    """batches of each domain of the last stream whose gradients are compared at the source model
+    (Tent's loss); 0: none"""

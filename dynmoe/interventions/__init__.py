@@ -1,0 +1,1 @@
+"""What keeps any network plastic: continual backprop, ReDo, shrink-and-perturb and others."""

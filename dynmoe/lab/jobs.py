@@ -1,0 +1,201 @@
+"""Many runs of a command, several processes at a time: what sweeps and studies are made of."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
+from dynmoe.lab.config import difference, identity, parse
+from dynmoe.lab.run import check_settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command, in a folder of its own."""
+
+    label: str
+    """names it to the user"""
+    command: str
+    """`dynmoe.<command>`"""
+    argv: tuple[str, ...]
+    """its flags"""
+    folder: Path
+    """where its summary.json will be"""
+    settings: dict[str, Any]
+    """those that decide its numbers, see `identity`"""
+
+    @property
+    def done(self) -> bool:
+        """Whether its summary is there.
+
+        Raises:
+            UserError: the folder holds a run with other settings.
+        """
+        check_settings(self.folder, self.settings)
+        return (self.folder / "summary.json").is_file()
+
+    def summary(self) -> Any:
+        """The summary of the finished run."""
+        return json.loads((self.folder / "summary.json").read_text())
+
+
+def make_jobs(
+    command: str, name: str, flags: list[str], seeds: Iterable[int], runs_dir: Path, label: str
+) -> list[Job]:
+    """The runs of `command` with these flags, each in `runs_dir/command/name/seed-N`.
+
+    They resume what is unfinished, and compare with nothing unless the flags say so.
+
+    Raises:
+        UserError: flags that do not fit.
+    """
+    argv = [*flags, *([] if "--compare" in flags else ["--compare"])]
+    presets = importlib.import_module(f"dynmoe.{command}").presets()
+    _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
+    jobs = []
+    for seed in seeds:
+        place = ["--name", name, "--runs-dir", str(runs_dir), "--seed", str(seed), "--resume"]
+        folder = runs_dir / command / name / f"seed-{seed}"
+        jobs.append(
+            Job(f"{label}, seed {seed}", command, (*argv, *place), folder,
+                identity(replace(config, seed=seed)))
+        )  # fmt: skip
+    return jobs
+
+
+def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
+    """Run all jobs that are not done; the first failure stops those not begun.
+
+    Jobs of one folder and the same settings are one run.
+
+    Args:
+        processes: runs at a time.
+        title: shown with the progress.
+
+    Raises:
+        UserError: jobs of one folder differ in their settings, or the folder holds others.
+        DynmoeError: a run failed; its message and exit code are passed on.
+        ResourceError: a process was killed.
+    """
+    jobs = _distinct(jobs)
+    todo = [job for job in jobs if not job.done]
+    if not todo:
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    stop = context.Event()
+    with (
+        _sigterm_raises(),
+        Progress(console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(processes, context, _begin_worker, (stop,)) as pool,
+    ):
+        bar = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo))
+        futures = {pool.submit(_run_one, job): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                job, error = futures[future], future.result()
+                if error is not None:
+                    failure = DynmoeError(f"{job.label}: {error[0]}")
+                    failure.exit_code = error[1]
+                    raise failure
+                progress.update(bar, advance=1)
+                if not progress.console.is_terminal:
+                    print(f"{title}: {job.label} done", file=sys.stderr, flush=True)
+        except (
+            BaseException
+        ) as reason:  # also Ctrl-C, which the runs under way get as well, and save
+            stop.set()
+            if isinstance(reason, Interrupted):  # SIGTERM came to this process alone
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(reason, BrokenProcessPool):
+                raise ResourceError(
+                    "a process with a run was killed, perhaps for want of memory; start it again "
+                    "to go on, with fewer --jobs"
+                ) from None
+            raise
+
+
+def _distinct(jobs: list[Job]) -> list[Job]:
+    """One job per folder."""
+    by_folder: dict[Path, Job] = {}
+    for job in jobs:
+        other = by_folder.setdefault(job.folder, job)
+        changed = difference(other.settings, job.settings)
+        if changed:
+            raise UserError(
+                f"{other.label!r} and {job.label!r} have one folder, {job.folder}, and other "
+                f"settings ({'; '.join(changed)}); give them other names"
+            )
+    return list(by_folder.values())
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Interrupted in the block."""
+    handler = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(
+        "stopped by SIGTERM; runs under way have saved: start it again to go on", number
+    )
+
+
+_stop: Any = None
+"""In a worker: an event, set when no further run is to begin."""
+
+
+def _begin_worker(stop: Any) -> None:
+    global _stop
+    _stop = stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone, even killed: it would go on and keep runs locked."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_one(job: Job) -> tuple[str, int] | None:
+    """In a worker: run the command, its output into the run's folder.
+
+    Returns:
+        an error's text and exit code, or None.
+    """
+    if _stop.is_set():
+        return None
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            importlib.import_module(f"dynmoe.{job.command}").main(list(job.argv))
+        except DynmoeError as error:
+            return str(error), error.exit_code
+        except SystemExit as exit_:  # tyro, on a bad flag
+            code = int(exit_.code or 0)
+            return (f"exit {code}, see {job.folder / 'output.txt'}", code) if code else None
+    return None

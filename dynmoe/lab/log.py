@@ -1,0 +1,109 @@
+"""What a run writes down: TensorBoard for people, `log.jsonl` for programs.
+
+Both are cut back to what a checkpoint knows of when a run goes on, so that they always agree.
+`log.jsonl` has one JSON object per line: `{"step": 120, "loss": 0.3, ...}` for metrics and
+`{"step": 120, "event": "growth", ...}` for events. It holds no times, so a resumed run's file is
+byte for byte the uninterrupted one's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from dynmoe.lab.files import disk_full, finite
+
+
+class Logger:
+    """Writes metrics and events of one run.
+
+    Args:
+        folder: the run's folder.
+        position: bytes of `log.jsonl` to keep, when resuming; the rest is cut off.
+        step: the step resumed from, or None to start afresh. A TensorBoard that has already read
+            what is cut off hides what came after this step.
+        events: bytes of each of TensorBoard's files to keep, when resuming; a file that is not
+            named is deleted. None, of runs before this was saved, keeps all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        position: int = 0,
+        step: int | None = None,
+        events: dict[str, int] | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if step is None:  # what an attempt without any checkpoint left behind
+            events = {}
+        if events is not None:
+            _cut_back(folder, events)
+        self.folder = folder
+        self.path = folder / "log.jsonl"
+        self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
+        self._file.truncate(position)
+        self._file.seek(position)  # else `tell` counts what was cut off until the next write
+        purge = None if step is None else step + 1
+        self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics, and one TensorBoard point per tag."""
+        self._write({"step": step, **values})
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """A picture for TensorBoard alone: uint8 [3, H, W]."""
+        self.tensorboard.add_image(tag, image, step)
+
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        """One line for something that happened once (a growth, a new task)."""
+        self._write({"step": step, "event": name, **values})
+        self.tensorboard.add_text(f"events/{name}", f"`{json.dumps(values)}`", step)
+
+    def sync(self) -> int:
+        """Flush to disk; returns the length of `log.jsonl` in bytes."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.tensorboard.flush()
+            for path in _event_files(self.folder):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_full(self.path, 0) from error
+        return self._file.tell()
+
+    def event_sizes(self) -> dict[str, int]:
+        """Bytes of each of TensorBoard's files; call `sync` before."""
+        return {path.name: path.stat().st_size for path in _event_files(self.folder)}
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.sync()
+        self._file.close()
+        self.tensorboard.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write((json.dumps(finite(line)) + "\n").encode())
+        except OSError as error:
+            raise disk_full(self.path, 0) from error
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Cut TensorBoard's files to these sizes, and delete those without one."""
+    for path in _event_files(folder):
+        if path.name not in sizes:
+            path.unlink()
+        elif path.stat().st_size > sizes[path.name]:
+            os.truncate(path, sizes[path.name])

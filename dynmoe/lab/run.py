@@ -1,0 +1,300 @@
+"""The run context: one folder, one lock, one seed, one log. Every command works inside one.
+
+with Run("cl", preset, config) as run:
+    if run.summary is None:                      # not finished earlier
+        state = run.restored                     # None, or the checkpoint to go on from
+        ...
+        if run.checkpoint_due():                 # after each step: time, or a signal
+            run.checkpoint(step, make_state())   # raises Interrupted after a signal
+        run.finish({...})                        # writes summary.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+import torch
+
+from dynmoe import __version__, own_parts, seeding
+from dynmoe.errors import Interrupted, UserError
+from dynmoe.lab import checkpoint
+from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
+from dynmoe.lab.device import make_deterministic, resolve
+from dynmoe.lab.files import remove_leftovers, write_json
+from dynmoe.lab.log import Logger
+
+PACKAGES = ("torch", "torchvision", "numpy", "avalanche-lib", "gymnasium", "craftax", "jax",
+            "timm")  # fmt: skip
+
+
+class Run:
+    """A run's folder `runs_dir/command/name/seed-N` while it is being worked on.
+
+    Args:
+        command: "cl", "rl", ...
+        preset: name of the preset, part of the default run name.
+        config: the settings.
+        label: put into the default run name, e.g. the method and the data set.
+
+    Attributes:
+        folder: the run's folder.
+        device: the torch device.
+        summary: the finished run's summary, or None while there is work to do.
+        restored: state of the newest checkpoint with `--resume`, or None.
+        log: the Logger (None when finished).
+
+    Raises (on entering):
+        UserError: the folder is in use, holds other settings, or holds an unfinished run and
+            `--resume` was not given; the device is not there.
+    """
+
+    def __init__(self, command: str, preset: str, config: RunConfig, label: str = "") -> None:
+        self.config = config
+        parts = [preset, label, digest(config)]
+        self.name = config.name or "-".join(part for part in parts if part)
+        self.folder = Path(config.runs_dir) / command / self.name / f"seed-{config.seed}"
+        self.checkpoints = self.folder / "checkpoints"
+        self.device = resolve(config.device)
+        self.summary: dict[str, Any] | None = None
+        self.restored: dict[str, Any] | None = None
+        self._log: Logger | None = None
+        self._lock: IO[str] | None = None
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved_at = time.monotonic()
+
+    @property
+    def log(self) -> Logger:
+        """The run's logger; only while there is work to do."""
+        assert self._log is not None, "the run is finished"
+        return self._log
+
+    def __enter__(self) -> Run:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.folder}: {error.strerror}; use another --runs-dir"
+            ) from None
+        self._take_lock()
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if self._log is not None:
+                self._log.close()
+        finally:
+            self._release()
+        if kind is None and self._signal is not None:  # it came after the last checkpoint
+            name = signal.Signals(self._signal).name
+            raise Interrupted(
+                f"stopped by {name} after the end of {self.folder}; go on with: "
+                f"{_command_line()} --resume",
+                self._signal,
+            )
+
+    def checkpoint_due(self) -> bool:
+        """Whether to save now: the interval has passed, or a signal asks the run to stop."""
+        passed = time.monotonic() - self._saved_at
+        return self._signal is not None or passed > self.config.checkpoint_every_s
+
+    def checkpoint(self, step: int, state: dict[str, Any], logged: int | None = None) -> None:
+        """Save `state` (plain values and tensors), the global generators and the log's position.
+
+        Args:
+            step: counts up; names the file.
+            state: everything to go on from.
+            logged: the latest step in the log, where the log counts otherwise than `step`.
+
+        Raises:
+            Interrupted: a signal came; the run can be resumed from here.
+            ResourceError: disk full; the checkpoint before this one is intact.
+        """
+        saved = {
+            "step": step,
+            "logged": step if logged is None else logged,
+            "log_position": self.log.sync(),
+            "event_sizes": self.log.event_sizes(),
+            "random": seeding.global_state(),
+            "state": state,
+        }
+        checkpoint.save(self.checkpoints, step, saved)
+        self._saved_at = time.monotonic()
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise Interrupted(
+                f"stopped by {name} at step {step}; go on with: {_command_line()} --resume",
+                self._signal,
+            )
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, which marks the run as finished. No times: it must be repeatable."""
+        self.log.sync()
+        write_json(self.folder / "summary.json", summary)
+        self.summary = summary
+
+    def _open(self) -> None:
+        remove_leftovers(self.folder)
+        check_settings(self.folder, identity(self.config))
+        summary = self.folder / "summary.json"
+        if summary.is_file():
+            self.summary = json.loads(summary.read_text())
+            return
+        saved = self._find_checkpoint()
+        write_json(self.folder / "config.json", to_dict(self.config))
+        self._write_environment()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        make_deterministic(self.device)
+        seeding.seed_global(self.config.seed)
+        if saved is None:
+            self._log = Logger(self.folder)
+        else:
+            logged = saved.get("logged", saved["step"])  # older runs do not know it
+            self._log = Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
+            seeding.load_global_state(saved["random"])
+            self.restored = saved["state"]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        if not checkpoint.exists(self.checkpoints):
+            return None
+        if not self.config.resume:
+            raise UserError(
+                f"{self.folder} holds an unfinished run; go on with --resume, or start another "
+                "with --name"
+            )
+        return checkpoint.load_latest(self.checkpoints)
+
+    def _take_lock(self) -> None:
+        """Lock the folder; the kernel frees the lock however this process ends."""
+        self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - closed in _release()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "?"
+            self._lock.close()
+            self._lock = None
+            raise UserError(
+                f"{self.folder} is in use by process {owner}; wait for it, or use another --name"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _release(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """First signal: stop at the next step. Second: stop at once."""
+        if self._signal is not None:
+            raise Interrupted("stopped at once; resume from the last checkpoint", number)
+        self._signal = number
+
+    def _write_environment(self) -> None:
+        """Add this session's packages, device and command to environment.json."""
+        path = self.folder / "environment.json"
+        sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
+        sessions.append(
+            {
+                "command": _command_line(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "dynmoe": __version__,
+                "commit": _commit(),
+                "python": platform.python_version(),
+                "system": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "device": _device_name(self.device),
+                "threads": self.config.threads or torch.get_num_threads(),
+                "packages": {name: _version(name) for name in PACKAGES},
+                "own_parts": own_parts.describe(),
+            }
+        )
+        write_json(path, {"sessions": sessions})
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a run's folder that holds a run with other settings, and say which differ.
+
+    What was left by an attempt that never got to a checkpoint is no run.
+
+    Args:
+        folder: the run's.
+        settings: the `identity` of those that are asked for.
+
+    Raises:
+        UserError: they differ, or cannot be read.
+    """
+    path, summary = folder / "config.json", folder / "summary.json"
+    begun = summary.is_file() or checkpoint.exists(folder / "checkpoints")
+    if not begun or not path.is_file():
+        return
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(
+            f"{path} cannot be read; delete {folder} to run it again, or use another --name"
+        ) from None
+    changed = difference({k: v for k, v in saved.items() if k in settings}, settings)
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+            "use those settings, or another --name"
+        )
+
+
+def _command_line() -> str:
+    """This process's command, as one would type it."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
+    return shlex.join([*program.split(), *(a for a in sys.argv[1:] if a != "--resume")])
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, with "+changes" when it is not clean; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+changes"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,80 @@
+"""What the figures of all studies share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynmoe.lab.figures import COLORS
+from dynmoe.lab.files import write_atomic
+from dynmoe.lab.statistics import Interval
+
+
+def new_figure(title: str, height: float) -> Any:
+    """An empty matplotlib figure of `height` inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def band(
+    axes: Any, x: Sequence[float], intervals: list[Interval], number: int, label: str, factor: float
+) -> None:
+    """A line, and the band of its intervals; curves after the last color are dashed.
+
+    Args:
+        axes: to draw on.
+        x: one place per interval.
+        intervals: means with their ends.
+        number: of the curve; gives its color.
+        label: in the legend.
+        factor: multiplies the values.
+    """
+    color, style = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
+    point, low, high = (
+        [factor * getattr(i, end) for i in intervals] for end in ("point", "low", "high")
+    )
+    axes.plot(x, point, style, marker="o", markersize=3, color=color, label=label)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
+    """A row per variant: its mean, and a bar over its interval; first variant on top.
+
+    Args:
+        axes: to draw on.
+        rows: variant -> mean with its interval.
+        factor: multiplies the values.
+    """
+    for number, (place, interval) in enumerate(zip(range(len(rows), 0, -1), rows.values(),
+                                                   strict=True)):  # fmt: skip
+        point, low, high = (factor * x for x in interval)
+        color = COLORS[number % len(COLORS)]
+        if low == low:
+            axes.plot([low, high], [place, place], color=color, linewidth=2, alpha=0.5)
+        axes.plot([point], [place], "o", color=color)
+    axes.set_yticks(range(len(rows), 0, -1), list(rows))
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure atomically, with one legend for all panels if curves have labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombytes("RGBA", canvas.get_width_height(), canvas.buffer_rgba().tobytes())
+    buffer = io.BytesIO()
+    # Few colors make a quarter of the size, for figures that are kept in a repository.
+    image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
