@@ -19,7 +19,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from agents.actions import distribution_over
-from agents.encoder import Encoder, orthogonal
+from agents.encoders import Encoder, orthogonal
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
 

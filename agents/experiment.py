@@ -15,9 +15,9 @@ from rich.table import Table
 
 import envs
 from agents.actor_critic import ActorCritic
-from agents.agent import Agent
 from agents.figures import learning_figure
 from agents.growth import policy_shock
+from agents.methods import Agent
 from agents.ppo import train
 from agents.recorder import Recorder
 from agents.settings import Config

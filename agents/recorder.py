@@ -24,9 +24,9 @@ from dynmoe.errors import NumericError
 from dynmoe.growth.controller import GrowthController
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.figures import as_image
+from dynmoe.lab.heat_map import heat_map
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
-from dynmoe.moe.inspection import heat_map
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.stats import routing_stats
 from dynmoe.plasticity.metric import measure_all

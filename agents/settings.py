@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from agents.encoder import Encoder
+from agents.encoders import Encoder
 from agents.ppo import PPOSettings
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.lab.config import RunConfig, place, slot
-from dynmoe.registry import PartConfig
+from dynmoe.lab.config import RunConfig, place
+from dynmoe.registry import PartConfig, slot
 
 
 @dataclass(frozen=True, kw_only=True)

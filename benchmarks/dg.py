@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from benchmarks.moe_layer import kept_for_backward
 from benchmarks.timing import alternate, ratio
 from dynmoe.dg import DGMethod
-from dynmoe.dg.methods.erm import ERM
-from dynmoe.dg.methods.linear_probe import LinearProbe
+from dynmoe.dg.methods.baselines import ERM, LinearProbe
 from dynmoe.dg.methods.moa import MoA
 from dynmoe.dg.methods.moe2 import MoE2
 from dynmoe.registry import PartConfig

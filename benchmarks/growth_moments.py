@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import nn
 
 from dynmoe.growth import GrowthController
-from dynmoe.growth.cuts.utility import UtilityCut
 from dynmoe.growth.optimizer_state import Moments
+from dynmoe.growth.pruning import UtilityCut
 from dynmoe.moe import MoELayer
 
 LR, STEPS, SHOWN = 1e-3, 500, (1, 2, 3, 5, 10, 20, 50)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.moe_peers import GROUP, PEERS, LoopMoE, dense, installed
 from benchmarks.timing import alternate, ratio
 from dynmoe.growth import GrowthController
-from dynmoe.growth.cuts.first import FirstCut
+from dynmoe.growth.pruning import FirstCut
 from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.moe import MoELayer
 from dynmoe.moe.routers.slots import SlotRouter

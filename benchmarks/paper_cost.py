@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import alternate
+from cl_benchmarks.networks import build_network
 from dynmoe.cl import presets
-from dynmoe.network import build_network
 
 IMAGES, CLASSES, SHAPE = 100_000, 200, (3, 64, 64)
 

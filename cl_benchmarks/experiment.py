@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.networks import Network, build_network
 from cl_benchmarks.recorder import Recorder
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
@@ -24,7 +25,6 @@ from dynmoe.lab.figures import plasticity_figure
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
 from dynmoe.lab.tables import print_methods, print_tasks
-from dynmoe.network import Network, build_network
 from dynmoe.plasticity.trend import plasticity_summary
 
 if TYPE_CHECKING:

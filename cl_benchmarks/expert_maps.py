@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dynmoe.lab.heat_map import heat_map
 from dynmoe.moe import moe_layers
 from dynmoe.moe.inspection import (
-    heat_map,
     layer_inputs,
     output_similarity,
     routing_table,

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cl_benchmarks.networks import MakeBlock, dense_block
 from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.network import MakeBlock, dense_block
 from dynmoe.registry import Part, PartConfig
 
 

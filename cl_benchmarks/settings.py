@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cl_benchmarks.networks import Trunk
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.lab.config import RunConfig, place, slot
-from dynmoe.network import Trunk
-from dynmoe.registry import PartConfig
+from dynmoe.lab.config import RunConfig, place
+from dynmoe.registry import PartConfig, slot
 
 
 @dataclass(frozen=True, kw_only=True)

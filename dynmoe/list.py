@@ -23,7 +23,7 @@ from dynmoe.lab.config import run_command
 DESCRIPTION = """List the parts that can be chosen by name, such as the routers of `--router`: what
 they are, where they are from (the paper, or "ours") and their options. Parts of your own are among
 them (docs/own_parts.md)."""
-KIND_HELP = f"only this kind; there are {', '.join(registry.FOLDERS)}"
+KIND_HELP = f"only this kind; there are {', '.join(registry.PACKAGES)}"
 HEADER = """# Catalogue of parts
 
 Written by `python -m dynmoe.list --markdown > docs/catalogue.md`; do not edit it. Options are given
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
         Config, args=argv, prog="python -m dynmoe.list", description=DESCRIPTION,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
-    if config.kind and config.kind not in registry.FOLDERS:
-        raise unknown("kind", config.kind, registry.FOLDERS)
-    kinds = [config.kind] if config.kind else list(registry.FOLDERS)
+    if config.kind and config.kind not in registry.PACKAGES:
+        raise unknown("kind", config.kind, registry.PACKAGES)
+    kinds = [config.kind] if config.kind else list(registry.PACKAGES)
     if config.markdown:
         print(catalogue(kinds), end="")
     else:
@@ -134,11 +134,13 @@ def _value(value: Any) -> str:
 
 
 def _folder(kind: str) -> str:
-    return registry.FOLDERS[kind].replace(".", "/")
+    """The folder or file that holds the kind's parts."""
+    place = registry.PACKAGES[kind].replace(".", "/")
+    return place if (Path(registry.__file__).parents[1] / place).is_dir() else f"{place}.py"
 
 
 def _comes_with_dynmoe(part: type[registry.Part]) -> bool:
-    return part.__module__.startswith(f"{registry.FOLDERS[part.kind]}.")
+    return part.__module__.split(".")[0] in ("dynmoe", "cl_benchmarks", "agents")
 
 
 def _cell(text: str) -> str:

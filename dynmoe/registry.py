@@ -1,6 +1,6 @@
-"""Named parts (routers, cuts, datasets, ...) found by scanning one folder per kind.
+"""Named parts (routers, pruning criteria, data sets, ...): what a command can choose by name.
 
-To add a part, put a file into its kind's folder with a class that names itself:
+A part is a class that names itself, in a module that its kind's package imports (see `PACKAGES`):
 
     class Cosine(Router, name="cosine"):
         '''One line that `--help` shows. Source.'''
@@ -10,45 +10,42 @@ To add a part, put a file into its kind's folder with a class that names itself:
             temperature: float = 0.2
             '''divides the cosine similarities'''
 
-Nothing else changes: the command line offers `--router cosine --router.temperature 0.5`, and the
-tests that run over all registered names pick it up. Parts of your own need not live here: see
-docs/own_parts.md.
+Then the command line offers `--router cosine --router.temperature 0.5`, and the tests that run over
+all registered names pick it up. Parts of your own need not live here: see docs/own_parts.md.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dynmoe.errors import UserError, unknown
 from dynmoe.own_parts import VARIABLE, load_own_parts
 
-FOLDERS = {
+PACKAGES = {
     "router": "dynmoe.moe.routers",
     "bank": "dynmoe.moe.experts",
     "loss": "dynmoe.moe.losses",
     "trigger": "dynmoe.growth.triggers",
-    "cut": "dynmoe.growth.cuts",
-    "init": "dynmoe.growth.inits",
+    "cut": "dynmoe.growth.pruning",
+    "init": "dynmoe.growth.initialisation",
     "metric": "dynmoe.plasticity.metrics",
-    "network": "dynmoe.nets",
+    "network": "cl_benchmarks.networks",
     "tta": "dynmoe.tta.methods",
     "encoder": "agents.encoders",
     "agent": "agents.methods",
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
-    "strategy": "dynmoe.interventions",
+    "strategy": "cl_benchmarks.interventions",
     "domains": "cl_benchmarks.domains",
     "dg": "dynmoe.dg.methods",
     "study": "dynmoe.studies",
 }
-"""Kind of part -> the package whose modules define it."""
+"""Kind of part -> the module or package that imports all parts of it, a line each."""
 
-_PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in FOLDERS}
-_scanned: set[str] = set()
+_PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in PACKAGES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +109,12 @@ class Part:
 def names(kind: str) -> list[str]:
     """All registered names of a kind, sorted.
 
-    The first call imports every module of the kind's folder, and the parts of your own.
+    The first call imports the kind's package, and the parts of your own.
 
     Raises:
         UserError: a part of your own cannot be imported.
     """
-    if kind not in _scanned:
-        package = importlib.import_module(FOLDERS[kind])
-        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
-            importlib.import_module(f"{FOLDERS[kind]}.{module.name}")
-        _scanned.add(kind)
+    importlib.import_module(PACKAGES[kind])
     load_own_parts()
     return sorted(_PARTS[kind])
 
@@ -141,3 +134,8 @@ def get(kind: str, name: str) -> type[Any]:
 def summary(kind: str, name: str) -> str:
     """First line of a part's docstring."""
     return (get(kind, name).__doc__ or "").strip().split("\n")[0]
+
+
+def slot(kind: str, name: str) -> Any:
+    """A dataclass field that holds the Config of a part of `kind`; `name` is the default part."""
+    return field(default_factory=lambda: get(kind, name).Config(), metadata={"kind": kind})

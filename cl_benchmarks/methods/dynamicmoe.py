@@ -8,9 +8,9 @@ from torch import nn
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.networks import MakeBlock
 from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.network import MakeBlock
 
 
 class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.networks import MakeBlock
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import Moments, mean_moments, neutral_state
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.growth.surgery import append_entries
-from dynmoe.network import MakeBlock
 from dynmoe.registry import PartConfig
 
 

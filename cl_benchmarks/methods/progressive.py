@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.networks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.settings import GrowthSettings
 from dynmoe.moe.bank import even_sizes
-from dynmoe.network import MakeBlock
 from dynmoe.registry import PartConfig
 
 LARGEST_SCALE = 0.1

@@ -24,7 +24,7 @@ from dynmoe.dg.backbone import beside
 from dynmoe.dg.kadaptation import Factors, check_terms, default_terms, update
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import owners
-from dynmoe.moe.losses.importance import cv_squared
+from dynmoe.moe.losses.balance import cv_squared
 from dynmoe.moe.noise import Noise
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig

@@ -15,16 +15,14 @@ from torch.optim import Optimizer
 from dynmoe.errors import UserError
 from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
-from dynmoe.growth.cut import Cut
-from dynmoe.growth.cuts.redraw import RedrawCut
-from dynmoe.growth.init import Init, Plan, Request
-from dynmoe.growth.inits.random import RandomInit
+from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.newborn import Newborn, Nursery
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
+from dynmoe.growth.pruning import Cut, RedrawCut
 from dynmoe.growth.surgery import Restart, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
-from dynmoe.growth.triggers.task import TaskTrigger
+from dynmoe.growth.triggers.clock import TaskTrigger
 from dynmoe.growth.undo import Undo, rolled_back
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.layer import MoELayer, moe_layers

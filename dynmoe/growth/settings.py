@@ -15,11 +15,10 @@ from dynmoe.growth.newborn import Newborn
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.trigger import Trigger
-from dynmoe.lab.config import slot
 from dynmoe.moe.bank import UnitBank, spread_sizes
 from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
 from dynmoe.moe.share import share_router
-from dynmoe.registry import PartConfig
+from dynmoe.registry import PartConfig, slot
 
 
 @dataclass(frozen=True, kw_only=True)

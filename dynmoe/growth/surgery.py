@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.growth.init import FRESH, Plan
+from dynmoe.growth.initialisation import FRESH, Plan
 from dynmoe.growth.optimizer_state import (
     Moments,
     mean_moments,

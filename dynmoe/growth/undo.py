@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynmoe.growth.init import Plan
+from dynmoe.growth.initialisation import Plan
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.draws import set_entries
 from dynmoe.moe.layer import MoELayer

@@ -24,13 +24,6 @@ from dynmoe.registry import PartConfig
 C = TypeVar("C")
 
 
-def slot(kind: str, name: str) -> Any:
-    """A dataclass field that holds the Config of a part of `kind`; `name` is the default part."""
-    return dataclasses.field(
-        default_factory=lambda: registry.get(kind, name).Config(), metadata={"kind": kind}
-    )
-
-
 def place(default: Any) -> Any:
     """A field that says where or how a run is kept, and so is no part of its identity."""
     return dataclasses.field(default=default, metadata={"place": True})

@@ -14,12 +14,12 @@ from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.pool import HiddenPool
 from dynmoe.moe.loss import AuxLoss, LossInput
-from dynmoe.moe.losses.none import NoLoss
+from dynmoe.moe.losses.balance import NoLoss
 from dynmoe.moe.padding import Padding, sample_means
 from dynmoe.moe.pass_losses import PassLosses
 from dynmoe.moe.passes import Passes, new_pass
 from dynmoe.moe.router import Router
-from dynmoe.moe.routers.cosine import CosineRouter
+from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.moe.routing import Routing, Slots, hard_routing
 from dynmoe.registry import PartConfig
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dynmoe.moe.experts.affine import AffineBank
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 from dynmoe.moe.router import Router
-from dynmoe.moe.routers.straight_through import StraightThroughRouter
+from dynmoe.moe.routers.top1 import StraightThroughRouter
 
 
 class MoELayerNorm(nn.Module):

@@ -20,7 +20,7 @@ from dynmoe.registry import PartConfig
 ROOT = Path(__file__).parents[2]
 CATALOGUE = ROOT / "docs" / "catalogue.md"
 UPDATE = "python -m dynmoe.list --markdown > docs/catalogue.md"
-PARTS = [(kind, name) for kind in registry.FOLDERS for name in registry.names(kind)]
+PARTS = [(kind, name) for kind in registry.PACKAGES for name in registry.names(kind)]
 
 
 def command(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def test_every_part_says_where_it_is_from(kind: str, name: str) -> None:
 
 
 def test_the_catalogue_is_up_to_date() -> None:
-    fresh = parts.catalogue(registry.FOLDERS)
+    fresh = parts.catalogue(registry.PACKAGES)
     assert CATALOGUE.read_text() == fresh, f"docs/catalogue.md is out of date; run: {UPDATE}"
     assert UPDATE in fresh
 
@@ -51,7 +51,7 @@ def test_the_command_writes_the_catalogue() -> None:
 
 
 def test_the_catalogue_names_every_part_in_tables_that_hold_together() -> None:
-    text = parts.catalogue(registry.FOLDERS)
+    text = parts.catalogue(registry.PACKAGES)
     sections = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
     found = []
     for kind, body in zip(sections[::2], sections[1::2], strict=True):
@@ -104,7 +104,7 @@ def test_an_unknown_kind_is_one_line_and_exit_code_2() -> None:
     done = command("roter")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: unknown kind 'roter'; known: {', '.join(registry.FOLDERS)}. "
+        f"error: unknown kind 'roter'; known: {', '.join(registry.PACKAGES)}. "
         "Did you mean 'router'?\n"
     )
     with pytest.raises(UserError, match="unknown kind 'xyzzy'"):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cl_benchmarks.networks import Network, Trunk, build_network, dense_block
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.network import Network, Trunk, build_network, dense_block
 
 NETWORKS = registry.names("network")
 

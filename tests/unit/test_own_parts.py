@@ -24,7 +24,7 @@ from dynmoe.moe import MoELayer
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "own_parts.md").read_text()
 EXAMPLE = re.findall(r"```python\n(# my_router\.py\n.*?)```", DOC, re.DOTALL)[0]
-CUT = '''from dynmoe.growth.cut import Cut
+CUT = '''from dynmoe.growth.pruning import Cut
 
 
 class Mine(Cut, name="{name}"):
@@ -268,7 +268,7 @@ def test_a_file_may_ask_for_names_itself(folder: Path, monkeypatch: pytest.Monke
         ("bad.py", "import math\nmath.nothing\n", "AttributeError: module 'math' has no"),
         ("bad.py", "raise ValueError('two\\n  lines')", "ValueError: two lines"),
         ("bad.py", CUT.format(name="utility"),
-         "cut 'utility' is defined by dynmoe.growth.cuts.utility.UtilityCut and again by "
+         "cut 'utility' is defined by dynmoe.growth.pruning.UtilityCut and again by "
          "own_bad.Mine; rename one"),
     ],
 )  # fmt: skip
@@ -302,7 +302,7 @@ def test_two_files_of_one_name_are_told_apart(
     assert f"{(folder / files[0]).resolve()} has the same name; rename one of them" in line
 
 
-NETWORK = '''from dynmoe.network import Trunk
+NETWORK = '''from cl_benchmarks.networks import Trunk
 
 
 class Mine(Trunk, name="mlp"):
@@ -317,11 +317,11 @@ def test_a_name_that_is_taken_is_one_line_at_the_command_line(tmp_path: Path) ->
     assert (last.returncode, last.stdout) == (2, "")
     assert last.stderr == (
         "error: mine.py, named in DYNMOE_PARTS, cannot be loaded: network 'mlp' is defined by "
-        "dynmoe.nets.mlp.MLP and again by own_mine.Mine; rename one\n"
+        "cl_benchmarks.networks.MLP and again by own_mine.Mine; rename one\n"
     )
     first = run("dynmoe.list", folder=tmp_path, DYNMOE_PARTS="mine.py")
     assert first.returncode == 2
     assert first.stderr == (
-        "error: network 'mlp' is defined by own_mine.Mine and again by dynmoe.nets.mlp.MLP; "
+        "error: network 'mlp' is defined by own_mine.Mine and again by cl_benchmarks.networks.MLP; "
         "rename one\n"
     )

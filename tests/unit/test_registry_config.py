@@ -30,7 +30,7 @@ from dynmoe.lab.config import (
 )
 from dynmoe.registry import Part, PartConfig
 
-PARTS = [(kind, name) for kind in registry.FOLDERS for name in registry.names(kind)]
+PARTS = [(kind, name) for kind in registry.PACKAGES for name in registry.names(kind)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def read(*argv: str) -> tuple[str, Settings]:
 
 
 def test_every_kind_has_parts():
-    assert {kind for kind, _ in PARTS} == set(registry.FOLDERS)
+    assert {kind for kind, _ in PARTS} == set(registry.PACKAGES)
     assert {"softmax", "cosine", "topk"} <= set(registry.names("router"))
 
 

@@ -11,9 +11,8 @@ from dynmoe.dg.backbone import features
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import collect_aux_losses
-from dynmoe.moe.losses.importance import ImportanceLoss
-from dynmoe.moe.losses.load import LoadLoss
-from dynmoe.moe.routers.token import TokenRouter
+from dynmoe.moe.losses.balance import ImportanceLoss, LoadLoss
+from dynmoe.moe.routers.top1 import TokenRouter
 from dynmoe.moe.upcycle import upcycle_vit
 from dynmoe.registry import PartConfig
 

@@ -14,8 +14,8 @@ from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.draws import draw_normal
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
 from dynmoe.moe.linear import draw_linear, seeded_linear
-from dynmoe.moe.losses.importance import ImportanceLoss
-from dynmoe.moe.routers.cosine import CosineRouter
+from dynmoe.moe.losses.balance import ImportanceLoss
+from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 

@@ -16,8 +16,8 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.losses.prototype_diversity import Form, PrototypeDiversity
-from dynmoe.moe.routers.cosine import CosineRouter
+from dynmoe.moe.losses.diversity import Form, PrototypeDiversity
+from dynmoe.moe.routers.soft import CosineRouter
 
 
 class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs. 2, 5, 8 and 9"):

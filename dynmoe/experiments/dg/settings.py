@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from cl_benchmarks.backbone import SmallVit
-from dynmoe.lab.config import RunConfig, place, slot
-from dynmoe.registry import PartConfig
+from dynmoe.lab.config import RunConfig, place
+from dynmoe.registry import PartConfig, slot
 
 Selection = Literal["training-domain", "oracle"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cl_benchmarks.domain_split import batch_indices, split
 from dynmoe import seeding
-from dynmoe.dg.measure import accuracies, feature_arrays, landscape_array
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
+from dynmoe.experiments.dg.measure import accuracies, feature_arrays, landscape_array
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
 from dynmoe.growth.controller import GrowthController, GrowthEvent

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.lab.config import RunConfig, place, slot
-from dynmoe.registry import PartConfig
+from dynmoe.lab.config import RunConfig, place
+from dynmoe.registry import PartConfig, slot
 
 BASELINES = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta")
 

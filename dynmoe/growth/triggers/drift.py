@@ -1,9 +1,12 @@
-"""Grow when the loss rises: the Page-Hinkley test."""
+"""Growth when the training loss drifts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import numpy as np
 
 from dynmoe.errors import UserError
 from dynmoe.growth.trigger import FigureTrigger
@@ -67,3 +70,65 @@ class DriftTrigger(
         memory["sum"] += value - memory["mean"] - self.delta
         memory["lowest"] = min(memory["lowest"], memory["sum"])
         return memory["sum"] - memory["lowest"] > self.threshold
+
+
+class AdwinTrigger(FigureTrigger, name="adwin", source="Bifet & Gavalda 2007 (SDM), Section 3"):
+    """When the recent part of a window over the training loss has a higher mean than the rest.
+
+    ADWIN keeps a window of values and drops its older part W0 wherever a split into W0 and W1 has
+    |mean(W0) - mean(W1)| >= sqrt(2/m var(W) ln(2/d)) + 2/(3m) ln(2/d), with the harmonic mean
+    1/m = 1/|W0| + 1/|W1| and d = confidence / ln |W|. The bound is for values in 0 .. 1: the loss
+    is divided by `scale` and cut there. All splits are tried (the paper's plain form, not its
+    exponential histogram), over at most `window` values. Ours: only a drop that leaves a higher
+    mean calls for a growth.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(FigureTrigger.Config):
+        """Options of the adaptive window."""
+
+        confidence: float = 0.002
+        """chance of a false alarm (delta); smaller is more careful"""
+        scale: float = 5.0
+        """loss that stands for 1; larger ones are cut to it"""
+        window: int = 1000
+        """most values kept"""
+
+    figure: ClassVar[str] = "loss"
+
+    def __init__(self, config: Config) -> None:
+        if not 0 < config.confidence < 1 or not config.scale > 0 or config.window < 10:
+            raise UserError(
+                f"trigger adwin: confidence={config.confidence} must be between 0 and 1, "
+                f"scale={config.scale} above 0 and window={config.window} at least 10"
+            )
+        super().__init__(config)
+        self.confidence, self.scale, self.window = config.confidence, config.scale, config.window
+
+    def nothing(self) -> dict[str, Any]:
+        """An empty window, and no call that waits."""
+        return {"window": [], "risen": False}
+
+    def calls(self, value: float) -> bool:
+        """Whether the window has lost an older part of a lower mean since the last growth."""
+        window = [*self.memory["window"], min(max(value / self.scale, 0.0), 1.0)][-self.window :]
+        while (split := self._split(window)) is not None:
+            self.memory["risen"] = bool(np.mean(window[split:]) > np.mean(window[:split]))
+            window = window[split:]
+        self.memory["window"] = window
+        return self.memory["risen"]
+
+    def _split(self, window: list[float]) -> int | None:
+        """|W0| of the first split into parts whose means differ by more than chance."""
+        total = len(window)
+        if total < 10:  # ln |W| and the variance mean little
+            return None
+        values = np.array(window)
+        before = np.arange(1, total)
+        sums = values.cumsum()[:-1]
+        gap = np.abs(sums / before - (values.sum() - sums) / (total - before))
+        inverse = 1 / before + 1 / (total - before)
+        log = math.log(2 * math.log(total) / self.confidence)
+        bound = np.sqrt(2 * inverse * values.var() * log) + 2 / 3 * inverse * log
+        hits = np.flatnonzero(gap >= bound)
+        return int(before[hits[0]]) if len(hits) else None

@@ -1,13 +1,17 @@
-"""Sparse routing: each sample uses its K best experts."""
+"""Sparse routers: each sample uses the few experts of largest score."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_entries, every
+from dynmoe.moe.noise import Noise
 from dynmoe.moe.router import Router
 from dynmoe.moe.routing import RouterInput, Routing
 from dynmoe.registry import PartConfig
@@ -50,3 +54,255 @@ class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06
         probabilities = logits.softmax(dim=1)
         chosen = self.choose(logits, self.k)  # probabilities may tie at 0 in float32
         return self.sparse(logits, probabilities, chosen, renormalise=self.k > 1)
+
+
+class NoisyTopKRouter(
+    Router, name="noisy-topk", source="Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, App. A"
+):
+    """The K experts of largest noisy score `x W^T + N(0, 1) softplus(x W_noise^T)`.
+
+    Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, Eqs. 3-5; Zhang et al. 2025 (arXiv
+    2507.11181), Eqs. 2-4. Noise is added in training mode only. As in the plain top-k router,
+    chosen probabilities are renormalised for K >= 2 only.
+
+    Attributes:
+        noise_weight: Parameter [M, D], zero at first (Shazeer et al., App. A), so that every score
+            starts with noise of softplus(0) = 0.69. Rows of experts born later are drawn as all
+            rows are (our choice). None with fixed noise.
+    """
+
+    k: int
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the noisy top-k router."""
+
+        k: int = 2
+        """experts per sample; all of them while fewer exist"""
+        noise: Literal["learned", "fixed"] = "learned"
+        """learned: the noise's scale is softplus(x W_noise^T); fixed: it is sigma"""
+        sigma: float = 1.0
+        """standard deviation of fixed noise"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 1 <= config.k <= max_experts:
+            raise UserError(f"noisy-topk router: k={config.k} must be between 1 and {max_experts}")
+        if config.sigma <= 0:
+            raise UserError(
+                f"noisy-topk router: sigma={config.sigma} must be above 0; topk has no noise"
+            )
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.k = config.k
+        self.sigma = config.sigma
+        self.noise_weight = (
+            nn.Parameter(torch.zeros(max_experts, dim)) if config.noise == "learned" else None
+        )
+        self.noise = Noise(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; rows of the noise are 0 there, so none are drawn."""
+        self.reset_buffers()
+        draw_entries(self.weight, 0, every(self.weight), self.weight.shape[1] ** -0.5, generator)
+        if self.noise_weight is not None:
+            self.noise_weight.zero_()
+        self.noise.reset_parameters(generator)
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] to the min(K, E) experts of largest noisy score; fills `load`."""
+        clean = F.linear(given.x, self.weight)
+        if self.noise_weight is None:
+            scale = torch.full_like(clean, self.sigma)
+        else:
+            scale = F.softplus(F.linear(given.x, self.noise_weight))
+        noisy = clean
+        if self.training:
+            noisy = clean + self.noise.normal(clean) * scale
+        logits = self.mask(noisy)
+        chosen = self.choose(logits, self.k)
+        routing = self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=self.k > 1)
+        routing.load = self._load(clean + self.logit_shift, scale, logits, chosen)
+        return routing
+
+    def _load(self, clean: Tensor, scale: Tensor, noisy: Tensor, chosen: Tensor) -> Tensor:
+        """[N, M] chance that an expert is chosen if its noise alone is drawn anew.
+
+        Shazeer et al. 2017, App. A, Eqs. 8-10: `Phi((clean_i - kth_excluding(noisy, k, i)) /
+        scale_i)`. It is 1 while no more than K experts exist, which all are chosen then. The
+        selection bias counts as part of the scores, since they are compared with it.
+
+        Args:
+            clean, scale: [N, M] scores and standard deviations of their noise.
+            noisy: [N, M] scores as drawn, -inf for experts that do not exist yet.
+            chosen: [N, M] bool.
+        """
+        clean, noisy = clean + self.selection_bias, noisy + self.selection_bias
+        best = noisy.topk(min(self.k + 1, noisy.shape[1]), dim=1).values
+        # The k-th best of the others: the next one down for an expert that is chosen itself.
+        threshold = torch.where(chosen, best[:, -1:], best[:, self.k - 1 : self.k])
+        threshold = threshold.masked_fill(threshold == -torch.inf, 0.0)
+        distance = (clean - threshold) / scale.clamp_min(torch.finfo(scale.dtype).eps)
+        load = torch.where(self.alive.sum() <= self.k, 1.0, torch.special.ndtr(distance))
+        return torch.where(self.alive, load, 0.0)
+
+
+class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.07652), Section 2"):
+    """The fewest experts whose probabilities add up to p, the most probable first.
+
+    Huang et al. 2024 (arXiv 2403.07652), Section 2: hard samples use more experts. At least one is
+    used; of equally probable experts the older one comes first.
+    """
+
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the top-p router."""
+
+        p: float = 0.4
+        """probability that the chosen experts must reach together"""
+        renormalise: bool = True
+        """divide the gates of a sample by their sum where it uses two experts or more; one alone
+        keeps its probability, or the router would get no gradient there (our choice)"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 0 < config.p <= 1:
+            raise UserError(f"top-p router: p={config.p} must be above 0, at most 1")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.p = config.p
+        self.renormalise = config.renormalise
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]; the selection bias counts in the order, not in the probabilities."""
+        logits = self.mask(F.linear(given.x, self.weight))
+        probabilities = logits.softmax(dim=1)
+        order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
+        ordered = probabilities.detach().gather(1, order)
+        before = ordered.cumsum(dim=1) - ordered
+        chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before < self.p)
+        chosen = chosen & self.alive
+        routing = self.sparse(logits, probabilities, chosen, self.renormalise)
+        alone = torch.where(chosen, probabilities, 0.0)
+        routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
+        return routing
+
+
+class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 17"):
+    """The k(x) best experts, `k(x) = min(k_max, floor(tau ||x||))`, at least one.
+
+    Zhang et al. 2025 (arXiv 2507.11181), Eq. 17; the least of one is our choice. Gates are softmax
+    probabilities, renormalised over the chosen where they are two or more: one gate alone would be
+    1 whatever the logits, and the router's gradient exactly zero.
+    """
+
+    k: int
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the norm router."""
+
+        k_max: int = 2
+        """most experts per sample; all of them while fewer exist"""
+        tau: float = 1.0
+        """experts per unit of Euclidean length of the sample"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 1 <= config.k_max <= max_experts:
+            raise UserError(
+                f"norm router: k_max={config.k_max} must be between 1 and {max_experts}"
+            )
+        if config.tau <= 0:
+            raise UserError(f"norm router: tau={config.tau} must be above 0")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.k = config.k_max
+        self.tau = config.tau
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] to its min(k(x), E) best experts."""
+        logits = self.mask(F.linear(given.x, self.weight))
+        probabilities = logits.softmax(dim=1)
+        count = (self.tau * given.x.detach().norm(dim=1, keepdim=True)).floor().clamp(1, self.k)
+        order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+        chosen = (rank < count) & self.alive
+        routing = self.sparse(logits, probabilities, chosen, renormalise=True)
+        alone = torch.where(chosen, probabilities, 0.0)
+        routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
+        return routing
+
+
+class CostAwareRouter(
+    Router, name="cost-aware", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 11"
+):
+    """The expert of largest score minus lambda times its cost, with its probability as gate.
+
+    Zhang et al. 2025 (arXiv 2507.11181), Eq. 11. Our choices: an expert's cost is its number of
+    hidden units relative to the mean of the living experts, and the gate is the softmax of the
+    scores alone. It differs from top-1 only where experts differ in size.
+    """
+
+    k = 1
+    steerable = True
+    uses_sizes = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the cost-aware router."""
+
+        cost_weight: float = 0.1
+        """lambda: what the score of an expert of mean size is lowered by"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if config.cost_weight < 0:
+            raise UserError(
+                f"cost-aware router: cost_weight={config.cost_weight} must be at least 0"
+            )
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.cost_weight = config.cost_weight
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] by scores and `given.sizes` [M].
+
+        Raises:
+            UserError: the experts' sizes are not known.
+        """
+        if given.sizes is None:
+            raise UserError(
+                "cost-aware router: the experts have no sizes; choose a bank of hidden units, such "
+                "as pool"
+            )
+        logits = self.mask(F.linear(given.x, self.weight))
+        sizes = torch.where(self.alive, given.sizes, 0).to(logits.dtype)
+        cost = sizes * self.alive.sum() / sizes.sum()
+        chosen = self.choose(logits - self.cost_weight * cost, 1)
+        return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)

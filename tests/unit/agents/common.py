@@ -13,9 +13,9 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from torch import Tensor, nn
 
-import agents.methods.dynamicmoe
+import agents.methods
 from agents.actor_critic import ActorCritic, MakeBlock, dense_block
-from agents.encoders.mlp import MLP
+from agents.encoders import MLP
 from agents.ppo import PPOSettings, UpdateStats, train
 from agents.rollout import Episode, Rollout
 from dynmoe import seeding
@@ -130,13 +130,13 @@ def make_policy(
 
 def moe_blocks(granularity: int = 2, seed: int = 0, **settings: Any) -> MakeBlock:
     """MoE layers that have room for one growth, made as the growing agent makes them."""
-    agent = agents.methods.dynamicmoe.DynamicMoE.Config().build()
+    agent = agents.methods.DynamicMoE.Config().build()
     return agent.make_block(growth_settings(granularity, **settings), steps=1000, seed=seed)
 
 
 def growth_settings(granularity: int = 2, **settings: Any) -> GrowthSettings:
     """Growth once in 1000 steps."""
-    from dynmoe.growth.triggers.at import AtTrigger
+    from dynmoe.growth.triggers.clock import AtTrigger
 
     trigger = settings.pop("trigger", AtTrigger.Config(steps=(500,)))
     return GrowthSettings(granularity=granularity, trigger=trigger, **settings)

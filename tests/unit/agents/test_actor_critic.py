@@ -11,8 +11,7 @@ from common import growth_settings, make_policy, moe_blocks, stages
 from torch import nn
 
 from agents.actor_critic import PLACES, ActorCritic, as_input, dense_block
-from agents.encoders.conv import Conv
-from agents.encoders.mlp import MLP
+from agents.encoders import MLP, Conv
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import MoELayer, moe_layers

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.actor_critic import ActorCritic
-from agents.encoder import Encoder, orthogonal
+from agents.encoders import Encoder, orthogonal
 from dynmoe import registry
 from dynmoe.errors import UserError
 
@@ -188,7 +188,7 @@ def test_nature_and_impala_are_the_published_networks() -> None:
 
 
 def test_impalas_residuals_add() -> None:
-    from agents.encoders.impala import Residual
+    from agents.encoders import Residual
 
     block, x = Residual(4), torch.randn(2, 4, 6, 6)
     first, second = (m for m in block.modules() if isinstance(m, nn.Conv2d))

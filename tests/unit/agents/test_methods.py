@@ -11,9 +11,9 @@ from common import growth_settings
 from torch import nn
 
 from agents.actor_critic import PLACES, ActorCritic
-from agents.agent import Agent
-from agents.encoders.mlp import MLP
+from agents.encoders import MLP
 from agents.growth import policy_shock
+from agents.methods import Agent
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget

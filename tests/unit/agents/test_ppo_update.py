@@ -30,7 +30,7 @@ from agents.ppo import (
 from agents.rollout import Rollout, advantages, collect
 from dynmoe.errors import NumericError
 from dynmoe.moe.layer import moe_layers
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 from envs.vector import TorchVectorEnv
 
 

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from agents.actor_critic import ActorCritic
-from agents.encoders.mlp import MLP
+from agents.encoders import MLP
 from agents.rollout import Rollout, advantages, collect
 from dynmoe.moe.layer import moe_layers
 from envs.vector import TorchVectorEnv

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cl_benchmarks.method import Training
-from cl_benchmarks.methods.moe_renewed import RenewExperts
+from cl_benchmarks.methods.constant import RenewExperts
 from dynmoe.interventions.none import NoStrategy
 from dynmoe.moe import MoELayer
 

@@ -8,7 +8,7 @@ from strategy_helpers import NETWORKS, Loop, batch
 from torch import Tensor, nn
 
 from dynmoe.growth.budget import Budget
-from dynmoe.interventions.cbp import CBP
+from dynmoe.interventions.resetting import CBP
 
 
 def outgoing(model: nn.Module, number: int) -> list[list[float]]:

@@ -7,11 +7,11 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
 from torch import nn
 
+from cl_benchmarks.networks import build_network
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.interventions.injection import Injected
 from dynmoe.interventions.units import find_units
-from dynmoe.network import build_network
 from dynmoe.registry import get
 
 

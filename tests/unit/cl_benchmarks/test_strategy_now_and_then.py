@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from strategy_helpers import NETWORKS, Loop, dice, weights
 from torch import Tensor, nn
 
-from dynmoe.interventions.fire import exact_polar, polar
+from dynmoe.interventions.perturbing import exact_polar, polar
 from dynmoe.interventions.weights import fresh_draw
 from dynmoe.moe.layer import MoELayer
 

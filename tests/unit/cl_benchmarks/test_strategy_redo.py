@@ -7,7 +7,7 @@ import torch
 from strategy_helpers import NETWORKS, Loop, batch
 from torch import nn
 
-from dynmoe.interventions.redo import ReDo
+from dynmoe.interventions.resetting import ReDo
 from dynmoe.interventions.units import find_units
 
 

@@ -11,7 +11,7 @@ from strategy_helpers import Loop, batch
 from test_strategy_redo import kill
 
 from dynmoe.growth.budget import Budget
-from dynmoe.interventions.snr import EXPANSION, SNR, FiringRecord, bin_edges
+from dynmoe.interventions.resetting import EXPANSION, SNR, FiringRecord, bin_edges
 
 
 def test_bins_are_exact_where_short_and_narrow_where_long() -> None:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from strategy_helpers import NETWORKS, batch, conv, dice, mlp, moe
 from torch import Tensor, nn
 
+from cl_benchmarks.networks import build_network
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
 from dynmoe.interventions.units import UnitLayer, find_units, renewed, watch
 from dynmoe.moe.layer import MoELayer
-from dynmoe.network import build_network
 from dynmoe.registry import get
 
 

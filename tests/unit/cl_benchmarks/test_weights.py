@@ -9,7 +9,7 @@ from torch import nn
 
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.cuts.random import RandomCut
+from dynmoe.growth.pruning import RandomCut
 from dynmoe.interventions.weights import (
     fresh_draw,
     linear_outputs,

@@ -17,10 +17,9 @@ from dynmoe import registry
 from dynmoe.dg.identity import departure, router_identity
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
-from dynmoe.growth.inits.random import RandomInit
-from dynmoe.growth.inits.zero_output import ZeroOutputInit
+from dynmoe.growth.initialisation import RandomInit, ZeroOutputInit
 from dynmoe.growth.trigger import Signals
-from dynmoe.growth.triggers.every import EveryTrigger
+from dynmoe.growth.triggers.clock import EveryTrigger
 from dynmoe.moe import moe_layers, routing_stats
 
 both = pytest.mark.parametrize("synthesis", ["factors", "deltas"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.growth.init import FRESH, Request, cut_plan
+from dynmoe.growth.initialisation import FRESH, Request, cut_plan
 from dynmoe.moe import ExpertBank, MoELayer
 
 CUTS = registry.names("cut")

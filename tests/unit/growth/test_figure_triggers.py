@@ -16,7 +16,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.trigger import FigureTrigger
-from dynmoe.growth.triggers.plateau import PlateauTrigger
+from dynmoe.growth.triggers.figures import PlateauTrigger
 from dynmoe.moe import MoELayer
 
 FIGURE = {

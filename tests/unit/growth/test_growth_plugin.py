@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from dynmoe.growth import GrowthController
-from dynmoe.growth.cuts.utility import UtilityCut
+from dynmoe.growth.pruning import UtilityCut
 from dynmoe.moe import MoELayer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.init import choose_parents
+from dynmoe.growth.initialisation import choose_parents
 from dynmoe.moe import MoELayer
 
 CONSTANT, PER_GROWTH = Budget(), Budget(mode="per-growth", units=5)

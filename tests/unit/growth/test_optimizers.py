@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.cuts.utility import UtilityCut
+from dynmoe.growth.pruning import UtilityCut
 from dynmoe.moe import MoELayer
 
 OPTIMIZERS = sorted(

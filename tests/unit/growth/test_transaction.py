@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController, Signals
-from dynmoe.growth.cuts.utility import UtilityCut
 from dynmoe.growth.newborn import Newborn
+from dynmoe.growth.pruning import UtilityCut
 from dynmoe.moe import MoELayer, moe_layers, share_router
 
 BUDGETS = [Budget(), Budget(mode="per-growth", units=4)]

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from dynmoe import registry
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, collect_aux_losses
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 
 
 @pytest.mark.parametrize("gate_scale", ["experts", "one"])

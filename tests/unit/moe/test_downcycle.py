@@ -14,7 +14,7 @@ from dynmoe.growth import GrowthController
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, Router, Routing, routing_inputs
 from dynmoe.moe.change import function_change
 from dynmoe.moe.downcycle import distil, merge
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 from dynmoe.moe.prune import prune, without_experts
 from dynmoe.moe.upcycle import upcycle
 from dynmoe.registry import PartConfig

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.lab.heat_map import heat_map
 from dynmoe.moe import ExpertBank, MoELayer
 from dynmoe.moe.inspection import (
-    heat_map,
     layer_inputs,
     output_similarity,
     routing_table,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, collect_aux_losses
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 
 ROUTERS = ("cosine", "softmax", "topk")  # dense and sparse
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.moe import LossInput, MoELayer, Routing, collect_aux_losses
-from dynmoe.moe.losses.switch import SwitchLoss
+from dynmoe.moe.losses.balance import SwitchLoss
 
 ROUTERS = ("cosine", "softmax", "topk")  # dense and sparse
 

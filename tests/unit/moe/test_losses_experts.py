@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe import ExpertBank, LossInput
-from dynmoe.moe.losses.gram_schmidt import gram_schmidt
+from dynmoe.moe.losses.diversity import gram_schmidt
 
 EXPERTS = (1, 3, 5)
 

@@ -13,9 +13,9 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, UnitBank
-from dynmoe.moe.losses.global_balance import GlobalBalanceLoss
+from dynmoe.moe.losses.counts import GlobalBalanceLoss
 from dynmoe.moe.prune import without_experts
-from dynmoe.moe.routers.hash import HashRouter
+from dynmoe.moe.routers.fixed import HashRouter
 from dynmoe.moe.routers.hierarchical import HierarchicalRouter
 from dynmoe.registry import PartConfig
 

@@ -7,7 +7,7 @@ from router_cases import DIM, make_router, samples
 
 from dynmoe.moe import MoELayer
 from dynmoe.moe.experts.affine import AffineBank
-from dynmoe.moe.routers.straight_through import StraightThroughRouter
+from dynmoe.moe.routers.top1 import StraightThroughRouter
 
 
 def trained(experts: int = 3) -> StraightThroughRouter:

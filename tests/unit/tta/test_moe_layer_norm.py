@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from tta_models import stream, vit
 
-from dynmoe.growth.triggers.at import AtTrigger
+from dynmoe.growth.triggers.clock import AtTrigger
 from dynmoe.growth.triggers.drift import DriftTrigger
 from dynmoe.moe import moe_layers
 from dynmoe.tta import MoELayerNorm, adapt

@@ -1,1 +1,0 @@
-"""Agents and what they are compared with, one file each."""

@@ -1,1 +1,0 @@
-"""Cuts, one file each."""

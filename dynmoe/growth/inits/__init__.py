@@ -1,1 +1,0 @@
-"""How new experts start, one file each."""

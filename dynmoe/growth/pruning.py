@@ -1,0 +1,84 @@
+"""Pruning criteria: which hidden units an expert keeps when it shrinks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import UnitBank
+from dynmoe.registry import Part, PartConfig
+
+
+class Cut(Part, ABC, kind="cut"):
+    """Base of all cuts. The paper leaves the rule open; every cut here is our reading of it."""
+
+    def __init__(self, config: PartConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def scores(
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Scores [H] of the hidden units, on the CPU; each expert keeps its highest.
+
+        Args:
+            bank: the bank about to be cut.
+            mean_activation: [H] mean |activation| over a probe batch, or None without a probe.
+            generator: for random rules.
+
+        A unit scored -inf is never kept.
+        """
+
+
+class FirstCut(Cut, name="first"):
+    """Keeps each expert's first units: slicing its weight matrices."""
+
+    def scores(
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Falling with the position in the pool [H]."""
+        return -torch.arange(len(bank.segment), dtype=torch.float32)
+
+
+class RandomCut(Cut, name="random"):
+    """Keeps units drawn at random."""
+
+    def scores(
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Uniform draws [H]."""
+        return torch.rand(len(bank.segment), generator=generator)
+
+
+class RedrawCut(Cut, name="redraw"):
+    """Keeps no unit of an expert that shrinks: it is drawn afresh at its new size, too."""
+
+    def scores(
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """-inf [H] throughout."""
+        return torch.full((len(bank.segment),), float("-inf"))
+
+
+class UtilityCut(
+    Cut,
+    name="utility",
+    source="Dohare et al. 2024 (Nature 632), contribution utility; over one batch, ours",
+):
+    """Keeps the units of largest contribution utility, mean |h| * sum |w_out|.
+
+    Source: Dohare et al. 2024 (Nature 632, continual backpropagation), contribution utility, with
+    the mean over one probe batch instead of a running one.
+    """
+
+    def scores(
+        self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Contribution utility [H]; needs a probe batch."""
+        if mean_activation is None:
+            raise UserError("the utility cut needs a probe batch: pass probe= to the growth step")
+        outgoing = bank.output_weight().detach().abs().transpose(0, 1).flatten(1).sum(dim=1)
+        return (mean_activation * outgoing).cpu()

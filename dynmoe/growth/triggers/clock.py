@@ -1,0 +1,128 @@
+"""Growth by the clock: at given steps, every n steps, at tasks and at new stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dynmoe.errors import UserError
+from dynmoe.growth.trigger import ClockTrigger, Signals, Trigger
+from dynmoe.registry import PartConfig
+
+
+class AtTrigger(ClockTrigger, name="at"):
+    """At the given steps of the clock."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the given-steps trigger."""
+
+        steps: tuple[int, ...] = ()
+        """steps after which to grow, each at least 1 (optimizer steps in cl, env steps in rl)"""
+
+    def __init__(self, config: Config) -> None:
+        if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
+            raise UserError(
+                f"trigger at: steps={list(config.steps)} must be distinct numbers of at least 1, "
+                "for example --trigger.steps 500 1000"
+            )
+        super().__init__(config)
+        self.steps = frozenset(config.steps)
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether one of the given steps lies in (before, now]; two there are one growth."""
+        return any(before < step <= now for step in self.steps)
+
+    def planned(self, steps: int, tasks: int) -> int:
+        """How many of the given steps come before the run's last one."""
+        return sum(s < steps for s in self.steps)
+
+
+class EveryTrigger(ClockTrigger, name="every", source="Kim 2025 (arXiv 2511.18987)"):
+    """Every n steps of the clock (DynamicMoE's RL: 500M environment steps, 2511.18987)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the clock trigger."""
+
+        steps: int = 1000
+        """steps between growths (optimizer steps in cl, env steps in rl)"""
+
+    def __init__(self, config: Config) -> None:
+        if config.steps < 1:
+            raise UserError(f"trigger every: steps={config.steps} must be at least 1")
+        super().__init__(config)
+        self.steps = config.steps
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether a multiple of n lies in (before, now]."""
+        return now // self.steps > before // self.steps
+
+    def planned(self, steps: int, tasks: int) -> int:
+        """Multiples of n before the last step: a growth at the very end could learn nothing."""
+        return max(0, steps - 1) // self.steps
+
+
+class TaskTrigger(Trigger, name="task", source="Kim 2025 (arXiv 2511.18987)"):
+    """At the start of every task but the first (DynamicMoE's continual learning, 2511.18987)."""
+
+    def fires(self, signals: Signals) -> bool:
+        """Whether a task starts."""
+        return signals.task_starts
+
+    def planned(self, steps: int, tasks: int) -> int:
+        """One growth per task after the first."""
+        return tasks - 1
+
+
+class StageTrigger(Trigger, name="stage"):
+    """At the first arrival in a stage deeper than all before, such as a Craftax floor."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the stage trigger."""
+
+        share: float = 0.0
+        """a stage counts once more than this share of the environments is in it between two asks;
+        0 for the first environment that gets there"""
+        limit: int = 1
+        """most growths"""
+
+    def __init__(self, config: Config) -> None:
+        if not 0 <= config.share < 1 or config.limit < 1:
+            raise UserError(
+                f"trigger stage: share={config.share} must be in [0, 1) and limit={config.limit} "
+                "at least 1"
+            )
+        super().__init__(config)
+        self.share, self.limit = config.share, config.limit
+        self.deepest, self.growths = 0, 0
+
+    def fires(self, signals: Signals) -> bool:
+        """Whether a new deepest stage has been reached; several at once are one growth.
+
+        Raises:
+            UserError: the loop has no stages.
+        """
+        if len(signals.reached) < 2:
+            raise UserError(
+                "trigger stage: there are no stages here to arrive in; use another --trigger"
+            )
+        there = [stage for stage, share in enumerate(signals.reached) if share > self.share]
+        if max(there, default=0) <= self.deepest or self.growths == self.limit:
+            return False
+        self.deepest = max(there)
+        self.growths += 1
+        return True
+
+    def planned(self, steps: int, tasks: int) -> int:
+        """As many as the limit allows."""
+        return self.limit
+
+    def state_dict(self) -> dict[str, Any]:
+        """The deepest stage so far and the growths made."""
+        return {"deepest": self.deepest, "growths": self.growths}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.deepest, self.growths = state["deepest"], state["growths"]

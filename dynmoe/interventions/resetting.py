@@ -1,0 +1,369 @@
+"""Interventions that re-initialise units by their utility or age: continual backprop, ReDo, SNR."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.units import Slot, UnitLayer, find_units, renewed, watch
+from dynmoe.moe.bank import UnitBank
+from dynmoe.registry import PartConfig
+
+
+@dataclass
+class UnitRecord:
+    """What is known of a layer's U units."""
+
+    age: Tensor
+    """[U] float, optimizer steps since the unit was drawn"""
+    mean: Tensor
+    """[U] running mean activation, not corrected for its start at 0"""
+    utility: Tensor
+    """[U] running contribution utility, not corrected either"""
+    due: float = 0.0
+    """units that should have been replaced and have not been yet"""
+
+
+class CBP(
+    Intervention, name="cbp", source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1"
+):
+    """Continual backpropagation: all the time, draws a few of the least useful units afresh.
+
+    A unit's utility is a running average of mean |activation| times the sum of its outgoing
+    |weights|. Of the units older than `maturity`, a share `rate` per step is replaced, those of
+    lowest utility first: fresh incoming weights, outgoing weights 0. Optimizer moments of their
+    weights restart; the step counts are the tensors' and go on, unlike in the authors' own Adam.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of continual backpropagation."""
+
+        rate: float = 1e-4
+        """share of the mature units that is replaced per optimizer step"""
+        maturity: int = 100
+        """optimizer steps before which a unit is not replaced"""
+        decay: float = 0.99
+        """of the running averages"""
+        compensate_bias: bool = True
+        """hand a replaced unit's mean activation over to the biases of what read it"""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if not 0 <= config.rate <= 1:
+            raise UserError(f"cbp: rate={config.rate} must be in 0 .. 1")
+        if config.maturity < 0:
+            raise UserError(f"cbp: maturity={config.maturity} must be at least 0")
+        if not 0 <= config.decay < 1:
+            raise UserError(f"cbp: decay={config.decay} must be in 0 .. 1")
+
+    def begin(self) -> None:
+        """Find the units, and look on as they act."""
+        self.layers = find_units(self.model)
+        self.records = [_new_record(layer) for layer in self.layers]
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, layer in enumerate(self.layers):
+            watch(layer, number, self._see)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count, and replace what is due."""
+        for number, (mean, size) in self.seen.items():
+            self.update(self.layers[number], self.records[number], mean, size)
+        self.seen.clear()
+
+    def update(self, layer: UnitLayer, record: UnitRecord, mean: Tensor, size: Tensor) -> Tensor:
+        """Take a batch's mean activation and mean |activation| [U]; returns units replaced [n]."""
+        decay = self.config.decay
+        reach = sum(s.unit_major(s.parameter.detach().abs()).sum(dim=1) for s in layer.outgoing)
+        record.age += 1
+        record.mean.lerp_(mean, 1 - decay)
+        record.utility.lerp_(size * reach, 1 - decay)
+        mature = record.age > self.config.maturity
+        count = int(mature.sum())
+        record.due += self.config.rate * count
+        number = min(int(record.due), count)
+        record.due -= number
+        if not number:
+            return torch.empty(0, dtype=torch.long)
+        utility = record.utility / (1 - decay**record.age)
+        order = utility.masked_fill(~mature, float("inf")).argsort(stable=True)
+        self.replace(layer, record, order[:number])
+        return order[:number]
+
+    def replace(self, layer: UnitLayer, record: UnitRecord, index: Tensor) -> None:
+        """Draw the units `index` [n] afresh."""
+        if self.config.compensate_bias:
+            mean = record.mean[index] / (1 - self.config.decay ** record.age[index])
+            for slot in layer.outgoing:
+                move_to_bias(slot, index, mean)
+        layer.draw_incoming(index, self.generator)
+        layer.silence(index)
+        layer.restart_moments(index, self.optimizer)
+        for values in (record.age, record.mean, record.utility):
+            values[index] = 0.0
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """Units that a growth has drawn or copied start their record anew."""
+        for layer, record in zip(self.layers, self.records, strict=True):
+            new = renewed(layer, self.model, before)
+            for name in ("age", "mean", "utility"):
+                values = getattr(record, name)
+                padded = torch.cat([values, values.new_zeros(len(new) - len(values))])
+                setattr(record, name, padded.masked_fill(new, 0.0))
+
+    def state(self) -> dict[str, Any]:
+        """The records."""
+        return {"records": [_copied(asdict(record)) for record in self.records]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the records back."""
+        pairs = zip(state["records"], self.layers, strict=True)
+        self.records = [
+            UnitRecord(**_copied(saved, layer.incoming[0].parameter.device))
+            for saved, layer in pairs
+        ]
+
+    def _see(self, number: int, activations: Tensor) -> None:
+        self.seen[number] = (activations.mean(dim=0), activations.abs().mean(dim=0))
+
+
+def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
+    """Add what the units `index` [n] send out on average to the biases of what reads them.
+
+    Args:
+        mean: [n] mean activations. Layers without biases are passed over: those in front of batch
+            normalisation, which takes any shift away.
+    """
+    weight = slot.parameter.index_select(slot.axis, slot.entries(index)).movedim(slot.axis, 0)
+    weight = weight.flatten(2).sum(dim=2) if weight.dim() > 2 else weight  # [n * repeat, out]
+    sent = weight * mean.to(weight).repeat_interleave(slot.repeat).unsqueeze(1)
+    bias = slot.bias
+    if bias is None:
+        return
+    if bias.dim() == 1:
+        bias.add_(sent.sum(dim=0))
+    elif isinstance(slot.module, UnitBank):  # a row per expert, behind the same gate as its units
+        bias.index_add_(0, slot.module.segment[index], sent)
+
+
+def _new_record(layer: UnitLayer) -> UnitRecord:
+    zeros = torch.zeros(layer.units).to(layer.incoming[0].parameter)
+    return UnitRecord(zeros, zeros.clone(), zeros.clone())
+
+
+def _copied(record: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """Copies of a record's tensors."""
+    return {
+        name: value.clone().to(device or value.device) if isinstance(value, Tensor) else value
+        for name, value in record.items()
+    }
+
+
+class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.12902), Algorithm 1"):
+    """Draws dormant units afresh, silent at first.
+
+    A unit's score is its mean |activation| over the mean of its layer (Eq. 1), on the latest
+    training batch; feature maps are averaged over their positions. Units with a score of at most
+    tau get fresh incoming weights and outgoing weights 0, and restart their optimizer moments.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of ReDo."""
+
+        tau: float = 0.1
+        """largest score of a dormant unit; 0 for units that never fire"""
+        period: int = 100
+        """optimizer steps between two recyclings"""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if not 0 <= config.tau < 1:
+            raise UserError(f"redo: tau={config.tau} must be in 0 .. 1")
+        if config.period < 1:
+            raise UserError(f"redo: period={config.period} must be at least 1")
+
+    def begin(self) -> None:
+        """Find the units, and look on as they act."""
+        self.layers = find_units(self.model)
+        self.activity: dict[int, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            watch(layer, number, self._see, self._due)
+
+    def after_step(self) -> None:
+        """Recycle when it is time."""
+        if self.steps % self.config.period == 0:  # after the step that `_due` announced
+            for number, activity in self.activity.items():
+                self.recycle(self.layers[number], activity)
+            self.activity.clear()
+
+    def recycle(self, layer: UnitLayer, activity: Tensor) -> Tensor:
+        """Draw the dormant units of a layer afresh; returns their numbers [n].
+
+        Args:
+            activity: [U] mean |activation| of each unit.
+        """
+        score = activity / (activity.mean() + 1e-9)
+        dormant = (score <= self.config.tau).nonzero().flatten()
+        if len(dormant):
+            layer.draw_incoming(dormant, self.generator)
+            layer.silence(dormant)
+            layer.restart_moments(dormant, self.optimizer)
+        return dormant
+
+    def _due(self) -> bool:
+        """Whether the step that comes is one after which units are recycled."""
+        return (self.steps + 1) % self.config.period == 0
+
+    def _see(self, number: int, activations: Tensor) -> None:
+        self.activity[number] = activations.abs().mean(dim=0)
+
+
+EXPANSION = 2
+"""a threshold grows by this factor at most when it is estimated anew"""
+FINE = 1.05
+"""ratio of two bin edges of the histogram, where gaps are long"""
+
+
+@dataclass
+class FiringRecord:
+    """What is known of a layer's U units; gaps fall into B bins."""
+
+    age: Tensor
+    """[U] int64, steps since the unit last fired"""
+    gaps: Tensor
+    """[U, B] int64, histogram of the steps from one firing to the next"""
+    threshold: Tensor
+    """[U] int64, the age beyond which a unit is reset"""
+
+
+class SNR(
+    Intervention, name="snr", source="Farias & Jozefiak 2024 (arXiv 2410.20098), Algorithm 1"
+):
+    """Self-normalised resets: draws units afresh that have been silent for longer than they use to.
+
+    A unit fires in a step if any activation in the batch is above 0. Its threshold is the quantile
+    of the gaps between its own firings, estimated anew every `period` steps; it may shrink to any
+    value then, and at most double. A unit silent for more steps than that gets fresh incoming
+    weights, outgoing weights 0 and new optimizer moments; that ends a gap as a firing does. Gaps
+    are counted over a unit's whole life, in bins that are exact up to 20 steps and 5 % wide beyond
+    (our choice).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of self-normalised resets."""
+
+        quantile: float = 0.99
+        """share of a unit's gaps that its threshold covers"""
+        period: int = 16
+        """optimizer steps between two estimates"""
+        limit: int = 20_000
+        """largest threshold, in steps; units that never fired are reset then"""
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if not 0 < config.quantile < 1:
+            raise UserError(f"snr: quantile={config.quantile} must be between 0 and 1")
+        if config.period < 1:
+            raise UserError(f"snr: period={config.period} must be at least 1")
+        if config.limit < 1:
+            raise UserError(f"snr: limit={config.limit} must be at least 1")
+
+    def begin(self) -> None:
+        """Find the units, and look on as they act."""
+        self.layers = find_units(self.model)
+        self.edges = bin_edges(self.config.limit)
+        self.records = [self._new_record(layer) for layer in self.layers]
+        self.fired: dict[int, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            watch(layer, number, self._see)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count, estimate when it is time, and reset."""
+        for number, fired in self.fired.items():
+            layer, record = self.layers[number], self.records[number]
+            self.count(record, fired, record.age + 1)
+            if self.steps % self.config.period == 0:
+                self.estimate(record)
+            silent = record.age > record.threshold
+            index = silent.nonzero().flatten()
+            if len(index):
+                self.count(record, silent, record.age)
+                layer.draw_incoming(index, self.generator)
+                layer.silence(index)
+                layer.restart_moments(index, self.optimizer)
+        self.fired.clear()
+
+    def count(self, record: FiringRecord, ends: Tensor, gap: Tensor) -> None:
+        """Note the gaps [U] of the units where one ends [U] bool; the others grow older."""
+        bins = torch.bucketize(gap, self.edges.to(gap.device)).clamp(max=len(self.edges) - 1)
+        record.gaps.scatter_add_(1, bins.unsqueeze(1), ends.long().unsqueeze(1))
+        record.age = torch.where(ends, 0, gap)
+
+    def estimate(self, record: FiringRecord) -> None:
+        """Move the thresholds to the quantiles of the gaps; without gaps they double."""
+        total = record.gaps.sum(dim=1, keepdim=True)
+        covered = record.gaps.cumsum(dim=1) >= self.config.quantile * total
+        quantile = self.edges.to(total.device)[covered.long().argmax(dim=1)]
+        most = (EXPANSION * record.threshold).clamp(max=self.config.limit)
+        record.threshold = torch.where(total[:, 0] > 0, torch.minimum(quantile, most), most)
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """Units that a growth has drawn or copied start their record anew."""
+        for layer, record in zip(self.layers, self.records, strict=True):
+            new, empty = renewed(layer, self.model, before), self._new_record(layer)
+            for name, start in vars(empty).items():
+                values = getattr(record, name)
+                start[: len(values)] = values
+                fresh = vars(self._new_record(layer))[name]
+                where = new.view(-1, *[1] * (start.dim() - 1))
+                setattr(record, name, torch.where(where, fresh, start))
+
+    def state(self) -> dict[str, Any]:
+        """The records."""
+        return {"records": [_copied_ages(asdict(record)) for record in self.records]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the records back."""
+        pairs = zip(state["records"], self.layers, strict=True)
+        self.records = [
+            FiringRecord(**_copied_ages(saved, layer.incoming[0].parameter.device))
+            for saved, layer in pairs
+        ]
+
+    def _new_record(self, layer: UnitLayer) -> FiringRecord:
+        age = torch.zeros(layer.units, dtype=torch.long, device=layer.incoming[0].parameter.device)
+        gaps = age.new_zeros(layer.units, len(self.edges))
+        return FiringRecord(age, gaps, torch.full_like(age, self.config.limit))
+
+    def _see(self, number: int, activations: Tensor) -> None:
+        self.fired[number] = (activations > 0).any(dim=0)
+
+
+def bin_edges(limit: int) -> Tensor:
+    """[B] int64: the longest gap of each bin, 1, 2, 3, ... and then 5 % apart, up to `limit`."""
+    edges = [1]
+    while edges[-1] < limit:
+        edges.append(min(max(edges[-1] + 1, int(edges[-1] * FINE)), limit))
+    return torch.tensor(edges)
+
+
+def _copied_ages(
+    record: dict[str, Tensor], device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Copies of a record's tensors."""
+    return {name: value.clone().to(device or value.device) for name, value in record.items()}

@@ -1,0 +1,259 @@
+"""Losses that keep experts, their weights or their router rows different."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import ExpertBank, UnitBank
+from dynmoe.moe.comparing import living_outputs, living_pairs, mean_over_pairs, unit_inputs
+from dynmoe.moe.loss import AuxLoss, LossInput
+
+
+class OrthogonalLoss(
+    AuxLoss, name="orthogonal", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 7"
+):
+    """Sum over ordered pairs of experts of their weights' squared cosine; 0 for orthogonal experts.
+
+    Banks of rows: the cosine of the experts' flattened rows, Eq. 7 itself. Hidden units have no
+    order and experts may differ in size, so for pools of units (our choice) W_i holds the incoming
+    weights of expert i's units, a row per unit, and a pair counts
+    `||W_i W_j^T||_F^2 / (||W_i||_F^2 ||W_j||_F^2)`: Eq. 7 for one unit each, never above 1, the
+    same in every order of the units. 0 with one living expert.
+    """
+
+    def forward(self, given: LossInput) -> Tensor:
+        """The loss of the bank's weights; samples have no part in it."""
+        alive = given.routing.alive
+        if isinstance(given.bank, UnitBank):
+            overlaps = unit_overlaps(given.bank, len(alive))
+        else:
+            rows = torch.cat([p.flatten(1) for p in given.bank.expert_rows()], dim=1)
+            overlaps = row_overlaps(torch.where(alive.unsqueeze(1), rows, 0.0))
+        return torch.where(living_pairs(alive), overlaps, 0.0).sum()
+
+
+def row_overlaps(rows: Tensor) -> Tensor:
+    """Squared cosines [M, M] of rows [M, F]; 0 where a row is 0."""
+    rows = rows / _norm(rows.square().sum(dim=1, keepdim=True))
+    return (rows @ rows.T).square()
+
+
+def unit_overlaps(bank: UnitBank, experts: int) -> Tensor:
+    """Overlaps [M, M] of the experts' incoming weights, as `OrthogonalLoss` defines them."""
+    weights = torch.cat(unit_inputs(bank), dim=1)  # [H, F]
+    owner = F.one_hot(bank.segment, experts).to(weights.dtype)  # [H, M]
+    norms = _norm(owner.T @ weights.square().sum(dim=1))
+    rows = weights / norms[bank.segment].unsqueeze(1)
+    return owner.T @ (rows @ rows.T).square() @ owner
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """Square roots, with a finite gradient at 0."""
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+class ParsevalLoss(
+    AuxLoss, name="parseval", source="Chung et al. 2024 (arXiv 2412.07224), Section 3"
+):
+    """Mean over living experts of `||W_e W_e^T - s I||_F^2`, which keeps learning well-conditioned.
+
+    W_e [H_e, D_in] are the weights into expert e's hidden units, one term for each such matrix; for
+    banks without units every weight matrix of the expert but its output layer's. An expert with
+    more rows than columns cannot reach 0.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AuxLoss.Config):
+        """Options of Parseval regularisation."""
+
+        weight: float = 0.001
+        """factor of the loss in the training objective"""
+        scale: float = 1.0
+        """s: squared length that rows are pulled to"""
+
+    def __init__(self, config: Config, max_experts: int) -> None:
+        super().__init__(config, max_experts)
+        if config.scale <= 0:
+            raise UserError(f"parseval loss: scale={config.scale} must be above 0")
+        self.scale = config.scale
+
+    def forward(self, given: LossInput) -> Tensor:
+        """The loss of the bank's weights; samples have no part in it.
+
+        Raises:
+            UserError: the bank has no weight matrices.
+        """
+        bank, alive = given.bank, given.routing.alive
+        terms = self._units(bank) if isinstance(bank, UnitBank) else self._rows(bank, alive)
+        if not terms:
+            raise UserError(
+                f"parseval loss: bank {bank.name!r} has no weight matrices to keep even"
+            )
+        return torch.stack(terms).sum() / alive.sum()
+
+    def _units(self, bank: UnitBank) -> list[Tensor]:
+        """One sum over all experts for each matrix of a pool of units."""
+        same = bank.segment.unsqueeze(1) == bank.segment  # units of one expert
+        terms = []
+        for weights in unit_inputs(bank):
+            products = torch.where(same, weights @ weights.T, 0.0)
+            terms.append((products - self._target(products)).square().sum())
+        return terms
+
+    def _rows(self, bank: ExpertBank, alive: Tensor) -> list[Tensor]:
+        """One sum over all experts for each stack of matrices [M, rows, columns]."""
+        terms, last = [], {id(p) for p in bank.output_rows()}
+        for stack in bank.expert_rows():
+            if stack.dim() < 3 or id(stack) in last:
+                continue
+            weights = torch.where(alive.view(-1, 1, 1), stack.flatten(2), 0.0)
+            gaps = weights @ weights.mT
+            gaps = torch.where(alive.view(-1, 1, 1), gaps - self._target(gaps), 0.0)
+            terms.append(gaps.square().sum())
+        return terms
+
+    def _target(self, products: Tensor) -> Tensor:
+        """s I of the last two axes of `products`."""
+        return self.scale * torch.eye(
+            products.shape[-1], dtype=products.dtype, device=products.device
+        )
+
+
+Form = Literal["euclidean", "cosine", "kl"]
+
+
+class PrototypeDiversity(
+    AuxLoss, name="prototype-diversity", source="ours; its euclidean form is Eq. 9 of MoE²"
+):
+    """Mean similarity of two living experts' router rows v, 1 for equal rows.
+
+    euclidean: `exp(-||v_k - v_j||_2)`, Eq. 9. cosine: `max(0, cos(v_k, v_j))`; without the bound
+    two heaps of equal rows that point apart would count as diverse. kl: `exp(-J)`, J the mean of
+    both KL divergences between softmax(v_k) and softmax(v_j), nats. The latter two are our choice.
+    0 with one living expert. Where rows are exactly equal, euclidean and kl have no gradient.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AuxLoss.Config):
+        """Options of prototype diversity."""
+
+        form: Form = "euclidean"
+        """how similarity is measured"""
+
+    def __init__(self, config: Config, max_experts: int) -> None:
+        super().__init__(config, max_experts)
+        if config.form not in get_args(Form):
+            raise UserError(
+                f"prototype-diversity loss: form={config.form!r} must be one of "
+                f"{', '.join(get_args(Form))}"
+            )
+        self.form = config.form
+
+    def forward(self, given: LossInput) -> Tensor:
+        """The loss of the router's weights; samples have no part in it."""
+        alive = given.routing.alive
+        rows = torch.where(alive.unsqueeze(1), given.router.weight, 0.0)
+        return mean_over_pairs(self._similarity(rows), alive)
+
+    def _similarity(self, rows: Tensor) -> Tensor:
+        """Similarity [M, M] of rows [M, D]."""
+        if self.form == "cosine":
+            rows = F.normalize(rows, dim=1)
+            return (rows @ rows.T).clamp_min(0.0)
+        if self.form == "kl":
+            log_p = rows.log_softmax(dim=1)
+            p = log_p.exp()
+            cross = p @ log_p.T
+            divergence = cross.diagonal().unsqueeze(1) - cross
+            return torch.exp(-0.5 * (divergence + divergence.T))
+        return torch.exp(-torch.linalg.vector_norm(rows.unsqueeze(1) - rows, dim=2))
+
+
+class GramSchmidtLoss(
+    AuxLoss, name="gram-schmidt", source="ours, after Liu et al. 2023 (arXiv 2310.09762)"
+):
+    """How much of each expert's output lies in the span of the experts before it, 0 to 1.
+
+    Mean over samples and over experts but the first of `|P y|^2 / |y|^2`, P the projection on the
+    span: 0 where the outputs are orthogonal, 1 where every expert repeats its predecessors. The
+    papers (also Hendawy et al. 2024, arXiv 2311.11385) force orthogonality by construction; the
+    loss is our choice. From three experts on it depends on their order, and with more experts than
+    outputs it cannot reach 0. 0 with one living expert. Needs every expert's output for every
+    sample, also where the router is sparse.
+    """
+
+    def forward(self, given: LossInput) -> Tensor:
+        """The loss of the batch."""
+        outputs, alive = living_outputs(given)
+        cosines = torch.einsum("ind,jnd->nij", _unit(outputs), gram_schmidt(outputs, alive))
+        inside = cosines.square().tril(diagonal=-1).sum(dim=(1, 2))
+        return given.routing.mean(inside) / (alive.sum() - 1).clamp(min=1)
+
+
+def gram_schmidt(outputs: Tensor, alive: Tensor) -> Tensor:
+    """Outputs [M, N, D] made orthonormal along the experts, for each sample: [M, N, D].
+
+    An expert whose output lies in the span of its predecessors (all but the square root of the
+    machine precision of it), is 0 or is not alive [M] gets 0. Each step runs twice, which keeps the
+    result orthogonal in float32 also for nearly dependent outputs.
+    """
+    precision = torch.finfo(outputs.dtype).eps
+    outputs = _unit(torch.where(alive.view(-1, 1, 1), outputs, 0.0))
+    basis = torch.zeros_like(outputs[:0])
+    for output in outputs:
+        for _ in range(2):
+            along = torch.einsum("nd,mnd->mn", output, basis)
+            output = output - torch.einsum("mn,mnd->nd", along, basis)
+        square = output.square().sum(dim=1, keepdim=True)
+        output = torch.where(square > precision, output / square.clamp_min(precision).sqrt(), 0.0)
+        basis = torch.cat([basis, output.unsqueeze(0)])
+    return basis
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their length; 0 stays 0, with a finite gradient."""
+    square = x.square().sum(dim=-1, keepdim=True)
+    return x / square.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+
+
+class DistillationLoss(
+    AuxLoss, name="distillation", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 8"
+):
+    """`KL(E_i(x) || E_j(x))`, mean over ordered pairs of living experts and over samples, nats.
+
+    E_i(x) is the softmax of expert i's output features over a temperature, with no factor
+    temperature^2. Eq. 8 sums over the pairs; the mean (our choice) does not grow with the experts.
+    0 with one living expert. Needs every expert's output for every sample, also where the router is
+    sparse.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AuxLoss.Config):
+        """Options of mutual distillation."""
+
+        temperature: float = 1.0
+        """divides the outputs; larger is softer"""
+        detach_target: bool = False
+        """no gradient through E_i, the teacher of a pair; else both experts move"""
+
+    def __init__(self, config: Config, max_experts: int) -> None:
+        super().__init__(config, max_experts)
+        if config.temperature <= 0:
+            raise UserError(f"distillation loss: temperature={config.temperature} must be above 0")
+        self.temperature, self.detach_target = config.temperature, config.detach_target
+
+    def forward(self, given: LossInput) -> Tensor:
+        """The loss of the batch."""
+        outputs, alive = living_outputs(given)
+        log_p = (outputs / self.temperature).log_softmax(dim=2)
+        teacher = log_p.detach() if self.detach_target else log_p
+        p = teacher.exp()
+        own = (p * teacher).sum(dim=2).T  # [N, M]
+        divergence = own.unsqueeze(2) - torch.einsum("inf,jnf->nij", p, log_p)
+        return given.routing.mean(mean_over_pairs(divergence, alive))

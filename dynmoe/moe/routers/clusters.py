@@ -1,0 +1,293 @@
+"""Routing by clusters of the input: prototypes that follow their samples, and a mixture model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_entries, every
+from dynmoe.moe.linear import distances
+from dynmoe.moe.passes import Passes, new_pass
+from dynmoe.moe.processes import join_processes, sum_over_processes
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.registry import PartConfig
+
+
+class PrototypeRouter(
+    Router,
+    name="prototypes",
+    source="Nzoyem et al. 2025 (arXiv 2502.05335); Zhang et al. 2025 (arXiv 2507.11181), Eq. 19",
+):
+    """The expert whose prototype is nearest, with gate 1; prototypes follow their samples.
+
+    Clustering in place of gradients, as MixER does (Nzoyem et al. 2025, arXiv 2502.05335; Eq. 19
+    of Zhang et al. 2025, arXiv 2507.11181). No gradient reaches prototypes or passes through
+    them. Our choices: features are x itself or the context given, without a learned map; after
+    each optimizer step each prototype moves to the running mean of its samples (online k-means) in
+    the step's training passes, over all processes.
+
+    A prototype without samples stays where it is, also that of a new expert, which starts near 0.
+    After `patience` steps without any it moves onto the sample that is farthest from its own
+    prototype (the restart of k-means); several take the farthest samples in turn.
+
+    Attributes:
+        weight: Parameter [M, D] without gradient, the prototypes ([M, C] for contexts).
+        idle: buffer [M] int64, optimizer steps since each living expert had a sample.
+        sums, counts: buffers [M, D] and [M] int64, samples of each prototype in this step.
+        far, far_off: buffers [M, D] and [M], the step's M samples that are farthest from their own
+            prototypes, and their squared distances, 0 where there are fewer. These four are not
+            saved.
+
+    Raises:
+        UserError: `use` is context and the context is missing or not C wide.
+    """
+
+    idle: Tensor
+    sums: Tensor
+    counts: Tensor
+    far: Tensor
+    far_off: Tensor
+    k = 1
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the prototype router."""
+
+        use: Literal["x", "context"] = "x"
+        """what is compared: the layer's input, or the context given with it"""
+        context_dim: int = 0
+        """width C of the context [N, C]; needed where that is used"""
+        decay: float = 0.99
+        """how much of a prototype is left after a step; the rest is the mean of its samples"""
+        patience: int = 20
+        """optimizer steps without samples after which a prototype restarts; 0: never"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        _check(config)
+        self.by_context = config.use == "context"
+        width = config.context_dim if self.by_context else dim
+        super().__init__(width, num_experts, max_experts, generator)
+        self.weight.requires_grad_(False)
+        self.decay = config.decay
+        self.patience = config.patience
+        self.register_buffer("idle", torch.zeros(max_experts, dtype=torch.long))
+        for name, shape in {"sums": (max_experts, width), "far": (max_experts, width),
+                            "far_off": (max_experts,)}.items():  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        counts = torch.zeros(max_experts, dtype=torch.long)
+        self.register_buffer("counts", counts, persistent=False)
+        self._passes = Passes()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start; no prototype has waited for samples."""
+        super().reset_parameters(generator)
+        self.idle.zero_()
+        self._forget()
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""
+        seen = self._features(given)
+        squared = distances(seen, self.weight).square().to(self.weight.dtype)
+        logits = self.mask(-squared)
+        chosen = self.choose(logits, 1)
+        if self.training and self._passes.learns(new_pass()):
+            own = chosen if given.mask is None else chosen & given.mask.unsqueeze(1)
+            self._note(seen, squared, own)
+        return Routing(
+            gates=chosen.to(given.x.dtype),
+            logits=logits,
+            probabilities=logits.softmax(dim=1),
+            alive=self.alive,
+            chosen=chosen,
+        )
+
+    def _features(self, given: RouterInput) -> Tensor:
+        """[N, D] what is compared with the prototypes."""
+        if not self.by_context:
+            return given.x.detach().to(self.weight.dtype)
+        width = self.weight.shape[1]
+        if given.context is None:
+            raise UserError(
+                f"prototypes router: use=context needs a context [N, {width}]; give it to the "
+                "layer, or to the whole model with dynmoe.moe.routing_inputs"
+            )
+        if given.context.shape != (len(given.x), width):
+            raise UserError(
+                f"prototypes router: the context is {list(given.context.shape)}, but must be "
+                f"[{len(given.x)}, {width}] (context_dim={width})"
+            )
+        return given.context.detach().to(self.weight.dtype)
+
+    @torch.no_grad()
+    def _note(self, seen: Tensor, squared: Tensor, own: Tensor) -> None:
+        """Note the samples of a pass.
+
+        Args:
+            seen: [N, D] features. squared: [N, M] their squared distances.
+            own: [N, M] bool, the prototype of each real sample.
+        """
+        with torch.autocast(seen.device.type, enabled=False):
+            self.sums += own.to(seen.dtype).T @ seen
+        self.counts += own.sum(dim=0)
+        off = torch.where(own, squared, 0.0).sum(dim=1)  # [N], 0 for padding
+        self._keep_farthest(torch.cat([self.far_off, off]), torch.cat([self.far, seen]))
+
+    def _keep_farthest(self, off: Tensor, rows: Tensor) -> None:
+        """Keep the M farthest of rows [R, D], by their squared distances [R]."""
+        best = off.topk(len(self.far_off))
+        self.far_off.copy_(best.values)
+        self.far.copy_(rows[best.indices])
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Move the prototypes by the samples of the step's passes."""
+        counts = sum_over_processes(self.counts)
+        means = sum_over_processes(self.sums) / counts.clamp(min=1).unsqueeze(1)
+        has = counts > 0
+        moved = self.decay * self.weight + (1 - self.decay) * means
+        moved = torch.where(has.unsqueeze(1), moved, self.weight)
+        lonely = self.alive & ~has & has.any()
+        idle = torch.where(lonely, self.idle + 1, torch.where(has, 0, self.idle))
+        if self.patience:
+            self._keep_farthest(join_processes(self.far_off), join_processes(self.far))
+            late = self.alive & (idle >= self.patience)
+            turn = (late.cumsum(dim=0) - 1).clamp(min=0)  # [M] which of the farthest samples
+            late = late & (self.far_off[turn] > 0)
+            moved = torch.where(late.unsqueeze(1), self.far[turn], moved)
+            idle = torch.where(late, 0, idle)
+        self.weight.copy_(moved)
+        self.idle.copy_(idle)
+        self._forget()
+
+    def _forget(self) -> None:
+        for noted in (self.sums, self.counts, self.far, self.far_off):
+            noted.zero_()
+        self._passes.clear()
+
+
+def _check(config: PrototypeRouter.Config) -> None:
+    if config.use not in ("x", "context"):
+        raise UserError(f"prototypes router: use={config.use!r} must be x or context")
+    if config.use == "context" and config.context_dim < 1:
+        raise UserError(
+            f"prototypes router: context_dim={config.context_dim} must be at least 1 with "
+            "use=context"
+        )
+    if not 0 <= config.decay <= 1:
+        raise UserError(f"prototypes router: decay={config.decay} must be between 0 and 1")
+    if config.patience < 0:
+        raise UserError(f"prototypes router: patience={config.patience} must be at least 0")
+
+
+class DomainRouter(
+    Router, name="domain", source="after Hua et al. 2025 (arXiv 2510.16448); the mixture is ours"
+):
+    """Experts are components of a Gaussian mixture of x; gates are its posterior probabilities.
+
+    The idea of Input Domain Aware MoE (Hua et al. 2025, arXiv 2510.16448): a probabilistic mixture
+    model routes, and is trained apart from the task. The rest is our choice: Gaussians with a
+    mean, a diagonal variance and a prior weight per expert. The gates are cut off from the task's
+    gradient, x from the mixture's. In training mode the router adds a loss `likelihood`: the
+    negative log likelihood of x per dimension, nats. Logits and probabilities keep their gradient
+    for auxiliary losses. The start suits features of scale 1. Densities are computed in float32 or
+    wider, since they cancel in half precision; gates come in the dtype of x.
+
+    Attributes:
+        weight: Parameter [M, D], the means.
+        log_variance: Parameter [M, D]; variances are `floor + exp` of it.
+        prior: Parameter [M], logits of the components' weights.
+    """
+
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the domain router."""
+
+        k: int = 0
+        """experts per sample, the most probable ones; 0 for all"""
+        likelihood: float = 1.0
+        """factor of the mixture's own loss"""
+        floor: float = 1e-3
+        """least variance; keeps a component from shrinking onto one sample"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 0 <= config.k <= max_experts:
+            raise UserError(f"domain router: k={config.k} must be between 0 and {max_experts}")
+        if config.likelihood < 0:
+            raise UserError(f"domain router: likelihood={config.likelihood} must be at least 0")
+        if config.floor <= 0:
+            raise UserError(f"domain router: floor={config.floor} must be above 0")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.k = config.k or None
+        self.likelihood, self.floor = config.likelihood, config.floor
+        self.log_variance = nn.Parameter(torch.empty(max_experts, dim))
+        self.prior = nn.Parameter(torch.empty(max_experts))
+        for rows in (self.log_variance, self.prior):
+            draw_entries(rows, 0, every(rows), dim**-0.5, generator)
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]; logits are `log N(x; mean_e, variance_e) + prior_e`."""
+        x = given.x.detach().to(torch.promote_types(given.x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.mask(self._log_density(x) + self.prior)
+        probabilities = logits.softmax(dim=1)
+        gates = probabilities.detach().to(given.x.dtype)
+        if self.k is None:
+            routing = Routing(
+                gates=gates,
+                logits=logits,
+                probabilities=probabilities,
+                alive=self.alive,
+            )
+        else:
+            chosen = self.choose(logits, self.k)
+            routing = self.sparse(logits, gates, chosen, renormalise=self.k > 1)
+            routing.probabilities = probabilities
+        if self.training:
+            routing.losses["likelihood"] = self.likelihood * self._loss(logits, given)
+        return routing
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        """[N, M] log density of x [N, D] under each component; finite for unborn ones, too."""
+        born = self.alive.unsqueeze(1)
+        mean = torch.where(born, self.weight.to(x.dtype), 0.0)
+        variance = self.floor + torch.where(born, self.log_variance.to(x.dtype), 0.0).exp()
+        quadratic = (
+            F.linear(x.square(), 1 / variance)
+            - 2 * F.linear(x, mean / variance)
+            + (mean.square() / variance).sum(dim=1)
+        )
+        constant = variance.log().sum(dim=1) + x.shape[1] * math.log(2 * math.pi)
+        return -0.5 * (quadratic + constant)
+
+    def _loss(self, logits: Tensor, given: RouterInput) -> Tensor:
+        """Mean negative log likelihood of the real samples per dimension, nats."""
+        log_likelihood = logits.logsumexp(dim=1) - self.mask(self.prior).logsumexp(dim=0)
+        real = given.mask
+        if real is not None:
+            log_likelihood = torch.where(real, log_likelihood, 0.0)
+        count = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
+        return -log_likelihood.sum() / count / given.x.shape[1]

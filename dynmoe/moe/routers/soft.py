@@ -1,0 +1,111 @@
+"""Soft routers: every expert is used, weighted by a softmax of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dynmoe.errors import UserError
+from dynmoe.moe.linear import distances
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.registry import PartConfig
+
+
+class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"):
+    """Softmax of a linear map, all experts weighted: the plain form of DynamicMoE (2511.18987)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the softmax router."""
+
+        temperature: float = 1.0
+        """divides the logits"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if config.temperature <= 0:
+            raise UserError(f"softmax router: temperature={config.temperature} must be above 0")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.temperature = config.temperature
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]: `softmax((x W^T) / temperature)`."""
+        return self.dense(F.linear(given.x, self.weight) / self.temperature)
+
+
+class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09179), Section 3"):
+    """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
+
+    Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
+    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so newborn
+    experts keep receiving gradient.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the cosine router."""
+
+        temperature: float = 0.2
+        """divides the similarities; smaller is sharper"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if config.temperature <= 0:
+            raise UserError(f"cosine router: temperature={config.temperature} must be above 0")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.temperature = config.temperature
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]: `softmax(cos(x, w_e) / temperature)`."""
+        similarity = F.linear(F.normalize(given.x, dim=1), F.normalize(self.weight, dim=1))
+        return self.dense(similarity / self.temperature)
+
+
+class LaplaceRouter(
+    Router, name="laplace", source="Nguyen et al. 2024 (arXiv 2410.02935), Laplace gating"
+):
+    """Softmax of `-||x - w_e||_2`, all experts weighted: near experts get the weight.
+
+    Laplace gating of Nguyen et al. 2024 (arXiv 2410.02935); the temperature is ours. A logit
+    difference is at most `||w_e - w_f|| / temperature`, however far x is.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the Laplace router."""
+
+        temperature: float = 1.0
+        """divides the distances; smaller is sharper"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if config.temperature <= 0:
+            raise UserError(f"laplace router: temperature={config.temperature} must be above 0")
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.temperature = config.temperature
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D]: `softmax(-||x - w_e|| / temperature)`."""
+        logits = -distances(given.x, self.weight) / self.temperature
+        return self.dense(logits.to(given.x.dtype))

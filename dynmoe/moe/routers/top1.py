@@ -1,0 +1,213 @@
+"""One expert per sample: Switch, MoA's token gate, and the straight-through gate of MoETTA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_normal
+from dynmoe.moe.linear import draw_linear, seeded_linear
+from dynmoe.moe.noise import Noise
+from dynmoe.moe.router import Router
+from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.registry import PartConfig
+
+
+class SwitchRouter(
+    Router, name="switch", source="Fedus et al. 2021 (arXiv 2101.03961), Sections 2.1-2.2, 2.4"
+):
+    """The most probable expert, with its probability as gate; experts may have a capacity.
+
+    Fedus et al. 2021 (arXiv 2101.03961), Sections 2.1, 2.2 (capacity) and 2.4 (jitter). A sample
+    that finds its expert full is dropped: no expert, gate 0, output 0.
+    """
+
+    k = 1
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the switch router."""
+
+        jitter: float = 0.01
+        """training multiplies what the router sees by random numbers in 1 +- jitter"""
+        capacity_factor: float = 0.0
+        """an expert takes ceil(capacity_factor * samples / experts) samples, the first ones of the
+        batch; 0: no limit. The paper has 1 to 1.25, and a connection around the layer for the
+        samples that are dropped"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 0 <= config.jitter < 1:
+            raise UserError(f"switch router: jitter={config.jitter} must be at least 0, below 1")
+        if config.capacity_factor < 0:
+            raise UserError(
+                f"switch router: capacity_factor={config.capacity_factor} must be at least 0 "
+                "(0: no limit)"
+            )
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.jitter = config.jitter
+        self.capacity_factor = config.capacity_factor
+        self.noise = Noise(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, the noise included."""
+        super().reset_parameters(generator)
+        self.noise.reset_parameters(generator)
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] to one expert each, or to none where that expert is full."""
+        x = given.x
+        if self.training and self.jitter > 0:
+            x = x * (1 + self.jitter * (2 * self.noise.uniform(x) - 1))
+        logits = self.mask(F.linear(x, self.weight))
+        chosen = self.choose(logits, 1)
+        if self.capacity_factor > 0 and not self.independent:
+            chosen = self._within_capacity(chosen, given.mask)
+        return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)
+
+    def _within_capacity(self, chosen: Tensor, mask: Tensor | None) -> Tensor:
+        """[N, M] bool: of the chosen [N, M], the first ones of each expert; padding takes none."""
+        if mask is None:
+            mask = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
+        chosen = chosen & mask.unsqueeze(1)
+        capacity = (self.capacity_factor * mask.sum().double() / self.alive.sum()).ceil()
+        return chosen & (chosen.long().cumsum(dim=0) <= capacity)
+
+
+class TokenRouter(
+    Router,
+    name="token",
+    source="MoA's token gate; cosine scores after Chi et al. 2022 (arXiv 2204.09179), Section 3",
+):
+    """Top-1 by cosine to prototypes in a learned space of its own, with a learned temperature.
+
+    The token gate of MoA: `q = normalise(A x + a)`, logits `cos(q, w_e) * exp(min(s, ln 100))`,
+    s = ln 2 at the start. Training mode adds noise of standard deviation 1/E to the logits; the
+    gate is the (noisy) probability of the expert picked, not renormalised. `Routing.logits` and
+    `probabilities` are free of noise. `load` is the chance `Phi((P_e - max_f P'_f) E)`, P without
+    noise and P' with it; 1/E is 0.25 for MoA's 4 experts.
+
+    Attributes:
+        weight: Parameter [M, dim], the prototypes.
+        projection: submodule, A and a.
+        log_scale: Parameter, scalar, s.
+    """
+
+    k = 1
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the token router."""
+
+        dim: int = 256
+        """width of the space in which tokens and prototypes are compared"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        if config.dim < 1:
+            raise UserError(f"token router: dim={config.dim} must be at least 1")
+        super().__init__(config.dim, num_experts, max_experts, generator)
+        self.projection = seeded_linear(dim, config.dim, generator)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
+        self.noise = Noise(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: space, temperature and noise included."""
+        super().reset_parameters(generator)
+        draw_linear(self.projection, generator)
+        self.log_scale.fill_(math.log(2.0))
+        self.noise.reset_parameters(generator)
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] to one expert each."""
+        query = F.normalize(self.projection(given.x), dim=1)
+        scale = self.log_scale.clamp(max=math.log(100.0)).exp()
+        logits = self.mask(F.linear(query, F.normalize(self.weight, dim=1)) * scale)
+        probabilities = logits.softmax(dim=1)
+        noisy, used = logits, probabilities
+        if self.training:
+            noisy = logits + self.noise.normal(logits) / self.alive.sum()
+            used = noisy.softmax(dim=1)
+        routing = self.sparse(logits, used, self.choose(noisy, 1), renormalise=False)
+        routing.probabilities = probabilities
+        gap = probabilities - used.amax(dim=1, keepdim=True)
+        load = torch.special.ndtr(gap * self.alive.sum())
+        routing.load = torch.where(self.alive, load, 0.0)
+        return routing
+
+
+class StraightThroughRouter(
+    Router, name="straight-through", source="Fan et al. 2025 (arXiv 2511.13760), MoE-LayerNorm"
+):
+    """The most probable expert with gate 1, whose gradient is that of `log p`.
+
+    The gate is p / stopgrad(p): its value says nothing about how sure the router is, its gradient
+    dp / p trains the router. Linear with a bias; weights Xavier-normal over all M rows (for layers
+    that do not grow these are the E of the authors' code), biases 0.
+
+    Attributes:
+        weight: Parameter [M, D]. bias: Parameter [M].
+    """
+
+    k = 1
+    steerable = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """The straight-through router has no options."""
+
+    def __init__(
+        self,
+        config: Config,
+        dim: int,
+        num_experts: int,
+        max_experts: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(dim, num_experts, max_experts, generator)
+        self.bias = nn.Parameter(torch.zeros(max_experts))
+
+    def route(self, given: RouterInput) -> Routing:
+        """Route x [N, D] to one expert each."""
+        logits = self.mask(F.linear(given.x, self.weight, self.bias))
+        chosen = self.choose(logits, 1)
+        p = logits.softmax(dim=1)
+        fixed = p.detach()
+        # In this form the value is exactly 1, and 0 / 0 cannot happen.
+        gate = 1 + (p - fixed) / fixed.clamp_min(torch.finfo(p.dtype).tiny)
+        return Routing(
+            gates=torch.where(chosen, gate, 0.0),
+            logits=logits,
+            probabilities=p,
+            alive=self.alive,
+            chosen=chosen,
+        )
+
+    @torch.no_grad()
+    def draw_rows(self, index: torch.Tensor, generator: torch.Generator | None) -> None:
+        """Draw the rows `index` [n] afresh: N(0, 2 / (D + M)), biases 0."""
+        experts, dim = self.weight.shape
+        draw_normal(self.weight, index, (2 / (dim + experts)) ** 0.5, generator)
+        for name, rows in [*self.named_parameters(recurse=False), *self.named_buffers()]:
+            if name in ("bias", "logit_shift", "selection_bias"):
+                rows[index] = 0.0

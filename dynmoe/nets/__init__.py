@@ -1,1 +1,0 @@
-"""Networks, one file each: trunks under a head of hidden blocks."""
