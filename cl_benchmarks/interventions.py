@@ -1,4 +1,4 @@
-"""All interventions by name: those for any network, and replay, which needs the stream's batches."""
+"""Interventions by name: those for any network, and replay, which needs the batches of a stream."""
 
 import dynmoe.interventions as for_any_network
 from cl_benchmarks.replay import Replay
