@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from dynmoe.moe.draws import set_entries
+from dynmoe.moe.draws import Runs, set_entries
 
 Moments = Literal["mean", "zero"]
 FACTORED = {
@@ -55,6 +55,7 @@ def neutral_state(
     axis: int,
     index: Tensor,
     second: dict[str, Tensor],
+    runs: Runs | None = None,
 ) -> None:
     """Restart the optimizer state of the entries `index` along `axis`.
 
@@ -62,7 +63,7 @@ def neutral_state(
     `mean_moments`), or 0. State that must not be 0 starts as in a new optimizer: Rprop's step sizes
     at the learning rate, Adagrad's sums at least at their initial value, ASGD's averages at the
     parameter itself, which therefore has its new values already. State of a shape that is not
-    known is left alone.
+    known is left alone. `runs`: the index as runs, see `set_entries`.
     """
     if optimizer is None or not len(index):
         return
@@ -73,7 +74,8 @@ def neutral_state(
             start = second[key]
         else:
             start = torch.as_tensor(_initial(optimizer, parameter, key))
-        set_entries(value, its_axis, index, start.to(value))
+        same_axis = runs if its_axis == axis else None
+        set_entries(value, its_axis, index, start.to(value), same_axis)
 
 
 def entry_state(

@@ -109,7 +109,8 @@ class _Watch:
         assert isinstance(bank, UnitBank)
         rows = x if bank.whole else x.reshape(-1, x.shape[-1])
         if mask is not None:
-            rows = rows[mask.reshape(-1).repeat_interleave(len(rows) // mask.numel())]
+            real = (mask != 0).reshape(-1).to(rows.device)
+            rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
         hidden = bank.hidden(rows).abs()
         self.means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))
 

@@ -24,7 +24,7 @@ from dynmoe.growth.optimizer_state import (
     replace_parameter,
 )
 from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.draws import set_entries
+from dynmoe.moe.draws import as_runs, set_entries
 from dynmoe.moe.layer import MoELayer
 
 
@@ -43,12 +43,13 @@ class Restart:
     def carry_out(self, optimizer: Optimizer | None) -> None:
         """Set the entries' pending gradients to 0, and restart their optimizer state."""
         gradient = self.parameter.grad
+        runs = as_runs(self.index, self.parameter) if self.axis else []
         if gradient is not None and len(self.index):
             dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-            set_entries(dense, self.axis, self.index, dense.new_zeros(()))
+            set_entries(dense, self.axis, self.index, dense.new_zeros(()), runs)
             if dense is not gradient:
                 self.parameter.grad = dense.to_sparse(gradient.sparse_dim())
-        neutral_state(optimizer, self.parameter, self.axis, self.index, self.second)
+        neutral_state(optimizer, self.parameter, self.axis, self.index, self.second, runs)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dynmoe.growth.initialisation import Plan
 from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.draws import set_entries
+from dynmoe.moe.draws import set_entries, take_entries
 from dynmoe.moe.layer import MoELayer
 
 
@@ -67,10 +67,7 @@ class Undo:
         """Copy some entries of a tensor, or all; once where layers share it."""
         if id(tensor) in self._values:
             return
-        if index is None:
-            before = tensor.clone()
-        else:
-            before = tensor.index_select(axis, index.to(tensor.device))
+        before = tensor.clone() if index is None else take_entries(tensor, axis, index)
         self._values[id(tensor)] = (tensor, axis, index, before)
 
 

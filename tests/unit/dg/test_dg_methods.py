@@ -15,6 +15,7 @@ from dynmoe.dg import make_backbone
 from dynmoe.dg.method import pooled
 from dynmoe.dg.methods.compacter import hypercomplex
 from dynmoe.errors import UserError
+from dynmoe.moe import finish_step
 
 each = pytest.mark.parametrize("name", METHODS)
 WHOLE = ("erm", "gmoe", "hmoe")
@@ -92,6 +93,7 @@ def test_resuming_from_the_learned_state_is_exact(name):
             optimizer.zero_grad()
             method.loss(x, LABELS)[0].backward()
             optimizer.step()
+            finish_step(method)
 
     method = make(name).train()
     optimizer = torch.optim.Adam(method.learning(), 1e-2)

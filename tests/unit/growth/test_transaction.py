@@ -213,8 +213,12 @@ def test_padding_does_not_count_in_utilities():
     model, mask = make_model()[0], torch.rand(40) > 0.3
     twin = copy.deepcopy(model)
     spoiled = torch.where(mask.unsqueeze(1), X, float("nan"))
-    GrowthController(model, cut=UtilityCut.Config()).grow(0, lambda m: m(spoiled, mask=mask))
-    GrowthController(twin, cut=UtilityCut.Config()).grow(0, lambda m: m(X[mask]))
+    for grown, probe in (
+        (model, lambda m: m(spoiled, mask=mask.long())),
+        (twin, lambda m: m(X[mask])),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        GrowthController(grown, cut=UtilityCut.Config(), generator=generator).grow(0, probe)
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
