@@ -124,7 +124,7 @@ def measure(layer: MoELayer, x: Tensor, target: Tensor) -> dict[str, float]:
     layer.eval()
     error = F.mse_loss(layer(x), target) / target.square().mean()
     assert layer.last_routing is not None
-    use = expert_use(layer.last_routing.gates, layer.birth)
+    use = expert_use(layer.last_routing.gates, layer.created)
     layer.train()
     return {
         "load entropy": use["balance"],

@@ -87,7 +87,7 @@ class RenewExperts:
             return
         generator, optimizer = self.training.generator, self.training.optimizer
         for layer in dict(moe_layers(strategy.model)).values():
-            every = torch.arange(layer.num_experts, device=layer.birth.device)
+            every = torch.arange(layer.num_experts, device=layer.created.device)
             slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
             slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             layer.router.draw_rows(every, generator)

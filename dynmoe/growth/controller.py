@@ -16,7 +16,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
-from dynmoe.growth.newborn import Newborn, Nursery
+from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
 from dynmoe.growth.pruning import Cut, RedrawCut
@@ -73,7 +73,7 @@ class GrowthController:
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
-        newborn: how the experts of the latest growth are treated for a while.
+        new_experts: how the experts of the latest growth are treated for a while.
         copies: models that follow, such as `torch.optim.swa_utils.AveragedModel(model)`: they grow
             by the same plans and get the same fresh weights, and keep their own elsewhere.
         generator: draws fresh weights and random choices; None: torch's global one, whose state
@@ -99,7 +99,7 @@ class GrowthController:
         init: PartConfig | None = None,
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
-        newborn: Newborn | None = None,
+        new_experts: NewExperts | None = None,
         copies: Sequence[nn.Module] = (),
         generator: torch.Generator | None = None,
     ) -> None:
@@ -112,7 +112,7 @@ class GrowthController:
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
         self.measure_shock = measure_shock
-        self.nursery = Nursery(newborn or Newborn(), model, optimizer)
+        self.warm_up = WarmUp(new_experts or NewExperts(), model, optimizer)
         self.copies = list(copies)
         self.generator = generator
         if optimizer is not None:
@@ -159,7 +159,7 @@ class GrowthController:
         with self._taken_back(layers):
             with distributed.all_or_none():
                 self._check(layers, copies)
-                self.nursery.end()
+                self.warm_up.end()
                 before, activations = observe(self.model, probe)
             generator = distributed.common_generator(self._drawing())
             activations = distributed.mean_tensors(activations)
@@ -217,7 +217,7 @@ class GrowthController:
             again.set_state(start)
             for layer, plan in zip(theirs, plans, strict=True):
                 grow_layer(layer, plan, count, again)
-        self.nursery.begin()
+        self.warm_up.begin()
         return restarts
 
     def _undo(
@@ -246,7 +246,7 @@ class GrowthController:
     @contextmanager
     def _taken_back(self, layers: dict[str, MoELayer]) -> Iterator[None]:
         """Put generator, new experts' treatment and logit shifts back if the block fails."""
-        generator, nursery = self._drawing().get_state(), self.nursery.state_dict()
+        generator, warm_up = self._drawing().get_state(), self.warm_up.state_dict()
         routers = [layer.router for layer in layers.values()]
         shifts = [router.logit_shift.clone() for router in routers]
         try:
@@ -255,7 +255,7 @@ class GrowthController:
             self._drawing().set_state(generator)
             for router, shift in zip(routers, shifts, strict=True):
                 router.logit_shift.copy_(shift)
-            self.nursery.load_state_dict(nursery)
+            self.warm_up.load_state_dict(warm_up)
             raise
 
     def _request(
@@ -291,7 +291,7 @@ class GrowthController:
             "events": [asdict(event) for event in self.events],
             "generator": None if self.generator is None else self.generator.get_state(),
             "trigger": self.trigger.state_dict(),
-            "nursery": self.nursery.state_dict(),
+            "warm_up": self.warm_up.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -299,7 +299,7 @@ class GrowthController:
         self.events = [GrowthEvent(**event) for event in state["events"]]
         self._load_generator(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
-        self.nursery.load_state_dict(state["nursery"])
+        self.warm_up.load_state_dict(state["warm_up"])
 
     def _drawing(self) -> torch.Generator:
         """The generator that growth draws from."""

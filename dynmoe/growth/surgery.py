@@ -55,7 +55,7 @@ class Restart:
 def grow_layer(
     layer: MoELayer,
     plan: Plan,
-    birth: int,
+    created: int,
     generator: torch.Generator | None,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
@@ -69,7 +69,7 @@ def grow_layer(
     Args:
         layer: the layer to grow.
         plan: where each unit and expert comes from.
-        birth: growth count, noted as the new experts' birth.
+        created: growth count, noted as the new experts' creation step.
         generator: draws the fresh weights.
         optimizer: its state follows the parameters; may have no state yet.
         moments: second moments of fresh entries, see `mean_moments`.
@@ -79,8 +79,8 @@ def grow_layer(
     """
     check_room(layer, len(plan.sizes))
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
-    new = new.to(layer.birth.device)
-    layer.birth[new] = birth
+    new = new.to(layer.created.device)
+    layer.created[new] = created
     restarts = []
     if isinstance(layer.bank, UnitBank):
         restarts += _place_units(layer.bank, plan, generator, optimizer, moments)

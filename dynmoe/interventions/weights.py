@@ -95,7 +95,7 @@ def swap_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -
 def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """New first values of a network's parameters, by name, on their device.
 
-    Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their birth.
+    Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their start.
     Parameters of other modules are left out.
     """
     twin = copy.deepcopy(model).cpu()

@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
             seeds.
 
     Attributes:
-        birth: buffer [M] int64, the growth count at which each expert was born (0: the start).
+        created: buffer [M] int64, creation step of each expert: the growth count (0: the start).
         last_routing: the Routing of the latest forward pass, or None.
         last_losses: its auxiliary losses by name, weighted; empty outside training mode.
         uncollected: the losses of all passes in training that `collect_losses` has not handed out
@@ -61,7 +61,7 @@ class MoELayer(nn.Module):
         UserError: an expert would be left without hidden units, or a loss is given twice.
     """
 
-    birth: Tensor
+    created: Tensor
 
     def __init__(
         self,
@@ -107,12 +107,18 @@ class MoELayer(nn.Module):
             loss.build(max_experts) for loss in losses if not isinstance(loss, NoLoss.Config)
         )
         _check_once([loss.part.name for loss in losses if not isinstance(loss, NoLoss.Config)])
-        self.register_buffer("birth", torch.zeros(max_experts, dtype=torch.long))
+        self.register_buffer("created", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
         self.uncollected: list[PassLosses] = []
         self._passes = Passes()
         self.given: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also what earlier versions saved: they called `created` birth."""
+        if f"{prefix}birth" in state:
+            state[f"{prefix}created"] = state.pop(f"{prefix}birth")
+        super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: the initial experts, all weights drawn again, all buffers reset.
@@ -132,7 +138,7 @@ class MoELayer(nn.Module):
             self.shared.reset_parameters(generator)
         for loss in cast("Sequence[AuxLoss]", self.losses):
             loss.reset_parameters()
-        self.birth.zero_()
+        self.created.zero_()
         self.last_routing, self.last_losses, self.uncollected = None, {}, []
         self._passes.clear()
 
@@ -272,7 +278,7 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
-        if self.birth.is_meta:  # nobody knows yet which experts exist
+        if self.created.is_meta:  # nobody knows yet which experts exist
             return f"max_experts={self.max_experts}"
         text = f"experts={self.num_experts}/{self.max_experts}"
         if isinstance(self.bank, UnitBank):

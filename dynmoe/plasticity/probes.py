@@ -38,8 +38,8 @@ class ExpertProbe:
     """[N, H] activation of every hidden unit of the pool, whatever the routing"""
     segment: Tensor
     """[H] int, the expert that owns each hidden unit"""
-    birth: Tensor
-    """[E] int, the growth count at which each expert was born"""
+    created: Tensor
+    """[E] int, creation step: the growth count at which each expert was made"""
     weight_in: Tensor | None
     """[H, D_in] incoming weights (a reference, detached), or None for a bank without `w_in`"""
     weight_out: Tensor
@@ -73,7 +73,7 @@ class Probe:
     parameters: dict[str, Tensor]
     """parameter name -> its value: a reference, which later training changes"""
     initial: dict[str, Tensor] | None
-    """parameter name -> its value at birth, or None when that was not kept"""
+    """parameter name -> its value at the start, or None when that was not kept"""
     experts: dict[str, ExpertProbe]
     """MoE layer name -> its experts"""
 
@@ -108,7 +108,7 @@ def take_probe(
         model: maps inputs to logits [N, C].
         inputs: [N, ...], on the model's device.
         labels: [N] int class indices, or what else `loss` compares the logits with.
-        initial: values at birth by parameter name (see `copy_parameters`). Parameters it lacks are
+        initial: values at the start by parameter name (see `copy_parameters`). Parameters it lacks are
             left out of the distance; growth must keep the shapes of the others in step.
         classifier: the module whose input is `features`; by default the last `nn.Linear` in module
             order that is not part of an MoE layer.
@@ -242,7 +242,7 @@ def _expert_probes(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
             hidden=bank.hidden(rows),
             segment=bank.segment.clone(),
-            birth=layer.birth[:living].clone(),
+            created=layer.created[:living].clone(),
             weight_in=None if w_in is None else w_in.detach(),
             weight_out=w_out.detach(),
             weight_in_grad=None if w_in is None else gradients.get(names[id(w_in)]),

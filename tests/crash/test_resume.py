@@ -46,8 +46,8 @@ CASES = {
     "topk": "--router topk --balance switch",
     "class stream": "--protocol class --chunks 5 --epochs 1 --batch-size 100",
     "gradient trigger": "--trigger gradient --trigger.share 0.97 --trigger.memory 2 "
-    "--trigger.cooldown 3 --granularity 1 --newborn.lr 0.5 --newborn.lr-steps 2 "
-    "--newborn.logit -2 --newborn.logit-steps 2",
+    "--trigger.cooldown 3 --granularity 1 --new-experts.lr 0.5 --new-experts.lr-steps 2 "
+    "--new-experts.logit -2 --new-experts.logit-steps 2",
     "dormancy trigger": "--trigger dormancy --trigger.every 2 --trigger.rise 0.02 "
     "--trigger.cooldown 3 --granularity 1",
     "net2wider": "--method net2wider --strategy l2-init",

@@ -46,7 +46,7 @@ class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09
     """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
 
     Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
-    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so newborn
+    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so new
     experts keep receiving gradient.
     """
 

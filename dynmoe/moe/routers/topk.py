@@ -67,7 +67,7 @@ class NoisyTopKRouter(
 
     Attributes:
         noise_weight: Parameter [M, D], zero at first (Shazeer et al., App. A), so that every score
-            starts with noise of softplus(0) = 0.69. Rows of experts born later are drawn as all
+            starts with noise of softplus(0) = 0.69. Rows of later experts are drawn as all
             rows are (our choice). None with fixed noise.
     """
 

@@ -140,7 +140,7 @@ def test_nap_projects_by_scaling_alone_and_when_it_is_time() -> None:
         assert torch.allclose(weights(loop.model)[name], scale * p, atol=1e-6)
 
 
-def test_nap_counts_new_units_with_the_norm_of_their_birth() -> None:
+def test_nap_counts_new_units_with_the_norm_of_their_start() -> None:
     loop = Loop("moe", "nap", lr=0.1, budget=Budget(mode="per-growth"))
     first = weights(loop.model)["3.bank.w_in"]
     before = weights(loop.run(3).model)["3.bank.w_in"]

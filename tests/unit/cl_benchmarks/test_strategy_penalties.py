@@ -81,7 +81,7 @@ def test_l2_init_stays_nearer_to_the_start_and_l2_nearer_to_zero() -> None:
 
 
 @pytest.mark.parametrize("budget", [None, Budget(mode="per-growth")], ids=str)
-def test_l2_init_measures_new_units_from_their_birth(budget: Budget | None) -> None:
+def test_l2_init_measures_new_units_from_their_start(budget: Budget | None) -> None:
     """Right after a growth that draws units anew, these are not away from their first values."""
     loop = Loop("moe", "l2-init", strength=1.0, lr=0.05, budget=budget)
     first = weights(loop.model)

@@ -62,7 +62,7 @@ def test_training_goes_on_through_a_growth(synthesis):
     assert rows[1].any() and rows[2].any()  # silent sets have begun to speak
     stats = routing_stats(method)
     assert stats.keys() == {"outer"} and len(list(moe_layers(method))) == 1
-    assert method.outer.birth.tolist() == [0, 1, 2]
+    assert method.outer.created.tolist() == [0, 1, 2]
 
 
 def test_random_growth_starts_new_sets_at_the_mean_of_the_old():

@@ -66,7 +66,7 @@ def test_events_say_what_happened(budget, probe):
     ]
     assert [e.parameters for e in events] == expected
     for _, layer in moe_layers(model):
-        assert layer.birth.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+        assert layer.created.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("router", ["cosine", "softmax", "topk"])

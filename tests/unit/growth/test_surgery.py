@@ -232,7 +232,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
         stay = router_rows >= 0
         assert torch.equal(router[0][stay], router[1][stay])
         assert (router[0][~stay] != router[1][~stay]).any(dim=1).all()
-        assert layer.birth[len(sizes) : len(grown)].tolist() == [1] * granularity
+        assert layer.created[len(sizes) : len(grown)].tolist() == [1] * granularity
 
         # The optimizer holds the model's parameters and no other.
         held = [p for group in optimizer.param_groups for p in group["params"]]

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController, Signals
-from dynmoe.growth.newborn import Newborn
+from dynmoe.growth.new_experts import NewExperts
 from dynmoe.growth.pruning import UtilityCut
 from dynmoe.moe import MoELayer, moe_layers, share_router
 
@@ -101,7 +101,7 @@ def test_a_growth_that_fails_leaves_no_trace(budget, init, where, shared, monkey
     train(model, optimizer)
     controller = GrowthController(
         model, optimizer, granularity=2, budget=budget, cut=UtilityCut.Config(),
-        init=registry.get("init", init).Config(), newborn=Newborn(logit=-1.0),
+        init=registry.get("init", init).Config(), new_experts=NewExperts(logit=-1.0),
         trigger=registry.get("trigger", "every").Config(steps=3), copies=[AveragedModel(model)],
     )  # fmt: skip
     controller.grow(0, (X, Y))

@@ -215,7 +215,7 @@ def test_removing_an_unused_expert_keeps_the_function(router, gate_scale, bank, 
         config = registry.get("router", router).Config()
         layer = MoELayer(5, 4, 9, num_experts=4, router=config, bank=BiasesConfig(),
                          gate_scale=gate_scale).double()  # fmt: skip
-    layer.birth[:4] = torch.tensor([0, 1, 2, 3])
+    layer.created[:4] = torch.tensor([0, 1, 2, 3])
     mute(layer, 1)
     layer, x = layer.to(device), samples(3, 20).to(device)
     before = copy.deepcopy(layer.state_dict())
@@ -225,7 +225,7 @@ def test_removing_an_unused_expert_keeps_the_function(router, gate_scale, bank, 
     assert pruned.kept == [0, 2, 3] and smaller.num_experts == 3
     torch.testing.assert_close(smaller(x), layer(x), rtol=1e-12, atol=1e-12)
     assert pruned.change.largest < 1e-12
-    assert smaller.birth[:3].tolist() == [0, 2, 3] and smaller.max_experts == layer.max_experts
+    assert smaller.created[:3].tolist() == [0, 2, 3] and smaller.max_experts == layer.max_experts
     layer(x)
     shares = layer.last_routing.gates[:, :4]
     torch.testing.assert_close(pruned.load, shares.mean(dim=0).cpu().detach())

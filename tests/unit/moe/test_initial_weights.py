@@ -246,7 +246,7 @@ def test_a_pruned_layer_goes_back_to_the_experts_that_it_kept(name):
     GrowthController(smaller, cut=CUT).grow(1)
     sizes = smaller.bank.hidden_sizes() if name in WITH_UNITS else None
     smaller.reset_parameters()
-    assert smaller.num_experts == 2 and not smaller.birth.any()
+    assert smaller.num_experts == 2 and not smaller.created.any()
     if sizes is not None:
         assert len(sizes) == 3 and smaller.bank.hidden_sizes() == [4, 4]
 

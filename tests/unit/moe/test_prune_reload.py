@@ -47,7 +47,7 @@ def used_layer(router: PartConfig, bank: str = "pool") -> MoELayer:
             parameter.normal_()
         layer.router.logit_shift[:EXPERTS] = torch.randn(EXPERTS)
         layer.router.selection_bias[:EXPERTS] = torch.randn(EXPERTS)
-    layer.birth[:EXPERTS] = torch.tensor([0, 1, 2, 3])
+    layer.created[:EXPERTS] = torch.tensor([0, 1, 2, 3])
     for _ in range(3):
         layer(inputs(layer), context=contexts(layer))
     return layer
@@ -118,7 +118,7 @@ def test_pruning_carries_every_experts_state(router):
         assert getattr(smaller.router, name)[:3].all()
     counts = smaller.losses[0].counts
     assert counts[:3].tolist() == layer.losses[0].counts[KEPT].tolist() and not counts[3:].any()
-    assert smaller.birth.tolist() == [3, 0, 2, 0, 0]
+    assert smaller.created.tolist() == [3, 0, 2, 0, 0]
     for name, child in layer.router.named_children():  # noise, projections: no rows of experts
         torch.testing.assert_close(getattr(smaller.router, name).state_dict(), child.state_dict())
 

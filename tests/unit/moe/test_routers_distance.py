@@ -110,7 +110,7 @@ def test_prototypes_follow_their_samples_and_restart(seed, experts, n, decay, pa
     assert torch.equal(router.weight, before)
 
 
-def test_prototypes_find_clusters_and_so_does_a_newborn():
+def test_prototypes_find_clusters_and_so_does_a_new_expert():
     """Three far clusters, two prototypes; the third is born near 0, far from everything."""
     centres = torch.tensor([[30.0] * 6, [-30.0] * 6, [30.0] * 3 + [-30.0] * 3]).double()
     router = make_router("prototypes", 2, decay=0.5, patience=3)
