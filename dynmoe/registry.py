@@ -28,7 +28,7 @@ PACKAGES = {
     "bank": "dynmoe.moe.experts",
     "loss": "dynmoe.moe.losses",
     "trigger": "dynmoe.growth.triggers",
-    "cut": "dynmoe.growth.pruning",
+    "pruning": "dynmoe.growth.pruning",
     "init": "dynmoe.growth.initialisation",
     "metric": "dynmoe.plasticity.metrics",
     "network": "cl_benchmarks.networks",

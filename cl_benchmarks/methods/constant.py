@@ -63,10 +63,10 @@ class StaticMoE(ConstantMoE, name="moe-static"):
 
 
 class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
-    """A constant number of experts, all drawn afresh at each task: is it growth, or renewal?
+    """A constant number of experts, all re-initialised at each task: is it growth, or renewal?
 
-    With the cut `redraw`, growth draws every expert and router row anew, too; what is left between
-    the two is that experts become more. The rest of the network learns on as it does there.
+    With the pruning `reinit`, growth re-initialises every expert and router row, too; what is left
+    between the two is that experts become more. The rest of the network learns on as it does there.
     """
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
@@ -111,7 +111,7 @@ class RenewExperts:
 
 
 class Fresh(DenseMethod, name="fresh"):
-    """The dense network drawn anew, optimizer too, at every task: the level of full plasticity."""
+    """The dense network and optimizer re-initialised at every task: full plasticity."""
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that renews the network.

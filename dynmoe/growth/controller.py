@@ -19,7 +19,7 @@ from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
-from dynmoe.growth.pruning import Cut, RedrawCut
+from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
 from dynmoe.growth.surgery import Restart, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.clock import TaskTrigger
@@ -53,9 +53,10 @@ class GrowthController:
     """Grows every MoE layer of a model by `granularity` experts whenever the trigger fires.
 
     By default this is the method of `python -m dynmoe.cl`, and needs no probe: at each growth of
-    constant budget the layer is re-initialised, as no unit of an expert that shrinks is kept (cut
-    `redraw`), and all router rows are drawn (init `random`, router `all`). What was learnt stays in
-    the rest of the network alone. The cut `utility` keeps the units that contribute most.
+    constant budget the layer is re-initialised, as no unit of an expert that shrinks is kept
+    (pruning `reinit`), and all router rows are drawn (init `random`, router `all`). What was learnt
+    stays in the rest of the network alone. The pruning `utility` keeps the units that contribute
+    most.
 
     A growth succeeds and is recorded, or raises and leaves model, optimizer, generator, trigger and
     events as they were. With torch.distributed it is one growth of all processes, each of which has
@@ -69,7 +70,7 @@ class GrowthController:
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
             move what moves once per step (see `dynmoe.moe.step`).
         granularity: experts added per growth (the paper's g).
-        trigger, cut, init: Configs of registered parts; defaults: at tasks, redraw, random.
+        trigger, pruning, init: Configs of registered parts; defaults: at tasks, reinit, random.
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
@@ -95,7 +96,7 @@ class GrowthController:
         granularity: int = 1,
         trigger: PartConfig | None = None,
         budget: Budget | None = None,
-        cut: PartConfig | None = None,
+        pruning: PartConfig | None = None,
         init: PartConfig | None = None,
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
@@ -108,7 +109,7 @@ class GrowthController:
         self.granularity = granularity
         self.budget = budget or Budget()
         self.trigger: Trigger = (trigger or TaskTrigger.Config()).build()
-        self.cut: Cut = (cut or RedrawCut.Config()).build()
+        self.pruning: PruningCriterion = (pruning or ReinitUnits.Config()).build()
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
         self.measure_shock = measure_shock
@@ -266,7 +267,7 @@ class GrowthController:
         segment = torch.empty(0, dtype=torch.long)
         if isinstance(bank, UnitBank):
             target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity, bank.spread)
-            scores = self.cut.scores(bank, mean_activation, generator)
+            scores = self.pruning.scores(bank, mean_activation, generator)
             segment = bank.segment.cpu()
         return Request(
             segment=segment,

@@ -36,12 +36,13 @@ class NewExperts:
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf") or not abs(self.logit) < float("inf"):
             raise UserError(
-                f"new_experts: lr={self.lr} must be finite and at least 0, logit={self.logit} finite"
+                f"new_experts: lr={self.lr} must be finite and at least 0, logit={self.logit} "
+                "finite"
             )
         if self.lr_steps < 1 or self.logit_steps < 1:
             raise UserError(
-                f"new_experts: lr_steps={self.lr_steps} and logit_steps={self.logit_steps} must be at "
-                "least 1"
+                f"new_experts: lr_steps={self.lr_steps} and logit_steps={self.logit_steps} must "
+                "be at least 1"
             )
 
     @property

@@ -39,7 +39,7 @@ class GrowthSettings:
     """one router for all MoE layers that are alike (Omni-router); there must be two at least"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
-    cut: PartConfig = slot("cut", "redraw")
+    pruning: PartConfig = slot("pruning", "reinit")
     init: PartConfig = slot("init", "random")
     moments: Moments = "mean"
     """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
@@ -124,7 +124,7 @@ class GrowthSettings:
             granularity=self.granularity,
             trigger=self.trigger,
             budget=self.budget,
-            cut=self.cut,
+            pruning=self.pruning,
             init=self.init,
             moments=self.moments,
             measure_shock=measure_shock,

@@ -147,17 +147,17 @@ def _place_routes(
 ) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
     router, experts = layer.router, len(plan.sizes)
-    redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
+    reinit = torch.arange(experts, device=new.device) if plan.reinit_router else new
     means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
     router.alive[new] = True
-    router.draw_rows(redrawn, generator)
+    router.draw_rows(reinit, generator)
     _copy_parents(router.expert_rows(), plan, new)
     for expert, parent in zip(new.tolist(), plan.parents, strict=True):
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
     return [
-        Restart(rows, 0, redrawn, mean)
+        Restart(rows, 0, reinit, mean)
         for rows, mean in zip(router.expert_rows(), means, strict=True)
     ]
 

@@ -99,7 +99,7 @@ def test_every_option_of_every_part_has_a_help_text(kind, name):
     ("kind", "wrong", "right"),
     [
         ("router", "cosin", "cosine"),
-        ("cut", "utilty", "utility"),
+        ("pruning", "utilty", "utility"),
         ("init", "zero-ouput", "zero-output"),
     ],
 )
@@ -316,8 +316,8 @@ def test_the_digest_names_all_seeds_of_a_setting():
 
 
 def test_parts_with_equal_options_have_different_digests():
-    cut, init = (registry.get("cut", name).Config() for name in ("first", "random"))
-    one, other = replace(Settings(), router=cut), replace(Settings(), router=init)
+    pruning, init = (registry.get("pruning", name).Config() for name in ("first", "random"))
+    one, other = replace(Settings(), router=pruning), replace(Settings(), router=init)
     assert digest(one) != digest(other)
 
 

@@ -242,8 +242,8 @@ def test_our_networks_have_units(name: str, least: int) -> None:
 @pytest.mark.parametrize("budget", [Budget(), Budget(mode="per-growth")], ids=str)
 def test_growth_renews_units_and_is_noticed(budget: Budget) -> None:
     model = moe()
-    cut = get("cut", "utility").Config()
-    controller = GrowthController(model, granularity=2, budget=budget, cut=cut)
+    pruning = get("pruning", "utility").Config()
+    controller = GrowthController(model, granularity=2, budget=budget, pruning=pruning)
     before: list[dict[str, Tensor]] = []
     controller.listeners.append(before.append)
     layers = layers_of(model)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.pruning import RandomCut
+from dynmoe.growth.pruning import RandomUnits
 from dynmoe.interventions.weights import (
     fresh_draw,
     linear_outputs,
@@ -90,8 +90,8 @@ def test_fresh_values_of_a_layer_that_grew_are_those_of_its_present_size() -> No
     torch.manual_seed(0)
     layer = MoELayer(4, 3, 12, num_experts=2, max_experts=4)
     model = nn.Sequential(nn.Linear(4, 4), layer)
-    cut, budget = RandomCut.Config(), Budget(mode="per-growth")
-    GrowthController(model, budget=budget, cut=cut).grow(0)
+    pruning, budget = RandomUnits.Config(), Budget(mode="per-growth")
+    GrowthController(model, budget=budget, pruning=pruning).grow(0)
     drawn = fresh_draw(model, dice())
     assert drawn.keys() == weights(model).keys()
     assert drawn["1.bank.w_in"].shape == (18, 4) and layer.num_experts == 3

@@ -53,7 +53,7 @@ def grown(
     optimizer = optimizer_of(kind, model)
     controller = GrowthController(
         model, optimizer, granularity=2, budget=Budget(mode=mode), new_experts=new_experts,
-        cut=registry.get("cut", "first").Config(), init=registry.get("init", init).Config(),
+        pruning=registry.get("pruning", "first").Config(), init=registry.get("init", init).Config(),
     )  # fmt: skip
     for number in range(2):
         step(model, optimizer, number)

@@ -203,7 +203,7 @@ def test_drawing_experts_or_units_leaves_the_others_alone(name):
 @each_router
 def test_state_dict_restores_the_function(name, router):
     layer, other = make(name, router), make(name, router)
-    GrowthController(layer, cut=registry.get("cut", "random").Config()).grow(1)
+    GrowthController(layer, pruning=registry.get("pruning", "random").Config()).grow(1)
     x = samples(name)
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict(), strict=True)

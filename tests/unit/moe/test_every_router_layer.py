@@ -99,8 +99,8 @@ def test_one_graph_through_training_and_growth(name):
     torch._dynamo.reset()
     layer = make_layer(name)
     optimizer = torch.optim.Adam(layer.parameters())
-    cut = registry.get("cut", "random").Config()
-    controller, counter = GrowthController(layer, optimizer, cut=cut), CompileCounter()
+    pruning = registry.get("pruning", "random").Config()
+    controller, counter = GrowthController(layer, optimizer, pruning=pruning), CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x, context = torch.randn(9, DIM), torch.arange(9) % 3
     for growth in range(4):

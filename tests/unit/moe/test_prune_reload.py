@@ -145,7 +145,7 @@ def test_pruned_hierarchies_keep_their_groups_and_valid_gates(kept, coarse):
 def test_growth_after_pruning_fills_the_smallest_group():
     layer = without_experts(used_layer(HierarchicalRouter.Config()), [0, 2])  # both in group 0
     assert layer.router.group.tolist() == [0, 0, 1, 1, 0]
-    controller = GrowthController(layer, cut=registry.get("cut", "random").Config())
+    controller = GrowthController(layer, pruning=registry.get("pruning", "random").Config())
     for experts in (3, 4, 5):
         controller.grow(experts)
         y = layer.eval()(inputs(layer))
