@@ -145,14 +145,14 @@ def train(
     start: int = 0,
     learns: bool = True,
     acts: bool = True,
-    strategy: Intervention | None = None,
+    intervention: Intervention | None = None,
 ) -> None:
     """Train from update `start` to the last; everything drawn depends on seed and update alone.
 
     Args:
         observations, floors: [N, ...] and [N], where the environments are.
         learns, acts: whether the network is trained, and followed.
-        strategy: keeps it plastic; attached to the policy and the optimizer. None for none.
+        intervention: keeps it plastic; attached to the policy and the optimizer. None for none.
 
     Raises:
         NumericError: the loss is not finite.
@@ -168,7 +168,7 @@ def train(
         stats = None
         if learns:
             order = seeding.generator(seed, "minibatches", update)
-            stats = learn(policy, optimizer, rollout, settings, env, order, strategy)
+            stats = learn(policy, optimizer, rollout, settings, env, order, intervention)
         observer.update_done(update + 1, rollout, stats)
 
 
@@ -179,7 +179,7 @@ def learn(
     settings: PPOSettings,
     env: TorchVectorEnv,
     generator: torch.Generator,
-    strategy: Intervention | None = None,
+    intervention: Intervention | None = None,
 ) -> UpdateStats:
     """One update: several epochs of minibatch steps on a rollout.
 
@@ -205,24 +205,24 @@ def learn(
             parameters, values = policy(env.unpack(batch["observations"]))
         loss, parts = ppo_loss(parameters, values, batch, settings, policy.distribution)
         loss = loss + sum(collect_aux_losses(policy).values(), loss.new_zeros(()))
-        if strategy is not None:
-            loss = loss + strategy.penalty()
+        if intervention is not None:
+            loss = loss + intervention.penalty()
         if not torch.isfinite(loss):
             raise NumericError(
                 f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if strategy is not None:
-            strategy.gradients_ready()
+        if intervention is not None:
+            intervention.gradients_ready()
         limit = settings.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
         if not torch.isfinite(norm):
             raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
         optimizer.step()
         finish_step(policy)
-        if strategy is not None:
-            strategy.step_done()
+        if intervention is not None:
+            intervention.step_done()
         sums += torch.stack([*parts, norm.detach()])
     means = (sums / (settings.epochs * settings.minibatches)).tolist()
     explained = _explained_variance(rollout.values, returns)

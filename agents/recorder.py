@@ -50,11 +50,11 @@ class Recorder:
         optimizer: Optimizer,
         controller: GrowthController | None,
         progress: ProgressLine,
-        strategy: Intervention,
+        intervention: Intervention,
     ) -> None:
         self.run, self.config, self.env = run, config, env
         self.policy, self.optimizer, self.controller = policy, optimizer, controller
-        self.progress, self.strategy = progress, strategy
+        self.progress, self.intervention = progress, intervention
         self.initial = _outside_experts(policy)
         self.episodes = EpisodeStats(env)
         self.routing = FloorRouting(env.num_floors)
@@ -170,7 +170,7 @@ class Recorder:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
-            "strategy": self.strategy.state_dict(),
+            "intervention": self.intervention.state_dict(),
             "env": self.env.state_dict(),
             "floors": rollout.next_floors,
             "recorder": {

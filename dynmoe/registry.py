@@ -38,7 +38,7 @@ PACKAGES = {
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
-    "strategy": "cl_benchmarks.interventions",
+    "intervention": "cl_benchmarks.interventions",
     "domains": "cl_benchmarks.domains",
     "dg": "dynmoe.dg.methods",
     "study": "dynmoe.studies",

@@ -117,12 +117,12 @@ class Fresh(DenseMethod, name="fresh"):
         """The plugin that renews the network.
 
         Raises:
-            UserError: the strategy changes the network's make on the way.
+            UserError: the intervention changes the network's make on the way.
         """
-        if training.strategy.reshapes:
+        if training.intervention.reshapes:
             raise UserError(
-                f"method fresh draws a new network for each task, so strategy "
-                f"{training.strategy.name} has nothing to work on; use --method dense"
+                f"method fresh draws a new network for each task, so intervention "
+                f"{training.intervention.name} has nothing to work on; use --method dense"
             )
         return [RenewPlugin(training)]
 

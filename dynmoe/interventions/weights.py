@@ -59,8 +59,8 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     return [last_linear(model)] if named is None else named()
 
 
-def linear_outputs(model: nn.Module, strategy: str) -> list[nn.Linear]:
-    """The output layers, which a strategy needs to be linear.
+def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:
+    """The output layers, which an intervention needs to be linear.
 
     Raises:
         UserError: one is not.
@@ -69,7 +69,7 @@ def linear_outputs(model: nn.Module, strategy: str) -> list[nn.Linear]:
     for layer in output_layers(model):
         if not isinstance(layer, nn.Linear):
             raise UserError(
-                f"strategy {strategy} needs linear output layers, and here one is an "
+                f"intervention {intervention} needs linear output layers, and here one is an "
                 f"{type(layer).__name__}; use a method or place with dense heads"
             )
         found.append(layer)

@@ -37,7 +37,7 @@ def made(router: str, loss: str = "none", **options: Any) -> tuple[TorchVectorEn
         encoder=registry.get("encoder", "mlp").Config(hidden=16, widths=(16,)),
     )  # fmt: skip
     env = make_env(config, torch.device("cpu"))
-    return env, make_policy(config, env, torch.device("cpu"), config.strategy.build())
+    return env, make_policy(config, env, torch.device("cpu"), config.intervention.build())
 
 
 def played(env: TorchVectorEnv, policy: ActorCritic, steps: int = 16) -> Rollout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from strategy_helpers import batch, moe, weights
+from intervention_helpers import batch, moe, weights
 from torch import nn
 
 from dynmoe.growth.budget import Budget

@@ -120,14 +120,14 @@ def test_copies_with_noise_learn_apart_and_without_it_stay_alike() -> None:
     assert gaps[0.0] < 1e-6 and gaps[0.05] > 0.02
 
 
-def test_a_strategy_is_told_of_the_new_weights() -> None:
-    strategy = L2Init.Config(strength=1.0).build()
-    training = training_of(WideningBlock(6, [4, 9]), strategy=strategy)
-    strategy.attach(training.model, training.optimizer, dice())
+def test_an_intervention_is_told_of_the_new_weights() -> None:
+    intervention = L2Init.Config(strength=1.0).build()
+    training = training_of(WideningBlock(6, [4, 9]), intervention=intervention)
+    intervention.attach(training.model, training.optimizer, dice())
     train(training, range(4))
-    before = float(strategy.penalty().detach())
+    before = float(intervention.penalty().detach())
     WidenPlugin(training, 0.01, "mean").before_training_exp(at_task(training, 1))
-    after = strategy.penalty()  # what did not change is as far from its first value as before
+    after = intervention.penalty()  # what did not change is as far from its first value as before
     assert 0 < float(after.detach()) <= before
     after.backward()
     assert training.model[0].layers[0].weight.grad.shape == (9, 6)
@@ -206,9 +206,11 @@ def test_the_block_starts_as_a_dense_one_of_its_width() -> None:
     assert torch.equal(block(x), dense(x))
 
 
-def test_a_block_that_a_strategy_has_rebuilt_is_refused_in_one_line() -> None:
+def test_a_block_that_an_intervention_has_rebuilt_is_refused_in_one_line() -> None:
     block = WideningBlock(4, [2, 4])
     insert_norms(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), block))
-    with pytest.raises(UserError, match="net2wider cannot widen a block that a strategy") as error:
+    with pytest.raises(
+        UserError, match="net2wider cannot widen a block that an intervention"
+    ) as error:
         block.append(2, None)
     assert "\n" not in str(error.value)

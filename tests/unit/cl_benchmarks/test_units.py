@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from strategy_helpers import NETWORKS, batch, conv, dice, mlp, moe
+from intervention_helpers import NETWORKS, batch, conv, dice, mlp, moe
 from torch import Tensor, nn
 
 from cl_benchmarks.networks import build_network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, conv, dice, mlp, moe, weights
+from intervention_helpers import NETWORKS, conv, dice, mlp, moe, weights
 from torch import nn
 
 from dynmoe.errors import UserError
@@ -49,7 +49,7 @@ def test_output_layers_may_be_named() -> None:
     model = TwoHeads()
     assert output_layers(model) == [model.head, model.mixed]
     assert names_of(model, outputs=False) == {"mixed.bank.w_in", "last.weight"}
-    with pytest.raises(UserError, match="strategy x needs linear output layers.*MoELayer"):
+    with pytest.raises(UserError, match="intervention x needs linear output layers.*MoELayer"):
         linear_outputs(model, "x")
     plain = mlp()
     assert linear_outputs(plain, "x") == [plain[5]]  # type: ignore[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
+from intervention_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
 from torch import nn
 
 from cl_benchmarks.networks import build_network
@@ -164,7 +164,7 @@ def test_injection_changes_nothing_at_that_moment(network: str) -> None:
     loop.model.eval()
     with torch.no_grad():
         before, parameters = loop.model(images), count(loop.model)
-        loop.strategy.task_starts(1, None)
+        loop.intervention.task_starts(1, None)
         after = loop.model(images)
     assert torch.allclose(before, after, atol=1e-6)
     assert count(loop.model) == parameters
@@ -175,7 +175,7 @@ def test_injected_head_learns_and_the_old_one_does_not() -> None:
     loop = Loop("mlp", "injection", task=1).run(4)
     old = loop.model[5]  # type: ignore[index]
     kept = weights(old)
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     head = loop.model[5]  # type: ignore[index]
     fresh = weights(head.new)
     assert fresh["weight"].shape == (3, 8) and fresh["weight"].abs().max() <= 8**-0.5
@@ -199,7 +199,7 @@ def test_injection_comes_once_and_when_it_is_due() -> None:
         loop = Loop("mlp", "injection", **options)
         for step in range(1, 14):
             loop.run(step)
-            assert loop.strategy.done == (step >= due)  # type: ignore[attr-defined]
+            assert loop.intervention.done == (step >= due)  # type: ignore[attr-defined]
         assert sum(isinstance(m, Injected) for m in loop.model.modules()) == 1
 
 
@@ -226,8 +226,8 @@ def test_tortoise_follows_and_the_hare_goes_back_to_it() -> None:
 
 def test_hare_and_tortoise_share_no_memory() -> None:
     loop = Loop("conv", "hare-tortoise", momentum=0.5, period=2).run(2)
-    strategy = loop.strategy
-    slow = {**strategy.tortoise.first, **strategy.buffers}  # type: ignore[attr-defined]
+    intervention = loop.intervention
+    slow = {**intervention.tortoise.first, **intervention.buffers}  # type: ignore[attr-defined]
     fast = {t.data_ptr() for t in loop.model.state_dict().values()}
     assert len(slow) == 11 + 4 and len(fast) > 11
     assert not {t.data_ptr() for t in slow.values()} & fast
@@ -243,7 +243,7 @@ def test_tortoise_does_not_undo_a_growth() -> None:
     assert 0 < int(new.sum()) < 8
     sizes, born = layer.bank.hidden_sizes(), layer.bank.w_in.detach().clone()
     shift = layer.router.logit_shift.clone()
-    loop.strategy.steps = 99
-    loop.strategy.step_done()
+    loop.intervention.steps = 99
+    loop.intervention.step_done()
     assert torch.equal(layer.bank.w_in[new], born[new]) and layer.bank.hidden_sizes() == sizes
     assert torch.equal(layer.router.logit_shift, shift) and layer.num_experts == 4

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from strategy_helpers import NETWORKS, Loop, dice, weights
+from intervention_helpers import NETWORKS, Loop, dice, weights
 from torch import Tensor, nn
 
 from dynmoe.interventions.perturbing import exact_polar, polar
@@ -21,13 +21,13 @@ def acted(network: str, name: str, steps: int = 4, **options: Any) -> tuple[Loop
     loop = Loop(network, name, **options)
     loop.model.double()
     loop.optimizer = torch.optim.Adam(loop.model.parameters(), 0.01)
-    loop.strategy.attach(loop.model, loop.optimizer, dice(2))
+    loop.intervention.attach(loop.model, loop.optimizer, dice(2))
     g = dice(8)
     with torch.no_grad():
         for p in loop.model.parameters():
             p += torch.randn(p.shape, generator=g, dtype=p.dtype)
     before = weights(loop.model)
-    loop.strategy.task_starts(1, lambda: [(x.double(), y) for x, y in loop.batches()])
+    loop.intervention.task_starts(1, lambda: [(x.double(), y) for x, y in loop.batches()])
     return loop, before, weights(loop.model)
 
 
@@ -62,7 +62,7 @@ def test_shrink_towards_the_first_weights(network: str) -> None:
     first = weights(loop.model)
     loop.run(4)
     before = weights(loop.model)
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     for name, value in weights(loop.model).items():
         assert torch.allclose(value, 0.2 * before[name] + 0.8 * first[name], atol=1e-6)
 
@@ -70,11 +70,11 @@ def test_shrink_towards_the_first_weights(network: str) -> None:
 def test_every_counts_steps_and_leaves_task_starts_alone() -> None:
     for name in ("shrink-perturb", "fire", "head-reset"):
         loop, calls = Loop("mlp", name, every=3), []
-        loop.strategy.act = lambda: calls.append(loop.strategy.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
+        loop.intervention.act = lambda: calls.append(loop.intervention.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
         loop.run(10)
         assert calls == [3, 6, 9]
         loop, calls = Loop("mlp", name), []
-        loop.strategy.act = lambda: calls.append(loop.strategy.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
+        loop.intervention.act = lambda: calls.append(loop.intervention.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
         loop.run(10)
         assert calls == [4, 8]
 
@@ -212,7 +212,7 @@ def test_dash_leaves_all_but_weights_alone() -> None:
     loop = Loop("conv", "dash").run(4)
     state = {n: b.clone() for n, b in loop.model.named_buffers()}
     random = torch.get_rng_state()
-    loop.strategy.task_starts(1, loop.batches)
+    loop.intervention.task_starts(1, loop.batches)
     assert all(torch.equal(b, state[n]) for n, b in loop.model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random) and loop.model.training
 
@@ -227,7 +227,7 @@ def test_head_reset(to: str) -> None:
     loop.run(4)
     before, head = weights(loop.model), loop.model[4]  # type: ignore[index]
     assert head.weight in loop.optimizer.state
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     after = weights(loop.model)
     for name, value in after.items():
         if not name.startswith("4."):
