@@ -159,7 +159,7 @@ class AdapterBank(ExpertBank):
 
     def count(self, routing: Routing) -> int:
         """Experts to mix: those that exist, or all M under torch.compile, where shapes stay."""
-        return len(routing.alive) if torch.compiler.is_compiling() else int(routing.alive.sum())
+        return len(routing.active) if torch.compiler.is_compiling() else int(routing.active.sum())
 
     def expert_outputs(self, x: Tensor) -> Tensor:
         """[M, B, S] each expert's own numbers, the same for every sample of x [B, ...]."""

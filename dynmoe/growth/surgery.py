@@ -84,7 +84,7 @@ def grow_layer(
     restarts = []
     if isinstance(layer.bank, UnitBank):
         restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
-    if not bool(layer.router.alive[new].any()):  # else a layer that shares the router was first
+    if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
         restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
     return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
 
@@ -149,7 +149,7 @@ def _place_routes(
     router, experts = layer.router, len(plan.sizes)
     reinit = torch.arange(experts, device=new.device) if plan.reinit_router else new
     means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
-    router.alive[new] = True
+    router.active[new] = True
     router.draw_rows(reinit, generator)
     _copy_parents(router.expert_rows(), plan, new)
     for expert, parent in zip(new.tolist(), plan.parents, strict=True):

@@ -203,7 +203,7 @@ class _Tracer(fx.Tracer):
 def unit_banks(layer: MoELayer) -> list[UnitBank]:
     """The pools of hidden units in an MoE layer: of the routed experts, and of the shared one."""
     banks = (layer.bank, layer.shared)
-    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.whole]
+    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.per_sample]
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     Growth (`dynmoe.growth.surgery`) is the only code that writes to a bank besides the optimizer.
 
     Attributes:
-        whole: samples keep their shape ([N, C, H, W] images, [N, T, D] sequences) and are routed
-            as a whole, by the mean over their positions; else every position is a sample [N, D].
+        per_sample: samples keep their shape ([N, C, H, W] images, [N, T, D] sequences) and are
+            routed as a whole, by the mean over their positions; else every position is a sample
+            [N, D].
         channel_axis: where such a sample holds its D_in channels.
     """
 
-    whole: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False
     channel_axis: ClassVar[int] = -1
 
     @abstractmethod
@@ -134,7 +135,7 @@ class UnitBank(ExpertBank):
             )
 
     def hidden_sizes(self) -> list[int]:
-        """Hidden units of each living expert, in order."""
+        """Hidden units of each active expert, in order."""
         return torch.bincount(self.segment).tolist()
 
     @torch.no_grad()

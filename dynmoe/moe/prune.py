@@ -39,7 +39,7 @@ class Pruned:
 
 @torch.no_grad()
 def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Pruned:
-    """Remove the living experts whose load on the data is below a threshold.
+    """Remove the active experts whose load on the data is below a threshold.
 
     The kept experts' units and rows are copied; what was removed frees a place, so that the new
     layer can grow to as many experts as the old one. Where gates are scaled by the number of
@@ -72,7 +72,7 @@ def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Prune
 
 @torch.no_grad()
 def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
-    """A copy of the layer with the living experts `kept` [K] only, numbered in that order.
+    """A copy of the layer with the active experts `kept` [K] only, numbered in that order.
 
     Everything that has one row per expert is put in that order: router rows, shifts and biases,
     creation steps, rows of the bank, state of the losses. Its `state_dict` loads into a new layer

@@ -1,6 +1,6 @@
 """One pass over a fixed probe batch: everything that the plasticity metrics read.
 
-Shapes: N probe samples, C classes, d features, H hidden units of an expert bank, E living experts.
+Shapes: N probe samples, C classes, d features, H hidden units of an expert bank, E active experts.
 A probe is taken on the same samples each time, so that its numbers compare across training.
 """
 
@@ -33,7 +33,7 @@ class ExpertProbe:
     """One MoE layer in a probe. N is the number of real rows (samples or tokens) in its bank."""
 
     gates: Tensor
-    """[N, E] gates of the living experts; rows sum to 1 for softmax routers"""
+    """[N, E] gates of the active experts; rows sum to 1 for softmax routers"""
     hidden: Tensor
     """[N, H] activation of every hidden unit of the pool, whatever the routing"""
     segment: Tensor
@@ -229,7 +229,7 @@ def _expert_probes(
         if layer not in record.inputs:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
-        if not isinstance(bank, UnitBank) or bank.whole:
+        if not isinstance(bank, UnitBank) or bank.per_sample:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
         rows = record.inputs[layer].flatten(0, -2)
@@ -252,7 +252,7 @@ def _expert_probes(
 
 
 def _living_rows(model: nn.Module) -> dict[str, int]:
-    """Parameter name -> number of living experts, for parameters with one row per expert."""
+    """Parameter name -> number of active experts, for parameters with one row per expert."""
     names = {id(p): name for name, p in model.named_parameters()}
     rows = {}
     for _, layer in moe_layers(model):

@@ -35,9 +35,9 @@ def use_of_experts(model: nn.Module) -> dict[str, float]:
     use = {new: sum(s[old] for s in stats) / len(stats) for new, old in keys.items()}
     routings = [layer.last_routing for _, layer in moe_layers(model) if layer.last_routing]
     certainties = [
-        float(r.mean(entropy(r.probabilities.detach().double())) / r.alive.sum().log())
+        float(r.mean(entropy(r.probabilities.detach().double())) / r.active.sum().log())
         for r in routings
-        if int(r.alive.sum()) > 1 and (r.mask is None or bool(r.mask.any()))
+        if int(r.active.sum()) > 1 and (r.mask is None or bool(r.mask.any()))
     ]
     if certainties:
         use["router_entropy"] = sum(certainties) / len(certainties)

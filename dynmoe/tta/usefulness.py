@@ -34,7 +34,7 @@ def routed_by(model: nn.Module, choose: Choice) -> Iterator[None]:
         def hook(_: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
             expert = choose(layer, own)
             everywhere = torch.ones_like(expert, dtype=torch.bool)
-            return hard_routing(expert, everywhere, own.alive, own.gates)
+            return hard_routing(expert, everywhere, own.active, own.gates)
 
         return layer.router.register_forward_hook(hook)
 

@@ -35,7 +35,7 @@ class AffineBank(
         UserError: D_in is not D_out, or init_scale below 0.
     """
 
-    whole = True
+    per_sample = True
     base_gamma: Tensor | None
     base_beta: Tensor | None
 

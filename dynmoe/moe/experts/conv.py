@@ -32,7 +32,7 @@ class ConvPool(
         UserError: an even kernel or one below 1; in use, an input that is no batch of images.
     """
 
-    whole = True
+    per_sample = True
     channel_axis = 1
 
     @dataclass(frozen=True, kw_only=True)

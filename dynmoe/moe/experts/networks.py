@@ -77,7 +77,7 @@ class NetworkBank(
         if torch.compiler.is_compiling():  # all M: growth changes no shape
             return _mix(self.expert_outputs(x), gates)
         if routing.chosen is None:
-            living = int(routing.alive.sum())
+            living = int(routing.active.sum())
             return _mix(self._outputs(x, living), gates[:, :living])
         return self._mix_sparse(x, gates, routing.chosen)
 

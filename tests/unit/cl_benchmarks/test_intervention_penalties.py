@@ -43,7 +43,7 @@ def test_l2(network: str) -> None:
     total = 0.0
     for name, p in model.named_parameters():
         own = "router" in name or name.endswith("3.bank.b_out")
-        total += loops(p[:2] if own and network == "moe" else p)  # 2 of 8 experts are alive
+        total += loops(p[:2] if own and network == "moe" else p)  # 2 of 8 experts are active
     assert float(intervention.penalty()) == pytest.approx(0.3 * total, rel=1e-12)
 
 

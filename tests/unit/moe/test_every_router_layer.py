@@ -72,7 +72,7 @@ def test_growth_in_the_middle_of_training(name, init):
             losses.append(loss.item())
             assert all(p.isfinite().all() for p in layer.parameters())
     assert all(0 < value < 100 for value in losses) and len(set(losses)) == 6
-    assert layer.last_routing.alive.tolist() == [True] * 4 + [False]
+    assert layer.last_routing.active.tolist() == [True] * 4 + [False]
     assert routing_stats(layer)[""]["used_experts"] >= 1
     moved = (layer.router.weight != grown_rows).any(dim=1)
     if layer.router.weight.requires_grad:

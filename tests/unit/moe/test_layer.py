@@ -180,6 +180,20 @@ def test_state_dict_restores_function_and_growth(router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
+def test_state_dict_of_an_earlier_version_loads(router):
+    layer, other = make_layer(router), make_layer(router, (9,), max_experts=6)
+    layer.created[2] = 1
+    state = layer.state_dict()
+    state["birth"] = state.pop("created")
+    state["router.alive"] = state.pop("router.active")
+    other.load_state_dict(state, strict=True)
+    x = torch.randn(6, 5, dtype=torch.double)
+    assert torch.equal(other(x), layer(x)) and other.num_experts == 3
+    assert other.created.tolist() == [0, 0, 1, 0, 0, 0]
+    assert {"birth", "router.alive"} <= state.keys()  # the caller's state is left as it was
+
+
+@pytest.mark.parametrize("router", ROUTERS)
 def test_deepcopy_after_a_forward_with_gradients(router):
     layer = make_layer(router, losses=(SwitchLoss.Config(weight=1.0),))
     x = torch.randn(6, 5, dtype=torch.double)

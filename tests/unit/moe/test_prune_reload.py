@@ -54,12 +54,12 @@ def used_layer(router: PartConfig, bank: str = "pool") -> MoELayer:
 
 
 def inputs(layer: MoELayer) -> Tensor:
-    images = layer.bank.whole and layer.bank.channel_axis == 1
+    images = layer.bank.per_sample and layer.bank.channel_axis == 1
     return torch.randn(6, DIM, 3, 3).double() if images else torch.randn(6, 4, DIM).double()
 
 
 def contexts(layer: MoELayer) -> Tensor:
-    return torch.arange(6) % 5 if layer.bank.whole else torch.arange(24).view(6, 4) % 5
+    return torch.arange(6) % 5 if layer.bank.per_sample else torch.arange(24).view(6, 4) % 5
 
 
 def fresh(pruned: MoELayer, router: PartConfig, bank: str) -> MoELayer:
@@ -114,7 +114,7 @@ def test_pruning_carries_every_experts_state(router):
         assert torch.equal(new[:3], old[KEPT])
         if old is not getattr(layer.router, "group", None):
             assert not new[3:].any()
-    for name in ("logit_shift", "selection_bias", "alive"):
+    for name in ("logit_shift", "selection_bias", "active"):
         assert getattr(smaller.router, name)[:3].all()
     counts = smaller.losses[0].counts
     assert counts[:3].tolist() == layer.losses[0].counts[KEPT].tolist() and not counts[3:].any()

@@ -144,7 +144,7 @@ def test_growth_draws_the_new_rows_once():
     pruning = registry.get("pruning", "first").Config()  # which draws nothing
     for part in (net, alone):
         GrowthController(part, pruning=pruning, generator=torch.Generator().manual_seed(5)).grow(0)
-    assert net[0].router.alive.tolist() == [True] * 3 + [False] * 3
+    assert net[0].router.active.tolist() == [True] * 3 + [False] * 3
     assert torch.equal(net[0].router.weight, alone[0].router.weight)
 
 
