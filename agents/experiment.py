@@ -166,9 +166,9 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     intervention.attach(policy, optimizer, seeding.generator(config.seed, "strategy"))
     controller = None
     if agent.grows:
-        dice = seeding.generator(config.seed, "growth")
+        generator = seeding.generator(config.seed, "growth")
         controller = config.make_controller(
-            policy, optimizer, dice,
+            policy, optimizer, generator,
             functools.partial(policy_shock, distribution=policy.distribution),
         )  # fmt: skip
         controller.listeners.append(intervention.grown)

@@ -15,7 +15,7 @@ from agents.actor_critic import ActorCritic, as_input
 from agents.charts import layout
 from agents.figures import router_figure, write_figure
 from agents.growth import sample, signals
-from agents.ppo import UpdateStats, advantages
+from agents.ppo import UpdateStats, estimate_advantages
 from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
@@ -132,8 +132,8 @@ class Recorder:
         """
         index = sample(rollout, self.config.probe_samples)
         inputs = self._inputs(rollout, index)
-        gains = advantages(rollout, self.config.gamma, self.config.gae_lambda)
-        returns = (gains + rollout.values).flatten()[index].unsqueeze(1)
+        advantages = estimate_advantages(rollout, self.config.gamma, self.config.gae_lambda)
+        returns = (advantages + rollout.values).flatten()[index].unsqueeze(1)
         actions = rollout.actions.flatten(0, 1)[index]
         values: dict[str, float] = {}
         for head, target, loss in (

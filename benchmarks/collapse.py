@@ -15,7 +15,7 @@ Prints the table below and writes it as collapse.json, with collapse.png of the 
 steps. Figures come from a fixed batch of 2048 tokens in evaluation mode:
 
 load entropy    H(load) / log E, load being each expert's share of the gates; 1 = all alike, 0 = one
-largest load    share of the busiest expert
+largest load    share of the most loaded expert
 dead experts    of 8, with a load below 1 %
 task loss       mean squared error over the targets' mean square
 """

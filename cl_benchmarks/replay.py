@@ -59,7 +59,7 @@ class ResumableReplay:
     """Avalanche plugin around its ReplayPlugin, for our `StreamTrainer`.
 
     What Avalanche draws, what is kept of a task and in which order it comes, is seeded by the run's
-    seed, the task and the epoch. So the memory is filled anew upon a resume, and nothing is saved.
+    seed, the task and the epoch. So the memory is filled again upon a resume, and nothing is saved.
     """
 
     def __init__(self, plugin: Any) -> None:

@@ -95,7 +95,7 @@ class Part:
             where = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), where))
         other = _PARTS[cls.kind].get(name)
-        same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
+        same = (cls.__module__, cls.__qualname__)  # the module may be imported again
         if other is not None and (other.__module__, other.__qualname__) != same:
             both = [f"{c.__module__}.{c.__qualname__}" for c in (other, cls)]
             raise NameTakenError(

@@ -176,7 +176,7 @@ class AdapterBank(ExpertBank):
 
     @torch.no_grad()
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: one start for all, and noise of their own."""
+        """Re-initialise the rows `index` [n]: one start for all, and noise of their own."""
         before = int(index.min()) if len(index) else 0
         for name, rows in self.rows.items():
             device, shape = home(generator), (len(index), *rows.shape[1:])

@@ -168,7 +168,7 @@ class RandomInit(Init, name="random", source="Kim 2025 (arXiv 2511.18987)"):
 
         router: Literal["new", "all"] = "all"
         """which router rows are drawn: the new experts' (the paper), or every expert's, which lets
-        a router that has settled share its samples out anew"""
+        a router that has settled share its samples out again"""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

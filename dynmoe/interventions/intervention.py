@@ -82,7 +82,7 @@ class Intervention(Part, ABC, kind="intervention"):
     def grown(self, before: dict[str, Tensor]) -> None:
         """The network has grown. `before`: old values of the MoE layers' parameters, by name.
 
-        Parameters may have been replaced by longer ones; hidden units are found anew if needed.
+        Parameters may have been replaced by longer ones; hidden units are found again if needed.
         """
 
     def state(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class InterventionPlugin:
 
         def batches() -> Iterable[tuple[Tensor, Tensor]]:
             position = getattr(strategy, "position", None)
-            if position is not None:  # our own batches go on from there; training sets it anew
+            if position is not None:  # our own batches go on from there; training sets it again
                 position.epoch = position.batch = 0
             for batch in strategy.dataloader:
                 yield batch[0].to(strategy.device), batch[1].to(strategy.device)

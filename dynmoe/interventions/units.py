@@ -102,7 +102,7 @@ class UnitLayer:
 
     @torch.no_grad()
     def draw_incoming(self, index: Tensor, generator: torch.Generator) -> None:
-        """Draw what feeds the units `index` [n] afresh, from the range of torch's layers.
+        """Re-initialise what feeds the units `index` [n], from the range of torch's layers.
 
         Weights are uniform in +-1/sqrt(fan_in), biases 0; normalisation gets scale 1, shift 0 and
         the running statistics of a unit that has seen nothing.

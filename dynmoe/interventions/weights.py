@@ -1,7 +1,7 @@
 """A network's weight matrices, its output layers, and new first values for it.
 
 Like `units.py` these know linear and convolutional layers and the pools of MoE layers. Routers are
-left out: what they do is bounded by their softmax, and growth draws their rows anew.
+left out: what they do is bounded by their softmax, and growth re-initialises their rows.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
 
 
 def _draw_bank(bank: ExpertBank, generator: torch.Generator) -> set[Tensor]:
-    """Draw all of a bank anew; returns the parameters drawn."""
+    """Re-initialise all of a bank; returns the parameters drawn."""
     drawn: set[Tensor] = set(bank.expert_rows())
     if isinstance(bank, UnitBank):
         bank.draw_units(torch.arange(len(bank.segment)), generator)

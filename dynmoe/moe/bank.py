@@ -52,7 +52,7 @@ class ExpertBank(nn.Module, Part, kind="bank"):
 
     @abstractmethod
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the per-expert rows `index` [n] afresh, as at initialisation."""
+        """Re-initialise the per-expert rows `index` [n], as at initialisation."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: all weights drawn again.
@@ -106,7 +106,7 @@ class UnitBank(ExpertBank):
 
     @abstractmethod
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw all weights of the hidden units `index` [n] afresh, as at initialisation."""
+        """Re-initialise all weights of the hidden units `index` [n], as at initialisation."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: the initial hidden sizes, all weights drawn again.

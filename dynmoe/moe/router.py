@@ -129,7 +129,7 @@ class Router(nn.Module, Part, kind="router"):
 
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: uniform in +-1/sqrt(D), as torch's linear layers."""
+        """Re-initialise the rows `index` [n]: uniform in +-1/sqrt(D), as torch's linear layers."""
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.expert_rows():
             draw_entries(parameter, 0, index, bound, generator)

@@ -150,7 +150,7 @@ class Preservation(Study, name="preservation", source="ours; inits after arXiv 1
     """Do random new experts learn better than ones that preserve the network's function?
 
     The paper draws them at random. Each start is combined with cutting old experts by utility and,
-    where it applies, with drawing them anew.
+    where it applies, with re-initialising them.
     """
 
     def streams(self, preset: Preset) -> dict[str, str]:

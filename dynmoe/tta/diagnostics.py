@@ -24,7 +24,7 @@ def use_of_experts(model: nn.Module) -> dict[str, float]:
 
     Returns:
         balance: entropy of the experts' loads over log E; 1 even, 0 one expert takes all.
-        largest_share: load of the busiest expert.
+        largest_share: load of the most loaded expert.
         used_experts: experts with more than a tenth of an even share.
         router_entropy: entropy of each sample's router probabilities over log E; 1 undecided.
     """

@@ -205,7 +205,7 @@ class StraightThroughRouter(
 
     @torch.no_grad()
     def draw_rows(self, index: torch.Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: N(0, 2 / (D + M)), biases 0."""
+        """Re-initialise the rows `index` [n]: N(0, 2 / (D + M)), biases 0."""
         experts, dim = self.weight.shape
         draw_normal(self.weight, index, (2 / (dim + experts)) ** 0.5, generator)
         for name, rows in [*self.named_parameters(recurse=False), *self.named_buffers()]:

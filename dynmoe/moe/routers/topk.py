@@ -133,7 +133,7 @@ class NoisyTopKRouter(
         return routing
 
     def _load(self, clean: Tensor, scale: Tensor, noisy: Tensor, chosen: Tensor) -> Tensor:
-        """[N, M] chance that an expert is chosen if its noise alone is drawn anew.
+        """[N, M] chance that an expert is chosen if its noise alone is drawn again.
 
         Shazeer et al. 2017, App. A, Eqs. 8-10: `Phi((clean_i - kth_excluding(noisy, k, i)) /
         scale_i)`. It is 1 while no more than K experts exist, which all are chosen then. The

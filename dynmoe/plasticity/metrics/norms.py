@@ -124,7 +124,7 @@ def _join(norms: Iterable[float]) -> float:
 
 
 class RouterUse(Metric, name="router"):
-    """Router sharpness, balance, load of the busiest, idlest and newest experts, dead experts.
+    """Router sharpness, balance, load of the most, least loaded and newest expert, dead experts.
 
     The figures of `dynmoe.moe.stats.expert_use` on the probe batch, as `router/entropy` and so on.
     With several MoE layers the plain tags are means over layers, and each layer has its own with

@@ -42,8 +42,8 @@ def made(router: str, loss: str = "none", **options: Any) -> tuple[TorchVectorEn
 
 def played(env: TorchVectorEnv, policy: ActorCritic, steps: int = 16) -> Rollout:
     observations, info = env.reset(seed=0)
-    dice = seeding.generator(0, "rollout")
-    return collect(env, policy, observations, info["floor"], steps, 0.99, dice)
+    generator = seeding.generator(0, "rollout")
+    return collect(env, policy, observations, info["floor"], steps, 0.99, generator)
 
 
 def check(env: TorchVectorEnv, policy: ActorCritic) -> None:

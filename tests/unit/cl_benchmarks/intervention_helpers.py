@@ -57,7 +57,7 @@ def batch(number: int, size: int = 16) -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (size,), generator=g)
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     """A seeded generator."""
     return torch.Generator().manual_seed(seed)
 
@@ -83,12 +83,12 @@ class Loop:
         torch.manual_seed(0)
         self.model = (NETWORKS[network] if isinstance(network, str) else network)()
         self.intervention = make(name, **options)
-        self.intervention.transform(self.model, dice(1))
+        self.intervention.transform(self.model, seeded(1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr)
-        self.intervention.attach(self.model, self.optimizer, dice(2))
+        self.intervention.attach(self.model, self.optimizer, seeded(2))
         self.tasks, self.grows, self.steps = tasks, grows, 0
         self.controller = GrowthController(
-            self.model, self.optimizer, granularity=2, budget=budget, generator=dice(3)
+            self.model, self.optimizer, granularity=2, budget=budget, generator=seeded(3)
         )
         self.controller.listeners.append(self.intervention.grown)
 

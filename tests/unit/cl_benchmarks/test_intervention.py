@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from intervention_helpers import dice, make
+from intervention_helpers import make, seeded
 from torch import Tensor, nn
 
 from cl_benchmarks.images import ImageData
@@ -55,7 +55,7 @@ def _train(data: ImageData, ours: bool, penalised: bool = True) -> tuple[Witness
     witness = Witness()
     if not penalised:
         witness.penalty = lambda: 0.0  # type: ignore[method-assign]
-    witness.attach(model, optimizer, dice())
+    witness.attach(model, optimizer, seeded())
     plugin = InterventionPlugin(witness)
     common: dict[str, Any] = {"model": model, "optimizer": optimizer, "plugins": [plugin]}
     trainer: Any
@@ -125,7 +125,7 @@ def test_state_goes_round() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for intervention in (one, two):
-        intervention.attach(model, optimizer, dice(5))
+        intervention.attach(model, optimizer, seeded(5))
     one.step_done()
     torch.rand(3, generator=one.generator)
     two.load_state_dict(one.state_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from intervention_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
+from intervention_helpers import NETWORKS, Loop, batch, conv, make, mlp, seeded, weights
 from torch import nn
 
 from cl_benchmarks.networks import build_network
@@ -27,7 +27,7 @@ def test_crelu_has_fewer_parameters_and_the_same_outputs_shape(network: str) -> 
     torch.manual_seed(0)
     model = NETWORKS[network]()
     before = count(model)
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     assert count(model) < before
     assert model(batch(0)[0]).shape == (16, 3)
 
@@ -36,7 +36,7 @@ def test_crelu_passes_on_both_halves() -> None:
     torch.manual_seed(0)
     model = mlp()
     weight, bias = (p.detach().clone() for p in model[1].parameters())  # type: ignore[index]
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     x = batch(0)[0]
     half = x.flatten(1) @ weight[:6].T + bias[:6]
     expected = torch.cat([half.relu(), (-half).relu()], dim=1)
@@ -46,7 +46,7 @@ def test_crelu_passes_on_both_halves() -> None:
 def test_crelu_behind_batch_normalisation() -> None:
     torch.manual_seed(0)
     model = conv()
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     x = batch(0)[0]
     half = nn.functional.conv2d(x, model[0].weight, padding=1)  # type: ignore[index]
     assert half.shape[1] == 3
@@ -66,7 +66,7 @@ def test_crelu_on_a_residual_network() -> None:
     config = get("network", "resnet18").Config(width=8, hidden=12)
     model = build_network(config, (3, 16, 16), 5)
     before = count(model)
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     assert count(model) < 0.8 * before
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
 
@@ -74,10 +74,10 @@ def test_crelu_on_a_residual_network() -> None:
 def test_crelu_refuses_what_it_cannot_halve() -> None:
     odd = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(UserError, match="layer 0 has 3 units, an odd number"):
-        make("crelu").transform(odd, dice())
+        make("crelu").transform(odd, seeded())
     smooth = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
     with pytest.raises(UserError, match="no ReLU"):
-        make("crelu").transform(smooth, dice())
+        make("crelu").transform(smooth, seeded())
 
 
 # ---------------------------------------------------------------- LayerNorm
@@ -86,7 +86,7 @@ def test_crelu_refuses_what_it_cannot_halve() -> None:
 def test_layernorm_normalises_before_activations() -> None:
     torch.manual_seed(0)
     model = mlp()
-    make("layernorm").transform(model, dice())
+    make("layernorm").transform(model, seeded())
     x = batch(0)[0]
     plain = x.flatten(1) @ model[1][0].weight.T + model[1][0].bias  # type: ignore[index]
     normal = (plain - plain.mean(1, keepdim=True)) / (
@@ -100,7 +100,7 @@ def test_layernorm_normalises_before_activations() -> None:
 def test_layernorm_of_maps_is_over_all_positions_and_what_is_normalised_stays() -> None:
     torch.manual_seed(0)
     model = conv()
-    make("layernorm").transform(model, dice())
+    make("layernorm").transform(model, seeded())
     (norm,) = [m for m in model.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
     assert isinstance(norm, nn.GroupNorm) and norm.num_groups == 1 and norm.num_channels == 4
     maps = model[:5](batch(0)[0])  # type: ignore[index]

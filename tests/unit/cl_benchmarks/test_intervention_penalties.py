@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from intervention_helpers import NETWORKS, Loop, batch, dice, make, weights
+from intervention_helpers import NETWORKS, Loop, batch, make, seeded, weights
 from torch import Tensor, nn
 
 from dynmoe.growth.budget import Budget
@@ -20,13 +20,13 @@ def attached(network: str, name: str, **options: Any) -> tuple[nn.Module, Interv
     torch.manual_seed(0)
     model = NETWORKS[network]().double()
     intervention = make(name, **options)
-    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), dice())
+    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), seeded())
     return model, intervention
 
 
 def shaken(model: nn.Module) -> None:
     """Move every weight."""
-    g = dice(4)
+    g = seeded(4)
     with torch.no_grad():
         for p in model.parameters():
             p += torch.randn(p.shape, generator=g, dtype=p.dtype)
@@ -82,7 +82,7 @@ def test_l2_init_stays_nearer_to_the_start_and_l2_nearer_to_zero() -> None:
 
 @pytest.mark.parametrize("budget", [None, Budget(mode="per-growth")], ids=str)
 def test_l2_init_measures_new_units_from_their_start(budget: Budget | None) -> None:
-    """Right after a growth that draws units anew, these are not away from their first values."""
+    """Right after a growth that re-initialises units, these are at their first values."""
     loop = Loop("moe", "l2-init", strength=1.0, lr=0.05, budget=budget)
     first = weights(loop.model)
     loop.run(3)
@@ -123,7 +123,7 @@ def test_parseval_makes_rows_orthogonal() -> None:
 
 def test_parseval_of_one_layer_is_nothing() -> None:
     intervention, model = make("parseval"), nn.Linear(3, 2)
-    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), dice())
+    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), seeded())
     assert float(intervention.penalty()) == 0.0
 
 

@@ -100,7 +100,7 @@ def test_thresholds_at_most_double_and_shrink_at_once() -> None:
     assert record.threshold.tolist() == [8, 2, 8, 20]
 
 
-def test_units_of_a_growth_start_anew() -> None:
+def test_units_of_a_growth_start_again() -> None:
     for budget in (Budget(), Budget(mode="per-growth")):
         loop = Loop("moe", "snr", budget=budget, period=2).run(3)
         before = loop.intervention.records[1]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The mixture that is drawn anew at each task."""
+"""The mixture that is re-initialised at each task."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from intervention_helpers import NETWORKS, conv, dice, mlp, moe, weights
+from intervention_helpers import NETWORKS, conv, mlp, moe, seeded, weights
 from torch import nn
 
 from dynmoe.errors import UserError
@@ -61,7 +61,7 @@ def test_fresh_values_are_new_and_of_the_same_kind(network: str) -> None:
     model = NETWORKS[network]()
     model.train()
     before, buffers = weights(model), {n: b.clone() for n, b in model.named_buffers()}
-    drawn, again, other = (fresh_draw(model, dice(s)) for s in (1, 1, 2))
+    drawn, again, other = (fresh_draw(model, seeded(s)) for s in (1, 1, 2))
     assert drawn.keys() == before.keys()
     for name, value in drawn.items():
         assert value.shape == before[name].shape and not value.requires_grad
@@ -81,7 +81,7 @@ def test_fresh_values_leave_torchs_generator_alone_and_the_rest_out() -> None:
             self.linear, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
 
     model, state = Scaled(), torch.get_rng_state()
-    assert fresh_draw(model, dice()).keys() == {"linear.weight", "linear.bias"}
+    assert fresh_draw(model, seeded()).keys() == {"linear.weight", "linear.bias"}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -92,10 +92,10 @@ def test_fresh_values_of_a_layer_that_grew_are_those_of_its_present_size() -> No
     model = nn.Sequential(nn.Linear(4, 4), layer)
     pruning, budget = RandomUnits.Config(), Budget(mode="per-growth")
     GrowthController(model, budget=budget, pruning=pruning).grow(0)
-    drawn = fresh_draw(model, dice())
+    drawn = fresh_draw(model, seeded())
     assert drawn.keys() == weights(model).keys()
     assert drawn["1.bank.w_in"].shape == (18, 4) and layer.num_experts == 3
-    torch.manual_seed(int(torch.randint(2**62, (), generator=dice())))
+    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
     model[0].reset_parameters()  # type: ignore[operator]
     assert torch.equal(drawn["0.weight"], model[0].weight)  # type: ignore[arg-type]
 

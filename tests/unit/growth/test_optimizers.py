@@ -129,7 +129,7 @@ def test_transformers_adafactor_keeps_its_shapes():
     train(model, optimizer, 3)
 
 
-def test_state_of_unknown_shape_is_made_anew():
+def test_state_of_unknown_shape_is_made_again():
     """A matrix of all units against all units, as preconditioners have, cannot be extended."""
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters())

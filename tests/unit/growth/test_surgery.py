@@ -1,7 +1,7 @@
 """What a growth may change in parameters and optimizer state, and what it must not.
 
 Units are tagged: unit j's weights and optimizer state hold whole numbers that name it, far from
-any weight drawn afresh, so that after a growth each unit's origin can be read from the unit itself.
+any new weight: after a growth each unit's origin can be read from the unit itself.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def check_units(before: Snapshot, after: Snapshot, origin: Tensor, exact_outputs
 
 
 def check_state(before: Snapshot, after: Snapshot, moved: dict[str, Tensor], moments: str) -> None:
-    """State moves with its unit or row; what starts afresh starts from neutral moments.
+    """State moves with its unit or row; what starts over starts from neutral moments.
 
     `moved` holds, for each parameter, which entry each entry was, or -1 where state restarts.
     """

@@ -83,7 +83,7 @@ def test_growth_in_the_midst_of_training(name, init, router, budget):
 @pytest.mark.parametrize("name", BANKS)
 @BUDGETS
 def test_optimizer_state_follows_and_restarts(name, budget):
-    """Entries that keep their weights keep their moments; the others begin anew."""
+    """Entries that keep their weights keep their moments; the others begin again."""
     layer = make(name)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
     train(layer, optimizer, 3)

@@ -82,7 +82,7 @@ def test_jitter_multiplies_what_the_router_sees():
     expected = (x * factor) @ router.weight[:3].T
     torch.testing.assert_close(router(x).logits[:, :3], expected, **EXACT)
     assert factor.amin() >= 0.7 and factor.amax() <= 1.3
-    assert (router(x).logits[:, :3] != expected).all()  # drawn afresh
+    assert (router(x).logits[:, :3] != expected).all()  # re-initialised
     torch.testing.assert_close(router.eval()(x).logits[:, :3], x @ router.weight[:3].T, **EXACT)
 
 

@@ -127,7 +127,7 @@ def test_there_is_no_noise_in_evaluation():
     assert noisy.noise.drawn.item() == 0
 
 
-def test_every_pass_draws_afresh():
+def test_every_pass_draws_again():
     router, x = noisy_router(k=2), samples(5)
     first, second = router(x).logits[:, :4], router(x).logits[:, :4]
     assert (first != second).all()
@@ -164,7 +164,7 @@ def test_learned_noise_starts_alike_for_all_experts():
     assert make_router("noisy-topk", noise="fixed").noise_weight is None
 
 
-def test_load_is_the_chance_of_being_chosen_when_one_noise_is_drawn_anew():
+def test_load_is_the_chance_of_being_chosen_when_one_noise_is_drawn_again():
     """A simulation of the definition, with the other experts' noise held."""
     router, x = noisy_router(k=2), samples(3)
     draws = copy.deepcopy(router.noise).normal(torch.empty(3, 5, dtype=torch.double))
