@@ -55,7 +55,7 @@ class AdapterBank(ExpertBank):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
-        """What a set consists of."""
+        """What an outer expert consists of."""
 
         options: MoAConfig
         """ranks, terms and the gate's width"""
@@ -208,7 +208,7 @@ AdapterBank.Config.part = AdapterBank  # registered nowhere: it needs the sizes 
 
 
 def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of one set."""
+    """Name -> shape of the tensors of one outer expert."""
     options, layers = config.options, config.layers
     terms = 1
     if config.adapter == "kadaptation":

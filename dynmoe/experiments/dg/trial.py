@@ -281,7 +281,7 @@ class Fold:
             log.scalars(step, {f"{name}/growth/{key}": value for key, value in figures.items()})
 
     def _grown(self, event: GrowthEvent) -> dict[str, Any]:
-        """A growth as it is written down: sets before and after, and the shock on the probe."""
+        """A growth for the log: outer experts before and after, and the shock on the probe."""
         return {"experts_before": event.experts - self.config.granularity, **asdict(event)}
 
     def _probe(self) -> Probe:
