@@ -80,7 +80,7 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     _refuse_renamed(config, args)
     for field, kind in slots(config).items():
         name = _pop(args, flag := field.replace("_", "-"))
-        if (kind, name) in RENAMED_PARTS:
+        if name is not None and (kind, name) in RENAMED_PARTS:
             raise UserError(f"--{flag} {name} is now --{flag} {RENAMED_PARTS[kind, name]}")
         if name is not None and name != getattr(config, field).part.name:
             part_config = registry.get(kind, name).Config()
