@@ -350,8 +350,8 @@ def routing_inputs(
     try:
         yield
     finally:
-        for layer, context in zip(layers, before, strict=True):
-            layer.routing_context = context
+        for layer, former in zip(layers, before, strict=True):
+            layer.routing_context = former
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
