@@ -28,7 +28,7 @@ def layout() -> dict[str, Any]:
             "router: sharpness and balance": _chart("router/entropy/.*", "router/balance/.*"),
             "growth shock": _chart("growth/policy_kl", "growth/value_change"),
         },
-        "3 Signs of lost plasticity": {
+        "3 Indicators of plasticity loss": {
             "dormant units": _chart(*(f"{h}/dormant/0.025" for h in heads)),
             "rank of the features": _chart(*(f"{h}/rank/effective_rank" for h in heads)),
             "weight norm": _chart(*(f"{h}/weight_norm/l2" for h in heads)),

@@ -61,12 +61,12 @@ def play(
     """
     seen, info = env.reset(seed=seeding.derive(seed, "evaluate"))
     floors, played = info["floor"], 0
-    dice = seeding.generator(seed, "evaluate", "actions", device=env.device)
+    generator = seeding.generator(seed, "evaluate", "actions", device=env.device)
     film = _Film(env.num_envs, observations)
     with undisturbed(policy), ppo.autocast(env.device, autocast):
         while film.playing and played < max_steps:
             steps = min(CHUNK, max_steps - played)
-            rollout = collect(env, policy, seen, floors, steps, 1.0, dice, uniform)
+            rollout = collect(env, policy, seen, floors, steps, 1.0, generator, uniform)
             seen, floors = rollout.next_observations, rollout.next_floors
             film.add(rollout, played)
             played += steps

@@ -91,8 +91,8 @@ def check(config: Config) -> None:
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(config, name)} is too small; use 1 or more")
-    strategy: Intervention = config.strategy.build()
-    reason = strategy.without_tasks()
+    intervention: Intervention = config.intervention.build()
+    reason = intervention.without_tasks()
     if reason is not None:
         raise UserError(reason)
     agent: Agent = config.method.build()
@@ -142,16 +142,16 @@ def _env_args(text: str) -> dict[str, Any]:
 
 
 def make_policy(
-    config: Config, env: TorchVectorEnv, device: torch.device, strategy: Intervention
+    config: Config, env: TorchVectorEnv, device: torch.device, intervention: Intervention
 ) -> ActorCritic:
-    """The network of a run, as drawn from its seed and made over by the strategy."""
+    """The network of a run, as drawn from its seed and made over by the intervention."""
     agent: Agent = config.method.build()
     steps = _growing_steps(config)
     make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
     with seeding.seeded(config.seed, "policy"):
         policy = ActorCritic(config.encoder, env.input_shape, env.single_action_space, make_block)
     config.join_routers(policy)
-    strategy.transform(policy, seeding.generator(config.seed, "transform"))
+    intervention.transform(policy, seeding.generator(config.seed, "transform"))
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
         policy.to(memory_format=torch.channels_last)
     return policy.to(device)
@@ -160,28 +160,28 @@ def make_policy(
 def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
     """All updates, from the start or from the run's checkpoint; returns the summary."""
     agent: Agent = config.method.build()
-    strategy: Intervention = config.strategy.build()
-    policy = make_policy(config, env, run.device, strategy)
+    intervention: Intervention = config.intervention.build()
+    policy = make_policy(config, env, run.device, intervention)
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
-    strategy.attach(policy, optimizer, seeding.generator(config.seed, "strategy"))
+    intervention.attach(policy, optimizer, seeding.generator(config.seed, "strategy"))
     controller = None
     if agent.grows:
-        dice = seeding.generator(config.seed, "growth")
+        generator = seeding.generator(config.seed, "growth")
         controller = config.make_controller(
-            policy, optimizer, dice,
+            policy, optimizer, generator,
             functools.partial(policy_shock, distribution=policy.distribution),
         )  # fmt: skip
-        controller.listeners.append(strategy.grown)
+        controller.listeners.append(intervention.grown)
     observations, info = env.reset(seed=config.seed)
     floors, start = info["floor"], 0
     with ProgressLine(config.env, config.updates * config.batch_size) as progress:
-        recorder = Recorder(run, config, env, policy, optimizer, controller, progress, strategy)
+        recorder = Recorder(run, config, env, policy, optimizer, controller, progress, intervention)
         if run.restored is not None:
             state, start = run.restored, run.restored["update"]
-            strategy.rebuild_from(state["strategy"])
+            intervention.rebuild_from(state["intervention"])
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
-            strategy.load_state_dict(state["strategy"])
+            intervention.load_state_dict(state["intervention"])
             if controller is not None:
                 controller.load_state_dict(state["controller"])
             recorder.load_state_dict(state["recorder"])
@@ -189,7 +189,7 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
             floors = state["floors"].to(run.device)
             progress.start_at(start * config.batch_size)
         train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
-              start, agent.learns, agent.acts, strategy)  # fmt: skip
+              start, agent.learns, agent.acts, intervention)  # fmt: skip
     return _summary(config, env, policy, recorder, controller)
 
 

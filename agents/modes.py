@@ -3,7 +3,7 @@
 What makes a policy act differently from one pass to the next (noise of routers, dropout, statistics
 of a batch) is off in both, so that before an update the policy that learns is the policy that
 acted: all probability ratios are 1. Everything else is in training mode while it learns: auxiliary
-losses are computed, and statistics of routers and strategies follow the minibatches.
+losses are computed, and statistics of routers and interventions follow the minibatches.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from agents.actions import ActionDistribution, Categorical
 from agents.actor_critic import ActorCritic
 from agents.modes import learning
-from agents.rollout import Rollout, advantages, collect
+from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
 from dynmoe.interventions.intervention import Intervention
@@ -145,30 +145,30 @@ def train(
     start: int = 0,
     learns: bool = True,
     acts: bool = True,
-    strategy: Intervention | None = None,
+    intervention: Intervention | None = None,
 ) -> None:
     """Train from update `start` to the last; everything drawn depends on seed and update alone.
 
     Args:
         observations, floors: [N, ...] and [N], where the environments are.
         learns, acts: whether the network is trained, and followed.
-        strategy: keeps it plastic; attached to the policy and the optimizer. None for none.
+        intervention: keeps it plastic; attached to the policy and the optimizer. None for none.
 
     Raises:
         NumericError: the loss is not finite.
     """
     for update in range(start, settings.updates):
-        dice = seeding.generator(seed, "rollout", update, device=env.device)
+        generator = seeding.generator(seed, "rollout", update, device=env.device)
         if settings.anneal_lr:
             set_learning_rate(optimizer, settings.lr * (1 - update / settings.updates))
         with autocast(env.device, settings.autocast):
             rollout = collect(env, policy, observations, floors, settings.rollout_steps,
-                              settings.gamma, dice, uniform=not acts)  # fmt: skip
+                              settings.gamma, generator, uniform=not acts)  # fmt: skip
         observations, floors = rollout.next_observations, rollout.next_floors
         stats = None
         if learns:
             order = seeding.generator(seed, "minibatches", update)
-            stats = learn(policy, optimizer, rollout, settings, env, order, strategy)
+            stats = learn(policy, optimizer, rollout, settings, env, order, intervention)
         observer.update_done(update + 1, rollout, stats)
 
 
@@ -179,7 +179,7 @@ def learn(
     settings: PPOSettings,
     env: TorchVectorEnv,
     generator: torch.Generator,
-    strategy: Intervention | None = None,
+    intervention: Intervention | None = None,
 ) -> UpdateStats:
     """One update: several epochs of minibatch steps on a rollout.
 
@@ -188,14 +188,14 @@ def learn(
     Raises:
         NumericError: the loss is not finite.
     """
-    gains = advantages(rollout, settings.gamma, settings.gae_lambda)
-    returns = gains + rollout.values
+    advantages = estimate_advantages(rollout, settings.gamma, settings.gae_lambda)
+    returns = advantages + rollout.values
     flat = {
         "observations": rollout.observations.flatten(0, 1),
         "actions": rollout.actions.flatten(0, 1),
         "log_probs": rollout.log_probs.flatten(),
         "values": rollout.values.flatten(),
-        "gains": gains.flatten(),
+        "advantages": advantages.flatten(),
         "returns": returns.flatten(),
     }
     sums = torch.zeros(len(MEANS), device=env.device)
@@ -205,24 +205,24 @@ def learn(
             parameters, values = policy(env.unpack(batch["observations"]))
         loss, parts = ppo_loss(parameters, values, batch, settings, policy.distribution)
         loss = loss + sum(collect_aux_losses(policy).values(), loss.new_zeros(()))
-        if strategy is not None:
-            loss = loss + strategy.penalty()
+        if intervention is not None:
+            loss = loss + intervention.penalty()
         if not torch.isfinite(loss):
             raise NumericError(
                 f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if strategy is not None:
-            strategy.gradients_ready()
+        if intervention is not None:
+            intervention.gradients_ready()
         limit = settings.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
         if not torch.isfinite(norm):
             raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
         optimizer.step()
         finish_step(policy)
-        if strategy is not None:
-            strategy.step_done()
+        if intervention is not None:
+            intervention.step_done()
         sums += torch.stack([*parts, norm.detach()])
     means = (sums / (settings.epochs * settings.minibatches)).tolist()
     explained = _explained_variance(rollout.values, returns)
@@ -246,7 +246,7 @@ def ppo_loss(
 
     Args:
         parameters, values: [B, ...] of the distribution and [B], of the network now.
-        batch: actions [B, ...], log_probs, values, gains, returns, [B] each, from the rollout.
+        batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout.
         distribution: over actions; default one choice among A with logits [B, A].
 
     Returns:
@@ -259,11 +259,11 @@ def ppo_loss(
     log_probs, entropies = distribution.evaluate(parameters, batch["actions"])
     change = log_probs - batch["log_probs"]
     ratio = change.exp()
-    gains = batch["gains"]
-    if settings.normalise_advantage and len(gains) > 1:
-        gains = (gains - gains.mean()) / (gains.std() + 1e-8)
+    advantages = batch["advantages"]
+    if settings.normalise_advantage and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
-    policy_loss = -torch.minimum(gains * ratio, gains * clipped).mean()
+    policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
     error = (values - batch["returns"]).square()
     if settings.clip_value:
         near = (values - batch["values"]).clamp(-settings.clip, settings.clip)
@@ -279,7 +279,7 @@ def ppo_loss(
 
 
 def minibatches(settings: PPOSettings, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices [B] of each minibatch: every epoch deals out the whole rollout anew."""
+    """Indices [B] of each minibatch: every epoch deals out the whole rollout again."""
     for _ in range(settings.epochs):
         order = torch.randperm(settings.batch_size, generator=generator)
         yield from order.chunk(settings.minibatches)

@@ -15,7 +15,7 @@ from agents.actor_critic import ActorCritic, as_input
 from agents.charts import layout
 from agents.figures import router_figure, write_figure
 from agents.growth import sample, signals
-from agents.ppo import UpdateStats, advantages
+from agents.ppo import UpdateStats, estimate_advantages
 from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
@@ -50,11 +50,11 @@ class Recorder:
         optimizer: Optimizer,
         controller: GrowthController | None,
         progress: ProgressLine,
-        strategy: Intervention,
+        intervention: Intervention,
     ) -> None:
         self.run, self.config, self.env = run, config, env
         self.policy, self.optimizer, self.controller = policy, optimizer, controller
-        self.progress, self.strategy = progress, strategy
+        self.progress, self.intervention = progress, intervention
         self.initial = _outside_experts(policy)
         self.episodes = EpisodeStats(env)
         self.routing = FloorRouting(env.num_floors)
@@ -132,8 +132,8 @@ class Recorder:
         """
         index = sample(rollout, self.config.probe_samples)
         inputs = self._inputs(rollout, index)
-        gains = advantages(rollout, self.config.gamma, self.config.gae_lambda)
-        returns = (gains + rollout.values).flatten()[index].unsqueeze(1)
+        advantages = estimate_advantages(rollout, self.config.gamma, self.config.gae_lambda)
+        returns = (advantages + rollout.values).flatten()[index].unsqueeze(1)
         actions = rollout.actions.flatten(0, 1)[index]
         values: dict[str, float] = {}
         for head, target, loss in (
@@ -170,7 +170,7 @@ class Recorder:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
-            "strategy": self.strategy.state_dict(),
+            "intervention": self.intervention.state_dict(),
             "env": self.env.state_dict(),
             "floors": rollout.next_floors,
             "recorder": {

@@ -31,11 +31,11 @@ def run_evaluation(config: Config) -> None:
     device = resolve(config.device)
     env = make_env(trained, device)
     env.normalise_as(state["env"])
-    strategy: Intervention = trained.strategy.build()
-    policy = make_policy(trained, env, device, strategy)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the strategy rebuilds
-    strategy.attach(policy, optimizer, torch.Generator())
-    strategy.rebuild_from(state["strategy"])
+    intervention: Intervention = trained.intervention.build()
+    policy = make_policy(trained, env, device, intervention)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the intervention rebuilds
+    intervention.attach(policy, optimizer, torch.Generator())
+    intervention.rebuild_from(state["intervention"])
     policy.load_state_dict(state["policy"])
     with ProgressLine("evaluation", config.max_steps) as progress:
         episodes, unfinished, trace = play(

@@ -159,7 +159,7 @@ def _empty(
     )
 
 
-def advantages(rollout: Rollout, gamma: float, lam: float) -> Tensor:
+def estimate_advantages(rollout: Rollout, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates [T, N].
 
     delta_t = r_t + gamma V(s_t+1) - V(s_t), A_t = delta_t + gamma lambda A_t+1, both cut at ends of

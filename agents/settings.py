@@ -30,7 +30,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     renderer: Literal["fast", "upstream"] = "fast"
     """who draws Craftax's frames: our renderer from compact codes, or the package's own"""
     method: PartConfig = slot("agent", "dynamicmoe")
-    strategy: PartConfig = slot("strategy", "none")
+    intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(())
     """methods to run as well, one after the other, for the figure and the table"""
     encoder: Encoder.Config = slot("encoder", "patch")
@@ -51,6 +51,6 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     @property
     def variant(self) -> str:
-        """The method, and the strategy if there is one."""
-        method, strategy = self.method.part.name, self.strategy.part.name
-        return method if strategy == "none" else f"{method}+{strategy}"
+        """The method, and the intervention if there is one."""
+        method, intervention = self.method.part.name, self.intervention.part.name
+        return method if intervention == "none" else f"{method}+{intervention}"

@@ -4,7 +4,7 @@
 
 Both train networks of the same make on the same images, one task of a few epochs at a time and in
 turn. "steps" is
-the command's training loop: Avalanche's strategy and hooks, the growth plugin and the recorder's
+the command's training loop: Avalanche's trainer and hooks, the growth plugin and the recorder's
 online accuracy. "all" adds the metrics that the command measures at each epoch's and task's end.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import alternate, ratio
-from cl_benchmarks.experiment import DATA_SEED, make_strategy, prepare
+from cl_benchmarks.experiment import DATA_SEED, make_trainer, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Training
 from cl_benchmarks.protocol import Chunk
@@ -54,10 +54,10 @@ class StepsOnly:
     def __init__(self, recorder: Recorder) -> None:
         self.step_done = recorder.step_done
 
-    def epoch_done(self, strategy: object) -> None:
+    def epoch_done(self, trainer: object) -> None:
         """Nothing."""
 
-    def task_done(self, strategy: object) -> None:
+    def task_done(self, trainer: object) -> None:
         """Nothing."""
 
 
@@ -70,16 +70,16 @@ def command_task(
     train, test = chunk_datasets(data, chunks)
     progress = ProgressLine("", 10**9)
     recorder = Recorder(run, config, data.name, train, test, training.model, plugins[0], progress)
-    strategy = make_strategy(config, training, plugins, recorder, run.device)
+    trainer = make_trainer(config, training, plugins, recorder, run.device)
     if not whole:
-        strategy.observer = StepsOnly(recorder)
+        trainer.observer = StepsOnly(recorder)
     experience = make_benchmark(data, chunks).train_stream[0]
 
     def task() -> None:
-        strategy.clock.train_exp_counter = 0
+        trainer.clock.train_exp_counter = 0
         recorder.rows.clear()
         recorder.gates.clear()
-        strategy.train(experience, eval_streams=[])
+        trainer.train(experience, eval_streams=[])
 
     return task
 

@@ -15,7 +15,7 @@ Prints the table below and writes it as collapse.json, with collapse.png of the 
 steps. Figures come from a fixed batch of 2048 tokens in evaluation mode:
 
 load entropy    H(load) / log E, load being each expert's share of the gates; 1 = all alike, 0 = one
-largest load    share of the busiest expert
+largest load    share of the most loaded expert
 dead experts    of 8, with a load below 1 %
 task loss       mean squared error over the targets' mean square
 """
@@ -124,7 +124,7 @@ def measure(layer: MoELayer, x: Tensor, target: Tensor) -> dict[str, float]:
     layer.eval()
     error = F.mse_loss(layer(x), target) / target.square().mean()
     assert layer.last_routing is not None
-    use = expert_use(layer.last_routing.gates, layer.birth)
+    use = expert_use(layer.last_routing.gates, layer.created)
     layer.train()
     return {
         "load entropy": use["balance"],

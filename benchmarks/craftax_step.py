@@ -37,11 +37,11 @@ def bare(classic: bool, num_envs: int, wait: bool) -> Callable[[], None]:
     step = jax.jit(jax.vmap(game.step), donate_argnums=1)
     make = jax.jit(jax.vmap(game.make))
     state = [make(keys)]
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
 
     def play() -> None:
         for _ in range(STEPS):
-            actions = dice.integers(0, game.facts.num_actions, num_envs, dtype=np.int32)
+            actions = generator.integers(0, game.facts.num_actions, num_envs, dtype=np.int32)
             state[0], reward = step(keys, state[0], actions)
             if wait:
                 reward.block_until_ready()
@@ -52,11 +52,11 @@ def bare(classic: bool, num_envs: int, wait: bool) -> Callable[[], None]:
 
 def rounds(env: Any) -> Callable[[], None]:
     """A round of an environment."""
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def play() -> None:
         for _ in range(STEPS):
-            env.step(torch.randint(env.num_actions, (env.num_envs,), generator=dice))
+            env.step(torch.randint(env.num_actions, (env.num_envs,), generator=generator))
 
     return play
 

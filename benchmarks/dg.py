@@ -93,7 +93,7 @@ def main() -> None:
             calls[name] = partial(call, method, images)
         seconds[what] = alternate(calls, args.rounds, device)
     table = Table()
-    columns = ("", "learning", "step, ms", "/ moa", "pass, ms", "/ plain", "MiB kept per image")
+    columns = ("", "trainable", "step, ms", "/ moa", "pass, ms", "/ plain", "MiB kept per image")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for name, method in methods.items():

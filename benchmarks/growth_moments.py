@@ -17,7 +17,7 @@ from torch import nn
 
 from dynmoe.growth import GrowthController
 from dynmoe.growth.optimizer_state import Moments
-from dynmoe.growth.pruning import UtilityCut
+from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.moe import MoELayer
 
 LR, STEPS, SHOWN = 1e-3, 500, (1, 2, 3, 5, 10, 20, 50)
@@ -46,7 +46,7 @@ def updates(moments: Moments) -> tuple[list[float], list[float]]:
         optimizer,
         granularity=2,
         moments=moments,
-        cut=UtilityCut.Config(),
+        pruning=UtilityUnits.Config(),
         generator=later,
     )
     controller.grow(STEPS, (images, None))

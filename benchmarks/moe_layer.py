@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.moe_peers import GROUP, PEERS, LoopMoE, dense, installed
 from benchmarks.timing import alternate, ratio
 from dynmoe.growth import GrowthController
-from dynmoe.growth.pruning import FirstCut
+from dynmoe.growth.pruning import FirstUnits
 from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.moe import MoELayer
 from dynmoe.moe.routers.slots import SlotRouter
@@ -123,7 +123,7 @@ def growth(rounds: int, device: torch.device) -> str:
     for parameter in layers.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    controller = GrowthController(layers, optimizer, cut=FirstCut.Config())
+    controller = GrowthController(layers, optimizer, pruning=FirstUnits.Config())
     seconds = alternate(
         {"growth": lambda: controller.grow(0), "adam": optimizer.step}, rounds, device
     )
@@ -135,7 +135,7 @@ def recompilations(device: torch.device) -> int:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     layer = MoELayer(64, 64, 256, num_experts=2, max_experts=22).to(device)
-    controller = GrowthController(layer, granularity=2, cut=FirstCut.Config())
+    controller = GrowthController(layer, granularity=2, pruning=FirstUnits.Config())
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.randn(256, 64, device=device)

@@ -21,7 +21,7 @@ from dynmoe.errors import UserError
 from dynmoe.lab import cache
 
 VERSION = 1
-"""Raise it when the same settings give other weights: cached ones are then trained anew."""
+"""Raise it when the same settings give other weights: cached ones are then trained again."""
 FIRST_CLASS, CLASSES = 100, 100
 """Fractal classes to learn from; benchmarks keep below them."""
 VIEWS: fractals.ViewName = "easy"

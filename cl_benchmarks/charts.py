@@ -15,7 +15,7 @@ LAYOUT = {
         "test accuracy at the end of each task": _chart("task/test_accuracy"),
         "accuracy during training": _chart("epoch/train_accuracy", "epoch/test_accuracy"),
     },
-    "2 Signs of its loss": {
+    "2 Indicators of plasticity loss": {
         "dormant units": _chart("dormant/0", r"dormant/0\.025", r"dormant/0\.1", "inactive_share"),
         "rank of the features": _chart(
             "rank/srank99", "rank/effective_rank", "rank/stable_rank_fro", "rank/feature_rank"

@@ -28,7 +28,7 @@ from dynmoe.lab.tables import print_methods, print_tasks
 from dynmoe.plasticity.trend import plasticity_summary
 
 if TYPE_CHECKING:
-    from cl_benchmarks.strategy import StreamStrategy
+    from cl_benchmarks.trainer import StreamTrainer
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
@@ -88,16 +88,16 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
     _check_batches(config, training.model, [len(chunk) for chunk in train])
     plugins = config.method.build().plugins(config, training)
     growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
-    plugins.append(attach_strategy(config, training, growth))
+    plugins.append(attach_intervention(config, training, growth))
     with ProgressLine(config.variant, steps) as progress:
         recorder = Recorder(run, config, data.name, train, test, training.model, growth, progress)
-        strategy = make_strategy(config, training, plugins, recorder, run.device)
+        trainer = make_trainer(config, training, plugins, recorder, run.device)
         if run.restored is not None:
             recorder.load_state_dict(run.restored["recorder"])
-            strategy.resume(run.restored["strategy"])
-            progress.start_at(run.restored["strategy"]["clock"]["train_iterations"])
-        for experience in list(make_benchmark(data, chunks).train_stream)[strategy.position.task :]:
-            strategy.train(experience, eval_streams=[])
+            trainer.resume(run.restored["trainer"])
+            progress.start_at(run.restored["trainer"]["clock"]["train_iterations"])
+        for experience in list(make_benchmark(data, chunks).train_stream)[trainer.position.task :]:
+            trainer.train(experience, eval_streams=[])
     return _summary(config, data, recorder)
 
 
@@ -130,28 +130,30 @@ def prepare(
 ) -> Training:
     """Network and optimizer. Network `draw` is the same in every run of this seed."""
     method: Method = config.method.build()
-    strategy: Intervention = config.strategy.build()
+    intervention: Intervention = config.intervention.build()
 
     def new_model(draw: int) -> Network:
         make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
         with seeding.seeded(config.seed, "network", draw):
             network = build_network(config.network, data.shape, outputs, make)
         config.join_routers(network)
-        strategy.transform(network, seeding.generator(config.seed, "transform", draw))
+        intervention.transform(network, seeding.generator(config.seed, "transform", draw))
         return network
 
     model = new_model(0).to(device)
     generator = seeding.generator(config.seed, "method")
-    return Training(model, _optimizer(config, model), generator, new_model, strategy)
+    return Training(model, _optimizer(config, model), generator, new_model, intervention)
 
 
-def attach_strategy(config: Config, training: Training, growth: GrowthPlugin | None) -> Any:
-    """The strategy of the settings at work on a network, as an Avalanche plugin."""
-    strategy = training.strategy
-    strategy.attach(training.model, training.optimizer, seeding.generator(config.seed, "strategy"))
+def attach_intervention(config: Config, training: Training, growth: GrowthPlugin | None) -> Any:
+    """The intervention of the settings at work on a network, as an Avalanche plugin."""
+    intervention = training.intervention
+    intervention.attach(
+        training.model, training.optimizer, seeding.generator(config.seed, "strategy")
+    )
     if growth is not None:
-        growth.controller.listeners.append(strategy.grown)
-    return strategy.plugin()
+        growth.controller.listeners.append(intervention.grown)
+    return intervention.plugin()
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -164,20 +166,20 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
 
 
-def make_strategy(
+def make_trainer(
     config: Config,
     training: Training,
     plugins: list[Any],
     recorder: Recorder,
     device: torch.device,
-) -> StreamStrategy:
-    """Avalanche's strategy over all that."""
+) -> StreamTrainer:
+    """Avalanche's trainer over all that."""
     with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
         warnings.simplefilter("ignore")
         with seeding.kept():
-            from cl_benchmarks.strategy import StreamStrategy
+            from cl_benchmarks.trainer import StreamTrainer
 
-        return StreamStrategy(
+        return StreamTrainer(
             model=training.model,
             optimizer=training.optimizer,
             plugins=plugins,
@@ -227,17 +229,17 @@ def _others(config: Config) -> list[str]:
 
 
 def _compared(config: Config, name: str) -> Config:
-    """The same settings with another method, or the dense network with a strategy."""
+    """The same settings with another method, or the dense network with an intervention."""
     if name == config.variant:
         raise UserError(f"--compare {name}: that is the main run itself; name others")
     own_name = f"{config.name}-{name}" if config.name else None
-    method, strategy = "dense", name
-    if name not in registry.names("strategy"):
-        method, strategy = name, "none"
+    method, intervention = "dense", name
+    if name not in registry.names("intervention"):
+        method, intervention = name, "none"
     return replace(
         config,
         method=registry.get("method", method).Config(),
-        strategy=registry.get("strategy", strategy).Config(),
+        intervention=registry.get("intervention", intervention).Config(),
         name=own_name,
     )
 

@@ -45,7 +45,7 @@ FILL = 0.9
 TABLE = Path(__file__).parent / "data" / "fractal_ifs.npz"
 TABLE_SEED = 2026
 VERSION = 1
-"""Raise it when the same arguments give other pixels: cached images are then rendered anew."""
+"""Raise it when the same arguments give other pixels: cached images are then rendered again."""
 
 Split = Literal["train", "test"]
 ViewName = Literal["easy", "middle", "hard"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 """Raise it when the same file gives other pixels: what is cached of decoded images is then made
-anew."""
+again."""
 SYSTEM_NAMES = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
                 "thumbs.db", "desktop.ini"}  # fmt: skip
 """In lower case; besides, every name that begins with a dot."""

@@ -40,7 +40,7 @@ class Training:
     """for the method's own random choices"""
     new_model: Callable[[int], nn.Module]
     """a freshly drawn network of the same make, by task number"""
-    strategy: Intervention
+    intervention: Intervention
     """acts on the network; not attached yet"""
 
 

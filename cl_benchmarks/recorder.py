@@ -30,7 +30,7 @@ from dynmoe.plasticity.routing import (
 )
 
 if TYPE_CHECKING:
-    from cl_benchmarks.strategy import StreamStrategy
+    from cl_benchmarks.trainer import StreamTrainer
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TaskRow:
 
 
 class Recorder:
-    """Observer of a `StreamStrategy`.
+    """Observer of a `StreamTrainer`.
 
     Args:
         run: where metrics, events and checkpoints go.
@@ -89,48 +89,48 @@ class Recorder:
         self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
 
-    def step_done(self, strategy: StreamStrategy) -> None:
+    def step_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
-        right = (strategy.mb_output.argmax(dim=1) == strategy.mb_y).float().mean()
+        right = (trainer.mb_output.argmax(dim=1) == trainer.mb_y).float().mean()
         self.online_sum = self.online_sum + right.detach()
         self.online_batches += 1
-        self.loss = strategy.loss.detach()
-        step = strategy.clock.train_iterations
+        self.loss = trainer.loss.detach()
+        step = trainer.clock.train_iterations
         self._log_growth()
         if self.progress.due(step):
-            experts = self._experts(strategy)
-            self.progress.update(step, task=strategy.position.task + 1, experts=experts)
+            experts = self._experts(trainer)
+            self.progress.update(step, task=trainer.position.task + 1, experts=experts)
         if self.run.checkpoint_due():
-            self.run.checkpoint(step, self._checkpoint(strategy))
+            self.run.checkpoint(step, self._checkpoint(trainer))
 
-    def epoch_done(self, strategy: StreamStrategy) -> None:
+    def epoch_done(self, trainer: StreamTrainer) -> None:
         """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
-        task, device = strategy.position.task, self.run.device
-        probe = take_probe(strategy.model, *self.probes[task], initial=self._initial(strategy))
+        task, device = trainer.position.task, self.run.device
+        probe = take_probe(trainer.model, *self.probes[task], initial=self._initial(trainer))
         right = probe.logits.argmax(dim=1) == self.probes[task][1]
         values = {
             "epoch/train_accuracy": float(right.float().mean()),
             "epoch/test_accuracy": accuracy(
-                strategy.model, self.test[task], device, self.eval_samples
+                trainer.model, self.test[task], device, self.eval_samples
             ),
             "epoch/loss": float(self.loss),
         }
         values |= measure_all(probe)
-        step = strategy.clock.train_iterations
+        step = trainer.clock.train_iterations
         self.run.log.scalars(step, values)
-        if strategy.position.epoch == strategy.train_epochs:
-            self.run.checkpoint(step, self._checkpoint(strategy))
+        if trainer.position.epoch == trainer.train_epochs:
+            self.run.checkpoint(step, self._checkpoint(trainer))
 
-    def task_done(self, strategy: StreamStrategy) -> None:
+    def task_done(self, trainer: StreamTrainer) -> None:
         """Log and keep the task's row, and what its router and kernel look like."""
-        task, model, device = strategy.position.task, strategy.model, self.run.device
+        task, model, device = trainer.position.task, trainer.model, self.run.device
         row = TaskRow(
             train_accuracy=accuracy(model, self.train[task], device),
             test_accuracy=accuracy(model, self.test[task], device),
             online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
-            num_experts=self._experts(strategy),
+            num_experts=self._experts(trainer),
             parameters=sum(p.numel() for p in model.parameters()),
-            steps=strategy.clock.train_iterations,
+            steps=trainer.clock.train_iterations,
         )
         self.rows.append(row)
         values = {f"task/{name}": float(value) for name, value in asdict(row).items()}
@@ -152,17 +152,17 @@ class Recorder:
         self.online_batches = state["online_batches"]
         self.loss = state["loss"]
 
-    def _checkpoint(self, strategy: StreamStrategy) -> dict[str, Any]:
+    def _checkpoint(self, trainer: StreamTrainer) -> dict[str, Any]:
         """Everything to go on from.
 
         Raises:
             NumericError: a weight is not finite (the loss will not be either, but only at the next
                 step); the checkpoints before are good.
         """
-        for name, parameter in strategy.model.named_parameters():
+        for name, parameter in trainer.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NumericError(
-                    f"{name} is no longer finite at step {strategy.clock.train_iterations}; "
+                    f"{name} is no longer finite at step {trainer.clock.train_iterations}; "
                     "earlier checkpoints are kept; a smaller --lr or --clip 1 may help"
                 )
         recorder = {
@@ -175,7 +175,7 @@ class Recorder:
         }
         return {
             "dataset": self.dataset,
-            "strategy": strategy.state_dict(),
+            "trainer": trainer.state_dict(),
             "recorder": recorder,
         }
 
@@ -183,13 +183,13 @@ class Recorder:
         self.online_sum = torch.zeros((), device=self.run.device)
         self.online_batches = 0
 
-    def _initial(self, strategy: StreamStrategy) -> dict[str, Tensor]:
+    def _initial(self, trainer: StreamTrainer) -> dict[str, Tensor]:
         """The first values of the parameters that still have their first shape."""
-        now = dict(strategy.model.named_parameters())
+        now = dict(trainer.model.named_parameters())
         return {n: p for n, p in self.initial.items() if n in now and now[n].shape == p.shape}
 
-    def _experts(self, strategy: StreamStrategy) -> int:
-        return max((layer.num_experts for _, layer in moe_layers(strategy.model)), default=1)
+    def _experts(self, trainer: StreamTrainer) -> int:
+        return max((layer.num_experts for _, layer in moe_layers(trainer.model)), default=1)
 
     def _log_growth(self) -> None:
         """Log the growths that happened since the last step."""

@@ -52,14 +52,14 @@ class Replay(Intervention, name="replay", source="Avalanche (Lomonaco et al. 202
 
     def without_tasks(self) -> str | None:
         """It keeps labelled images of tasks."""
-        return "strategy replay keeps images of earlier tasks, and there are none here; use l2-init"
+        return "intervention replay keeps images of earlier tasks; there are none here; use l2-init"
 
 
 class ResumableReplay:
-    """Avalanche plugin around its ReplayPlugin, for our `StreamStrategy`.
+    """Avalanche plugin around its ReplayPlugin, for our `StreamTrainer`.
 
     What Avalanche draws, what is kept of a task and in which order it comes, is seeded by the run's
-    seed, the task and the epoch. So the memory is filled anew upon a resume, and nothing is saved.
+    seed, the task and the epoch. So the memory is filled again upon a resume, and nothing is saved.
     """
 
     def __init__(self, plugin: Any) -> None:

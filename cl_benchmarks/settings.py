@@ -16,9 +16,9 @@ class Config(RunConfig, GrowthSettings):
     """Settings of a continual-learning run."""
 
     method: PartConfig = slot("method", "dynamicmoe")
-    strategy: PartConfig = slot("strategy", "none")
+    intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods to run as well, or strategies on the dense network, for the figure and the table;
+    """methods to run as well, or interventions on the dense network, for the figure and the table;
     none if nothing follows the flag"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
@@ -49,8 +49,8 @@ class Config(RunConfig, GrowthSettings):
 
     @property
     def variant(self) -> str:
-        """What is compared: the method, the strategy on the dense network, or both."""
-        method, strategy = self.method.part.name, self.strategy.part.name
-        if strategy == "none":
+        """What is compared: the method, the intervention on the dense network, or both."""
+        method, intervention = self.method.part.name, self.intervention.part.name
+        if intervention == "none":
             return method
-        return strategy if method == "dense" else f"{method}+{strategy}"
+        return intervention if method == "dense" else f"{method}+{intervention}"

@@ -36,7 +36,7 @@ def presets() -> dict[str, Config]:
         laptop,
         router=get("router", "softmax").Config(),
         gate_scale="one",
-        cut=get("cut", "utility").Config(),
+        pruning=get("pruning", "utility").Config(),
         init=get("init", "random").Config(router="new"),
     )
     paper = replace(

@@ -28,7 +28,7 @@ PACKAGES = {
     "bank": "dynmoe.moe.experts",
     "loss": "dynmoe.moe.losses",
     "trigger": "dynmoe.growth.triggers",
-    "cut": "dynmoe.growth.pruning",
+    "pruning": "dynmoe.growth.pruning",
     "init": "dynmoe.growth.initialisation",
     "metric": "dynmoe.plasticity.metrics",
     "network": "cl_benchmarks.networks",
@@ -38,7 +38,7 @@ PACKAGES = {
     "dataset": "cl_benchmarks.datasets",
     "protocol": "cl_benchmarks.protocols",
     "method": "cl_benchmarks.methods",
-    "strategy": "cl_benchmarks.interventions",
+    "intervention": "cl_benchmarks.interventions",
     "domains": "cl_benchmarks.domains",
     "dg": "dynmoe.dg.methods",
     "study": "dynmoe.studies",
@@ -95,7 +95,7 @@ class Part:
             where = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), where))
         other = _PARTS[cls.kind].get(name)
-        same = (cls.__module__, cls.__qualname__)  # the module may be imported anew
+        same = (cls.__module__, cls.__qualname__)  # the module may be imported again
         if other is not None and (other.__module__, other.__qualname__) != same:
             both = [f"{c.__module__}.{c.__qualname__}" for c in (other, cls)]
             raise NameTakenError(

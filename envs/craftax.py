@@ -218,7 +218,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         return self._frames(seen)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Free the states; `reset` begins anew."""
+        """Free the states; `reset` begins again."""
         self._carry = None
         self._begin(self.seed)
 

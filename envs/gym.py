@@ -26,7 +26,7 @@ KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 class GymEnv(TorchVectorEnv):
     """Environments of gymnasium's registry, stepped one after another in this process.
 
-    They cannot be saved: when a run is resumed, their episodes start anew. What they count starts
+    They cannot be saved: when a run is resumed, their episodes start again. What they count starts
     at 0 here: actions of Discrete(3, start=2) are 0, 1 and 2.
 
     Args:
@@ -149,7 +149,7 @@ class GymEnv(TorchVectorEnv):
         return {"resets": self.resets} | ({"normaliser": statistics} if statistics else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Start anew, from another seed than before; returns the first observations."""
+        """Start again, from another seed than before; returns the first observations."""
         self.resets = state["resets"] + 1
         self.normaliser.load_state_dict(state.get("normaliser", {}))
         return self.reset(seed=self.seed)[0]

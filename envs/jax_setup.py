@@ -64,7 +64,7 @@ def prepare() -> Any:
     """The module jax, set up once per process: compiled programs are kept in the cache folder.
 
     What the user has set in JAX's own variables stays. Without a writable folder every process
-    compiles anew, which one line on stderr says.
+    compiles again, which one line on stderr says.
 
     Raises:
         UserError: jax is not installed.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from envs.craftax_scenes import Scenes
 
 VERSION = 1
-"""Raise it when the same options give other pictures: cached ones are then made anew."""
+"""Raise it when the same options give other pictures: cached ones are then made again."""
 FLOORS = {"overworld": 0, "gnomish-mines": 2, "troll-mines": 5, "fire-realm": 6, "ice-realm": 7}
 """Name of a domain -> the floor's number in the game."""
 CLASSES = {

@@ -63,10 +63,10 @@ class StaticMoE(ConstantMoE, name="moe-static"):
 
 
 class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
-    """A constant number of experts, all drawn afresh at each task: is it growth, or renewal?
+    """A constant number of experts, all re-initialised at each task: is it growth, or renewal?
 
-    With the cut `redraw`, growth draws every expert and router row anew, too; what is left between
-    the two is that experts become more. The rest of the network learns on as it does there.
+    With the pruning `reinit`, growth re-initialises every expert and router row, too; what is left
+    between the two is that experts become more. The rest of the network learns on as it does there.
     """
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
@@ -87,7 +87,7 @@ class RenewExperts:
             return
         generator, optimizer = self.training.generator, self.training.optimizer
         for layer in dict(moe_layers(strategy.model)).values():
-            every = torch.arange(layer.num_experts, device=layer.birth.device)
+            every = torch.arange(layer.num_experts, device=layer.created.device)
             slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
             slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             layer.router.draw_rows(every, generator)
@@ -111,18 +111,18 @@ class RenewExperts:
 
 
 class Fresh(DenseMethod, name="fresh"):
-    """The dense network drawn anew, optimizer too, at every task: the level of full plasticity."""
+    """The dense network and optimizer re-initialised at every task: full plasticity."""
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that renews the network.
 
         Raises:
-            UserError: the strategy changes the network's make on the way.
+            UserError: the intervention changes the network's make on the way.
         """
-        if training.strategy.reshapes:
+        if training.intervention.reshapes:
             raise UserError(
-                f"method fresh draws a new network for each task, so strategy "
-                f"{training.strategy.name} has nothing to work on; use --method dense"
+                f"method fresh draws a new network for each task, so intervention "
+                f"{training.intervention.name} has nothing to work on; use --method dense"
             )
         return [RenewPlugin(training)]
 

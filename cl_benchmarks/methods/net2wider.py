@@ -89,13 +89,13 @@ class WideningBlock(nn.Sequential):
         """What feeds the hidden units, and what reads them.
 
         Raises:
-            UserError: a strategy has put something else in their place.
+            UserError: an intervention has put something else in their place.
         """
         first, second = self[0], self[2]
         if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
             raise UserError(
-                "method net2wider cannot widen a block that a strategy has rebuilt (layernorm, "
-                "crelu, nap); use another --strategy"
+                "method net2wider cannot widen a block that an intervention has rebuilt "
+                "(layernorm, crelu, nap); use another --intervention"
             )
         return first, second
 
@@ -169,7 +169,7 @@ class WidenPlugin:
             hidden = block.widths[min(task, len(block.widths) - 1)]
             widen(block, hidden, self.noise, training.generator, training.optimizer, self.moments)
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
-        training.strategy.grown(before)
+        training.intervention.grown(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Widths, and the generator."""

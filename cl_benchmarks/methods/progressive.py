@@ -144,7 +144,7 @@ class ColumnPlugin:
             return
         self._add()
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
-        self.training.strategy.grown({})
+        self.training.intervention.grown({})
 
     def state_dict(self) -> dict[str, Any]:
         """How many columns there are."""

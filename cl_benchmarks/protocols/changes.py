@@ -22,7 +22,7 @@ from cl_benchmarks.protocols.splits import ClassChunks
 from dynmoe.errors import UserError
 
 HARE_TORTOISE = (0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.0)
-"""Share of labels drawn anew in each of ten chunks (2406.02596, Tiny ImageNet settings)."""
+"""Share of labels resampled in each of ten chunks (2406.02596, Tiny ImageNet settings)."""
 
 
 class Noise(
@@ -41,7 +41,7 @@ class Noise(
         """Options of the noise protocol."""
 
         schedule: tuple[float, ...] | None = None
-        """share of labels drawn anew in each chunk, one number per chunk; by default
+        """share of labels resampled in each chunk, one number per chunk; by default
         .5 .4 .4 .3 .3 .2 .2 .1 .1 0, stretched linearly over the chunks"""
 
     def __init__(self, config: Config) -> None:
@@ -51,7 +51,7 @@ class Noise(
         self.config = config
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
-        """The parts of `iid`; in chunk k exactly round(share_k n) labels are drawn anew."""
+        """The parts of `iid`; in chunk k exactly round(share_k n) labels are resampled."""
         check_divides(chunks, len(data.train_labels), "training images")
         shares = self.shares(chunks)
         parts = balanced_parts(data.train_labels, chunks, generator(seed, "iid"))
@@ -74,7 +74,7 @@ class Noise(
         return None
 
     def shares(self, chunks: int) -> list[float]:
-        """Share of labels drawn anew, per chunk.
+        """Share of labels resampled, per chunk.
 
         Raises:
             UserError: a schedule was given and is not `chunks` long.
@@ -111,7 +111,7 @@ class WarmStart(
         share: float = 0.1
         """of the training images that the first chunk has, classes in turn"""
         noise: float = 0.5
-        """share of the first chunk's labels drawn anew; a drawn label may be the right one"""
+        """share of the first chunk's labels resampled; a drawn label may be the right one"""
 
     def __init__(self, config: Config) -> None:
         if not 0 < config.share <= 1:
@@ -148,7 +148,7 @@ class Blurred(Protocol, name="blurred"):
     The images of each class chunk stand in random order. At the boundary of two chunks, the i-th
     image before it changes places with the i-th after it with a probability that falls linearly
     from 1/2 at the boundary to 0 at half the width. Every image occurs once, and chunks keep their
-    sizes; about width / 8 of a chunk is exchanged at each boundary. A chunk is shuffled anew in
+    sizes; about width / 8 of a chunk is exchanged at each boundary. A chunk is shuffled again in
     each epoch, so what the learner meets is a mixture, not the moment. Test images are those of the
     chunk's own classes.
     """

@@ -103,7 +103,7 @@ class Shuffle(
     name="shuffle",
     source="after Lyle et al. 2023 (arXiv 2303.01486) and Kumar et al. 2023 (arXiv 2308.11958)",
 ):
-    """A fixed set of images whose labels are drawn anew in every chunk: pure memorisation.
+    """A fixed set of images whose labels are resampled in every chunk: pure memorisation.
 
     After the random-label tasks of Lyle et al. (2303.01486) and Kumar et al. (2308.11958), the
     stream that shows loss of plasticity soonest. Test labels are random too, so test accuracy is at

@@ -33,7 +33,7 @@ SEEDED = ("impulse_noise", "glass_blur")
 """Those that the package does not draw from numpy's global generator: they take a seed."""
 LEAST_SIZE = 32
 VERSION = 1
-"""Raise it when the same arguments give other pixels: cached images are then made anew."""
+"""Raise it when the same arguments give other pixels: cached images are then made again."""
 
 
 def check(corruption: str, severity: int) -> None:

@@ -24,7 +24,7 @@ from dynmoe.errors import UserError
 BLOCK = 1000
 """Images corrupted together; keeps the float copies small."""
 VERSION = 1
-"""Raise it when the same arguments give other pixels: cached images are then made anew."""
+"""Raise it when the same arguments give other pixels: cached images are then made again."""
 
 
 def corrupt(images: Tensor, corruption: str, severity: int, seed: int) -> Tensor:

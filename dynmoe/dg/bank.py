@@ -55,7 +55,7 @@ class AdapterBank(ExpertBank):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
-        """What a set consists of."""
+        """What an outer expert consists of."""
 
         options: MoAConfig
         """ranks, terms and the gate's width"""
@@ -159,7 +159,7 @@ class AdapterBank(ExpertBank):
 
     def count(self, routing: Routing) -> int:
         """Experts to mix: those that exist, or all M under torch.compile, where shapes stay."""
-        return len(routing.alive) if torch.compiler.is_compiling() else int(routing.alive.sum())
+        return len(routing.active) if torch.compiler.is_compiling() else int(routing.active.sum())
 
     def expert_outputs(self, x: Tensor) -> Tensor:
         """[M, B, S] each expert's own numbers, the same for every sample of x [B, ...]."""
@@ -176,7 +176,7 @@ class AdapterBank(ExpertBank):
 
     @torch.no_grad()
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: one start for all, and noise of their own."""
+        """Re-initialise the rows `index` [n]: one start for all, and noise of their own."""
         before = int(index.min()) if len(index) else 0
         for name, rows in self.rows.items():
             device, shape = home(generator), (len(index), *rows.shape[1:])
@@ -208,7 +208,7 @@ AdapterBank.Config.part = AdapterBank  # registered nowhere: it needs the sizes 
 
 
 def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of one set."""
+    """Name -> shape of the tensors of one outer expert."""
     options, layers = config.options, config.layers
     terms = 1
     if config.adapter == "kadaptation":

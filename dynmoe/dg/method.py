@@ -89,13 +89,13 @@ class DGMethod(nn.Module, Part, kind="dg"):
         """
         return {}
 
-    def learning(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """The parameters that an optimizer is to be given."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def counts(self) -> tuple[int, int]:
-        """Parameters in total, and those that learn."""
-        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.learning())
+        """Parameters in total, and the trainable ones."""
+        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.trainable())
 
     def learned_state(self) -> dict[str, Tensor]:
         """`state_dict()` without parameters that are frozen: what a small checkpoint needs."""

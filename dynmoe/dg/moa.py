@@ -180,12 +180,12 @@ class MoALinear(nn.Module):
             self.last_balance = balance_loss(probabilities, load)
         chosen = F.one_hot(noisy.argmax(dim=1), count).bool()
         gates = torch.where(chosen, used, 0.0)
-        alive = torch.ones(count, dtype=torch.bool, device=logits.device)
+        active = torch.ones(count, dtype=torch.bool, device=logits.device)
         self.last_routing = Routing(
             gates=gates,
             logits=flat,
             probabilities=probabilities,
-            alive=alive,
+            active=active,
             chosen=chosen,
             load=load,
         )

@@ -16,10 +16,10 @@ from dynmoe.errors import UserError
 from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
-from dynmoe.growth.newborn import Newborn, Nursery
+from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
-from dynmoe.growth.pruning import Cut, RedrawCut
+from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
 from dynmoe.growth.surgery import Restart, check_room, grow_layer
 from dynmoe.growth.trigger import Signals, Trigger
 from dynmoe.growth.triggers.clock import TaskTrigger
@@ -53,9 +53,10 @@ class GrowthController:
     """Grows every MoE layer of a model by `granularity` experts whenever the trigger fires.
 
     By default this is the method of `python -m dynmoe.cl`, and needs no probe: at each growth of
-    constant budget the layer is re-initialised, as no unit of an expert that shrinks is kept (cut
-    `redraw`), and all router rows are drawn (init `random`, router `all`). What was learnt stays in
-    the rest of the network alone. The cut `utility` keeps the units that contribute most.
+    constant budget the layer is re-initialised, as no unit of an expert that shrinks is kept
+    (pruning `reinit`), and all router rows are drawn (init `random`, router `all`). What was learnt
+    stays in the rest of the network alone. The pruning `utility` keeps the units that contribute
+    most.
 
     A growth succeeds and is recorded, or raises and leaves model, optimizer, generator, trigger and
     events as they were. With torch.distributed it is one growth of all processes, each of which has
@@ -69,11 +70,11 @@ class GrowthController:
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
             move what moves once per step (see `dynmoe.moe.step`).
         granularity: experts added per growth (the paper's g).
-        trigger, cut, init: Configs of registered parts; defaults: at tasks, redraw, random.
+        trigger, pruning, init: Configs of registered parts; defaults: at tasks, reinit, random.
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
-        newborn: how the experts of the latest growth are treated for a while.
+        new_experts: how the experts of the latest growth are treated for a while.
         copies: models that follow, such as `torch.optim.swa_utils.AveragedModel(model)`: they grow
             by the same plans and get the same fresh weights, and keep their own elsewhere.
         generator: draws fresh weights and random choices; None: torch's global one, whose state
@@ -95,11 +96,11 @@ class GrowthController:
         granularity: int = 1,
         trigger: PartConfig | None = None,
         budget: Budget | None = None,
-        cut: PartConfig | None = None,
+        pruning: PartConfig | None = None,
         init: PartConfig | None = None,
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
-        newborn: Newborn | None = None,
+        new_experts: NewExperts | None = None,
         copies: Sequence[nn.Module] = (),
         generator: torch.Generator | None = None,
     ) -> None:
@@ -108,11 +109,11 @@ class GrowthController:
         self.granularity = granularity
         self.budget = budget or Budget()
         self.trigger: Trigger = (trigger or TaskTrigger.Config()).build()
-        self.cut: Cut = (cut or RedrawCut.Config()).build()
+        self.pruning: PruningCriterion = (pruning or ReinitUnits.Config()).build()
         self.init: Init = (init or RandomInit.Config()).build()
         self.moments: Moments = moments
         self.measure_shock = measure_shock
-        self.nursery = Nursery(newborn or Newborn(), model, optimizer)
+        self.warm_up = WarmUp(new_experts or NewExperts(), model, optimizer)
         self.copies = list(copies)
         self.generator = generator
         if optimizer is not None:
@@ -159,7 +160,7 @@ class GrowthController:
         with self._taken_back(layers):
             with distributed.all_or_none():
                 self._check(layers, copies)
-                self.nursery.end()
+                self.warm_up.end()
                 before, activations = observe(self.model, probe)
             generator = distributed.common_generator(self._drawing())
             activations = distributed.mean_tensors(activations)
@@ -217,7 +218,7 @@ class GrowthController:
             again.set_state(start)
             for layer, plan in zip(theirs, plans, strict=True):
                 grow_layer(layer, plan, count, again)
-        self.nursery.begin()
+        self.warm_up.begin()
         return restarts
 
     def _undo(
@@ -246,7 +247,7 @@ class GrowthController:
     @contextmanager
     def _taken_back(self, layers: dict[str, MoELayer]) -> Iterator[None]:
         """Put generator, new experts' treatment and logit shifts back if the block fails."""
-        generator, nursery = self._drawing().get_state(), self.nursery.state_dict()
+        generator, warm_up = self._drawing().get_state(), self.warm_up.state_dict()
         routers = [layer.router for layer in layers.values()]
         shifts = [router.logit_shift.clone() for router in routers]
         try:
@@ -255,7 +256,7 @@ class GrowthController:
             self._drawing().set_state(generator)
             for router, shift in zip(routers, shifts, strict=True):
                 router.logit_shift.copy_(shift)
-            self.nursery.load_state_dict(nursery)
+            self.warm_up.load_state_dict(warm_up)
             raise
 
     def _request(
@@ -266,7 +267,7 @@ class GrowthController:
         segment = torch.empty(0, dtype=torch.long)
         if isinstance(bank, UnitBank):
             target = self.budget.sizes_after(bank.hidden_sizes(), self.granularity, bank.spread)
-            scores = self.cut.scores(bank, mean_activation, generator)
+            scores = self.pruning.scores(bank, mean_activation, generator)
             segment = bank.segment.cpu()
         return Request(
             segment=segment,
@@ -291,7 +292,7 @@ class GrowthController:
             "events": [asdict(event) for event in self.events],
             "generator": None if self.generator is None else self.generator.get_state(),
             "trigger": self.trigger.state_dict(),
-            "nursery": self.nursery.state_dict(),
+            "warm_up": self.warm_up.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -299,7 +300,7 @@ class GrowthController:
         self.events = [GrowthEvent(**event) for event in state["events"]]
         self._load_generator(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
-        self.nursery.load_state_dict(state["nursery"])
+        self.warm_up.load_state_dict(state["warm_up"])
 
     def _drawing(self) -> torch.Generator:
         """The generator that growth draws from."""

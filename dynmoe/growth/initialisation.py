@@ -16,7 +16,7 @@ from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 
 FRESH = -1
-"""Source of a unit, or parent of an expert, that is drawn anew."""
+"""Source of a unit, or parent of an expert, that is re-initialised."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
     target: list[int]
     """[E + n] hidden sizes that the budget asks for"""
     scores: Tensor
-    """[H] the cut's scores; experts keep their highest, and nothing scored -inf"""
+    """[H] the pruning criterion's scores; experts keep their highest, and nothing scored -inf"""
     scale: float
     """gate scale before growth / after it: E / (E + n) where gates are scaled by E, else 1"""
     generator: torch.Generator | None
@@ -67,8 +67,8 @@ class Plan:
     """[E + n] multiplies each expert's output bias; new experts copy their parent's bias first"""
     logit_shift: Tensor
     """[E + n] added to the router's logit shift; new experts copy their parent's shift first"""
-    redraw_router: bool = False
-    """draw the router rows of the old experts afresh, too"""
+    reinit_router: bool = False
+    """re-initialise the router rows of the old experts, too"""
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class Init(Part, ABC, kind="init"):
 def cut_plan(request: Request) -> Plan:
     """Every old expert keeps its best units up to its target size; everything else is fresh.
 
-    An expert that does not shrink keeps all of them, whatever the cut says.
+    An expert that does not shrink keeps all of them, whatever the criterion says.
     """
     segment, target = request.segment, torch.tensor(request.target)
     sizes = torch.bincount(segment, minlength=len(target))
@@ -157,7 +157,7 @@ def share_gates(plan: Plan, parents: list[int]) -> None:
 
 
 class RandomInit(Init, name="random", source="Kim 2025 (arXiv 2511.18987)"):
-    """New experts and their router rows are drawn afresh (DynamicMoE, arXiv 2511.18987).
+    """New experts and their router rows are re-initialised (DynamicMoE, arXiv 2511.18987).
 
     The function is not preserved, by choice of the paper.
     """
@@ -168,16 +168,16 @@ class RandomInit(Init, name="random", source="Kim 2025 (arXiv 2511.18987)"):
 
         router: Literal["new", "all"] = "all"
         """which router rows are drawn: the new experts' (the paper), or every expert's, which lets
-        a router that has settled share its samples out anew"""
+        a router that has settled share its samples out again"""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.redraw_router = config.router == "all"
+        self.reinit_router = config.router == "all"
 
     def plan(self, request: Request) -> Plan:
-        """Cut the old experts to size, draw the rest."""
+        """Prune the old experts to size, draw the rest."""
         plan = cut_plan(request)
-        plan.redraw_router = self.redraw_router
+        plan.reinit_router = self.reinit_router
         return plan
 
 
@@ -190,7 +190,7 @@ class ZeroOutputInit(Init, name="zero-output"):
     """
 
     def plan(self, request: Request) -> Plan:
-        """Cut as the budget asks; parents share their gates with silent children."""
+        """Prune as the budget asks; parents share their gates with silent children."""
         plan = cut_plan(request)
         parents = choose_parents(request.sizes, request.new)
         share_gates(plan, parents)

@@ -94,7 +94,7 @@ def replace_parameter(
     """Put `new`, which has more entries along `axis`, where `old` stands in the optimizer.
 
     Its state gets zero entries more. Where the shape of some of it is not known, all of it is
-    dropped, and the optimizer makes it anew.
+    dropped, and the optimizer makes it again.
     """
     for group in optimizer.param_groups:
         group["params"][:] = [new if p is old else p for p in group["params"]]

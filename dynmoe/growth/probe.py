@@ -105,9 +105,9 @@ class _Watch:
     def __call__(self, layer: MoELayer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = dict(zip(("x", "mask"), args, strict=False)) | named
         bank, x, mask = layer.bank, given["x"], given.get("mask")
-        mask = layer.given[0] if mask is None else mask
+        mask = layer.routing_context[0] if mask is None else mask
         assert isinstance(bank, UnitBank)
-        rows = x if bank.whole else x.reshape(-1, x.shape[-1])
+        rows = x if bank.per_sample else x.reshape(-1, x.shape[-1])
         if mask is not None:
             real = (mask != 0).reshape(-1).to(rows.device)
             rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]

@@ -12,8 +12,8 @@ from dynmoe.moe.bank import UnitBank
 from dynmoe.registry import Part, PartConfig
 
 
-class Cut(Part, ABC, kind="cut"):
-    """Base of all cuts. The paper leaves the rule open; every cut here is our reading of it."""
+class PruningCriterion(Part, ABC, kind="pruning"):
+    """Base of all criteria. The paper leaves the rule open; every one here is our reading of it."""
 
     def __init__(self, config: PartConfig) -> None:
         self.config = config
@@ -25,7 +25,7 @@ class Cut(Part, ABC, kind="cut"):
         """Scores [H] of the hidden units, on the CPU; each expert keeps its highest.
 
         Args:
-            bank: the bank about to be cut.
+            bank: the bank about to be pruned.
             mean_activation: [H] mean |activation| over a probe batch, or None without a probe.
             generator: for random rules.
 
@@ -33,7 +33,7 @@ class Cut(Part, ABC, kind="cut"):
         """
 
 
-class FirstCut(Cut, name="first"):
+class FirstUnits(PruningCriterion, name="first"):
     """Keeps each expert's first units: slicing its weight matrices."""
 
     def scores(
@@ -43,7 +43,7 @@ class FirstCut(Cut, name="first"):
         return -torch.arange(len(bank.segment), dtype=torch.float32)
 
 
-class RandomCut(Cut, name="random"):
+class RandomUnits(PruningCriterion, name="random"):
     """Keeps units drawn at random."""
 
     def scores(
@@ -53,8 +53,8 @@ class RandomCut(Cut, name="random"):
         return torch.rand(len(bank.segment), generator=generator)
 
 
-class RedrawCut(Cut, name="redraw"):
-    """Keeps no unit of an expert that shrinks: it is drawn afresh at its new size, too."""
+class ReinitUnits(PruningCriterion, name="reinit"):
+    """Keeps no unit of an expert that shrinks: it is re-initialised at its new size, too."""
 
     def scores(
         self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
@@ -63,8 +63,8 @@ class RedrawCut(Cut, name="redraw"):
         return torch.full((len(bank.segment),), float("-inf"))
 
 
-class UtilityCut(
-    Cut,
+class UtilityUnits(
+    PruningCriterion,
     name="utility",
     source="Dohare et al. 2024 (Nature 632), contribution utility; over one batch, ours",
 ):
@@ -79,6 +79,8 @@ class UtilityCut(
     ) -> Tensor:
         """Contribution utility [H]; needs a probe batch."""
         if mean_activation is None:
-            raise UserError("the utility cut needs a probe batch: pass probe= to the growth step")
+            raise UserError(
+                "pruning by utility needs a probe batch: pass probe= to the growth step"
+            )
         outgoing = bank.output_weight().detach().abs().transpose(0, 1).flatten(1).sum(dim=1)
         return (mean_activation * outgoing).cpu()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
-from dynmoe.growth.newborn import Newborn
+from dynmoe.growth.new_experts import NewExperts
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.trigger import Trigger
@@ -39,11 +39,11 @@ class GrowthSettings:
     """one router for all MoE layers that are alike (Omni-router); there must be two at least"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
-    cut: PartConfig = slot("cut", "redraw")
+    pruning: PartConfig = slot("pruning", "reinit")
     init: PartConfig = slot("init", "random")
     moments: Moments = "mean"
     """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
-    newborn: Newborn = field(default_factory=Newborn)
+    new_experts: NewExperts = field(default_factory=NewExperts)
 
     def most_experts(self, steps: int, tasks: int) -> int:
         """Experts at the end of a run of that many steps of its clock, and tasks.
@@ -124,10 +124,10 @@ class GrowthSettings:
             granularity=self.granularity,
             trigger=self.trigger,
             budget=self.budget,
-            cut=self.cut,
+            pruning=self.pruning,
             init=self.init,
             moments=self.moments,
             measure_shock=measure_shock,
-            newborn=self.newborn,
+            new_experts=self.new_experts,
             generator=generator,
         )

@@ -56,7 +56,7 @@ class Restart:
 def grow_layer(
     layer: MoELayer,
     plan: Plan,
-    birth: int,
+    created: int,
     generator: torch.Generator | None,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
@@ -70,7 +70,7 @@ def grow_layer(
     Args:
         layer: the layer to grow.
         plan: where each unit and expert comes from.
-        birth: growth count, noted as the new experts' birth.
+        created: growth count, noted as the new experts' creation step.
         generator: draws the fresh weights.
         optimizer: its state follows the parameters; may have no state yet.
         moments: second moments of fresh entries, see `mean_moments`.
@@ -80,12 +80,12 @@ def grow_layer(
     """
     check_room(layer, len(plan.sizes))
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
-    new = new.to(layer.birth.device)
-    layer.birth[new] = birth
+    new = new.to(layer.created.device)
+    layer.created[new] = created
     restarts = []
     if isinstance(layer.bank, UnitBank):
         restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
-    if not bool(layer.router.alive[new].any()):  # else a layer that shares the router was first
+    if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
         restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
     return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
 
@@ -148,17 +148,17 @@ def _place_routes(
 ) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
     router, experts = layer.router, len(plan.sizes)
-    redrawn = torch.arange(experts, device=new.device) if plan.redraw_router else new
+    reinit = torch.arange(experts, device=new.device) if plan.reinit_router else new
     means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
-    router.alive[new] = True
-    router.draw_rows(redrawn, generator)
+    router.active[new] = True
+    router.draw_rows(reinit, generator)
     _copy_parents(router.expert_rows(), plan, new)
     for expert, parent in zip(new.tolist(), plan.parents, strict=True):
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
     return [
-        Restart(rows, 0, redrawn, mean)
+        Restart(rows, 0, reinit, mean)
         for rows, mean in zip(router.expert_rows(), means, strict=True)
     ]
 

@@ -3,9 +3,9 @@
 from dynmoe.interventions.ewc import EWC as EWC
 from dynmoe.interventions.hare_tortoise import HareTortoise as HareTortoise
 from dynmoe.interventions.injection import Injection as Injection
-from dynmoe.interventions.none import NoStrategy as NoStrategy
+from dynmoe.interventions.none import NoIntervention as NoIntervention
 from dynmoe.interventions.normalising import CReLU as CReLU
-from dynmoe.interventions.normalising import LayerNormStrategy as LayerNormStrategy
+from dynmoe.interventions.normalising import LayerNormIntervention as LayerNormIntervention
 from dynmoe.interventions.normalising import NaP as NaP
 from dynmoe.interventions.penalties import L2 as L2
 from dynmoe.interventions.penalties import L2Init as L2Init

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class Anchor:
-    """Each parameter's value at birth.
+    """Each parameter's value at the start.
 
-    What a growth draws, copies or rescales is born with the value that the growth gave it.
+    What a growth draws, copies or rescales starts with the value that the growth gave it.
 
     Args:
         model: its present weights are the first ones.
 
     Attributes:
-        first: parameter name -> its value at birth; this is the whole state.
+        first: parameter name -> its value at the start; this is the whole state.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,13 +25,13 @@ class Anchor:
         self.first = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, its value at birth), for all that learn."""
+        """(parameter, its value at the start), for all that learn."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield parameter, self.first[name]
 
     def load(self, first: dict[str, Tensor]) -> None:
-        """Take copies of saved values at birth, to where the parameters are."""
+        """Take copies of saved values at the start, to where the parameters are."""
         parameters = dict(self.model.named_parameters())
         self.first = {name: first[name].clone().to(p.device) for name, p in parameters.items()}
 

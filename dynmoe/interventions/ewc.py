@@ -44,7 +44,7 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
 
     def without_tasks(self) -> str | None:
         """Its penalty begins with the second task."""
-        return "strategy ewc consolidates at the end of tasks, and there are none here; use l2-init"
+        return "intervention ewc acts at the end of tasks, and there are none here; use l2-init"
 
 
 class ResumableEWC:

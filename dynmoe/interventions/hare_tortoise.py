@@ -23,7 +23,7 @@ class HareTortoise(
     After each optimizer step `tortoise <- momentum * tortoise + (1 - momentum) * hare`, running
     statistics of normalisation layers included; every `period` steps `hare <- tortoise`. The
     network that learns, and is measured, is the hare. The optimizer's state stays. What a growth
-    draws or rescales starts its average anew; buffers of MoE layers stay as they are.
+    draws or rescales starts its average again; buffers of MoE layers stay as they are.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -81,5 +81,5 @@ class HareTortoise(
         self.buffers = {name: state["buffers"][name].clone().to(b) for name, b in now.items()}
 
     def grown(self, before: dict[str, Tensor]) -> None:
-        """What is new starts its average anew."""
+        """What is new starts its average again."""
         self.tortoise.grown(before)

@@ -77,7 +77,7 @@ class Injection(
         """It must count steps there."""
         if self.config.step:
             return None
-        return "strategy injection acts at a task start, and there are none here; set its step"
+        return "intervention injection acts at a task start, and there are none here; set its step"
 
     def state(self) -> dict[str, Any]:
         """Whether it has happened."""

@@ -1,16 +1,16 @@
-"""The kind of part that keeps a network plastic: `--strategy NAME`.
+"""The kind of part that keeps a network plastic: `--intervention NAME`.
 
-A strategy acts on a network and its optimizer at given moments of a training loop. It knows no
-data set and no framework: `StrategyPlugin` calls it from any Avalanche strategy, and PPO calls it
-from its own loop. Its hooks do nothing unless a subclass defines them.
+An intervention acts on a network and its optimizer at given moments of a training loop. It knows no
+data set and no framework: `InterventionPlugin` calls it from any Avalanche strategy, and PPO calls
+it from its own loop. Its hooks do nothing unless a subclass defines them.
 
-    strategy.transform(model, generator)             before the optimizer is made
-    strategy.attach(model, optimizer, generator)     once
-    strategy.task_starts(task, batches)              at every task but the first
-    loss = loss + strategy.penalty()                 before each backward pass
-    strategy.gradients_ready()                       between backward pass and optimizer step
-    strategy.step_done()                             after each optimizer step
-    strategy.grown(before)                           after a growth
+    intervention.transform(model, generator)             before the optimizer is made
+    intervention.attach(model, optimizer, generator)     once
+    intervention.task_starts(task, batches)              at every task but the first
+    loss = loss + intervention.penalty()                 before each backward pass
+    intervention.gradients_ready()                       between backward pass and optimizer step
+    intervention.step_done()                             after each optimizer step
+    intervention.grown(before)                           after a growth
 
 To resume: `transform` and `attach` as ever, `rebuild_from(saved)`, then the weights' and the
 optimizer's own states, then `load_state_dict(saved)`.
@@ -32,11 +32,11 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Gives the next task's training batches: inputs [B, ...] and labels [B], on the model's device."""
 
 
-class Intervention(Part, ABC, kind="strategy"):
-    """Base of all strategies. Use one object per training run.
+class Intervention(Part, ABC, kind="intervention"):
+    """Base of all interventions. Use one object per training run.
 
     Attributes:
-        model, optimizer, generator: set by `attach`; the generator serves the strategy's own draws.
+        model, optimizer, generator: set by `attach`; the generator serves its own draws.
         steps: optimizer steps since then.
         reshapes: it changes what parameters there are in the midst of training.
     """
@@ -82,7 +82,7 @@ class Intervention(Part, ABC, kind="strategy"):
     def grown(self, before: dict[str, Tensor]) -> None:
         """The network has grown. `before`: old values of the MoE layers' parameters, by name.
 
-        Parameters may have been replaced by longer ones; hidden units are found anew if needed.
+        Parameters may have been replaced by longer ones; hidden units are found again if needed.
         """
 
     def state(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Intervention(Part, ABC, kind="strategy"):
     def rebuild(self, state: dict[str, Any]) -> None:
         """Give the network the make that it had when `state` was taken, before weights are loaded.
 
-        Needed only of strategies that change the network's parameters in the midst of training.
+        Needed only of interventions that change the network's parameters in the midst of training.
         """
 
     def plugin(self) -> Any:
@@ -104,7 +104,7 @@ class Intervention(Part, ABC, kind="strategy"):
         Overridden where a plugin of Avalanche's own does the work. Such a one needs `state_dict`
         and `load_state_dict` besides its callbacks.
         """
-        return StrategyPlugin(self)
+        return InterventionPlugin(self)
 
     def without_tasks(self) -> str | None:
         """Why it cannot work in a loop without tasks, with the way out; None where it can."""
@@ -126,8 +126,8 @@ class Intervention(Part, ABC, kind="strategy"):
         self.rebuild(state["own"])
 
 
-class StrategyPlugin:
-    """Avalanche plugin that calls a strategy's hooks; works with any Avalanche strategy.
+class InterventionPlugin:
+    """Avalanche plugin that calls an intervention's hooks; works with any Avalanche strategy.
 
     Args:
         intervention: already attached to the strategy's model and optimizer.
@@ -144,7 +144,7 @@ class StrategyPlugin:
 
         def batches() -> Iterable[tuple[Tensor, Tensor]]:
             position = getattr(strategy, "position", None)
-            if position is not None:  # our own batches go on from there; training sets it anew
+            if position is not None:  # our own batches go on from there; training sets it again
                 position.epoch = position.batch = 0
             for batch in strategy.dataloader:
                 yield batch[0].to(strategy.device), batch[1].to(strategy.device)
@@ -175,7 +175,7 @@ class StrategyPlugin:
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """The strategy's state."""
+        """The intervention's state."""
         return self.intervention.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""No strategy."""
+"""No intervention."""
 
 from __future__ import annotations
 
 from dynmoe.interventions.intervention import Intervention
 
 
-class NoStrategy(Intervention, name="none", source="ours"):
+class NoIntervention(Intervention, name="none", source="ours"):
     """Plain training."""

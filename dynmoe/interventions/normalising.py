@@ -16,7 +16,7 @@ from dynmoe.interventions.weights import replace_module, weight_matrices
 from dynmoe.registry import PartConfig
 
 
-class LayerNormStrategy(
+class LayerNormIntervention(
     Intervention, name="layernorm", source="Lyle et al. 2023 (arXiv 2303.01486), Section 5"
 ):
     """Puts layer normalisation (Ba et al. 2016) before the activations of hidden layers.
@@ -61,11 +61,11 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
         """
         layers = [u for u in find_units(model) if isinstance(u.activation, nn.ReLU)]
         if not layers:
-            raise UserError("strategy crelu: the network has no ReLU behind a layer of its own")
+            raise UserError("intervention crelu: the network has no ReLU behind a layer of its own")
         for layer in layers:
             if layer.units % 2:
                 raise UserError(
-                    f"strategy crelu: layer {layer.name} has {layer.units} units, an odd number"
+                    f"intervention crelu: layer {layer.name} has {layer.units} units, an odd number"
                 )
         for layer in layers:
             _halve(layer)
@@ -105,9 +105,9 @@ def _halve(layer: UnitLayer) -> None:
 class NaP(Intervention, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800), Section 4"):
     """Normalises before activations, and keeps every weight matrix at its first norm.
 
-    Layers are normalised as by the strategy `layernorm`. After optimizer steps each weight matrix
-    is scaled back to the Frobenius norm that it began with (after a growth: that its units began
-    with). Biases and the normalisation's scales learn freely.
+    Layers are normalised as by `layernorm`. After optimizer steps each weight matrix is scaled back
+    to the Frobenius norm that it began with (after a growth: that its units began with). Biases and
+    the normalisation's scales learn freely.
     """
 
     @dataclass(frozen=True, kw_only=True)

@@ -41,16 +41,16 @@ class L2(Intervention, name="l2", source="Krogh & Hertz 1991, Eq. 1"):
 
     def penalty(self) -> Tensor:
         """The penalty at the present weights."""
-        alive: dict[Tensor, Tensor] = {}
+        active: dict[Tensor, Tensor] = {}
         for _, layer in moe_layers(self.model):
             for rows in (*layer.router.expert_rows(), *layer.bank.expert_rows()):
-                alive[rows] = layer.router.alive.view(-1, *[1] * (rows.dim() - 1))
+                active[rows] = layer.router.active.view(-1, *[1] * (rows.dim() - 1))
         squares = []
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 square = parameter.square()
-                if parameter in alive:
-                    square = torch.where(alive[parameter], square, 0.0)
+                if parameter in active:
+                    square = torch.where(active[parameter], square, 0.0)
                 squares.append(square.sum())
         return self.config.strength * torch.stack(squares).sum()
 

@@ -1,4 +1,4 @@
-"""Strategies that act now and then: at each task start, or every so many optimizer steps."""
+"""Interventions that act now and then: at each task start, or every so many optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynmoe.registry import PartConfig
 
 
 class Periodic(Intervention, ABC):
-    """Base of those strategies; `act` is what they do.
+    """Base of those interventions; `act` is what they do.
 
     Raises:
         UserError: `every` is below 0.
@@ -19,7 +19,7 @@ class Periodic(Intervention, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
-        """Options of strategies that act now and then."""
+        """Options of interventions that act now and then."""
 
         every: int = 0
         """optimizer steps between two actions, for loops without tasks; 0 for at each task start"""
@@ -49,4 +49,6 @@ class Periodic(Intervention, ABC):
         """It must count steps there."""
         if self.config.every:
             return None
-        return f"strategy {self.name} acts at task starts, and there are none here; set its every"
+        return (
+            f"intervention {self.name} acts at task starts, and there are none here; set its every"
+        )

@@ -194,7 +194,7 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
 
     def without_tasks(self) -> str | None:
         """It needs the next task's data."""
-        return "strategy dash looks at the data of the next task, and there are no tasks here"
+        return "intervention dash looks at the data of the next task, and there are no tasks here"
 
     def _shrunk(self) -> list[nn.Parameter]:
         """Weights and biases of layers, and of MoE layers' pools."""

@@ -32,7 +32,7 @@ class UnitRecord:
 class CBP(
     Intervention, name="cbp", source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1"
 ):
-    """Continual backpropagation: all the time, draws a few of the least useful units afresh.
+    """Continual backpropagation: all the time, re-initialises a few of the least useful units.
 
     A unit's utility is a running average of mean |activation| times the sum of its outgoing
     |weights|. Of the units older than `maturity`, a share `rate` per step is replaced, those of
@@ -99,7 +99,7 @@ class CBP(
         return order[:number]
 
     def replace(self, layer: UnitLayer, record: UnitRecord, index: Tensor) -> None:
-        """Draw the units `index` [n] afresh."""
+        """Re-initialise the units `index` [n]."""
         if self.config.compensate_bias:
             mean = record.mean[index] / (1 - self.config.decay ** record.age[index])
             for slot in layer.outgoing:
@@ -111,7 +111,7 @@ class CBP(
             values[index] = 0.0
 
     def grown(self, before: dict[str, Tensor]) -> None:
-        """Units that a growth has drawn or copied start their record anew."""
+        """Units that a growth has drawn or copied start their record again."""
         for layer, record in zip(self.layers, self.records, strict=True):
             new = renewed(layer, self.model, before)
             for name in ("age", "mean", "utility"):
@@ -168,7 +168,7 @@ def _copied(record: dict[str, Any], device: torch.device | None = None) -> dict[
 
 
 class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.12902), Algorithm 1"):
-    """Draws dormant units afresh, silent at first.
+    """Re-initialises dormant units, silent at first.
 
     A unit's score is its mean |activation| over the mean of its layer (Eq. 1), on the latest
     training batch; feature maps are averaged over their positions. Units with a score of at most
@@ -208,7 +208,7 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
             self.activity.clear()
 
     def recycle(self, layer: UnitLayer, activity: Tensor) -> Tensor:
-        """Draw the dormant units of a layer afresh; returns their numbers [n].
+        """Re-initialise the dormant units of a layer; returns their numbers [n].
 
         Args:
             activity: [U] mean |activation| of each unit.
@@ -230,7 +230,7 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
 
 
 EXPANSION = 2
-"""a threshold grows by this factor at most when it is estimated anew"""
+"""a threshold grows by this factor at most when it is estimated again"""
 FINE = 1.05
 """ratio of two bin edges of the histogram, where gaps are long"""
 
@@ -250,10 +250,10 @@ class FiringRecord:
 class SNR(
     Intervention, name="snr", source="Farias & Jozefiak 2024 (arXiv 2410.20098), Algorithm 1"
 ):
-    """Self-normalised resets: draws units afresh that have been silent for longer than they use to.
+    """Self-normalised resets: re-initialises units that are silent for longer than they use to be.
 
     A unit fires in a step if any activation in the batch is above 0. Its threshold is the quantile
-    of the gaps between its own firings, estimated anew every `period` steps; it may shrink to any
+    of the gaps between its own firings, estimated again every `period` steps; it may shrink to any
     value then, and at most double. A unit silent for more steps than that gets fresh incoming
     weights, outgoing weights 0 and new optimizer moments; that ends a gap as a firing does. Gaps
     are counted over a unit's whole life, in bins that are exact up to 20 steps and 5 % wide beyond
@@ -323,7 +323,7 @@ class SNR(
         record.threshold = torch.where(total[:, 0] > 0, torch.minimum(quantile, most), most)
 
     def grown(self, before: dict[str, Tensor]) -> None:
-        """Units that a growth has drawn or copied start their record anew."""
+        """Units that a growth has drawn or copied start their record again."""
         for layer, record in zip(self.layers, self.records, strict=True):
             new, empty = renewed(layer, self.model, before), self._new_record(layer)
             for name, start in vars(empty).items():

@@ -102,7 +102,7 @@ class UnitLayer:
 
     @torch.no_grad()
     def draw_incoming(self, index: Tensor, generator: torch.Generator) -> None:
-        """Draw what feeds the units `index` [n] afresh, from the range of torch's layers.
+        """Re-initialise what feeds the units `index` [n], from the range of torch's layers.
 
         Weights are uniform in +-1/sqrt(fan_in), biases 0; normalisation gets scale 1, shift 0 and
         the running statistics of a unit that has seen nothing.
@@ -203,7 +203,7 @@ class _Tracer(fx.Tracer):
 def unit_banks(layer: MoELayer) -> list[UnitBank]:
     """The pools of hidden units in an MoE layer: of the routed experts, and of the shared one."""
     banks = (layer.bank, layer.shared)
-    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.whole]
+    return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.per_sample]
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A network's weight matrices, its output layers, and new first values for it.
 
 Like `units.py` these know linear and convolutional layers and the pools of MoE layers. Routers are
-left out: what they do is bounded by their softmax, and growth draws their rows anew.
+left out: what they do is bounded by their softmax, and growth re-initialises their rows.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     return [last_linear(model)] if named is None else named()
 
 
-def linear_outputs(model: nn.Module, strategy: str) -> list[nn.Linear]:
-    """The output layers, which a strategy needs to be linear.
+def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:
+    """The output layers, which an intervention needs to be linear.
 
     Raises:
         UserError: one is not.
@@ -69,7 +69,7 @@ def linear_outputs(model: nn.Module, strategy: str) -> list[nn.Linear]:
     for layer in output_layers(model):
         if not isinstance(layer, nn.Linear):
             raise UserError(
-                f"strategy {strategy} needs linear output layers, and here one is an "
+                f"intervention {intervention} needs linear output layers, and here one is an "
                 f"{type(layer).__name__}; use a method or place with dense heads"
             )
         found.append(layer)
@@ -95,7 +95,7 @@ def swap_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -
 def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """New first values of a network's parameters, by name, on their device.
 
-    Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their birth.
+    Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their start.
     Parameters of other modules are left out.
     """
     twin = copy.deepcopy(model).cpu()
@@ -119,7 +119,7 @@ def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
 
 
 def _draw_bank(bank: ExpertBank, generator: torch.Generator) -> set[Tensor]:
-    """Draw all of a bank anew; returns the parameters drawn."""
+    """Re-initialise all of a bank; returns the parameters drawn."""
     drawn: set[Tensor] = set(bank.expert_rows())
     if isinstance(bank, UnitBank):
         bank.draw_units(torch.arange(len(bank.segment)), generator)

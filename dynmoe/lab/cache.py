@@ -1,6 +1,6 @@
 """A folder of .npz files that saves work which can always be done again.
 
-Nothing here may stop a run: a broken file is made anew, and without a writable folder the run goes
+Nothing here may stop a run: a broken file is made again, and without a writable folder the run goes
 on uncached. Each case is told in one line on stderr.
 """
 

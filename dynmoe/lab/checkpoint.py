@@ -69,7 +69,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         print(f"warning: checkpoint {path} is damaged; trying the one before", file=sys.stderr)
     if paths:
         raise ResourceError(
-            f"no checkpoint in {folder} can be read; delete that folder to start afresh"
+            f"no checkpoint in {folder} can be read; delete that folder to start over"
         )
     return None
 

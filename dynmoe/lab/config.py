@@ -23,6 +23,11 @@ from dynmoe.registry import PartConfig
 
 C = TypeVar("C")
 
+RENAMED = {"cut": "pruning", "newborn": "new_experts", "strategy": "intervention"}
+"""Settings as earlier versions called them -> their names now."""
+RENAMED_PARTS = {("pruning", "redraw"): "reinit"}
+"""(kind, name) of parts as earlier versions called them -> their names now."""
+
 
 def place(default: Any) -> Any:
     """A field that says where or how a run is kept, and so is no part of its identity."""
@@ -63,7 +68,7 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     unknown flag or a value of the wrong type.
 
     Raises:
-        UserError: unknown preset or part name.
+        UserError: unknown preset or part name, or one that has been renamed.
     """
     import tyro
 
@@ -72,8 +77,11 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     if preset not in presets:
         raise unknown("preset", preset, presets)
     config = presets[preset]
+    _refuse_renamed(config, args)
     for field, kind in slots(config).items():
-        name = _pop(args, field.replace("_", "-"))
+        name = _pop(args, flag := field.replace("_", "-"))
+        if name is not None and (kind, name) in RENAMED_PARTS:
+            raise UserError(f"--{flag} {name} is now --{flag} {RENAMED_PARTS[kind, name]}")
         if name is not None and name != getattr(config, field).part.name:
             part_config = registry.get(kind, name).Config()
             config = dataclasses.replace(config, **{field: part_config})  # type: ignore[type-var]
@@ -124,8 +132,13 @@ def from_dict(kind: type[C], values: dict[str, Any]) -> C:
     """Settings from what `to_dict` made of them; fields that it lacks take their defaults.
 
     Raises:
-        UserError: a part that is not registered.
+        UserError: a part that is not registered, or a setting that has been renamed since.
     """
+    for old in RENAMED.keys() & values:
+        raise UserError(
+            f"these settings were saved by an earlier version: {old} is now {RENAMED[old]}; make "
+            "the run again"
+        )
     hints, given = typing.get_type_hints(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in values:
@@ -165,6 +178,18 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         elif before != after:
             lines.append(f"{prefix}{key}: {before} -> {after}")
     return lines
+
+
+def _refuse_renamed(config: Any, args: list[str]) -> None:
+    """Say what an option is called now, where the settings have it by another name."""
+    names = {f.name for f in dataclasses.fields(config)}
+    flags = {
+        f"--{old}": f"--{new.replace('_', '-')}" for old, new in RENAMED.items() if new in names
+    }
+    for arg in args:
+        flag, mark, option = arg.split("=", 1)[0].partition(".")
+        if flag in flags:
+            raise UserError(f"{flag}{mark}{option} is now {flags[flag]}{mark}{option}")
 
 
 def _pop(args: list[str], flag: str) -> str | None:

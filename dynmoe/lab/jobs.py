@@ -127,7 +127,7 @@ def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
             pool.shutdown(cancel_futures=True)
             if isinstance(reason, BrokenProcessPool):
                 raise ResourceError(
-                    "a process with a run was killed, perhaps for want of memory; start it again "
+                    "a process with a run was killed, perhaps as memory ran out; start it again "
                     "to go on, with fewer --jobs"
                 ) from None
             raise

@@ -24,7 +24,7 @@ class Logger:
     Args:
         folder: the run's folder.
         position: bytes of `log.jsonl` to keep, when resuming; the rest is cut off.
-        step: the step resumed from, or None to start afresh. A TensorBoard that has already read
+        step: the step resumed from, or None to start over. A TensorBoard that has already read
             what is cut off hides what came after this step.
         events: bytes of each of TensorBoard's files to keep, when resuming; a file that is not
             named is deleted. None, of runs before this was saved, keeps all.

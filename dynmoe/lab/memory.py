@@ -14,7 +14,7 @@ TOP_PAD_BYTES = 2**28
 def keep_freed_memory() -> bool:
     """Tell glibc to serve large blocks from its heap and to keep what is freed; from now on.
 
-    By default every tensor above 32 MiB at most is mapped anew and its pages are zeroed by the
+    By default every tensor above 32 MiB at most is a new mapping and its pages are zeroed by the
     kernel at first touch, again at every step: for convolutions on frames that is half of the time.
     The price is that memory, once used, stays with the process.
 

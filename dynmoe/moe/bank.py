@@ -22,12 +22,13 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     Growth (`dynmoe.growth.surgery`) is the only code that writes to a bank besides the optimizer.
 
     Attributes:
-        whole: samples keep their shape ([N, C, H, W] images, [N, T, D] sequences) and are routed
-            as a whole, by the mean over their positions; else every position is a sample [N, D].
+        per_sample: samples keep their shape ([N, C, H, W] images, [N, T, D] sequences) and are
+            routed as a whole, by the mean over their positions; else every position is a sample
+            [N, D].
         channel_axis: where such a sample holds its D_in channels.
     """
 
-    whole: ClassVar[bool] = False
+    per_sample: ClassVar[bool] = False
     channel_axis: ClassVar[int] = -1
 
     @abstractmethod
@@ -51,7 +52,7 @@ class ExpertBank(nn.Module, Part, kind="bank"):
 
     @abstractmethod
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the per-expert rows `index` [n] afresh, as at initialisation."""
+        """Re-initialise the per-expert rows `index` [n], as at initialisation."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: all weights drawn again.
@@ -105,7 +106,7 @@ class UnitBank(ExpertBank):
 
     @abstractmethod
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw all weights of the hidden units `index` [n] afresh, as at initialisation."""
+        """Re-initialise all weights of the hidden units `index` [n], as at initialisation."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: the initial hidden sizes, all weights drawn again.
@@ -134,7 +135,7 @@ class UnitBank(ExpertBank):
             )
 
     def hidden_sizes(self) -> list[int]:
-        """Hidden units of each living expert, in order."""
+        """Hidden units of each active expert, in order."""
         return torch.bincount(self.segment).tolist()
 
     @torch.no_grad()

@@ -12,26 +12,26 @@ from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.loss import LossInput
 
 
-def living_pairs(alive: Tensor) -> Tensor:
-    """[M, M] bool: ordered pairs of two different living experts, from alive [M]."""
-    same = torch.eye(len(alive), dtype=torch.bool, device=alive.device)
-    return alive & alive.unsqueeze(1) & ~same
+def active_pairs(active: Tensor) -> Tensor:
+    """[M, M] bool: ordered pairs of two different active experts, from active [M]."""
+    same = torch.eye(len(active), dtype=torch.bool, device=active.device)
+    return active & active.unsqueeze(1) & ~same
 
 
-def mean_over_pairs(values: Tensor, alive: Tensor) -> Tensor:
-    """Mean of values [..., M, M] over ordered pairs of living experts: `[...]`; 0 for one."""
-    pairs = living_pairs(alive)
+def mean_over_pairs(values: Tensor, active: Tensor) -> Tensor:
+    """Mean of values [..., M, M] over ordered pairs of active experts: `[...]`; 0 for one."""
+    pairs = active_pairs(active)
     return torch.where(pairs, values, 0.0).sum(dim=(-2, -1)) / pairs.sum().clamp(min=1)
 
 
-def living_outputs(given: LossInput) -> tuple[Tensor, Tensor]:
-    """Outputs [M, N, F] of each expert for each sample, 0 for reserved ones; alive [M].
+def active_outputs(inputs: LossInput) -> tuple[Tensor, Tensor]:
+    """Outputs [M, N, F] of each expert for each sample, 0 for reserved ones; active [M].
 
     Costs a pass of every expert over every sample. Outputs of more than one axis are flattened.
     """
-    outputs = given.bank.expert_outputs(given.x).flatten(2)
-    alive = given.routing.alive[: len(outputs)]
-    return torch.where(alive.view(-1, 1, 1), outputs, 0.0), alive
+    outputs = inputs.bank.expert_outputs(inputs.x).flatten(2)
+    active = inputs.routing.active[: len(outputs)]
+    return torch.where(active.view(-1, 1, 1), outputs, 0.0), active
 
 
 def unit_inputs(bank: UnitBank) -> list[Tensor]:

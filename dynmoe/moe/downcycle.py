@@ -1,6 +1,6 @@
 """Down-cycling: an MoE layer becomes the dense MLP of the same pool, and can be distilled into it.
 
-Shapes: N samples, E living experts, H hidden units.
+Shapes: N samples, E active experts, H hidden units.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def merge(layer: MoELayer, x: Tensor | None = None) -> nn.Sequential:
         routing = route(layer, x)
         gates = routing.mean(routing.gates * used_scale(layer, routing))
     elif layer.router.normalised:
-        gates = layer.router.alive.to(bank.w_out) * (layer.gate_factor(experts) / experts)
+        gates = layer.router.active.to(bank.w_out) * (layer.gate_factor(experts) / experts)
     else:
         raise UserError(
             f"merge: the gates of router {layer.router.name!r} have a scale of their own; give x"

@@ -1,6 +1,6 @@
 """Looking into MoE layers: how alike the experts are, and what each is used for.
 
-Shapes: N samples, E living experts, L labels.
+Shapes: N samples, E active experts, L labels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dynmoe.moe.stats import gate_shares, row_labels
 
 @torch.no_grad()
 def weight_similarity(layer: MoELayer) -> Tensor:
-    """How alike the living experts' weights are: [E, E] float64 on the CPU, 1 on the diagonal.
+    """How alike the active experts' weights are: [E, E] float64 on the CPU, 1 on the diagonal.
 
     Banks with hidden units: `||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||)` with Frobenius norms,
     W_e the expert's units as rows, each with all its weights and biases but the output's. It is
@@ -45,7 +45,7 @@ def weight_similarity(layer: MoELayer) -> Tensor:
 
 @torch.no_grad()
 def output_similarity(layer: MoELayer, x: Tensor, how: Literal["cosine", "cka"]) -> Tensor:
-    """How alike the living experts' outputs on x are: [E, E] float64 on the CPU.
+    """How alike the active experts' outputs on x are: [E, E] float64 on the CPU.
 
     Args:
         layer: left as it was.
@@ -61,9 +61,9 @@ def output_similarity(layer: MoELayer, x: Tensor, how: Literal["cosine", "cka"])
     if how not in ("cosine", "cka"):
         raise UserError(f"output_similarity: how={how!r} must be 'cosine' or 'cka'")
     with undisturbed(layer):
-        rows = x if layer.bank.whole else x.reshape(-1, x.shape[-1])
+        rows = x if layer.bank.per_sample else x.reshape(-1, x.shape[-1])
         outputs = layer.bank.expert_outputs(rows)[: layer.num_experts].double()
-    axis = layer.bank.channel_axis if layer.bank.whole else -1
+    axis = layer.bank.channel_axis if layer.bank.per_sample else -1
     features = [y.movedim(axis, -1).flatten(0, -2) for y in outputs]  # each [N, D]
     if how == "cka":
         return _overlaps([y - y.mean(dim=0) for y in features])

@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
             seeds.
 
     Attributes:
-        birth: buffer [M] int64, the growth count at which each expert was born (0: the start).
+        created: buffer [M] int64, creation step of each expert: the growth count (0: the start).
         last_routing: the Routing of the latest forward pass, or None.
         last_losses: its auxiliary losses by name, weighted; empty outside training mode.
         uncollected: the losses of all passes in training that `collect_losses` has not handed out
@@ -61,7 +61,7 @@ class MoELayer(nn.Module):
         UserError: an expert would be left without hidden units, or a loss is given twice.
     """
 
-    birth: Tensor
+    created: Tensor
 
     def __init__(
         self,
@@ -107,12 +107,18 @@ class MoELayer(nn.Module):
             loss.build(max_experts) for loss in losses if not isinstance(loss, NoLoss.Config)
         )
         _check_once([loss.part.name for loss in losses if not isinstance(loss, NoLoss.Config)])
-        self.register_buffer("birth", torch.zeros(max_experts, dtype=torch.long))
+        self.register_buffer("created", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
         self.uncollected: list[PassLosses] = []
         self._passes = Passes()
-        self.given: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.routing_context: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also what earlier versions saved: they called `created` birth."""
+        if f"{prefix}birth" in state:
+            state[f"{prefix}created"] = state.pop(f"{prefix}birth")
+        super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: the initial experts, all weights drawn again, all buffers reset.
@@ -132,7 +138,7 @@ class MoELayer(nn.Module):
             self.shared.reset_parameters(generator)
         for loss in cast("Sequence[AuxLoss]", self.losses):
             loss.reset_parameters()
-        self.birth.zero_()
+        self.created.zero_()
         self.last_routing, self.last_losses, self.uncollected = None, {}, []
         self._passes.clear()
 
@@ -141,7 +147,7 @@ class MoELayer(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         context: Tensor | None = None,
-        seen: Tensor | None = None,
+        routing_input: Tensor | None = None,
     ) -> Tensor:
         """Route and mix x [..., D_in] to [..., D_out].
 
@@ -151,40 +157,41 @@ class MoELayer(nn.Module):
                 are routed, per sample [B]. Whatever stands in padding, NaN included, reaches
                 nothing; padding gets output 0 and moves no statistics.
             context: what the router may look at beside x, one entry per position or per sample.
-            seen: [B, D_in] what samples are routed by, instead of the mean over their positions.
+            routing_input: [B, D_in] what samples are routed by, instead of the mean over their
+                positions.
 
         Mask and context fall back on what `routing_inputs` gives.
 
         Raises:
             UserError: the mask's shape is not that of x, or it is no list of zeros and ones.
         """
-        mask = self.given[0] if mask is None else mask
-        context = self.given[1] if context is None else context
-        by_sample = self.bank.whole or self.route_per == "sample" or seen is not None
-        axis = self.bank.channel_axis if self.bank.whole else -1
+        mask = self.routing_context[0] if mask is None else mask
+        context = self.routing_context[1] if context is None else context
+        by_sample = self.bank.per_sample or self.route_per == "sample" or routing_input is not None
+        axis = self.bank.channel_axis if self.bank.per_sample else -1
         padding = None if mask is None else Padding.of(mask, x, axis, by_sample)
         if padding is not None:
             x = padding.blank(x)
-        rows = x if self.bank.whole else x.reshape(-1, x.shape[-1])
-        if seen is None:
-            seen = sample_means(x, axis, padding) if by_sample else rows
+        rows = x if self.bank.per_sample else x.reshape(-1, x.shape[-1])
+        if routing_input is None:
+            routing_input = sample_means(x, axis, padding) if by_sample else rows
         elif padding is not None:
-            seen = torch.where(padding.samples.unsqueeze(1), seen, 0.0)
+            routing_input = torch.where(padding.samples.unsqueeze(1), routing_input, 0.0)
         routing = self.router(
-            seen,
+            routing_input,
             None if padding is None else padding.routed(by_sample),
-            None if context is None else _per_row(context, len(seen), padding),
+            None if context is None else _per_row(context, len(routing_input), padding),
             max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
             self._sizes() if self.router.uses_sizes else None,
         )
         self.last_routing = routing
-        if by_sample and not self.bank.whole:
-            routing = routing.repeated(rows.shape[0] // max(len(seen), 1))
+        if by_sample and not self.bank.per_sample:
+            routing = routing.repeated(rows.shape[0] // max(len(routing_input), 1))
             if padding is not None:
                 routing = routing.without_padding(padding.positions.flatten())
         self.last_losses = self._losses(rows, routing) if self.training else {}
         y = self._mix(rows, routing)
-        if not self.bank.whole:
+        if not self.bank.per_sample:
             y = y.view(*x.shape[:-1], y.shape[-1])
         if padding is not None:
             y = padding.blank(y)
@@ -195,16 +202,16 @@ class MoELayer(nn.Module):
         if routing.slots is None:
             y = self.bank(rows, routing, self._scale(routing))
         else:
-            y = mix_slots(self.bank, rows, routing.slots, routing.alive)
+            y = mix_slots(self.bank, rows, routing.slots, routing.active)
         if self.shared is not None:
             y = y + self.shared(rows, _always(rows, routing))
         return y
 
     def _losses(self, rows: Tensor, routing: Routing) -> dict[str, Tensor]:
-        given = LossInput(rows, routing, self.router, self.bank)
+        inputs = LossInput(rows, routing, self.router, self.bank)
         losses = dict(routing.losses)
         for loss in cast("Sequence[AuxLoss]", self.losses):
-            losses[loss.name] = loss.weight * loss(given)
+            losses[loss.name] = loss.weight * loss(inputs)
         return losses
 
     def _keep_losses(self, y: Tensor) -> Tensor:
@@ -263,16 +270,16 @@ class MoELayer(nn.Module):
     @property
     def num_experts(self) -> int:
         """Experts that exist now."""
-        return int(self.router.alive.sum())
+        return int(self.router.active.sum())
 
     @property
     def max_experts(self) -> int:
         """Experts that the layer can hold."""
-        return len(self.router.alive)
+        return len(self.router.active)
 
     def extra_repr(self) -> str:
         """Shown in `print(model)`."""
-        if self.birth.is_meta:  # nobody knows yet which experts exist
+        if self.created.is_meta:  # nobody knows yet which experts exist
             return f"max_experts={self.max_experts}"
         text = f"experts={self.num_experts}/{self.max_experts}"
         if isinstance(self.bank, UnitBank):
@@ -287,11 +294,11 @@ def _check_once(names: list[str]) -> None:
             raise UserError(f"loss {name} is given twice; give it once, with another weight")
 
 
-def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Tensor:
+def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, active: Tensor) -> Tensor:
     """Soft-MoE: experts see mixtures of tokens, tokens get mixtures of their outputs.
 
     Args:
-        rows: [G * T, D_in] tokens, group by group. alive: [M] bool.
+        rows: [G * T, D_in] tokens, group by group. active: [M] bool.
 
     Returns:
         [G * T, D_out]: `C f(D^T x)` (Puigcerver et al. 2024, arXiv 2308.00951, Section 2.1).
@@ -307,15 +314,15 @@ def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, alive: Tensor) -> Te
         )
     inputs = slots.dispatch.transpose(1, 2) @ rows.view(groups, tokens, rows.shape[1])
     owner, used = slots.owner.repeat(groups), slots.used.repeat(groups)
-    outputs = bank(inputs.flatten(0, 1), hard_routing(owner, used, alive, rows))
+    outputs = bank(inputs.flatten(0, 1), hard_routing(owner, used, active, rows))
     return (slots.combine @ outputs.view(groups, count, outputs.shape[1])).flatten(0, 1)
 
 
 def _always(rows: Tensor, routing: Routing) -> Routing:
     """Routing of every row to the only expert of a bank, with gate 1."""
     one = torch.ones(len(rows), 1, dtype=routing.gates.dtype, device=rows.device)
-    alive = torch.ones(1, dtype=torch.bool, device=rows.device)
-    return Routing(gates=one, logits=torch.zeros_like(one), probabilities=one, alive=alive)
+    active = torch.ones(1, dtype=torch.bool, device=rows.device)
+    return Routing(gates=one, logits=torch.zeros_like(one), probabilities=one, active=active)
 
 
 def _per_row(context: Tensor, rows: int, padding: Padding | None) -> Tensor:
@@ -337,14 +344,14 @@ def routing_inputs(
 ) -> Iterator[None]:
     """Hand every MoE layer of a model a padding mask or a context for passes in the block."""
     layers = [layer for _, layer in moe_layers(model)]
-    before = [layer.given for layer in layers]
+    before = [layer.routing_context for layer in layers]
     for layer in layers:
-        layer.given = (mask, context)
+        layer.routing_context = (mask, context)
     try:
         yield
     finally:
-        for layer, given in zip(layers, before, strict=True):
-            layer.given = given
+        for layer, former in zip(layers, before, strict=True):
+            layer.routing_context = former
 
 
 def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:

@@ -57,5 +57,5 @@ class AuxLoss(nn.Module, Part, kind="loss"):
         """
 
     @abstractmethod
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss, not yet weighted; a scalar. Differentiable in the router, the bank or both."""

@@ -80,7 +80,7 @@ def mix_sparse(
 def outputs_by_expert(
     hidden: Tensor, segment: Tensor, w_out: Tensor, b_out: Tensor | None
 ) -> Tensor:
-    """[M, N, D_out] each expert's own output; M is the number of living experts without b_out.
+    """[M, N, D_out] each expert's own output; M is the number of active experts without b_out.
 
     Args:
         hidden: [N, H]. segment: [H]. w_out: [D_out, H]. b_out: [M, D_out], or None.

@@ -75,8 +75,8 @@ class MultiHead(nn.Module):
         Raises:
             UserError: the mask's shape is not that of x.
         """
-        mask = self.layer.given[0] if mask is None else mask
-        context = self.layer.given[1] if context is None else context
+        mask = self.layer.routing_context[0] if mask is None else mask
+        context = self.layer.routing_context[1] if context is None else context
         padding = None
         if mask is not None:
             padding = Padding.of(mask, x, -1, self.layer.route_per == "sample")

@@ -39,7 +39,7 @@ class Pruned:
 
 @torch.no_grad()
 def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Pruned:
-    """Remove the living experts whose load on the data is below a threshold.
+    """Remove the active experts whose load on the data is below a threshold.
 
     The kept experts' units and rows are copied; what was removed frees a place, so that the new
     layer can grow to as many experts as the old one. Where gates are scaled by the number of
@@ -72,11 +72,11 @@ def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Prune
 
 @torch.no_grad()
 def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
-    """A copy of the layer with the living experts `kept` [K] only, numbered in that order.
+    """A copy of the layer with the active experts `kept` [K] only, numbered in that order.
 
     Everything that has one row per expert is put in that order: router rows, shifts and biases,
-    births, rows of the bank, state of the losses. Its `state_dict` loads into a new layer of as
-    many experts and units.
+    creation steps, rows of the bank, state of the losses. Its `state_dict` loads into a new layer
+    of as many experts and units.
 
     Raises:
         UserError: `kept` is empty, names an expert twice, or one that does not exist.
@@ -89,7 +89,7 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
         )
     smaller = copy.deepcopy(layer)
     others = [e for e in range(layer.max_experts) if e not in kept]
-    order = torch.tensor([*kept, *others], device=layer.birth.device)
+    order = torch.tensor([*kept, *others], device=layer.created.device)
     smaller.router.keep_experts(order, len(kept))
     for loss in smaller.losses:
         for tensor in (*loss.parameters(recurse=False), *loss.buffers(recurse=False)):
@@ -97,8 +97,8 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
                 tensor.copy_(tensor[order])
                 tensor[len(kept) :] = 0  # what the removed experts left in sums and counts
     smaller.router.initial_experts = len(kept)
-    smaller.birth.copy_(layer.birth[order])
-    smaller.birth[len(kept) :] = 0
+    smaller.created.copy_(layer.created[order])
+    smaller.created[len(kept) :] = 0
     for rows in smaller.bank.expert_rows():
         rows.copy_(rows[order])
     if isinstance(smaller.bank, UnitBank):

@@ -7,7 +7,7 @@ writes into existing tensors. Rows of experts that do not exist yet are masked.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Router(nn.Module, Part, kind="router"):
 
     Attributes:
         weight: Parameter [M, D], one row per expert.
-        alive: buffer [M] bool, which experts exist.
+        active: buffer [M] bool, which experts exist.
         logit_shift: buffer [M], added to the logits; function-preserving growth splits an expert's
             gate among its copies with it (log 2 each for two).
         selection_bias: buffer [M], added to the scores where experts are chosen, never to gates;
@@ -40,7 +40,7 @@ class Router(nn.Module, Part, kind="router"):
             where a sample's routing must not depend on its batch, as in policies.
     """
 
-    alive: Tensor
+    active: Tensor
     logit_shift: Tensor
     selection_bias: Tensor
     k: int | None = None
@@ -55,10 +55,16 @@ class Router(nn.Module, Part, kind="router"):
         super().__init__()
         self.initial_experts = num_experts
         self.weight = nn.Parameter(torch.empty(max_experts, dim))
-        self.register_buffer("alive", torch.arange(max_experts) < num_experts)
+        self.register_buffer("active", torch.arange(max_experts) < num_experts)
         self.register_buffer("logit_shift", torch.zeros(max_experts))
         self.register_buffer("selection_bias", torch.zeros(max_experts))
         self.draw_rows(every(self.weight), generator)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also what earlier versions saved: they called `active` alive."""
+        if f"{prefix}alive" in state:
+            state[f"{prefix}active"] = state.pop(f"{prefix}alive")
+        super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: the initial number of experts, all weights drawn again.
@@ -71,7 +77,7 @@ class Router(nn.Module, Part, kind="router"):
 
     def reset_buffers(self) -> None:
         """The initial number of experts, without shifts and biases."""
-        self.alive.copy_(every(self.alive) < self.initial_experts)
+        self.active.copy_(every(self.active) < self.initial_experts)
         self.logit_shift.zero_()
         self.selection_bias.zero_()
 
@@ -89,10 +95,10 @@ class Router(nn.Module, Part, kind="router"):
         return routing.without_padding(mask)
 
     @abstractmethod
-    def route(self, given: RouterInput) -> Routing:
-        """Route the samples `given.x` [N, D].
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route the samples `inputs.x` [N, D].
 
-        Padding is silenced afterwards; only routers whose samples compete look at `given.mask`.
+        Padding is silenced afterwards; only routers whose samples compete look at `inputs.mask`.
         """
 
     def finish_step(self) -> None:
@@ -104,11 +110,11 @@ class Router(nn.Module, Part, kind="router"):
 
     def expert_rows(self) -> list[nn.Parameter]:
         """Parameters whose first axis is the expert axis M; growth resets and copies their rows."""
-        return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.alive.shape]
+        return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.active.shape]
 
     def expert_buffers(self) -> list[Tensor]:
         """Buffers whose first axis is the expert axis M; pruning reorders their entries."""
-        return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.alive.shape]
+        return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.active.shape]
 
     @torch.no_grad()
     def keep_experts(self, order: Tensor, count: int) -> None:
@@ -123,7 +129,7 @@ class Router(nn.Module, Part, kind="router"):
 
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: uniform in +-1/sqrt(D), as torch's linear layers."""
+        """Re-initialise the rows `index` [n]: uniform in +-1/sqrt(D), as torch's linear layers."""
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.expert_rows():
             draw_entries(parameter, 0, index, bound, generator)
@@ -132,20 +138,20 @@ class Router(nn.Module, Part, kind="router"):
 
     def mask(self, logits: Tensor) -> Tensor:
         """Shift logits [N, M] and set those of experts that do not exist yet to -inf."""
-        return (logits + self.logit_shift).masked_fill(~self.alive, float("-inf"))
+        return (logits + self.logit_shift).masked_fill(~self.active, float("-inf"))
 
     def dense(self, logits: Tensor) -> Routing:
-        """Routing over all living experts: softmax of the masked logits [N, M]."""
+        """Routing over all active experts: softmax of the masked logits [N, M]."""
         masked = self.mask(logits)
         gates = masked.softmax(dim=1)
-        return Routing(gates=gates, logits=masked, probabilities=gates, alive=self.alive)
+        return Routing(gates=gates, logits=masked, probabilities=gates, active=self.active)
 
     def choose(self, scores: Tensor, k: int) -> Tensor:
-        """[N, M] bool: the min(k, E) living experts of largest score [N, M] + selection bias."""
-        scores = (scores.detach() + self.selection_bias).masked_fill(~self.alive, float("-inf"))
+        """[N, M] bool: the min(k, E) active experts of largest score [N, M] + selection bias."""
+        scores = (scores.detach() + self.selection_bias).masked_fill(~self.active, float("-inf"))
         best = scores.topk(k, dim=1).indices
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
-        return chosen & self.alive
+        return chosen & self.active
 
     def sparse(
         self, logits: Tensor, probabilities: Tensor, chosen: Tensor, renormalise: bool
@@ -163,6 +169,6 @@ class Router(nn.Module, Part, kind="router"):
             gates=gates,
             logits=logits,
             probabilities=probabilities,
-            alive=self.alive,
+            active=self.active,
             chosen=chosen,
         )

@@ -1,6 +1,6 @@
 """What a router decided for a batch: the record that banks, losses and diagnostics read.
 
-Shapes: N samples (or tokens), M most experts the layer can hold, E living experts, S slots.
+Shapes: N samples (or tokens), M most experts the layer can hold, E active experts, S slots.
 Everything is M wide; experts that do not exist yet have gate 0 and logit -inf.
 """
 
@@ -46,7 +46,7 @@ class Slots:
 class Routing:
     """One routing decision.
 
-    Dense routers leave `chosen` empty: every living expert is used, weighted by `gates`. Sparse
+    Dense routers leave `chosen` empty: every active expert is used, weighted by `gates`. Sparse
     routers fill it; then `gates` is exactly 0 wherever `chosen` is False.
     """
 
@@ -55,8 +55,8 @@ class Routing:
     logits: Tensor
     """[N, M] scores before normalisation; -inf for experts that do not exist yet"""
     probabilities: Tensor
-    """[N, M] scores normalised over the living experts; equals `gates` for dense routers"""
-    alive: Tensor
+    """[N, M] scores normalised over the active experts; equals `gates` for dense routers"""
+    active: Tensor
     """[M] bool, which experts exist"""
     chosen: Tensor | None = None
     """[N, M] bool, the experts that each sample uses, or None for dense routing"""
@@ -90,7 +90,7 @@ class Routing:
 
     def used(self) -> Tensor:
         """Experts that take part: a scalar for dense routing, [N, 1] for sparse routing."""
-        return self.alive.sum() if self.chosen is None else self.chosen.sum(dim=1, keepdim=True)
+        return self.active.sum() if self.chosen is None else self.chosen.sum(dim=1, keepdim=True)
 
     def without_padding(self, mask: Tensor | None) -> Routing:
         """The same decision with nothing for the padding, and `mask` noted."""
@@ -121,16 +121,16 @@ class Routing:
         )
 
 
-def hard_routing(owner: Tensor, used: Tensor, alive: Tensor, like: Tensor) -> Routing:
+def hard_routing(owner: Tensor, used: Tensor, active: Tensor, like: Tensor) -> Routing:
     """Each row goes to one given expert with gate 1, or nowhere.
 
     Args:
         owner: [N] the expert of each row; used: [N] bool, False for rows that go nowhere.
-        alive: [M] bool.
+        active: [M] bool.
         like: gives the dtype of the gates.
     """
-    chosen = torch.zeros(len(owner), len(alive), dtype=torch.bool, device=owner.device)
+    chosen = torch.zeros(len(owner), len(active), dtype=torch.bool, device=owner.device)
     chosen = chosen.scatter(1, owner.unsqueeze(1), used.unsqueeze(1))
     gates = chosen.to(like.dtype)
     logits = torch.where(chosen, 0.0, float("-inf")).to(like.dtype)
-    return Routing(gates=gates, logits=logits, probabilities=gates, alive=alive, chosen=chosen)
+    return Routing(gates=gates, logits=logits, probabilities=gates, active=active, chosen=chosen)

@@ -46,4 +46,4 @@ def share_router(model: nn.Module) -> list[str]:
 def _likeness(router: Router) -> object:
     """A key that is equal for routers that can stand for each other."""
     shapes = tuple((name, tuple(value.shape)) for name, value in router.state_dict().items())
-    return type(router), shapes, tuple(router.alive.tolist())
+    return type(router), shapes, tuple(router.active.tolist())

@@ -38,8 +38,8 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(dim=-1)
 
 
-def expert_use(gates: Tensor, birth: Tensor, mask: Tensor | None = None) -> dict[str, float]:
-    """How a batch's gates [N, E] use the experts, born at growths `birth` [E].
+def expert_use(gates: Tensor, created: Tensor, mask: Tensor | None = None) -> dict[str, float]:
+    """How a batch's gates [N, E] use the experts, made at growths `created` [E].
 
     Gates are taken as shares (rows sum to 1); expert e's load is its mean share.
 
@@ -53,7 +53,7 @@ def expert_use(gates: Tensor, birth: Tensor, mask: Tensor | None = None) -> dict
         load_max, load_min: largest and smallest load.
         used_experts: number with load > 1 / (10 E).
         dead_experts: number with load < .01 (on this batch).
-        newest_share: total load of the experts born last; 1 before the first growth.
+        newest_share: total load of the newest experts; 1 before the first growth.
         A single expert has entropy 0 and balance 1 by definition.
     """
     if mask is not None:
@@ -70,7 +70,7 @@ def expert_use(gates: Tensor, birth: Tensor, mask: Tensor | None = None) -> dict
         "load_min": load.min(),
         "used_experts": (load > 1 / (10 * count)).sum(),
         "dead_experts": (load < 0.01).sum(),
-        "newest_share": load[birth == birth.max()].sum(),
+        "newest_share": load[created == created.max()].sum(),
     }
     return {name: float(value) for name, value in values.items()}
 
@@ -129,7 +129,7 @@ def routing_stats(model: nn.Module, labels: Tensor | None = None) -> dict[str, d
         if routing is None:
             continue
         gates = routing.gates.detach()[:, : layer.num_experts]
-        use = expert_use(gates, layer.birth[: layer.num_experts], routing.mask)
+        use = expert_use(gates, layer.created[: layer.num_experts], routing.mask)
         if use and labels is not None:
             own = routing.real(row_labels(labels, len(gates)).to(gates.device))
             use |= _label_values(routing.real(gates), own)

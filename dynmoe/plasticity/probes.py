@@ -1,6 +1,6 @@
 """One pass over a fixed probe batch: everything that the plasticity metrics read.
 
-Shapes: N probe samples, C classes, d features, H hidden units of an expert bank, E living experts.
+Shapes: N probe samples, C classes, d features, H hidden units of an expert bank, E active experts.
 A probe is taken on the same samples each time, so that its numbers compare across training.
 """
 
@@ -33,13 +33,13 @@ class ExpertProbe:
     """One MoE layer in a probe. N is the number of real rows (samples or tokens) in its bank."""
 
     gates: Tensor
-    """[N, E] gates of the living experts; rows sum to 1 for softmax routers"""
+    """[N, E] gates of the active experts; rows sum to 1 for softmax routers"""
     hidden: Tensor
     """[N, H] activation of every hidden unit of the pool, whatever the routing"""
     segment: Tensor
     """[H] int, the expert that owns each hidden unit"""
-    birth: Tensor
-    """[E] int, the growth count at which each expert was born"""
+    created: Tensor
+    """[E] int, creation step: the growth count at which each expert was made"""
     weight_in: Tensor | None
     """[H, D_in] incoming weights (a reference, detached), or None for a bank without `w_in`"""
     weight_out: Tensor
@@ -73,7 +73,7 @@ class Probe:
     parameters: dict[str, Tensor]
     """parameter name -> its value: a reference, which later training changes"""
     initial: dict[str, Tensor] | None
-    """parameter name -> its value at birth, or None when that was not kept"""
+    """parameter name -> its value at the start, or None when that was not kept"""
     experts: dict[str, ExpertProbe]
     """MoE layer name -> its experts"""
 
@@ -108,8 +108,8 @@ def take_probe(
         model: maps inputs to logits [N, C].
         inputs: [N, ...], on the model's device.
         labels: [N] int class indices, or what else `loss` compares the logits with.
-        initial: values at birth by parameter name (see `copy_parameters`). Parameters it lacks are
-            left out of the distance; growth must keep the shapes of the others in step.
+        initial: values at the start by parameter name (see `copy_parameters`). Parameters it lacks
+            are left out of the distance; growth must keep the shapes of the others in step.
         classifier: the module whose input is `features`; by default the last `nn.Linear` in module
             order that is not part of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.
@@ -229,7 +229,7 @@ def _expert_probes(
         if layer not in record.inputs:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
-        if not isinstance(bank, UnitBank) or bank.whole:
+        if not isinstance(bank, UnitBank) or bank.per_sample:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
         rows = record.inputs[layer].flatten(0, -2)
@@ -242,7 +242,7 @@ def _expert_probes(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
             hidden=bank.hidden(rows),
             segment=bank.segment.clone(),
-            birth=layer.birth[:living].clone(),
+            created=layer.created[:living].clone(),
             weight_in=None if w_in is None else w_in.detach(),
             weight_out=w_out.detach(),
             weight_in_grad=None if w_in is None else gradients.get(names[id(w_in)]),
@@ -252,7 +252,7 @@ def _expert_probes(
 
 
 def _living_rows(model: nn.Module) -> dict[str, int]:
-    """Parameter name -> number of living experts, for parameters with one row per expert."""
+    """Parameter name -> number of active experts, for parameters with one row per expert."""
     names = {id(p): name for name, p in model.named_parameters()}
     rows = {}
     for _, layer in moe_layers(model):

@@ -21,7 +21,7 @@ def routing_drift(gates_before: Tensor, gates_after: Tensor) -> float:
 
     Args:
         gates_before: [N, E].
-        gates_after: [N, E'] with E' >= E; experts born in between have share 0 in `before`.
+        gates_after: [N, E'] with E' >= E; experts created in between have share 0 in `before`.
 
     Raises:
         ValueError: other samples, or fewer experts than before.

@@ -21,7 +21,9 @@ class Granularity(Study, name="granularity", source="Kim 2025 (arXiv 2511.18987)
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Our recipe and the plain form, at g = 1, 2, 4; dense and fresh networks beside them."""
-        plain = "--router softmax --gate-scale one --cut utility --init random --init.router new"
+        plain = (
+            "--router softmax --gate-scale one --pruning utility --init random --init.router new"
+        )
         return {
             "dense": "--method dense",
             "fresh": "--method fresh",
@@ -148,7 +150,7 @@ class Preservation(Study, name="preservation", source="ours; inits after arXiv 1
     """Do random new experts learn better than ones that preserve the network's function?
 
     The paper draws them at random. Each start is combined with cutting old experts by utility and,
-    where it applies, with drawing them anew.
+    where it applies, with re-initialising them.
     """
 
     def streams(self, preset: Preset) -> dict[str, str]:
@@ -161,16 +163,16 @@ class Preservation(Study, name="preservation", source="ours; inits after arXiv 1
         return {
             "dense": "--method dense",
             "fresh": "--method fresh",
-            "random, redraw": "--init random --cut redraw",
-            "random, utility": "--init random --cut utility",
+            "random, redraw": "--init random --pruning reinit",
+            "random, utility": "--init random --pruning utility",
             "random, utility, new router rows only":
-                "--init random --init.router new --cut utility",
-            "zero-output, utility": "--init zero-output --cut utility",
-            "duplicate, utility": "--init duplicate --cut utility",
+                "--init random --init.router new --pruning utility",
+            "zero-output, utility": "--init zero-output --pruning utility",
+            "duplicate, utility": "--init duplicate --pruning utility",
         }  # fmt: skip
 
     def verdict(self, results: Results) -> list[str]:
-        """The preserving starts against the random ones at the same cut; and the cuts."""
+        """The preserving starts against the random ones at the same pruning; and the criteria."""
         pairs = (
             ("random, utility", "zero-output, utility"),
             ("random, utility", "duplicate, utility"),
@@ -250,7 +252,7 @@ class RouterShift(Study, name="router-shift", source="Kim 2025 (arXiv 2511.18987
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Our recipe; only new rows drawn; the plain form."""
-        plain = "--router softmax --gate-scale one --cut utility --init.router new"
+        plain = "--router softmax --gate-scale one --pruning utility --init.router new"
         return {
             "dense": "--method dense",
             "fresh": "--method fresh",

@@ -23,15 +23,15 @@ GRID: dict[str, tuple[str, tuple[str, ...]]] = {
     "ewc": ("strength", ("1", "10", "100", "1000")),
     "replay": ("size", ("100", "500", "2000", "5000")),
 }
-"""Strategy -> its main option, and the four values that the search may choose among."""
+"""Intervention -> its main option, and the four values that the search may choose among."""
 UNTUNED = ("crelu", "layernorm", "fire", "head-reset")
-"""Strategies without an option worth a search."""
+"""Interventions without an option worth a search."""
 
 
 class Baselines(Study, name="baselines", source="ours; each baseline names its own"):
     """Does growing experts keep plasticity better than what the field already has?
 
-    Every strategy acts on the same dense network, with its paper's defaults and, where it has a
+    Every intervention acts on the same dense network, with its paper's defaults and, where it has a
     main option, tuned over four values of it by mean train accuracy on one seed apart.
     """
 
@@ -41,8 +41,8 @@ class Baselines(Study, name="baselines", source="ours; each baseline names its o
         return {"class": f"{start}--protocol class"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Reference networks, growth, expansions, and every strategy with its defaults."""
-        strategies = sorted([*GRID, *UNTUNED])
+        """Reference networks, growth, expansions, and every intervention with its defaults."""
+        interventions = sorted([*GRID, *UNTUNED])
         return {
             "dense": "--method dense",
             "fresh": "--method fresh",
@@ -52,14 +52,15 @@ class Baselines(Study, name="baselines", source="ours; each baseline names its o
             "wide": "--method wide",
             "net2wider": "--method net2wider",
             "progressive": "--method progressive",
-            **{name: f"--method dense --strategy {name}" for name in strategies},
+            **{name: f"--method dense --intervention {name}" for name in interventions},
         }
 
     def searches(self, preset: Preset) -> dict[str, list[str]]:
-        """Four values of each strategy's main option."""
+        """Four values of each intervention's main option."""
         return {
             f"{name}, tuned": [
-                f"--method dense --strategy {name} --strategy.{option} {value}" for value in values
+                f"--method dense --intervention {name} --intervention.{option} {value}"
+                for value in values
             ]
             for name, (option, values) in GRID.items()
         }

@@ -40,7 +40,7 @@ class DGExperts(
     name="dg-experts",
     source="Radwan et al. 2026 (AAAI), MoE², ablations; the growth is our extension",
 ):
-    """How many sets does MoE² need, does growing them do as well, and is mixing updates better?"""
+    """How many outer experts does MoE² need? Does growing do as well, or mixing updates better?"""
 
     command: ClassVar[Command] = "dg"
 
@@ -61,7 +61,7 @@ class DGExperts(
         }
 
     def verdict(self, results: Results) -> list[str]:
-        """Each against five sets."""
+        """Each against five outer experts."""
         (stream,) = results.streams
         others = [named(k) for k in SETS if k != 5] + ["2 to 5 sets", "5 sets, deltas"]
         return [
@@ -71,12 +71,12 @@ class DGExperts(
 
 
 def named(sets: int) -> str:
-    """A variant by its number of sets."""
+    """A variant by its number of outer experts, each a set of MoA layers."""
     return "1 set" if sets == 1 else f"{sets} sets"
 
 
 def _departure(results: Results, stream: str, variant: str) -> str:
-    """How far the variant is from a mixture of its sets' predictions, where Lemma 1 would hold."""
+    """How far the variant is from its experts' mixed predictions, where Lemma 1 would hold."""
     kl, spread, change = (
         "{:.4f} nats [{:.4f}, {:.4f}]".format(*results.interval(stream, variant, metric))
         for metric in ("kl", "spread", "loss_change")
@@ -97,7 +97,7 @@ FEW_SETS = (2, 5, 10)
 
 
 class DGParameters(Study, name="dg-parameters", source="Radwan et al. 2026 (AAAI), MoE², Figure 1"):
-    """Is it the mixing of sets that helps, or only more parameters?"""
+    """Is it the mixing of outer experts that helps, or only more parameters?"""
 
     command: ClassVar[Command] = "dg"
 
@@ -106,7 +106,7 @@ class DGParameters(Study, name="dg-parameters", source="Radwan et al. 2026 (AAAI
         return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """MoA with larger adapters or more of them, and MoE² with more sets of its default's."""
+        """MoA with larger adapters or more of them, and MoE² with more outer experts."""
         return {
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
@@ -128,7 +128,7 @@ NOISES = ("0", "1e-4", "1e-2", "0.1")
 
 
 class DGRouter(Study, name="dg-router", source="Radwan et al. 2026 (AAAI), MoE², Tables 3 and 4"):
-    """How much do the temperature of the gates and the noise on the sets' common start matter?"""
+    """How much do the temperature of the gates and the noise on the common start matter?"""
 
     command: ClassVar[Command] = "dg"
 

@@ -79,7 +79,7 @@ class TTABalance(Study, name="tta-balance", source="Fan et al. 2025 (arXiv 2511.
         }
 
     def verdict(self, results: Results) -> list[str]:
-        """Share of the busiest expert and accuracy without balance against the default."""
+        """Share of the most loaded expert and accuracy without balance against the default."""
         return [
             sentence
             for stream in results.streams

@@ -24,7 +24,7 @@ def use_of_experts(model: nn.Module) -> dict[str, float]:
 
     Returns:
         balance: entropy of the experts' loads over log E; 1 even, 0 one expert takes all.
-        largest_share: load of the busiest expert.
+        largest_share: load of the most loaded expert.
         used_experts: experts with more than a tenth of an even share.
         router_entropy: entropy of each sample's router probabilities over log E; 1 undecided.
     """
@@ -35,9 +35,9 @@ def use_of_experts(model: nn.Module) -> dict[str, float]:
     use = {new: sum(s[old] for s in stats) / len(stats) for new, old in keys.items()}
     routings = [layer.last_routing for _, layer in moe_layers(model) if layer.last_routing]
     certainties = [
-        float(r.mean(entropy(r.probabilities.detach().double())) / r.alive.sum().log())
+        float(r.mean(entropy(r.probabilities.detach().double())) / r.active.sum().log())
         for r in routings
-        if int(r.alive.sum()) > 1 and (r.mask is None or bool(r.mask.any()))
+        if int(r.active.sum()) > 1 and (r.mask is None or bool(r.mask.any()))
     ]
     if certainties:
         use["router_entropy"] = sum(certainties) / len(certainties)

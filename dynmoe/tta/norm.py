@@ -63,8 +63,8 @@ class MoELayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, ..., D]."""
-        seen = x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
-        return self.layer(F.layer_norm(x, x.shape[-1:], eps=self.eps), seen=seen)
+        routing_input = x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
+        return self.layer(F.layer_norm(x, x.shape[-1:], eps=self.eps), routing_input=routing_input)
 
     @property
     def bank(self) -> AffineBank:

@@ -23,7 +23,7 @@ from dynmoe.tta.entropy import wide
 Choice = Callable[[MoELayer, Routing], Tensor]
 """A layer and its own routing -> the expert of each image instead, int64 [B]."""
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives batches anew: images [B, C, H, W] and labels [B], both on the model's device."""
+"""Gives batches again: images [B, C, H, W] and labels [B], both on the model's device."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def routed_by(model: nn.Module, choose: Choice) -> Iterator[None]:
         def hook(_: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
             expert = choose(layer, own)
             everywhere = torch.ones_like(expert, dtype=torch.bool)
-            return hard_routing(expert, everywhere, own.alive, own.gates)
+            return hard_routing(expert, everywhere, own.active, own.gates)
 
         return layer.router.register_forward_hook(hook)
 
@@ -63,7 +63,7 @@ def usefulness(
         Per routing `loss`, the mean cross-entropy in nats, and `accuracy`, a share:
         learned: the model's own.
         random: in every layer each image gets an expert drawn uniformly, independently.
-        busiest: in every layer all images get the one that most of them get when learned.
+        most_loaded: in every layer all images get the one that most of them get when learned.
         best: all images get one number e in every layer, that of least loss, chosen in hindsight
             by the labels; `expert` is e. Numbers of different layers have nothing to do with each
             other, so these are E of the many ways to use one expert per layer.
@@ -82,7 +82,7 @@ def usefulness(
         drawn = torch.randint(layer.num_experts, (len(routing.gates),), generator=generator)
         return drawn.to(routing.gates.device)
 
-    def busiest(layer: MoELayer, routing: Routing) -> Tensor:
+    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor:
         return _all(int(loads[layer].argmax()), routing)
 
     def only(expert: int) -> Choice:
@@ -91,7 +91,9 @@ def usefulness(
     number = min(layer.num_experts for layer in layers)
     choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
     with undisturbed(model):
-        found = _score(model, batches, choices) | _score(model, batches, {"busiest": busiest})
+        found = _score(model, batches, choices) | _score(
+            model, batches, {"most_loaded": most_loaded}
+        )
     singles = [found.pop(str(e)) for e in range(number)]
     losses = [single["loss"] for single in singles]
     best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))

@@ -112,7 +112,7 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     argv = f"--preset smoke --seeds 2 --landscape 3 --name y --runs-dir {tmp_path}".split()
     assert exit_code(dg.main, argv) == 0
     out = capsys.readouterr().out
-    for word in ("moe2", "linear-probe", "plain", "coloured", "edges", "±", "learning"):
+    for word in ("moe2", "linear-probe", "plain", "coloured", "edges", "±", "trainable"):
         assert word in out
     report = tmp_path / "dg" / "y" / "report"
     assert {path.name for path in report.iterdir()} == {
@@ -308,7 +308,7 @@ def test_a_backbone_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert command(tmp_path / "runs", extra) == 0
     found = summary(tmp_path / "runs")
-    assert found["tests"][0]["learning"] == 2 * 193 and found["model"] == "vit_tiny_patch16_224"
+    assert found["tests"][0]["trainable"] == 2 * 193 and found["model"] == "vit_tiny_patch16_224"
     capsys.readouterr()
     assert command(tmp_path / "more", f"{extra}x") == 2
     assert "vit.pthx" in error_line(capsys.readouterr().err)

@@ -46,15 +46,15 @@ CASES = {
     "topk": "--router topk --balance switch",
     "class stream": "--protocol class --chunks 5 --epochs 1 --batch-size 100",
     "gradient trigger": "--trigger gradient --trigger.share 0.97 --trigger.memory 2 "
-    "--trigger.cooldown 3 --granularity 1 --newborn.lr 0.5 --newborn.lr-steps 2 "
-    "--newborn.logit -2 --newborn.logit-steps 2",
+    "--trigger.cooldown 3 --granularity 1 --new-experts.lr 0.5 --new-experts.lr-steps 2 "
+    "--new-experts.logit -2 --new-experts.logit-steps 2",
     "dormancy trigger": "--trigger dormancy --trigger.every 2 --trigger.rise 0.02 "
     "--trigger.cooldown 3 --granularity 1",
-    "net2wider": "--method net2wider --strategy l2-init",
-    "progressive": "--method progressive --strategy l2-init",
-    "permuted replay": "--protocol permuted --protocol.images 150 --strategy replay "
-    "--strategy.size 40 --augment crop-flip",
-    "ewc": "--strategy ewc --budget.mode per-growth",
+    "net2wider": "--method net2wider --intervention l2-init",
+    "progressive": "--method progressive --intervention l2-init",
+    "permuted replay": "--protocol permuted --protocol.images 150 --intervention replay "
+    "--intervention.size 40 --augment crop-flip",
+    "ewc": "--intervention ewc --budget.mode per-growth",
 }
 
 
@@ -75,7 +75,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
     for name in ("log.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     last = [last_checkpoint(folder) for folder in (one, two)]
-    assert last[0] is not None and last[0]["state"]["strategy"]["model"]
+    assert last[0] is not None and last[0]["state"]["trainer"]["model"]
     assert_same(last[0], last[1])
 
 
@@ -140,10 +140,10 @@ def test_second_interrupt_stops_at_once(
     """Two Ctrl-C before the first epoch's end: nothing more is saved, and nothing is lost."""
     original = Recorder.epoch_done
 
-    def interrupted(self: Recorder, strategy: Any) -> None:
+    def interrupted(self: Recorder, trainer: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        original(self, strategy)
+        original(self, trainer)
 
     monkeypatch.setattr(Recorder, "epoch_done", interrupted)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -190,7 +190,7 @@ def processes() -> BaseContext:
     """Starts processes of their own that have imported everything: forks of a clean server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["dynmoe.cl", "cl_benchmarks.experiment", "cl_benchmarks.strategy", "sklearn.datasets",
+        ["dynmoe.cl", "cl_benchmarks.experiment", "cl_benchmarks.trainer", "sklearn.datasets",
          "torch.utils.tensorboard", "matplotlib.backends.backend_agg"]
     )  # fmt: skip
     return context

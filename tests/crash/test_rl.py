@@ -28,11 +28,11 @@ SMALL = (
 CASES = {
     "stage": "--trigger.share 0",
     "every": "--trigger every --trigger.steps 100 --granularity 2",
-    "constant": "--trigger every --trigger.steps 150 --budget.mode constant --cut utility",
+    "constant": "--trigger every --trigger.steps 150 --budget.mode constant --pruning utility",
     "plateau": "--trigger plateau --trigger.patience 70 --trigger.limit 2",
     "gradient": "--trigger gradient --trigger.share 0.99 --trigger.memory 1 --trigger.cooldown 64 "
-    "--trigger.limit 2 --newborn.lr 0.5 --newborn.lr-steps 3 --newborn.logit -1 "
-    "--newborn.logit-steps 6",
+    "--trigger.limit 2 --new-experts.lr 0.5 --new-experts.lr-steps 3 --new-experts.logit -1 "
+    "--new-experts.logit-steps 6",
     "drift": "--trigger drift --trigger.warmup 1 --trigger.threshold 1e-6 --trigger.delta 0 "
     "--trigger.cooldown 64 --trigger.limit 2",
     "rank": "--trigger rank --trigger.share 0.9999 --trigger.cooldown 64 --trigger.limit 2 "

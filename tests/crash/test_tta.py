@@ -125,7 +125,7 @@ def test_the_routing_is_compared_without_a_trace(
     routings = seen[2].pop("routings")
     assert seen[0] == seen[2]
     assert_same(states[0], states[2])
-    assert set(routings) == {"learned", "random", "busiest", "best"}
+    assert set(routings) == {"learned", "random", "most_loaded", "best"}
     assert all((row["accuracy"] * 28) % 1 == 0 for row in routings.values())  # 16 and 12 images
     assert 0 <= routings["best"]["expert"] < 9
     results = json.loads((tmp_path / "2" / "tta" / "x" / "results.json").read_text())

@@ -53,7 +53,7 @@ def _run(flags: str, *more: str) -> int:
         ("--method dynamcmoe", "unknown method 'dynamcmoe'; known: "
          + ", ".join(registry.names("method")) + ". Did you mean 'dynamicmoe'?"),
         ("--protocol shufle", "Did you mean 'shuffle'?"),
-        ("--strategy red", "Did you mean 'redo'?"),
+        ("--intervention red", "Did you mean 'redo'?"),
         ("--router cosin", "Did you mean 'cosine'?"),
         ("--dataset digit", "Did you mean 'digits'?"),
         ("--compare fresk", "unknown method 'fresk'"),

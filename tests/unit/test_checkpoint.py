@@ -86,7 +86,7 @@ def test_damaged_one_is_named_and_passed_over(
     damage(tmp_path / "step-000000001.pt")
     with pytest.raises(ResourceError, match=f"no checkpoint in {tmp_path} can be read"):
         load_latest(tmp_path)
-    assert exists(tmp_path)  # so that no run starts afresh without being told to
+    assert exists(tmp_path)  # so that no run starts over without being told to
 
 
 def test_damaged_one_does_not_take_a_whole_ones_place(tmp_path: Path) -> None:

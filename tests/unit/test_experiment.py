@@ -57,7 +57,7 @@ def _config(runs: Path, method: str = "dynamicmoe", **changes: Any) -> Config:
 def _last_model(folder: Path) -> dict[str, Tensor]:
     saved = checkpoint.load_latest(folder / "checkpoints")
     assert saved is not None
-    return saved["state"]["strategy"]["model"]
+    return saved["state"]["trainer"]["model"]
 
 
 def _chunks(config: Config, data: ImageData) -> tuple[list[ChunkDataset], list[ChunkDataset]]:

@@ -98,11 +98,11 @@ def test_no_import_points_backward(places: list[str], forbidden: tuple[str, ...]
     assert wrong == {}
 
 
-def test_strategies_need_no_framework_at_the_top() -> None:
+def test_interventions_need_no_framework_at_the_top() -> None:
     """Nor anything of `cl_benchmarks` that knows Avalanche or how a run is made."""
     shared = [f"cl_benchmarks/{m}.py" for m in ("anchor", "periodic", "units", "weights")]
     files = _files([*shared, "dynmoe/interventions/intervention.py", "dynmoe/interventions"])
-    bound = ("strategy", "experiment", "recorder", "method", "methods", "settings", "growth_plugin")
+    bound = ("trainer", "experiment", "recorder", "method", "methods", "settings", "growth_plugin")
     forbidden = (*HEAVY, "agents", "envs", *(f"cl_benchmarks.{name}" for name in bound))
     for path in files:
         names = set(_at_the_top(ast.parse(path.read_text())))

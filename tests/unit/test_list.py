@@ -44,9 +44,9 @@ def test_the_catalogue_is_up_to_date() -> None:
 
 
 def test_the_command_writes_the_catalogue() -> None:
-    done = command("cut", "--markdown")
+    done = command("pruning", "--markdown")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == parts.catalogue(["cut"])
+    assert done.stdout == parts.catalogue(["pruning"])
     assert done.stdout.removeprefix(parts.HEADER) in CATALOGUE.read_text()
 
 
@@ -65,14 +65,14 @@ def test_the_catalogue_names_every_part_in_tables_that_hold_together() -> None:
 def test_parts_of_other_origin_are_listed_but_not_in_the_catalogue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(registry._PARTS, "cut", dict(registry._PARTS["cut"]))
+    monkeypatch.setitem(registry._PARTS, "pruning", dict(registry._PARTS["pruning"]))
 
-    class Mine(registry.get("cut", "first"), name="zzz-mine"):  # type: ignore[misc]
+    class Mine(registry.get("pruning", "first"), name="zzz-mine"):  # type: ignore[misc]
         """Keeps what I like | and more."""
 
-    assert "zzz-mine" not in parts.catalogue(["cut"])
-    parts.main(["cut"])
-    tail = capsys.readouterr().out.split("  cut zzz-mine\n")[1]
+    assert "zzz-mine" not in parts.catalogue(["pruning"])
+    parts.main(["pruning"])
+    tail = capsys.readouterr().out.split("  pruning zzz-mine\n")[1]
     assert tail.splitlines() == [
         "      Keeps what I like | and more.",
         "      source: ours",

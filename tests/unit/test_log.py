@@ -78,7 +78,7 @@ def test_going_on_cuts_off_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
     assert _scalars(tmp_path) == {"loss": [(1, 1.0), (2, 2.5)]}
 
-    third = Logger(tmp_path)  # afresh
+    third = Logger(tmp_path)  # a new one
     third.close()
     assert (tmp_path / "log.jsonl").read_bytes() == b""
     assert _scalars(tmp_path) == {}

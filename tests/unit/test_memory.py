@@ -28,7 +28,7 @@ print(plain / 3, faults(8) / 8, *returned)
 """
 GLIBC = platform.libc_ver()[0] == "glibc"
 SIZE, PAGE, HUGE_PAGE = 400 * 2**20, 2**12, 2**21
-"""Bytes of the tensor: more than the 32 MiB above which glibc maps blocks anew by default, and more
+"""Bytes of the tensor: more than the 32 MiB above which glibc maps new blocks by default, and more
 than what it leaves at the heap's end when it gives memory back."""
 
 

@@ -24,11 +24,11 @@ from dynmoe.moe import MoELayer
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "own_parts.md").read_text()
 EXAMPLE = re.findall(r"```python\n(# my_router\.py\n.*?)```", DOC, re.DOTALL)[0]
-CUT = '''from dynmoe.growth.pruning import Cut
+PRUNING = '''from dynmoe.growth.pruning import PruningCriterion
 
 
-class Mine(Cut, name="{name}"):
-    """A cut for a test."""
+class Mine(PruningCriterion, name="{name}"):
+    """A pruning criterion for a test."""
 '''
 
 
@@ -135,7 +135,7 @@ def test_a_sweeps_processes_know_it(tmp_path: Path) -> None:
     ("value", "before"),
     [
         ("my_parts.my_router", ""),
-        ("my_parts.my_router:MyRouter", "import dynmoe.registry as r; r.names('cut')\n"),
+        ("my_parts.my_router:MyRouter", "import dynmoe.registry as r; r.names('pruning')\n"),
     ],
     ids=["module", "class"],
 )
@@ -236,27 +236,29 @@ def test_the_docs_router_has_initial_weights_as_any_other(example: Path) -> None
 def test_a_file_is_imported_once_whatever_it_is_called(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = CUT.format(name="mine") + "\nwith open('count', 'a') as file:\n    file.write('x')\n"
-    (folder / "my-cut.py").write_text(source)
-    both = os.pathsep.join(["my-cut.py", "", str(folder / "my-cut.py")])
+    source = (
+        PRUNING.format(name="mine") + "\nwith open('count', 'a') as file:\n    file.write('x')\n"
+    )
+    (folder / "my-pruning.py").write_text(source)
+    both = os.pathsep.join(["my-pruning.py", "", str(folder / "my-pruning.py")])
     monkeypatch.setenv("DYNMOE_PARTS", both)
     assert "mine" not in registry.names("router")  # of any kind: the file is imported all the same
-    assert "mine" in registry.names("cut") and "mine" in registry.names("cut")
+    assert "mine" in registry.names("pruning") and "mine" in registry.names("pruning")
     assert (folder / "count").read_text() == "x"
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")  # where the relative path leads nowhere
-    assert "mine" in registry.names("cut")
-    assert registry.get("cut", "mine").__module__ == "own_my_cut"
+    assert "mine" in registry.names("pruning")
+    assert registry.get("pruning", "mine").__module__ == "own_my_pruning"
 
 
 def test_a_file_may_ask_for_names_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "first.py").write_text(
         "from dynmoe import registry\n"
-        "class Mine(registry.get('cut', 'second'), name='first-own'):\n    '''A cut.'''\n"
+        "class Mine(registry.get('pruning', 'second'), name='first-own'):\n    '''A criterion.'''\n"
     )
-    (folder / "second.py").write_text(CUT.format(name="second"))
+    (folder / "second.py").write_text(PRUNING.format(name="second"))
     monkeypatch.setenv("DYNMOE_PARTS", os.pathsep.join(["first.py", "second.py"]))
-    assert {"first-own", "second"} <= set(registry.names("cut"))
+    assert {"first-own", "second"} <= set(registry.names("pruning"))
 
 
 @pytest.mark.parametrize(
@@ -267,26 +269,26 @@ def test_a_file_may_ask_for_names_itself(folder: Path, monkeypatch: pytest.Monke
         ("bad.py", "class Mine(:\n", "SyntaxError: invalid syntax (bad.py, line 1)"),
         ("bad.py", "import math\nmath.nothing\n", "AttributeError: module 'math' has no"),
         ("bad.py", "raise ValueError('two\\n  lines')", "ValueError: two lines"),
-        ("bad.py", CUT.format(name="utility"),
-         "cut 'utility' is defined by dynmoe.growth.pruning.UtilityCut and again by "
+        ("bad.py", PRUNING.format(name="utility"),
+         "pruning 'utility' is defined by dynmoe.growth.pruning.UtilityUnits and again by "
          "own_bad.Mine; rename one"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_imported_is_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | None, reason: str
 ) -> None:
-    registry.names("cut")
+    registry.names("pruning")
     if text is not None:
         (folder / name).write_text(text)
     monkeypatch.setenv("DYNMOE_PARTS", name)
-    for kind in ("router", "router", "cut"):  # it stays an error
+    for kind in ("router", "router", "pruning"):  # it stays an error
         line = message(kind)
         assert line.startswith(f"{name}, named in DYNMOE_PARTS, cannot be loaded: {reason}")
     assert "own_bad" not in sys.modules
     (folder / name).unlink(missing_ok=True)
-    (folder / "mended.py").write_text(CUT.format(name="mended"))
+    (folder / "mended.py").write_text(PRUNING.format(name="mended"))
     monkeypatch.setenv("DYNMOE_PARTS", "mended.py")
-    assert "mended" in registry.names("cut")
+    assert "mended" in registry.names("pruning")
 
 
 def test_two_files_of_one_name_are_told_apart(
@@ -294,10 +296,10 @@ def test_two_files_of_one_name_are_told_apart(
 ) -> None:
     for place in ("a", "b"):
         (folder / place).mkdir()
-        (folder / place / "cut.py").write_text(CUT.format(name=place))
-    files = [str(Path(place) / "cut.py") for place in ("a", "b")]
+        (folder / place / "pruning.py").write_text(PRUNING.format(name=place))
+    files = [str(Path(place) / "pruning.py") for place in ("a", "b")]
     monkeypatch.setenv("DYNMOE_PARTS", os.pathsep.join(files))
-    line = message("cut")
+    line = message("pruning")
     assert line.startswith(f"{files[1]}, named in DYNMOE_PARTS, cannot be loaded: ")
     assert f"{(folder / files[0]).resolve()} has the same name; rename one of them" in line
 
@@ -311,7 +313,7 @@ class Mine(Trunk, name="mlp"):
 
 
 def test_a_name_that_is_taken_is_one_line_at_the_command_line(tmp_path: Path) -> None:
-    """Whichever of the two is imported first: listing cuts reads no folder of networks."""
+    """Whichever of the two is imported first: listing criteria reads no folder of networks."""
     (tmp_path / "mine.py").write_text(NETWORK)
     last = run("dynmoe.list", "network", folder=tmp_path, DYNMOE_PARTS="mine.py")
     assert (last.returncode, last.stdout) == (2, "")

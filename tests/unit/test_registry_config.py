@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cl_benchmarks.settings import Config as ContinualConfig
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget
@@ -20,15 +21,15 @@ from dynmoe.lab.config import (
     RunConfig,
     difference,
     digest,
+    from_dict,
     identity,
     parse,
     place,
     run_command,
-    slot,
     slots,
     to_dict,
 )
-from dynmoe.registry import Part, PartConfig
+from dynmoe.registry import Part, PartConfig, slot
 
 PARTS = [(kind, name) for kind in registry.PACKAGES for name in registry.names(kind)]
 
@@ -99,7 +100,7 @@ def test_every_option_of_every_part_has_a_help_text(kind, name):
     ("kind", "wrong", "right"),
     [
         ("router", "cosin", "cosine"),
-        ("cut", "utilty", "utility"),
+        ("pruning", "utilty", "utility"),
         ("init", "zero-ouput", "zero-output"),
     ],
 )
@@ -161,6 +162,34 @@ def test_a_part_without_options_gets_a_config_of_its_own(scratch):
 
 
 # command lines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--cut utility", "--cut is now --pruning"),
+        ("--cut=utility", "--cut is now --pruning"),
+        ("--cut.option 2", "--cut.option is now --pruning.option"),
+        ("--pruning redraw", "--pruning redraw is now --pruning reinit"),
+        ("--strategy redo", "--strategy is now --intervention"),
+        ("--strategy.tau 0.2", "--strategy.tau is now --intervention.tau"),
+        ("--newborn.lr 2", "--newborn.lr is now --new-experts.lr"),
+        ("--newborn.lr-steps=2", "--newborn.lr-steps is now --new-experts.lr-steps"),
+    ],
+)
+def test_an_option_of_an_earlier_version_says_what_it_is_called_now(flags, line):
+    presets = {"default": ContinualConfig()}
+    with pytest.raises(UserError) as caught:
+        parse(presets, flags.split(), "prog", "What it does.")
+    assert str(caught.value) == line
+    now = line.split(" is now ")[1].split(".")[0].split()[0][2:].replace("-", "_")
+    assert hasattr(presets["default"], now)
+
+
+@pytest.mark.parametrize("old", ["cut", "strategy", "newborn"])
+def test_settings_saved_by_an_earlier_version_are_refused(old):
+    with pytest.raises(UserError, match=f"earlier version: {old} is now .*; make the run again"):
+        from_dict(ContinualConfig, {old: {"part": "none"}})
 
 
 def test_the_first_preset_is_the_default():
@@ -316,8 +345,8 @@ def test_the_digest_names_all_seeds_of_a_setting():
 
 
 def test_parts_with_equal_options_have_different_digests():
-    cut, init = (registry.get("cut", name).Config() for name in ("first", "random"))
-    one, other = replace(Settings(), router=cut), replace(Settings(), router=init)
+    pruning, init = (registry.get("pruning", name).Config() for name in ("first", "random"))
+    one, other = replace(Settings(), router=pruning), replace(Settings(), router=init)
     assert digest(one) != digest(other)
 
 

@@ -90,7 +90,7 @@ def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:
             if study.command in ("cl", "rl"):
                 config.method.build()
             if study.command == "cl":
-                config.strategy.build()
+                config.intervention.build()
             assert "/" not in label
 
 

@@ -31,7 +31,7 @@ TTA: dict[str, Any] = {
 }
 PLAIN: dict[str, Any] = {"accuracy": 0.4, "curve": [0.4], "domains": {"fog": {}}, "history": [],
                          "routings": {}}  # fmt: skip
-DG = {"tests": [{"accuracy": a, "learning": 10, "measures": {"kl": a / 2, "spread": 1.0,
+DG = {"tests": [{"accuracy": a, "trainable": 10, "measures": {"kl": a / 2, "spread": 1.0,
                                                                "loss_change": -0.5}}
                 for a in (0.6, 0.8)]}  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_gains_along_a_stream_are_against_another_run_on_the_same_images() -> No
 def test_numbers_of_a_trial_are_means_over_left_out_domains() -> None:
     assert VIEWS["dg"].value(DG, "accuracy", "mean") == pytest.approx(0.7)
     assert VIEWS["dg"].value(DG, "kl", "mean") == pytest.approx(0.35)
-    assert VIEWS["dg"].unit("learning") == (1.0, "", 0)
+    assert VIEWS["dg"].unit("trainable") == (1.0, "", 0)
     r = Results({"s": {"a": [DG, DG], "b": [DG, DG]}}, {"s": {}}, VIEWS["dg"])
     assert "accuracy, mean over left-out domains" in r.says("s", "a", "b")
 

@@ -136,7 +136,7 @@ class HyperBank(ExpertBank):
         return []
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the codes `index` [n] afresh: standard normal."""
+        """Re-initialise the codes `index` [n]: standard normal."""
         draw_normal(self.codes, index, 1.0, generator)
 
 

@@ -1,4 +1,4 @@
-"""MoE²: sets of mixture-of-adapters layers, mixed into one set for each image."""
+"""MoE²: outer experts, each a set of mixture-of-adapters layers, mixed into one for each image."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from dynmoe.moe.routers.soft import CosineRouter
 
 
 class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs. 2, 5, 8 and 9"):
-    """Each image runs with its own mixture of K sets of MoA layers, by cosine to K prototypes.
+    """Each image runs with its own mixture of K outer experts, by cosine to K prototypes.
 
     `w_k = softmax_k(cos(phi, v_k) / tau)` with phi the frozen backbone's own feature of the image
     (Eq. 5; a first pass without adapters), `theta = sum_k w_k theta_k` (Eq. 2), one adapted pass,
-    a linear head. `outer` is a core MoE layer whose experts are the sets, so `moe_layers`,
-    `GrowthController` and `routing_stats` see K experts; the token gates inside the sets are no
-    layers of the core, since their parameters differ from sample to sample.
+    a linear head. An outer expert is a set of MoA layers. `outer` is a core MoE layer with them as
+    its experts, so `moe_layers`, `GrowthController` and `routing_stats` see K experts; the token
+    gates inside them are no layers of the core, since their parameters differ from sample to
+    sample.
 
     Prototypes start as random directions of length 1 and are not normalised in the diversity loss
     (our choice). Growth is our own extension; with the init zero-output it leaves the function as
@@ -45,17 +46,17 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         """Options of MoE²."""
 
         experts: int = 5
-        """sets at the start (the paper's count of parameters fits five)"""
+        """outer experts at the start (the paper's count of parameters fits five)"""
         max_experts: int = 0
-        """sets that there is room for, counted from the start; 0: no growth"""
+        """outer experts that there is room for, counted from the start; 0: no growth"""
         synthesis: Synthesis = "factors"
         """what is mixed: every factor (Eq. 2 to the letter), or the updates that they make"""
         adapter: Adapter = "kadaptation"
-        """kind of update in the sets"""
+        """kind of update in the outer experts"""
         temperature: float = 0.5
         """tau, divides the cosines (Table 3)"""
         init_noise: float = 1e-4
-        """standard deviation of the noise by which sets differ at the start (Table 4)"""
+        """standard deviation of the noise by which they differ at the start (Table 4)"""
         diversity: float = 0.2
         """weight of the diversity loss (Table 6)"""
         diversity_form: Form = "euclidean"
@@ -127,9 +128,9 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         return departure(self, images, labels)
 
     def forward_with(self, images: Tensor, gates: Tensor) -> Tensor:
-        """Logits [B, C] with given weights [B, K] of the first K sets, as `forward` computes them.
+        """Logits [B, C] by weights [B, K] of the first K outer experts, as `forward` computes them.
 
-        One-hot rows give what a set says alone.
+        One-hot rows give what an outer expert says alone.
         """
         bank = self._bank()
         thetas = bank.thetas(bank.mix(gates), gates)

@@ -17,7 +17,7 @@ MARKERS = "os^DvP*Xph"
 
 
 def parameters_figure(path: Path, found: dict[str, dict[str, Any]], title: str) -> None:
-    """Average accuracy against the parameters that learn, with standard errors.
+    """Average accuracy against the trainable parameters, with standard errors.
 
     The shape of Figure 1 of MoE². `found` is what `report.collect` gives.
     """
@@ -25,11 +25,11 @@ def parameters_figure(path: Path, found: dict[str, dict[str, Any]], title: str) 
     for number, (name, row) in enumerate(found.items()):
         mean, error = (100 * x for x in row["average"])
         color = COLORS[number % len(COLORS)]
-        axes.errorbar(row["learning"], mean, None if error != error else error, fmt="o",
+        axes.errorbar(row["trainable"], mean, None if error != error else error, fmt="o",
                       color=color, capsize=3)  # fmt: skip
-        axes.annotate(name, (row["learning"], mean), xytext=(5, 5), textcoords="offset points",
+        axes.annotate(name, (row["trainable"], mean), xytext=(5, 5), textcoords="offset points",
                       fontsize=8, color=color)  # fmt: skip
-    axes.set(xscale="log", xlabel="parameters that learn", ylabel="average test accuracy (%)")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="average test accuracy (%)")
     axes.margins(x=0.2)
     _save(figure, path)
 

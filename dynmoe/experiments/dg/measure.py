@@ -93,7 +93,7 @@ def landscape_array(fold: Any, side: int) -> Arrays:
         `plane_source` and `plane_test` [side, side], `plane_axis` [side].
     """
     method, source = fold.method, fold.trial.source
-    weights = method.learning()
+    weights = method.trainable()
     start = [w.detach().clone() for w in weights]
     generator = seeding.generator(fold.config.seed, "landscape", fold.test)
     directions = []

@@ -2,7 +2,7 @@
 
 DomainBed's table: accuracy on each left-out domain as the mean over trials with its standard error,
 and their average. Beside it stand a 95 % t interval of the average and of the difference to
-the first method, paired by trial, and the parameters that learn.
+the first method, paired by trial, and the trainable parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def by_domain(summaries: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def collect(summaries: Summaries) -> dict[str, dict[str, Any]]:
     """Per method: `domains` name -> (mean, error), `average` (mean, error), `interval`,
-    `difference` to the first method (None for itself), `parameters`, `learning`, `values`,
+    `difference` to the first method (None for itself), `parameters`, `trainable`, `values`,
     `measures` (means of the method's own figures over trials and domains).
     """  # noqa: D205
     first = next(iter(summaries))
@@ -54,7 +54,7 @@ def collect(summaries: Summaries) -> dict[str, dict[str, Any]]:
             "interval": confidence_interval(means, "mean"),
             "difference": None if name == first else paired_difference(means, base),
             "parameters": last["parameters"],
-            "learning": last["learning"],
+            "trainable": last["trainable"],
             "values": values,
             "measures": _measures(own),
         }
@@ -118,7 +118,7 @@ def print_table(found: dict[str, dict[str, Any]], title: str, trials: int) -> No
     table.add_column("method")
     for domain in found[first]["domains"]:
         table.add_column(domain, justify="right")
-    for heading in ("average", "interval", f"minus {first}", "learning", "parameters"):
+    for heading in ("average", "interval", f"minus {first}", "trainable", "parameters"):
         table.add_column(heading, justify="right")
     for name, row in found.items():
         gap = row["difference"]
@@ -128,7 +128,7 @@ def print_table(found: dict[str, dict[str, Any]], title: str, trials: int) -> No
             _cell(row["average"]),
             _ends(row["interval"]),
             "" if gap is None else f"{100 * gap.point:+.1f} {_ends(gap)}".rstrip(),
-            f"{row['learning']:,}",
+            f"{row['trainable']:,}",
             f"{row['parameters']:,}",
         )
     Console(width=max(160, Console().width)).print(table)

@@ -122,7 +122,7 @@ class Fold:
             trial.source.new_backbone(), len(data.classes), generator
         ).to(trial.run.device)
         self.optimizer = torch.optim.Adam(
-            self.method.learning(), config.lr, weight_decay=config.weight_decay
+            self.method.trainable(), config.lr, weight_decay=config.weight_decay
         )
         self.controller = self._controller()
 
@@ -214,14 +214,14 @@ class Fold:
         name = self.trial.source.data.names[self.test]
         best = max(self.curve, key=lambda point: point["validation"])  # the first of equals
         chosen = {"training-domain": best, "oracle": self.curve[-1]}
-        total, learning = self.method.counts()
+        total, trainable = self.method.counts()
         return {
             "domain": name,
             "accuracy": chosen[self.config.selection]["in"][name],
             "selected_step": chosen[self.config.selection]["step"],
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
             "parameters": total,
-            "learning": learning,
+            "trainable": trainable,
             "measures": self.method.measures(*self._images([self.test])),
             "curve": self.curve,
             "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
@@ -281,7 +281,7 @@ class Fold:
             log.scalars(step, {f"{name}/growth/{key}": value for key, value in figures.items()})
 
     def _grown(self, event: GrowthEvent) -> dict[str, Any]:
-        """A growth as it is written down: sets before and after, and the shock on the probe."""
+        """A growth for the log: outer experts before and after, and the shock on the probe."""
         return {"experts_before": event.experts - self.config.granularity, **asdict(event)}
 
     def _probe(self) -> Probe:

@@ -102,7 +102,7 @@ def accuracy_figure(path: Path, runs: Runs, title: str) -> None:
 
 
 def experts_figure(path: Path, runs: Runs, stream: str, title: str) -> None:
-    """Load of the busiest expert and likeness of experts by depth, over one stream.
+    """Load of the most loaded expert and likeness of experts by depth, over one stream.
 
     Draws nothing where no method has experts. The likeness is the last such method's.
 
@@ -126,7 +126,7 @@ def experts_figure(path: Path, runs: Runs, stream: str, title: str) -> None:
         batches = [h["batch"] for h in history]
         left.plot(batches, [100 * h["largest_share"] for h in history], label=label,
                   color=COLORS[number % len(COLORS)])  # fmt: skip
-    left.set(xlabel="batch", ylabel="share of the busiest expert (%)", ylim=(0, 103))
+    left.set(xlabel="batch", ylabel="share of the most loaded expert (%)", ylim=(0, 103))
     depth = len(history[-1].get("similarity", []))
     for layer in range(depth):
         known = [(h["batch"], h["similarity"][layer]) for h in history
@@ -195,7 +195,7 @@ def _print_experts(runs: Runs) -> None:
 
 def _print_routings(runs: Runs, batches: int) -> None:
     """The learned routing against others; methods that have experts in their LayerNorms."""
-    names = ("learned", "random", "busiest", "best")
+    names = ("learned", "random", "most_loaded", "best")
     rows = []
     for label, by_stream in runs.items():
         for stream, seeds in by_stream.items():
@@ -209,7 +209,7 @@ def _print_routings(runs: Runs, batches: int) -> None:
         columns = ("method", "stream", *names[:3], "best single", "learned - random")
         _print(f"routing compared on the last {batches} batches: accuracy in % (loss in nats)",
                columns, rows, "mean over seeds [95 % t interval]; random: any expert for "
-               "any image; busiest, best single: one expert per layer for all")  # fmt: skip
+               "any image; most loaded, best single: one expert per layer for all")  # fmt: skip
 
 
 def _routing(scores: list[dict[str, float | None]]) -> str:

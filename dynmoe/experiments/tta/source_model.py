@@ -19,7 +19,7 @@ from dynmoe.lab import cache
 from dynmoe.lab.progress import ProgressLine
 
 VERSION = 1
-"""Raise it when the same settings give another model: a cached one is then trained anew."""
+"""Raise it when the same settings give another model: a cached one is then trained again."""
 
 REASON = 240
 """Letters of a library's error that are passed on; it may list every weight of a model."""

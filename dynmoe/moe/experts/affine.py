@@ -35,7 +35,7 @@ class AffineBank(
         UserError: D_in is not D_out, or init_scale below 0.
     """
 
-    whole = True
+    per_sample = True
     base_gamma: Tensor | None
     base_beta: Tensor | None
 
@@ -99,6 +99,6 @@ class AffineBank(
         return [self.gamma, self.beta]
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: normal, of standard deviation `init_scale`."""
+        """Re-initialise the rows `index` [n]: normal, of standard deviation `init_scale`."""
         for rows in self.expert_rows():
             draw_normal(rows, index, self.init_scale, generator)

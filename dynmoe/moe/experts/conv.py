@@ -32,7 +32,7 @@ class ConvPool(
         UserError: an even kernel or one below 1; in use, an input that is no batch of images.
     """
 
-    whole = True
+    per_sample = True
     channel_axis = 1
 
     @dataclass(frozen=True, kw_only=True)
@@ -127,14 +127,14 @@ class ConvPool(
         return self.w_out
 
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the channels `index` [n] afresh: uniform in +-1/sqrt(fan_in), as the hidden pool."""
+        """Re-initialise the channels `index` [n]: uniform in +-1/sqrt(fan_in), as the pool."""
         bound_in = self.w_in[0].numel() ** -0.5
         draw_entries(self.w_in, 0, index, bound_in, generator)
         draw_entries(self.b_in, 0, index, bound_in, generator)
         draw_entries(self.w_out, 1, index, self.w_out.shape[1] ** -0.5, generator)
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the output biases of experts `index` [n] afresh."""
+        """Re-initialise the output biases of experts `index` [n]."""
         draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
 
 

@@ -104,7 +104,7 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
 
     @torch.no_grad()
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the ranks `index` [n] afresh: input weights uniform, output weights 0."""
+        """Re-initialise the ranks `index` [n]: input weights uniform, output weights 0."""
         draw_entries(self.w_in, 0, index, self.w_in.shape[1] ** -0.5, generator)
         self.w_out.index_fill_(1, index.to(self.w_out.device), 0.0)
 

@@ -77,7 +77,7 @@ class NetworkBank(
         if torch.compiler.is_compiling():  # all M: growth changes no shape
             return _mix(self.expert_outputs(x), gates)
         if routing.chosen is None:
-            living = int(routing.alive.sum())
+            living = int(routing.active.sum())
             return _mix(self._outputs(x, living), gates[:, :living])
         return self._mix_sparse(x, gates, routing.chosen)
 
@@ -136,7 +136,7 @@ class NetworkBank(
         return [self.weights[-1], self.biases[-1]]
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the networks `index` [n] afresh: uniform in +-1/sqrt(fan_in), as linear layers."""
+        """Re-initialise the networks `index` [n]: uniform in +-1/sqrt(fan_in), as linear layers."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             bound = weight.shape[2] ** -0.5
             draw_entries(weight, 0, index, bound, generator)

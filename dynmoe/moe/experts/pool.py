@@ -93,7 +93,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         return self.w_out
 
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in), as torch's linear layers.
+        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in), as linear layers.
 
         Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
         in the ReLU behind the layer, and a growing network loses its trainability.
@@ -105,7 +105,7 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         draw_entries(self.w_out, 1, index, fan_in**-0.5, generator)
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the output biases of experts `index` [n] afresh."""
+        """Re-initialise the output biases of experts `index` [n]."""
         draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
 
     def _num_experts(self) -> int:

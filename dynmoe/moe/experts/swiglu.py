@@ -113,13 +113,13 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         return self.w_out
 
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the units `index` [n] afresh: uniform in +-1/sqrt(fan_in)."""
+        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in)."""
         dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
         for name, axis in self.unit_axes():
             fan_in = hidden if name == "w_out" else dim_in
             draw_entries(getattr(self, name), axis, index, fan_in**-0.5, generator)
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the output biases of experts `index` [n] afresh."""
+        """Re-initialise the output biases of experts `index` [n]."""
         for rows in self.expert_rows():
             draw_entries(rows, 0, index, self.w_out.shape[1] ** -0.5, generator)

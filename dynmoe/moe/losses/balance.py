@@ -21,9 +21,9 @@ class NoLoss(AuxLoss, name="none", source="ours"):
         weight: float = 0.0
         """has no effect"""
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """0."""
-        return given.routing.gates.new_zeros(())
+        return inputs.routing.gates.new_zeros(())
 
 
 class ImportanceLoss(
@@ -31,23 +31,23 @@ class ImportanceLoss(
 ):
     """Squared coefficient of variation of the experts' summed gates; 0 at perfect balance.
 
-    At collapse on one of E experts it is E; with one living expert 0.
+    At collapse on one of E experts it is E; with one active expert 0.
     """
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        return cv_squared(given.routing.mean(given.routing.gates), given.routing.alive)
+        return cv_squared(inputs.routing.mean(inputs.routing.gates), inputs.routing.active)
 
 
-def cv_squared(values: Tensor, alive: Tensor) -> Tensor:
-    """Squared coefficient of variation of values [M] over the living experts: a scalar.
+def cv_squared(values: Tensor, active: Tensor) -> Tensor:
+    """Squared coefficient of variation of values [M] over the active experts: a scalar.
 
     The variance is the unbiased one and 1e-10 is added to the squared mean: our choice, the paper
     leaves both open. One expert gives 0.
     """
-    values, count = torch.where(alive, values, 0.0), alive.sum()
+    values, count = torch.where(active, values, 0.0), active.sum()
     mean = values.sum() / count
-    squares = torch.where(alive, values - mean, 0.0).square()
+    squares = torch.where(active, values - mean, 0.0).square()
     return squares.sum() / (count - 1).clamp(min=1) / (mean.square() + 1e-10)
 
 
@@ -57,22 +57,22 @@ class LoadLoss(
     """Squared coefficient of variation of the experts' smooth load, for noisy routers.
 
     The smooth load of an expert is the sum over samples of the chance that fresh noise makes the
-    router pick it (`Routing.load`). 0 with one living expert; variance as in `importance`.
+    router pick it (`Routing.load`). 0 with one active expert; variance as in `importance`.
     """
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch.
 
         Raises:
             UserError: the router gives no smooth load.
         """
-        load = given.routing.load
+        load = inputs.routing.load
         if load is None:
             raise UserError(
-                f"load loss: router {given.router.name!r} gives no smooth load; take a noisy one "
+                f"load loss: router {inputs.router.name!r} gives no smooth load; take a noisy one "
                 "such as 'noisy-topk', or the loss 'importance'"
             )
-        return cv_squared(given.routing.mean(load), given.routing.alive)
+        return cv_squared(inputs.routing.mean(load), inputs.routing.active)
 
 
 class SwitchLoss(AuxLoss, name="switch", source="Fedus et al. 2021 (arXiv 2101.03961), Eqs. 4-6"):
@@ -83,18 +83,18 @@ class SwitchLoss(AuxLoss, name="switch", source="Fedus et al. 2021 (arXiv 2101.0
     (arXiv 2507.11181), which leaves the factor E to alpha.
     """
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        routing = given.routing
+        routing = inputs.routing
         picks = routing.mean(routing.picks())
         share = picks / picks.sum().clamp_min(1e-12)
-        return routing.alive.sum() * (share * routing.mean(routing.probabilities)).sum()
+        return routing.active.sum() * (share * routing.mean(routing.probabilities)).sum()
 
 
 class ZLoss(AuxLoss, name="z", source="Zoph et al. 2022 (arXiv 2202.08906), Eq. 5"):
-    """Mean over samples of `(log sum_e exp(logit_e))^2`, living experts only.
+    """Mean over samples of `(log sum_e exp(logit_e))^2`, active experts only.
 
-    With one living expert it is the mean squared logit. Large logits are where softmax rounds
+    With one active expert it is the mean squared logit. Large logits are where softmax rounds
     badly; the loss does not balance.
     """
 
@@ -105,17 +105,17 @@ class ZLoss(AuxLoss, name="z", source="Zoph et al. 2022 (arXiv 2202.08906), Eq. 
         weight: float = 0.001
         """factor of the loss in the training objective"""
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        return given.routing.mean(given.routing.logits.logsumexp(dim=1).square())
+        return inputs.routing.mean(inputs.routing.logits.logsumexp(dim=1).square())
 
 
 class SimilarityLoss(AuxLoss, name="similarity", source="Omi et al. 2025 (arXiv 2506.14038)"):
-    """Sum of |R R^T - I| over the living experts' router rows R [E, D].
+    """Sum of |R R^T - I| over the active experts' router rows R [E, D].
 
     Orthonormal rows keep the similarity of samples in their logits. The sum of the E^2 entries is
     not divided by anything. The loss knows weights only, no samples: it cannot see an imbalance
-    that the data bring about. With one living expert it is `| |r|^2 - 1 |`.
+    that the data bring about. With one active expert it is `| |r|^2 - 1 |`.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,10 @@ class SimilarityLoss(AuxLoss, name="similarity", source="Omi et al. 2025 (arXiv 
         weight: float = 0.1
         """factor of the loss in the training objective"""
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the router's weights; samples have no part in it."""
-        rows = torch.where(given.routing.alive.unsqueeze(1), given.router.weight, 0.0)
-        return (rows @ rows.T - torch.diag(given.routing.alive).to(rows.dtype)).abs().sum()
+        rows = torch.where(inputs.routing.active.unsqueeze(1), inputs.router.weight, 0.0)
+        return (rows @ rows.T - torch.diag(inputs.routing.active).to(rows.dtype)).abs().sum()
 
 
 class MutualInformationLoss(
@@ -140,7 +140,7 @@ class MutualInformationLoss(
 
     -log E where every sample is sure of its expert and all are used alike, 0 at collapse and where
     all samples are undecided. With weights (0, 1) it is LIMoE's local entropy loss, with (1, 0) its
-    global one without a threshold. 0 with one living expert.
+    global one without a threshold. 0 with one active expert.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -161,9 +161,9 @@ class MutualInformationLoss(
                 )
         self.marginal, self.conditional = config.marginal, config.conditional
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        routing, p = given.routing, given.routing.probabilities
+        routing, p = inputs.routing, inputs.routing.probabilities
         used = entropy(routing.mean(p))
         return self.conditional * routing.mean(entropy(p)) - self.marginal * used
 

@@ -23,7 +23,7 @@ class GlobalBalanceLoss(
     f_e is the share of picks that went to expert e in this and the preceding training passes of the
     current optimizer step, on all processes where torch.distributed runs; P_e is e's mean
     probability in this pass alone. With one pass per step and one process this is `switch`. 1 with
-    one living expert.
+    one active expert.
 
     Attributes:
         counts: buffer [M] int64, picks of each expert since the last optimizer step; not saved.
@@ -44,9 +44,9 @@ class GlobalBalanceLoss(
         self._seen.clear()
         self._noted.clear()
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of this pass; notes its picks."""
-        routing = given.routing
+        routing = inputs.routing
         mean = routing.mean(routing.probabilities)
         number = new_pass()
         before, picks = self._seen.recall(number, lambda: self._count(routing.picks()))
@@ -55,7 +55,7 @@ class GlobalBalanceLoss(
         # Half precision holds no large counts.
         share = (before + picks).to(torch.promote_types(mean.dtype, torch.float32))
         share = share / share.sum().clamp(min=1)
-        return routing.alive.sum() * (share.to(mean.dtype) * mean).sum()
+        return routing.active.sum() * (share.to(mean.dtype) * mean).sum()
 
     def finish_step(self, router: Router) -> None:
         """Begin the next global batch."""
@@ -75,9 +75,9 @@ class LossFree(
     `bias_e += rate * sign(mean count - count_e)` on `Router.selection_bias`, which decides who is
     chosen and never enters a gate; the loss itself is 0. Also DeepSeek-V3 (arXiv 2412.19437),
     Section 2.1.2. Counts are added up over the step's passes and over processes. Only routers that
-    are `steerable` can be balanced so, such as topk. With one living expert nothing happens.
+    are `steerable` can be balanced so, such as topk. With one active expert nothing happens.
 
-    Our choice: biases are kept at mean 0 over the living experts. That changes no choice, and lets
+    Our choice: biases are kept at mean 0 over the active experts. That changes no choice, and lets
     a new expert, whose bias is 0, start level with the others.
 
     Attributes:
@@ -116,34 +116,34 @@ class LossFree(
         self.counts.zero_()
         self._passes.clear()
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """0; in training, notes who was chosen.
 
         Raises:
             UserError: the router is dense, or chooses by other means than its scores, so that no
                 bias can steer it.
         """
-        chosen = given.routing.chosen
-        if chosen is None or not given.router.steerable:
+        chosen = inputs.routing.chosen
+        if chosen is None or not inputs.router.steerable:
             raise UserError(
-                f"loss-free balancing: router {given.router.name!r} makes no choice that a bias "
+                f"loss-free balancing: router {inputs.router.name!r} makes no choice that a bias "
                 "could steer; take one such as 'topk', or another loss"
             )
         if self.training and self._passes.learns(new_pass()):
             self.counts += chosen.sum(dim=0)
-        return given.routing.gates.new_zeros(())
+        return inputs.routing.gates.new_zeros(())
 
     @torch.no_grad()
     def finish_step(self, router: Router) -> None:
         """Move the router's biases by the experts chosen in the step's passes."""
-        bias, alive = router.selection_bias, router.alive
+        bias, active = router.selection_bias, router.active
         wide = torch.promote_types(bias.dtype, torch.float32)  # half precision: no large counts
         counts = sum_over_processes(self.counts).to(wide)
-        experts = alive.sum()
+        experts = active.sum()
         mean = counts.sum() / experts
         missing = mean - counts
         step = missing.sign() if self.update == "sign" else missing / mean.clamp_min(1e-12)
-        moved = torch.where(alive, bias + self.rate * step, 0.0)
-        moved = torch.where(alive, moved - moved.sum() / experts, bias)
+        moved = torch.where(active, bias + self.rate * step, 0.0)
+        moved = torch.where(active, moved - moved.sum() / experts, bias)
         bias.copy_(torch.where(counts.sum() > 0, moved, bias))
         self.reset_parameters()

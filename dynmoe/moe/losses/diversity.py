@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
-from dynmoe.moe.comparing import living_outputs, living_pairs, mean_over_pairs, unit_inputs
+from dynmoe.moe.comparing import active_outputs, active_pairs, mean_over_pairs, unit_inputs
 from dynmoe.moe.loss import AuxLoss, LossInput
 
 
@@ -24,18 +24,18 @@ class OrthogonalLoss(
     order and experts may differ in size, so for pools of units (our choice) W_i holds the incoming
     weights of expert i's units, a row per unit, and a pair counts
     `||W_i W_j^T||_F^2 / (||W_i||_F^2 ||W_j||_F^2)`: Eq. 7 for one unit each, never above 1, the
-    same in every order of the units. 0 with one living expert.
+    same in every order of the units. 0 with one active expert.
     """
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the bank's weights; samples have no part in it."""
-        alive = given.routing.alive
-        if isinstance(given.bank, UnitBank):
-            overlaps = unit_overlaps(given.bank, len(alive))
+        active = inputs.routing.active
+        if isinstance(inputs.bank, UnitBank):
+            overlaps = unit_overlaps(inputs.bank, len(active))
         else:
-            rows = torch.cat([p.flatten(1) for p in given.bank.expert_rows()], dim=1)
-            overlaps = row_overlaps(torch.where(alive.unsqueeze(1), rows, 0.0))
-        return torch.where(living_pairs(alive), overlaps, 0.0).sum()
+            rows = torch.cat([p.flatten(1) for p in inputs.bank.expert_rows()], dim=1)
+            overlaps = row_overlaps(torch.where(active.unsqueeze(1), rows, 0.0))
+        return torch.where(active_pairs(active), overlaps, 0.0).sum()
 
 
 def row_overlaps(rows: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _norm(squares: Tensor) -> Tensor:
 class ParsevalLoss(
     AuxLoss, name="parseval", source="Chung et al. 2024 (arXiv 2412.07224), Section 3"
 ):
-    """Mean over living experts of `||W_e W_e^T - s I||_F^2`, which keeps learning well-conditioned.
+    """Mean over active experts of `||W_e W_e^T - s I||_F^2`, which keeps learning well-conditioned.
 
     W_e [H_e, D_in] are the weights into expert e's hidden units, one term for each such matrix; for
     banks without units every weight matrix of the expert but its output layer's. An expert with
@@ -83,19 +83,19 @@ class ParsevalLoss(
             raise UserError(f"parseval loss: scale={config.scale} must be above 0")
         self.scale = config.scale
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the bank's weights; samples have no part in it.
 
         Raises:
             UserError: the bank has no weight matrices.
         """
-        bank, alive = given.bank, given.routing.alive
-        terms = self._units(bank) if isinstance(bank, UnitBank) else self._rows(bank, alive)
+        bank, active = inputs.bank, inputs.routing.active
+        terms = self._units(bank) if isinstance(bank, UnitBank) else self._rows(bank, active)
         if not terms:
             raise UserError(
                 f"parseval loss: bank {bank.name!r} has no weight matrices to keep even"
             )
-        return torch.stack(terms).sum() / alive.sum()
+        return torch.stack(terms).sum() / active.sum()
 
     def _units(self, bank: UnitBank) -> list[Tensor]:
         """One sum over all experts for each matrix of a pool of units."""
@@ -106,15 +106,15 @@ class ParsevalLoss(
             terms.append((products - self._target(products)).square().sum())
         return terms
 
-    def _rows(self, bank: ExpertBank, alive: Tensor) -> list[Tensor]:
+    def _rows(self, bank: ExpertBank, active: Tensor) -> list[Tensor]:
         """One sum over all experts for each stack of matrices [M, rows, columns]."""
         terms, last = [], {id(p) for p in bank.output_rows()}
         for stack in bank.expert_rows():
             if stack.dim() < 3 or id(stack) in last:
                 continue
-            weights = torch.where(alive.view(-1, 1, 1), stack.flatten(2), 0.0)
+            weights = torch.where(active.view(-1, 1, 1), stack.flatten(2), 0.0)
             gaps = weights @ weights.mT
-            gaps = torch.where(alive.view(-1, 1, 1), gaps - self._target(gaps), 0.0)
+            gaps = torch.where(active.view(-1, 1, 1), gaps - self._target(gaps), 0.0)
             terms.append(gaps.square().sum())
         return terms
 
@@ -131,12 +131,12 @@ Form = Literal["euclidean", "cosine", "kl"]
 class PrototypeDiversity(
     AuxLoss, name="prototype-diversity", source="ours; its euclidean form is Eq. 9 of MoE²"
 ):
-    """Mean similarity of two living experts' router rows v, 1 for equal rows.
+    """Mean similarity of two active experts' router rows v, 1 for equal rows.
 
     euclidean: `exp(-||v_k - v_j||_2)`, Eq. 9. cosine: `max(0, cos(v_k, v_j))`; without the bound
     two heaps of equal rows that point apart would count as diverse. kl: `exp(-J)`, J the mean of
     both KL divergences between softmax(v_k) and softmax(v_j), nats. The latter two are our choice.
-    0 with one living expert. Where rows are exactly equal, euclidean and kl have no gradient.
+    0 with one active expert. Where rows are exactly equal, euclidean and kl have no gradient.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,11 @@ class PrototypeDiversity(
             )
         self.form = config.form
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the router's weights; samples have no part in it."""
-        alive = given.routing.alive
-        rows = torch.where(alive.unsqueeze(1), given.router.weight, 0.0)
-        return mean_over_pairs(self._similarity(rows), alive)
+        active = inputs.routing.active
+        rows = torch.where(active.unsqueeze(1), inputs.router.weight, 0.0)
+        return mean_over_pairs(self._similarity(rows), active)
 
     def _similarity(self, rows: Tensor) -> Tensor:
         """Similarity [M, M] of rows [M, D]."""
@@ -184,27 +184,27 @@ class GramSchmidtLoss(
     span: 0 where the outputs are orthogonal, 1 where every expert repeats its predecessors. The
     papers (also Hendawy et al. 2024, arXiv 2311.11385) force orthogonality by construction; the
     loss is our choice. From three experts on it depends on their order, and with more experts than
-    outputs it cannot reach 0. 0 with one living expert. Needs every expert's output for every
+    outputs it cannot reach 0. 0 with one active expert. Needs every expert's output for every
     sample, also where the router is sparse.
     """
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        outputs, alive = living_outputs(given)
-        cosines = torch.einsum("ind,jnd->nij", _unit(outputs), gram_schmidt(outputs, alive))
+        outputs, active = active_outputs(inputs)
+        cosines = torch.einsum("ind,jnd->nij", _unit(outputs), gram_schmidt(outputs, active))
         inside = cosines.square().tril(diagonal=-1).sum(dim=(1, 2))
-        return given.routing.mean(inside) / (alive.sum() - 1).clamp(min=1)
+        return inputs.routing.mean(inside) / (active.sum() - 1).clamp(min=1)
 
 
-def gram_schmidt(outputs: Tensor, alive: Tensor) -> Tensor:
+def gram_schmidt(outputs: Tensor, active: Tensor) -> Tensor:
     """Outputs [M, N, D] made orthonormal along the experts, for each sample: [M, N, D].
 
     An expert whose output lies in the span of its predecessors (all but the square root of the
-    machine precision of it), is 0 or is not alive [M] gets 0. Each step runs twice, which keeps the
-    result orthogonal in float32 also for nearly dependent outputs.
+    machine precision of it), is 0 or is not active [M] gets 0. Each step runs twice, which keeps
+    the result orthogonal in float32 also for nearly dependent outputs.
     """
     precision = torch.finfo(outputs.dtype).eps
-    outputs = _unit(torch.where(alive.view(-1, 1, 1), outputs, 0.0))
+    outputs = _unit(torch.where(active.view(-1, 1, 1), outputs, 0.0))
     basis = torch.zeros_like(outputs[:0])
     for output in outputs:
         for _ in range(2):
@@ -225,11 +225,11 @@ def _unit(x: Tensor) -> Tensor:
 class DistillationLoss(
     AuxLoss, name="distillation", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 8"
 ):
-    """`KL(E_i(x) || E_j(x))`, mean over ordered pairs of living experts and over samples, nats.
+    """`KL(E_i(x) || E_j(x))`, mean over ordered pairs of active experts and over samples, nats.
 
     E_i(x) is the softmax of expert i's output features over a temperature, with no factor
     temperature^2. Eq. 8 sums over the pairs; the mean (our choice) does not grow with the experts.
-    0 with one living expert. Needs every expert's output for every sample, also where the router is
+    0 with one active expert. Needs every expert's output for every sample, also where the router is
     sparse.
     """
 
@@ -248,12 +248,12 @@ class DistillationLoss(
             raise UserError(f"distillation loss: temperature={config.temperature} must be above 0")
         self.temperature, self.detach_target = config.temperature, config.detach_target
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch."""
-        outputs, alive = living_outputs(given)
+        outputs, active = active_outputs(inputs)
         log_p = (outputs / self.temperature).log_softmax(dim=2)
         teacher = log_p.detach() if self.detach_target else log_p
         p = teacher.exp()
         own = (p * teacher).sum(dim=2).T  # [N, M]
         divergence = own.unsqueeze(2) - torch.einsum("inf,jnf->nij", p, log_p)
-        return given.routing.mean(mean_over_pairs(divergence, alive))
+        return inputs.routing.mean(mean_over_pairs(divergence, active))

@@ -50,14 +50,14 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
             raise UserError(f"sphere loss: form={config.form!r} must be relative or paper")
         self.form = config.form
 
-    def forward(self, given: LossInput) -> Tensor:
+    def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the batch.
 
         Raises:
             UserError: the bank's experts have no hidden layer.
         """
-        features, living = router_weighted_features(given)
-        mask = given.routing.mask
+        features, living = router_weighted_features(inputs)
+        mask = inputs.routing.mask
         samples = max(len(features), 1) if mask is None else mask.sum().clamp(min=1)
         positions = max(features.shape[2], 1)
         gram = torch.einsum("nmp,nkp->mk", features, features) / (samples * positions)
@@ -69,26 +69,26 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
         return (gaps / mean).square().sum() / living.sum()
 
 
-def router_weighted_features(given: LossInput) -> tuple[Tensor, Tensor]:
-    """Features [N, m, P] at each sample's P positions, and which of them [m] living experts own.
+def router_weighted_features(inputs: LossInput) -> tuple[Tensor, Tensor]:
+    """Features [N, m, P] at each sample's P positions, and which of them [m] active experts own.
 
     Features of reserved experts and of padding are 0.
 
     Raises:
         UserError: the bank's experts have no hidden layer.
     """
-    bank, gates = given.bank, given.routing.gates
+    bank, gates = inputs.bank, inputs.routing.gates
     if isinstance(bank, UnitBank):
-        hidden = bank.hidden(given.x)
+        hidden = bank.hidden(inputs.x)
         weights = gates[:, bank.segment]
         living = torch.ones_like(bank.segment, dtype=torch.bool)
     elif isinstance(bank, NetworkBank):
-        hidden = bank.last_hidden(given.x)  # [M, N, F]
-        hidden = torch.where(given.routing.alive.view(-1, 1, 1), hidden, 0.0)
+        hidden = bank.last_hidden(inputs.x)  # [M, N, F]
+        hidden = torch.where(inputs.routing.active.view(-1, 1, 1), hidden, 0.0)
         width = hidden.shape[2]
         hidden = hidden.movedim(0, 1).flatten(1)
         weights = gates.repeat_interleave(width, dim=1)
-        living = given.routing.alive.repeat_interleave(width)
+        living = inputs.routing.active.repeat_interleave(width)
     else:
         raise UserError(f"sphere loss: experts of bank {bank.name!r} have no hidden layer")
     hidden = hidden.flatten(2) if hidden.dim() > 2 else hidden.unsqueeze(2)

@@ -39,7 +39,7 @@ class PrototypeRouter(
 
     Attributes:
         weight: Parameter [M, D] without gradient, the prototypes ([M, C] for contexts).
-        idle: buffer [M] int64, optimizer steps since each living expert had a sample.
+        idle: buffer [M] int64, optimizer steps since each active expert had a sample.
         sums, counts: buffers [M, D] and [M] int64, samples of each prototype in this step.
         far, far_off: buffers [M, D] and [M], the step's M samples that are farthest from their own
             prototypes, and their squared distances, 0 where there are fewer. These four are not
@@ -99,53 +99,53 @@ class PrototypeRouter(
         self.idle.zero_()
         self._forget()
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]: `argmin_e ||f - mu_e||^2`; logits are the negative squared distances."""
-        seen = self._features(given)
-        squared = distances(seen, self.weight).square().to(self.weight.dtype)
+        features = self._features(inputs)
+        squared = distances(features, self.weight).square().to(self.weight.dtype)
         logits = self.mask(-squared)
         chosen = self.choose(logits, 1)
         if self.training and self._passes.learns(new_pass()):
-            own = chosen if given.mask is None else chosen & given.mask.unsqueeze(1)
-            self._note(seen, squared, own)
+            own = chosen if inputs.mask is None else chosen & inputs.mask.unsqueeze(1)
+            self._note(features, squared, own)
         return Routing(
-            gates=chosen.to(given.x.dtype),
+            gates=chosen.to(inputs.x.dtype),
             logits=logits,
             probabilities=logits.softmax(dim=1),
-            alive=self.alive,
+            active=self.active,
             chosen=chosen,
         )
 
-    def _features(self, given: RouterInput) -> Tensor:
+    def _features(self, inputs: RouterInput) -> Tensor:
         """[N, D] what is compared with the prototypes."""
         if not self.by_context:
-            return given.x.detach().to(self.weight.dtype)
+            return inputs.x.detach().to(self.weight.dtype)
         width = self.weight.shape[1]
-        if given.context is None:
+        if inputs.context is None:
             raise UserError(
                 f"prototypes router: use=context needs a context [N, {width}]; give it to the "
                 "layer, or to the whole model with dynmoe.moe.routing_inputs"
             )
-        if given.context.shape != (len(given.x), width):
+        if inputs.context.shape != (len(inputs.x), width):
             raise UserError(
-                f"prototypes router: the context is {list(given.context.shape)}, but must be "
-                f"[{len(given.x)}, {width}] (context_dim={width})"
+                f"prototypes router: the context is {list(inputs.context.shape)}, but must be "
+                f"[{len(inputs.x)}, {width}] (context_dim={width})"
             )
-        return given.context.detach().to(self.weight.dtype)
+        return inputs.context.detach().to(self.weight.dtype)
 
     @torch.no_grad()
-    def _note(self, seen: Tensor, squared: Tensor, own: Tensor) -> None:
+    def _note(self, features: Tensor, squared: Tensor, own: Tensor) -> None:
         """Note the samples of a pass.
 
         Args:
-            seen: [N, D] features. squared: [N, M] their squared distances.
+            features: [N, D]. squared: [N, M] their squared distances.
             own: [N, M] bool, the prototype of each real sample.
         """
-        with torch.autocast(seen.device.type, enabled=False):
-            self.sums += own.to(seen.dtype).T @ seen
+        with torch.autocast(features.device.type, enabled=False):
+            self.sums += own.to(features.dtype).T @ features
         self.counts += own.sum(dim=0)
         off = torch.where(own, squared, 0.0).sum(dim=1)  # [N], 0 for padding
-        self._keep_farthest(torch.cat([self.far_off, off]), torch.cat([self.far, seen]))
+        self._keep_farthest(torch.cat([self.far_off, off]), torch.cat([self.far, features]))
 
     def _keep_farthest(self, off: Tensor, rows: Tensor) -> None:
         """Keep the M farthest of rows [R, D], by their squared distances [R]."""
@@ -161,11 +161,11 @@ class PrototypeRouter(
         has = counts > 0
         moved = self.decay * self.weight + (1 - self.decay) * means
         moved = torch.where(has.unsqueeze(1), moved, self.weight)
-        lonely = self.alive & ~has & has.any()
+        lonely = self.active & ~has & has.any()
         idle = torch.where(lonely, self.idle + 1, torch.where(has, 0, self.idle))
         if self.patience:
             self._keep_farthest(join_processes(self.far_off), join_processes(self.far))
-            late = self.alive & (idle >= self.patience)
+            late = self.active & (idle >= self.patience)
             turn = (late.cumsum(dim=0) - 1).clamp(min=0)  # [M] which of the farthest samples
             late = late & (self.far_off[turn] > 0)
             moved = torch.where(late.unsqueeze(1), self.far[turn], moved)
@@ -248,33 +248,33 @@ class DomainRouter(
         for rows in (self.log_variance, self.prior):
             draw_entries(rows, 0, every(rows), dim**-0.5, generator)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]; logits are `log N(x; mean_e, variance_e) + prior_e`."""
-        x = given.x.detach().to(torch.promote_types(given.x.dtype, torch.float32))
+        x = inputs.x.detach().to(torch.promote_types(inputs.x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             logits = self.mask(self._log_density(x) + self.prior)
         probabilities = logits.softmax(dim=1)
-        gates = probabilities.detach().to(given.x.dtype)
+        gates = probabilities.detach().to(inputs.x.dtype)
         if self.k is None:
             routing = Routing(
                 gates=gates,
                 logits=logits,
                 probabilities=probabilities,
-                alive=self.alive,
+                active=self.active,
             )
         else:
             chosen = self.choose(logits, self.k)
             routing = self.sparse(logits, gates, chosen, renormalise=self.k > 1)
             routing.probabilities = probabilities
         if self.training:
-            routing.losses["likelihood"] = self.likelihood * self._loss(logits, given)
+            routing.losses["likelihood"] = self.likelihood * self._loss(logits, inputs)
         return routing
 
     def _log_density(self, x: Tensor) -> Tensor:
         """[N, M] log density of x [N, D] under each component; finite for unborn ones, too."""
-        born = self.alive.unsqueeze(1)
-        mean = torch.where(born, self.weight.to(x.dtype), 0.0)
-        variance = self.floor + torch.where(born, self.log_variance.to(x.dtype), 0.0).exp()
+        active = self.active.unsqueeze(1)
+        mean = torch.where(active, self.weight.to(x.dtype), 0.0)
+        variance = self.floor + torch.where(active, self.log_variance.to(x.dtype), 0.0).exp()
         quadratic = (
             F.linear(x.square(), 1 / variance)
             - 2 * F.linear(x, mean / variance)
@@ -283,11 +283,11 @@ class DomainRouter(
         constant = variance.log().sum(dim=1) + x.shape[1] * math.log(2 * math.pi)
         return -0.5 * (quadratic + constant)
 
-    def _loss(self, logits: Tensor, given: RouterInput) -> Tensor:
+    def _loss(self, logits: Tensor, inputs: RouterInput) -> Tensor:
         """Mean negative log likelihood of the real samples per dimension, nats."""
         log_likelihood = logits.logsumexp(dim=1) - self.mask(self.prior).logsumexp(dim=0)
-        real = given.mask
+        real = inputs.mask
         if real is not None:
             log_likelihood = torch.where(real, log_likelihood, 0.0)
         count = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
-        return -log_likelihood.sum() / count / given.x.shape[1]
+        return -log_likelihood.sum() / count / inputs.x.shape[1]

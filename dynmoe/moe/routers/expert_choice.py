@@ -50,16 +50,16 @@ class ExpertChoiceRouter(
         super().__init__(dim, num_experts, max_experts, generator)
         self.capacity = config.capacity
 
-    def route(self, given: RouterInput) -> Routing:
-        """Route x [N, D] in `given.groups` sequences of equal length."""
-        logits = self.mask(F.linear(given.x, self.weight))
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route x [N, D] in `inputs.groups` sequences of equal length."""
+        logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
-        real = given.mask
+        real = inputs.mask
         if real is None:
             real = torch.ones_like(logits[:, 0], dtype=torch.bool)
         # The logarithm keeps apart what underflows to probability 0.
         scores = logits.detach().log_softmax(dim=1)
-        chosen = self._take(scores, real, given.groups) & real.unsqueeze(1) & self.alive
+        chosen = self._take(scores, real, inputs.groups) & real.unsqueeze(1) & self.active
         return self.sparse(logits, probabilities, chosen, renormalise=False)
 
     def _take(self, scores: Tensor, real: Tensor, groups: int) -> Tensor:
@@ -68,5 +68,5 @@ class ExpertChoiceRouter(
         order = scores.argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)  # [G, T, M]
         tokens = real.unflatten(0, (groups, -1)).sum(dim=1)
-        share = (tokens.double() * self.capacity / self.alive.sum()).ceil()  # [G]
+        share = (tokens.double() * self.capacity / self.active.sum()).ceil()  # [G]
         return (rank < share.view(-1, 1, 1)).flatten(0, 1)

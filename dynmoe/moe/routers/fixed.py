@@ -56,16 +56,16 @@ class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.
         self.k = config.k
         self.normalised = config.gate == "share"
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to min(K, E) experts with equal gates."""
-        logits = self.mask(F.linear(given.x, self.weight))
+        logits = self.mask(F.linear(inputs.x, self.weight))
         chosen = self.choose(logits, self.k)
         gates = chosen.to(logits.dtype)
         return Routing(
             gates=gates / gates.sum(dim=1, keepdim=True) if self.normalised else gates,
             logits=logits,
             probabilities=logits.softmax(dim=1),
-            alive=self.alive,
+            active=self.active,
             chosen=chosen,
         )
 
@@ -123,15 +123,15 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
         """Without `planes`, of which there may be as many as experts."""
         return [buffer for buffer in super().expert_buffers() if buffer is not self.planes]
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route by the token ids [N] in the context, or by x [N, D].
 
         Raises:
             UserError: the context is no list of whole numbers.
         """
-        ids = given.context
+        ids = inputs.context
         if ids is None:
-            above = (given.x @ self.planes.T > 0).long()
+            above = (inputs.x @ self.planes.T > 0).long()
             ids = (above << torch.arange(len(self.planes), device=above.device)).sum(dim=1)
         elif ids.dim() != 1 or ids.is_floating_point():
             raise UserError(
@@ -140,7 +140,7 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
             )
         code = scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1)
         everywhere = torch.ones_like(code, dtype=torch.bool)
-        return hard_routing(code % self.alive.sum(), everywhere, self.alive, given.x)
+        return hard_routing(code % self.active.sum(), everywhere, self.active, inputs.x)
 
 
 class OracleRouter(Router, name="oracle", source="ours"):
@@ -163,13 +163,13 @@ class OracleRouter(Router, name="oracle", source="ours"):
         super().__init__(dim, num_experts, max_experts, generator)
         self.weight.requires_grad_(False)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route by the labels [N] in the context.
 
         Raises:
             UserError: no context, or one that is no list of whole numbers.
         """
-        label = given.context
+        label = inputs.context
         if label is None:
             raise UserError(
                 "oracle router: no labels; run the model inside "
@@ -181,5 +181,5 @@ class OracleRouter(Router, name="oracle", source="ours"):
                 "list of labels; give one int64 per sample"
             )
         everywhere = torch.ones_like(label, dtype=torch.bool)
-        owner = label.long() % self.alive.sum()
-        return hard_routing(owner, everywhere, self.alive, given.x)
+        owner = label.long() % self.active.sum()
+        return hard_routing(owner, everywhere, self.active, inputs.x)

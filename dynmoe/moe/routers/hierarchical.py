@@ -30,7 +30,7 @@ class HierarchicalRouter(
 
     Our choices: both levels are a softmax of a linear map; a new expert joins the smallest group,
     of equals the first, which is group e mod `num_groups` unless experts were pruned; soft groups
-    are always weighted by the product. Groups without living experts have probability 0. Logits
+    are always weighted by the product. Groups without active experts have probability 0. Logits
     are logarithms of probabilities: a shift counts within its group. A selection bias has no
     effect.
 
@@ -84,21 +84,21 @@ class HierarchicalRouter(
         draw_linear(self.coarse, generator)
         self.group.copy_(every(self.group) % self.num_groups)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]; probabilities are `softmax(coarse)[group of e] * softmax in group[e]`."""
-        coarse = self._log_coarse(given.x)
-        fine = self._log_fine(F.linear(given.x, self.weight) + self.logit_shift)
-        logits = (coarse[:, self.group] + fine).masked_fill(~self.alive, float("-inf"))
+        coarse = self._log_coarse(inputs.x)
+        fine = self._log_fine(F.linear(inputs.x, self.weight) + self.logit_shift)
+        logits = (coarse[:, self.group] + fine).masked_fill(~self.active, float("-inf"))
         probabilities = logits.exp()
         if self.pick:
             best = coarse.argmax(dim=1, keepdim=True)
-            chosen = (self.group == best) & self.alive
+            chosen = (self.group == best) & self.active
             gates = fine.exp() if self.fine_alone else probabilities
             routing = self.sparse(logits, gates, chosen, renormalise=False)
             routing.probabilities = probabilities
             return routing
         return Routing(
-            gates=probabilities, logits=logits, probabilities=probabilities, alive=self.alive
+            gates=probabilities, logits=logits, probabilities=probabilities, active=self.active
         )
 
     def _log_coarse(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class HierarchicalRouter(
         return self.coarse(x).masked_fill(~inhabited, float("-inf")).log_softmax(dim=1)
 
     def _log_fine(self, scores: Tensor) -> Tensor:
-        """[N, M] log probability of each living expert within its group; else without meaning."""
+        """[N, M] log probability of each active expert within its group; else without meaning."""
         # The lowest finite number, since groups without experts would make NaN out of -inf.
         low = torch.finfo(scores.dtype).min
         by_group = scores.unsqueeze(2).masked_fill(~self._members(), low).log_softmax(dim=1)
@@ -115,8 +115,8 @@ class HierarchicalRouter(
         return by_group.gather(2, own).squeeze(2)
 
     def _members(self) -> Tensor:
-        """[M, G] bool, the living experts of each group."""
-        return F.one_hot(self.group, self.num_groups).bool() & self.alive.unsqueeze(1)
+        """[M, G] bool, the active experts of each group."""
+        return F.one_hot(self.group, self.num_groups).bool() & self.active.unsqueeze(1)
 
     @torch.no_grad()
     def keep_experts(self, order: Tensor, count: int) -> None:
@@ -133,6 +133,6 @@ class HierarchicalRouter(
 def _add_groups(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Add the groups to a state of earlier versions, which did not save them: e mod G."""
     assert isinstance(module, HierarchicalRouter)
-    if f"{prefix}alive" in state:  # else the state is of other modules
+    if f"{prefix}active" in state:  # else the state is of other modules
         groups = torch.arange(len(module.group)) % module.num_groups
         state.setdefault(f"{prefix}group", groups)

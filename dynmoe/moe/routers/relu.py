@@ -26,7 +26,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
     `sparsity` of its own, `strength * mean_t sum_e f_e gate_te`, where `f_e = E / k * (share of
     samples that use e)` has no gradient and balances the load. After each optimizer step, strength
     is multiplied by `alpha ** sign((1 - k / E) - S)`, S being the share of zero gates among the
-    living experts in the step's passes, over all processes: gates that are too dense raise it. The
+    active experts in the step's passes, over all processes: gates that are too dense raise it. The
     target follows E as the layer grows.
 
     A sample may use no expert at all; its output then is that of the shared expert, or 0. Scores
@@ -85,20 +85,20 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         self.strength.fill_(self.initial_strength)
         self._forget()
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
-        scores = F.linear(given.x, self.weight)
-        gates = torch.where(self.alive, scores.relu(), 0.0) * self.logit_shift.exp()
+        scores = F.linear(inputs.x, self.weight)
+        gates = torch.where(self.active, scores.relu(), 0.0) * self.logit_shift.exp()
         total = gates.sum(dim=1, keepdim=True)
-        uniform = self.alive.to(gates.dtype) / self.alive.sum()
+        uniform = self.active.to(gates.dtype) / self.active.sum()
         some = total > 0
         routing = Routing(
             gates=gates,
             logits=self.mask(scores),
             probabilities=torch.where(some, gates / torch.where(some, total, 1.0), uniform),
-            alive=self.alive,
+            active=self.active,
             chosen=gates > 0,
-        ).without_padding(given.mask)
+        ).without_padding(inputs.mask)
         if self.training:
             routing.losses["sparsity"] = self._sparsity(routing)
             if self._passes.learns(new_pass()):
@@ -109,7 +109,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
     def finish_step(self) -> None:
         """Adapt the strength to what the step's passes used."""
         samples, used = sum_over_processes(self.noted)
-        experts = self.alive.sum()
+        experts = self.active.sum()
         target = (1 - self.mean_used / experts).clamp(min=0.0)
         zero = 1 - used / (samples * experts).clamp(min=1)
         sign = torch.where(samples > 0, (target - zero).sign(), 0.0)
@@ -128,7 +128,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
 
     def _sparsity(self, routing: Routing) -> Tensor:
         """The batch's loss at the present strength."""
-        experts = self.alive.sum()
+        experts = self.active.sum()
         use = routing.mean(routing.picks()).detach()  # [M]
         loss = (experts / self.mean_used * use * routing.mean(routing.gates)).sum()
         return self.strength.clone() * loss

@@ -67,28 +67,28 @@ class SlotRouter(
         super().reset_parameters(generator)
         self.scale.fill_(1.0)
 
-    def route(self, given: RouterInput) -> Routing:
-        """Route x [N, D] in `given.groups` sequences of equal length."""
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route x [N, D] in `inputs.groups` sequences of equal length."""
         phi = self.weight.unsqueeze(1)
         if self.slots > 1:
             phi = torch.cat([phi, self.others], dim=1)
         scores = self.scale * F.linear(
-            F.normalize(given.x, dim=1), F.normalize(phi.flatten(0, 1), dim=1)
+            F.normalize(inputs.x, dim=1), F.normalize(phi.flatten(0, 1), dim=1)
         )  # [N, S]
         owner = torch.arange(scores.shape[1], device=scores.device) // self.slots
-        used = self.alive[owner]
+        used = self.active[owner]
         masked = (scores + self.logit_shift[owner]).masked_fill(~used, float("-inf"))
         combine = masked.softmax(dim=1)
-        real = given.mask
+        real = inputs.mask
         if real is None:
             real = torch.ones_like(scores[:, 0], dtype=torch.bool)
         gates = combine.unflatten(1, (-1, self.slots)).sum(dim=2)
-        shape = (given.groups, -1)
+        shape = (inputs.groups, -1)
         return Routing(
             gates=gates,
             logits=self.mask(scores.unflatten(1, (-1, self.slots)).logsumexp(dim=2)),
             probabilities=gates,
-            alive=self.alive,
+            active=self.active,
             slots=Slots(
                 dispatch=_dispatch(scores.unflatten(0, shape), real.view(shape), used),
                 combine=torch.where(real.unsqueeze(1), combine, 0.0).unflatten(0, shape),

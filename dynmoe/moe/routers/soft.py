@@ -37,16 +37,16 @@ class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]: `softmax((x W^T) / temperature)`."""
-        return self.dense(F.linear(given.x, self.weight) / self.temperature)
+        return self.dense(F.linear(inputs.x, self.weight) / self.temperature)
 
 
 class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09179), Section 3"):
     """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
 
     Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
-    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so newborn
+    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so new
     experts keep receiving gradient.
     """
 
@@ -70,9 +70,9 @@ class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]: `softmax(cos(x, w_e) / temperature)`."""
-        similarity = F.linear(F.normalize(given.x, dim=1), F.normalize(self.weight, dim=1))
+        similarity = F.linear(F.normalize(inputs.x, dim=1), F.normalize(self.weight, dim=1))
         return self.dense(similarity / self.temperature)
 
 
@@ -105,7 +105,7 @@ class LaplaceRouter(
         super().__init__(dim, num_experts, max_experts, generator)
         self.temperature = config.temperature
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]: `softmax(-||x - w_e|| / temperature)`."""
-        logits = -distances(given.x, self.weight) / self.temperature
-        return self.dense(logits.to(given.x.dtype))
+        logits = -distances(inputs.x, self.weight) / self.temperature
+        return self.dense(logits.to(inputs.x.dtype))

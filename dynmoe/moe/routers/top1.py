@@ -66,15 +66,15 @@ class SwitchRouter(
         super().reset_parameters(generator)
         self.noise.reset_parameters(generator)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to one expert each, or to none where that expert is full."""
-        x = given.x
+        x = inputs.x
         if self.training and self.jitter > 0:
             x = x * (1 + self.jitter * (2 * self.noise.uniform(x) - 1))
         logits = self.mask(F.linear(x, self.weight))
         chosen = self.choose(logits, 1)
         if self.capacity_factor > 0 and not self.independent:
-            chosen = self._within_capacity(chosen, given.mask)
+            chosen = self._within_capacity(chosen, inputs.mask)
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)
 
     def _within_capacity(self, chosen: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,7 +82,7 @@ class SwitchRouter(
         if mask is None:
             mask = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
         chosen = chosen & mask.unsqueeze(1)
-        capacity = (self.capacity_factor * mask.sum().double() / self.alive.sum()).ceil()
+        capacity = (self.capacity_factor * mask.sum().double() / self.active.sum()).ceil()
         return chosen & (chosen.long().cumsum(dim=0) <= capacity)
 
 
@@ -138,21 +138,21 @@ class TokenRouter(
         self.log_scale.fill_(math.log(2.0))
         self.noise.reset_parameters(generator)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to one expert each."""
-        query = F.normalize(self.projection(given.x), dim=1)
+        query = F.normalize(self.projection(inputs.x), dim=1)
         scale = self.log_scale.clamp(max=math.log(100.0)).exp()
         logits = self.mask(F.linear(query, F.normalize(self.weight, dim=1)) * scale)
         probabilities = logits.softmax(dim=1)
         noisy, used = logits, probabilities
         if self.training:
-            noisy = logits + self.noise.normal(logits) / self.alive.sum()
+            noisy = logits + self.noise.normal(logits) / self.active.sum()
             used = noisy.softmax(dim=1)
         routing = self.sparse(logits, used, self.choose(noisy, 1), renormalise=False)
         routing.probabilities = probabilities
         gap = probabilities - used.amax(dim=1, keepdim=True)
-        load = torch.special.ndtr(gap * self.alive.sum())
-        routing.load = torch.where(self.alive, load, 0.0)
+        load = torch.special.ndtr(gap * self.active.sum())
+        routing.load = torch.where(self.active, load, 0.0)
         return routing
 
 
@@ -187,9 +187,9 @@ class StraightThroughRouter(
         super().__init__(dim, num_experts, max_experts, generator)
         self.bias = nn.Parameter(torch.zeros(max_experts))
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to one expert each."""
-        logits = self.mask(F.linear(given.x, self.weight, self.bias))
+        logits = self.mask(F.linear(inputs.x, self.weight, self.bias))
         chosen = self.choose(logits, 1)
         p = logits.softmax(dim=1)
         fixed = p.detach()
@@ -199,13 +199,13 @@ class StraightThroughRouter(
             gates=torch.where(chosen, gate, 0.0),
             logits=logits,
             probabilities=p,
-            alive=self.alive,
+            active=self.active,
             chosen=chosen,
         )
 
     @torch.no_grad()
     def draw_rows(self, index: torch.Tensor, generator: torch.Generator | None) -> None:
-        """Draw the rows `index` [n] afresh: N(0, 2 / (D + M)), biases 0."""
+        """Re-initialise the rows `index` [n]: N(0, 2 / (D + M)), biases 0."""
         experts, dim = self.weight.shape
         draw_normal(self.weight, index, (2 / (dim + experts)) ** 0.5, generator)
         for name, rows in [*self.named_parameters(recurse=False), *self.named_buffers()]:

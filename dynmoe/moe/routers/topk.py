@@ -48,9 +48,9 @@ class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06
         super().__init__(dim, num_experts, max_experts, generator)
         self.k = config.k
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to its min(K, E) best experts."""
-        logits = self.mask(F.linear(given.x, self.weight))
+        logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
         chosen = self.choose(logits, self.k)  # probabilities may tie at 0 in float32
         return self.sparse(logits, probabilities, chosen, renormalise=self.k > 1)
@@ -67,7 +67,7 @@ class NoisyTopKRouter(
 
     Attributes:
         noise_weight: Parameter [M, D], zero at first (Shazeer et al., App. A), so that every score
-            starts with noise of softplus(0) = 0.69. Rows of experts born later are drawn as all
+            starts with noise of softplus(0) = 0.69. Rows of later experts are drawn as all
             rows are (our choice). None with fixed noise.
     """
 
@@ -116,13 +116,13 @@ class NoisyTopKRouter(
             self.noise_weight.zero_()
         self.noise.reset_parameters(generator)
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to the min(K, E) experts of largest noisy score; fills `load`."""
-        clean = F.linear(given.x, self.weight)
+        clean = F.linear(inputs.x, self.weight)
         if self.noise_weight is None:
             scale = torch.full_like(clean, self.sigma)
         else:
-            scale = F.softplus(F.linear(given.x, self.noise_weight))
+            scale = F.softplus(F.linear(inputs.x, self.noise_weight))
         noisy = clean
         if self.training:
             noisy = clean + self.noise.normal(clean) * scale
@@ -133,7 +133,7 @@ class NoisyTopKRouter(
         return routing
 
     def _load(self, clean: Tensor, scale: Tensor, noisy: Tensor, chosen: Tensor) -> Tensor:
-        """[N, M] chance that an expert is chosen if its noise alone is drawn anew.
+        """[N, M] chance that an expert is chosen if its noise alone is drawn again.
 
         Shazeer et al. 2017, App. A, Eqs. 8-10: `Phi((clean_i - kth_excluding(noisy, k, i)) /
         scale_i)`. It is 1 while no more than K experts exist, which all are chosen then. The
@@ -150,8 +150,8 @@ class NoisyTopKRouter(
         threshold = torch.where(chosen, best[:, -1:], best[:, self.k - 1 : self.k])
         threshold = threshold.masked_fill(threshold == -torch.inf, 0.0)
         distance = (clean - threshold) / scale.clamp_min(torch.finfo(scale.dtype).eps)
-        load = torch.where(self.alive.sum() <= self.k, 1.0, torch.special.ndtr(distance))
-        return torch.where(self.alive, load, 0.0)
+        load = torch.where(self.active.sum() <= self.k, 1.0, torch.special.ndtr(distance))
+        return torch.where(self.active, load, 0.0)
 
 
 class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.07652), Section 2"):
@@ -187,15 +187,15 @@ class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.076
         self.p = config.p
         self.renormalise = config.renormalise
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D]; the selection bias counts in the order, not in the probabilities."""
-        logits = self.mask(F.linear(given.x, self.weight))
+        logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
         order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
         ordered = probabilities.detach().gather(1, order)
         before = ordered.cumsum(dim=1) - ordered
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before < self.p)
-        chosen = chosen & self.alive
+        chosen = chosen & self.active
         routing = self.sparse(logits, probabilities, chosen, self.renormalise)
         alone = torch.where(chosen, probabilities, 0.0)
         routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
@@ -240,14 +240,14 @@ class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.1118
         self.k = config.k_max
         self.tau = config.tau
 
-    def route(self, given: RouterInput) -> Routing:
+    def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to its min(k(x), E) best experts."""
-        logits = self.mask(F.linear(given.x, self.weight))
+        logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
-        count = (self.tau * given.x.detach().norm(dim=1, keepdim=True)).floor().clamp(1, self.k)
+        count = (self.tau * inputs.x.detach().norm(dim=1, keepdim=True)).floor().clamp(1, self.k)
         order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)
-        chosen = (rank < count) & self.alive
+        chosen = (rank < count) & self.active
         routing = self.sparse(logits, probabilities, chosen, renormalise=True)
         alone = torch.where(chosen, probabilities, 0.0)
         routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
@@ -260,7 +260,7 @@ class CostAwareRouter(
     """The expert of largest score minus lambda times its cost, with its probability as gate.
 
     Zhang et al. 2025 (arXiv 2507.11181), Eq. 11. Our choices: an expert's cost is its number of
-    hidden units relative to the mean of the living experts, and the gate is the softmax of the
+    hidden units relative to the mean of the active experts, and the gate is the softmax of the
     scores alone. It differs from top-1 only where experts differ in size.
     """
 
@@ -290,19 +290,19 @@ class CostAwareRouter(
         super().__init__(dim, num_experts, max_experts, generator)
         self.cost_weight = config.cost_weight
 
-    def route(self, given: RouterInput) -> Routing:
-        """Route x [N, D] by scores and `given.sizes` [M].
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route x [N, D] by scores and `inputs.sizes` [M].
 
         Raises:
             UserError: the experts' sizes are not known.
         """
-        if given.sizes is None:
+        if inputs.sizes is None:
             raise UserError(
                 "cost-aware router: the experts have no sizes; choose a bank of hidden units, such "
                 "as pool"
             )
-        logits = self.mask(F.linear(given.x, self.weight))
-        sizes = torch.where(self.alive, given.sizes, 0).to(logits.dtype)
-        cost = sizes * self.alive.sum() / sizes.sum()
+        logits = self.mask(F.linear(inputs.x, self.weight))
+        sizes = torch.where(self.active, inputs.sizes, 0).to(logits.dtype)
+        cost = sizes * self.active.sum() / sizes.sum()
         chosen = self.choose(logits - self.cost_weight * cost, 1)
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)

@@ -16,13 +16,13 @@ from dynmoe.registry import PartConfig
 
 
 class Norms(Metric, name="norms", source="ours; mean |w| from Dohare et al. 2024 (Nature 632)"):
-    """Weight and gradient norms per net, layer, expert and expert age; distance from birth.
+    """Weight and gradient norms per net, layer, expert and expert age; distance from the start.
 
     All norms are L2, not divided by the number of entries, over all parameters (biases too). A
     layer is the module that owns the parameter. Gradients are of the mean loss, before clipping.
         weight_norm/l2, weight_norm/l2/<layer>, weight_norm/l2/<MoE layer>/expert_<e>
         weight_norm/mean_abs: mean |w|, Dohare et al. 2024 (Nature 632).
-        weight_norm/distance_to_init: over the parameters whose value at birth is known.
+        weight_norm/distance_to_init: over the parameters whose value at the start is known.
         grad_norm/l2, grad_norm/l2/<layer>, grad_norm/l2/<MoE layer>/expert_<e>
         grad_norm/layer_min, grad_norm/layer_mean, grad_norm/layer_max: over layers.
         grad_norm/zero_share: share of gradient entries that are exactly 0, in 0..1.
@@ -98,7 +98,7 @@ def _experts(experts: dict[str, ExpertProbe]) -> dict[str, float]:
             continue
         grads = expert_norms(x.weight_in_grad, x.weight_out_grad, x.segment, count)
         values |= {f"grad_norm/l2/{name}/expert_{e}": n for e, n in enumerate(grads)}
-        for age, norm in zip((x.birth.max() - x.birth).tolist(), grads, strict=True):
+        for age, norm in zip((x.created.max() - x.created).tolist(), grads, strict=True):
             by_age[age].append(norm)
     ages = {f"grad_norm/expert_age_{a}": sum(n) / len(n) for a, n in sorted(by_age.items())}
     return values | ages
@@ -124,7 +124,7 @@ def _join(norms: Iterable[float]) -> float:
 
 
 class RouterUse(Metric, name="router"):
-    """Router sharpness, balance, load of the busiest, idlest and newest experts, dead experts.
+    """Router sharpness, balance, load of the most, least loaded and newest expert, dead experts.
 
     The figures of `dynmoe.moe.stats.expert_use` on the probe batch, as `router/entropy` and so on.
     With several MoE layers the plain tags are means over layers, and each layer has its own with
@@ -136,7 +136,7 @@ class RouterUse(Metric, name="router"):
 
     def measure(self, probe: Probe) -> dict[str, float]:
         """Means over MoE layers, and values per layer if there are several."""
-        layers = {name: expert_use(e.gates, e.birth) for name, e in probe.experts.items()}
+        layers = {name: expert_use(e.gates, e.created) for name, e in probe.experts.items()}
         if not layers:
             return {}
         keys = next(iter(layers.values())).keys()

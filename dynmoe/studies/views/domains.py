@@ -20,7 +20,7 @@ class Domains(View):
     """Domain generalisation. A variant's flags name one method.
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
-    `oracle_accuracy`, at the last one; `learning`, the parameters that learn; and the method's own
+    `oracle_accuracy`, at the last one; `trainable`, the trainable parameters; and the method's own
     `measures`, of MoE² those of `dynmoe.dg.identity.departure`.
     """
 
@@ -28,7 +28,7 @@ class Domains(View):
     columns = (
         ("accuracy", "accuracy", "mean"),
         ("last evaluation", "oracle_accuracy", "mean"),
-        ("learning parameters", "learning", "mean"),
+        ("trainable parameters", "trainable", "mean"),
     )
     references = ("linear-probe", "moa")
     at = "mean"
@@ -52,7 +52,7 @@ class Domains(View):
 
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Accuracies in points."""
-        return (1.0, "", 0) if metric == "learning" else super().unit(metric)
+        return (1.0, "", 0) if metric == "trainable" else super().unit(metric)
 
     def describe(self, metric: str, at: At) -> str:
         """A mean over domains."""
@@ -62,7 +62,7 @@ class Domains(View):
         """Every seed's accuracy on each left-out domain, and intervals."""
         runs = results.runs[stream][variant]
         entry: dict[str, Any] = {
-            "learning": runs[0]["tests"][0]["learning"],
+            "trainable": runs[0]["tests"][0]["trainable"],
             "parameters": runs[0]["tests"][0]["parameters"],
             "domains": {
                 row["domain"]: [run["tests"][place]["accuracy"] for run in runs]
@@ -84,11 +84,11 @@ class Domains(View):
             dots(left, rows, 100)
             left.set(title=stream, xlabel="accuracy on left-out domains (%)")
             for number, (variant, interval) in enumerate(rows.items()):
-                learning = results.values(stream, variant, "learning")[0]
+                trainable = results.values(stream, variant, "trainable")[0]
                 color = COLORS[number % len(COLORS)]
-                right.plot([learning], [100 * interval.point], "o", color=color)
-                right.annotate(variant, (learning, 100 * interval.point), fontsize=8,
+                right.plot([trainable], [100 * interval.point], "o", color=color)
+                right.annotate(variant, (trainable, 100 * interval.point), fontsize=8,
                                xytext=(4, 3), textcoords="offset points")  # fmt: skip
-            right.set(title=stream, xlabel="parameters that learn", xscale="log",
+            right.set(title=stream, xlabel="trainable parameters", xscale="log",
                       ylabel="accuracy on left-out domains (%)")  # fmt: skip
         save(figure, path)

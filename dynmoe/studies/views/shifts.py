@@ -36,7 +36,7 @@ class Shifts(View):
         ("accuracy", "accuracy", "mean"),
         ("last tenth", "accuracy", "last"),
         ("clean images", "clean", "mean"),
-        ("busiest expert", "largest_share", "last"),
+        ("most loaded expert", "largest_share", "last"),
         ("router entropy", "router_entropy", "last"),
         ("likeness of experts", "similarity", "last"),
         ("learned - random routing", "routing_gain", "mean"),

@@ -204,7 +204,7 @@ def next_threshold(memory: dict[str, Any], mean: Tensor, setting: Setting) -> di
     paper: T_t = mean(m_1..m_t). official: the authors' code keeps T and its history's first entry
     in one tensor, and scales T in place by the ratio of the history's means after and before m_t:
     T_1 = m_1, `T_t = T_{t-1} * [(T_{t-1} + S_t) / t] / [(T_{t-1} + S_{t-1}) / (t - 1)]` with
-    S_t = m_2 + ... + m_t. Where that mean was 0 (ours) T starts anew at the mean after m_t.
+    S_t = m_2 + ... + m_t. Where that mean was 0 (ours) T starts again at the mean after m_t.
     """
     batches = memory["batches"]
     if batches == 0:

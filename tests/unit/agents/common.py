@@ -183,7 +183,7 @@ def rollout_of(**fields: Any) -> Rollout:
     return Rollout(**whole | fields)
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     """A seeded generator."""
     return torch.Generator().manual_seed(seed)
 

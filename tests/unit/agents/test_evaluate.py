@@ -34,8 +34,8 @@ def long_rollout(policy: ActorCritic, seed: int, steps: int = 130) -> list[Episo
     """All episodes that begin as those of `play` do, in one rollout."""
     env = make_debug("Stages-v0", 12)
     observations, info = env.reset(seed=seeding.derive(seed, "evaluate"))
-    dice = seeding.generator(seed, "evaluate", "actions")
-    return collect(env, policy, observations, info["floor"], steps, 0.5, dice).episodes
+    generator = seeding.generator(seed, "evaluate", "actions")
+    return collect(env, policy, observations, info["floor"], steps, 0.5, generator).episodes
 
 
 def test_each_environments_first_episode_and_no_other(skilled: ActorCritic) -> None:

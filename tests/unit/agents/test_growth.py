@@ -133,7 +133,8 @@ def grown_shock(init: str, budget: Budget, scale: str) -> tuple[dict[str, float]
     train(env, policy, optimizer, short, 0, Silent(), observations, info["floor"])
     controller = GrowthController(
         policy, optimizer, granularity=2, budget=budget, measure_shock=policy_shock,
-        init=registry.get("init", init).Config(), cut=registry.get("cut", "redraw").Config(),
+        init=registry.get("init", init).Config(),
+        pruning=registry.get("pruning", "reinit").Config(),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     everything = torch.cartesian_prod(torch.arange(3), torch.arange(4)).to(torch.uint8)

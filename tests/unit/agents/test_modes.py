@@ -37,13 +37,13 @@ def made(router: str, loss: str = "none", **options: Any) -> tuple[TorchVectorEn
         encoder=registry.get("encoder", "mlp").Config(hidden=16, widths=(16,)),
     )  # fmt: skip
     env = make_env(config, torch.device("cpu"))
-    return env, make_policy(config, env, torch.device("cpu"), config.strategy.build())
+    return env, make_policy(config, env, torch.device("cpu"), config.intervention.build())
 
 
 def played(env: TorchVectorEnv, policy: ActorCritic, steps: int = 16) -> Rollout:
     observations, info = env.reset(seed=0)
-    dice = seeding.generator(0, "rollout")
-    return collect(env, policy, observations, info["floor"], steps, 0.99, dice)
+    generator = seeding.generator(0, "rollout")
+    return collect(env, policy, observations, info["floor"], steps, 0.99, generator)
 
 
 def check(env: TorchVectorEnv, policy: ActorCritic) -> None:

@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_is_the_run(at: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights(other), strict=True))
 
 
-def test_minibatches_are_dealt_anew_in_each_update() -> None:
+def test_minibatches_are_dealt_again_in_each_update() -> None:
     env, s = Counter(4, [5]), changed(epochs=1, minibatches=1, total_steps=512)
     policy, seen = make_policy(env), []
 
@@ -215,7 +215,7 @@ def test_learns_cartpole(seed: int) -> None:
 
 
 def test_seeds_are_derived_from_the_run_and_the_update() -> None:
-    """Nothing is drawn twice: the actions of each update have dice of their own."""
+    """Nothing is drawn twice: the actions of each update have a generator of their own."""
     env = stages(4)
     observer, _ = run(env, make_policy(env), changed(lr=0.0), acts=False)
     actions = [tuple(r.actions.flatten().tolist()) for r in observer.rollouts]

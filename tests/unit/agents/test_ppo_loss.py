@@ -11,7 +11,7 @@ import torch
 from common import (
     SMALL,
     changed,
-    dice,
+    seeded,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,15 +31,15 @@ def make_batch(
     size: int, actions: int, seed: int, spread: float = 1.0
 ) -> tuple[Tensor, Tensor, Batch]:
     """(logits, values, batch) in float32; `spread` says how far the policy has moved."""
-    g = dice(seed)
+    g = seeded(seed)
     old = torch.randn(size, actions, generator=g)
     chosen = torch.multinomial(old.softmax(1), 1, generator=g).squeeze(1)
-    values, returns, gains = torch.randn(3, size, generator=g).unbind()
+    values, returns, advantages = torch.randn(3, size, generator=g).unbind()
     batch = {
         "actions": chosen,
         "log_probs": old.log_softmax(1)[range(size), chosen],
         "values": values,
-        "gains": 3 * gains + 1,
+        "advantages": 3 * advantages + 1,
         "returns": returns,
     }
     logits = old + spread * torch.randn(size, actions, generator=g)
@@ -51,18 +51,18 @@ def naive_loss(
 ) -> tuple[float, list[float]]:
     """The paper's formulas sample by sample, in Python's floats."""
     size = len(values)
-    gains = batch["gains"].tolist()
+    advantages = batch["advantages"].tolist()
     if s.normalise_advantage and size > 1:
-        mean = sum(gains) / size
-        deviation = math.sqrt(sum((g - mean) ** 2 for g in gains) / (size - 1))
-        gains = [(g - mean) / deviation for g in gains]
+        mean = sum(advantages) / size
+        deviation = math.sqrt(sum((g - mean) ** 2 for g in advantages) / (size - 1))
+        advantages = [(g - mean) / deviation for g in advantages]
     policy = value = entropy = kl = share = 0.0
     for i in range(size):
         row = [math.exp(x) for x in logits[i].tolist()]
         p = [x / sum(row) for x in row]
         ratio = p[int(batch["actions"][i])] / math.exp(float(batch["log_probs"][i]))
         clipped = min(max(ratio, 1 - s.clip), 1 + s.clip)
-        policy -= min(ratio * gains[i], clipped * gains[i]) / size
+        policy -= min(ratio * advantages[i], clipped * advantages[i]) / size
         new, old, target = (float(x[i]) for x in (values, batch["values"], batch["returns"]))
         error = (new - target) ** 2
         if s.clip_value:
@@ -104,25 +104,25 @@ def test_gradient_is_the_policy_gradient_where_nothing_has_changed() -> None:
     loss, parts = ppo_loss(logits, values, batch, s)
     (gradient,) = torch.autograd.grad(loss, logits)
     chosen = logits.log_softmax(1)[range(32), batch["actions"]]
-    (expected,) = torch.autograd.grad(-(batch["gains"] * chosen).mean(), logits)
+    (expected,) = torch.autograd.grad(-(batch["advantages"] * chosen).mean(), logits)
     torch.testing.assert_close(gradient, expected)
     assert float(parts[3]) == pytest.approx(0, abs=1e-6) and float(parts[4]) == 0
     assert not any(part.requires_grad for part in parts)
 
 
-@pytest.mark.parametrize("gain", [2.0, -2.0])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("step", [-1.0, -0.1, 0.1, 1.0])
 def test_no_gradient_beyond_the_clip_and_a_full_one_on_the_way_back(
-    gain: float, step: float
+    advantage: float, step: float
 ) -> None:
-    """Pessimism: a ratio that has moved too far in the direction of the gain earns nothing more."""
+    """Pessimism: a ratio that has moved too far in the advantage's direction earns nothing more."""
     logits = torch.tensor([[step, 0.0]], requires_grad=True)
     batch = {name: torch.zeros(1) for name in ("values", "returns")}
-    batch |= {"actions": torch.tensor([0]), "gains": torch.tensor([gain])}
+    batch |= {"actions": torch.tensor([0]), "advantages": torch.tensor([advantage])}
     batch["log_probs"] = torch.tensor([math.log(0.5)])
     s = changed(entropy=0.0, value_weight=0.0)
     (gradient,) = torch.autograd.grad(ppo_loss(logits, torch.zeros(1), batch, s)[0], logits)
-    too_far = step * gain > 0 and abs(step) == 1.0  # ratio 1.46 or 0.54, and gaining
+    too_far = step * advantage > 0 and abs(step) == 1.0  # ratio 1.46 or 0.54, and gaining
     assert bool((gradient == 0).all()) == too_far
 
 
@@ -143,13 +143,13 @@ def test_value_may_not_run_ahead() -> None:
 
 def test_advantages_are_scaled_within_the_minibatch() -> None:
     logits, values, batch = make_batch(16, 4, 3)
-    moved = batch | {"gains": 100 * batch["gains"] - 7}
+    moved = batch | {"advantages": 100 * batch["advantages"] - 7}
     one, other = (ppo_loss(logits, values, b, SMALL)[0] for b in (batch, moved))
     torch.testing.assert_close(one, other)
     plain = changed(normalise_advantage=False)
     one, other = (ppo_loss(logits, values, b, plain)[0] for b in (batch, moved))
     assert not torch.isclose(one, other)
-    same = batch | {"gains": torch.full((16,), 3.0)}  # no deviation to divide by
+    same = batch | {"advantages": torch.full((16,), 3.0)}  # no deviation to divide by
     assert torch.isfinite(ppo_loss(logits, values, same, SMALL)[0])
 
 
@@ -172,12 +172,12 @@ def test_entropy_and_kl_of_known_distributions() -> None:
 
 def test_every_epoch_deals_out_every_sample_once() -> None:
     s = changed(num_envs=6, rollout_steps=10, epochs=3, minibatches=4)
-    dealt = list(minibatches(s, dice(1)))
+    dealt = list(minibatches(s, seeded(1)))
     assert [len(index) for index in dealt] == [15] * 12
     orders = [torch.cat(dealt[4 * epoch : 4 * epoch + 4]).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(60)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    again, other = (torch.cat(list(minibatches(s, dice(seed)))) for seed in (1, 2))
+    again, other = (torch.cat(list(minibatches(s, seeded(seed)))) for seed in (1, 2))
     assert torch.equal(torch.cat(dealt), again) and not torch.equal(again, other)
 
 

@@ -12,10 +12,10 @@ import torch
 from common import (
     SMALL,
     changed,
-    dice,
     make_policy,
     moe_blocks,
     rollout_of,
+    seeded,
     stages,
     weights,
 )
@@ -27,7 +27,7 @@ from agents.ppo import (
     UpdateStats,
     learn,
 )
-from agents.rollout import Rollout, advantages, collect
+from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe.errors import NumericError
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.losses.balance import SwitchLoss
@@ -38,16 +38,16 @@ def rolled(
     policy: ActorCritic, env: TorchVectorEnv, s: PPOSettings, seed: int = 0
 ) -> Rollout:  # fmt: skip
     observations, info = env.reset(seed=seed)
-    return collect(env, policy, observations, info["floor"], s.rollout_steps, s.gamma, dice(seed))
+    return collect(env, policy, observations, info["floor"], s.rollout_steps, s.gamma, seeded(seed))
 
 
 def naive_learn(
     policy: ActorCritic, optimizer: Any, rollout: Rollout, s: PPOSettings, env: TorchVectorEnv
 ) -> list[list[float]]:
     """PPO's update written out once more, with torch's distributions; figures of each step."""
-    gains = advantages(rollout, s.gamma, s.gae_lambda)
-    returns, figures, generator = gains + rollout.values, [], dice(5)
-    steps, envs = gains.shape
+    advantages = estimate_advantages(rollout, s.gamma, s.gae_lambda)
+    returns, figures, generator = advantages + rollout.values, [], seeded(5)
+    steps, envs = advantages.shape
     for _ in range(s.epochs):
         order = torch.randperm(steps * envs, generator=generator).tolist()
         size = steps * envs // s.minibatches
@@ -57,10 +57,10 @@ def naive_learn(
             logits, values = policy(env.unpack(pick(rollout.observations)))
             now = torch.distributions.Categorical(logits=logits)
             change = now.log_prob(pick(rollout.actions)) - pick(rollout.log_probs)
-            gain = pick(gains)
-            gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+            advantage = pick(advantages)
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
             ratio = change.exp()
-            surrogate = torch.min(ratio * gain, ratio.clip(1 - s.clip, 1 + s.clip) * gain)
+            surrogate = torch.min(ratio * advantage, ratio.clip(1 - s.clip, 1 + s.clip) * advantage)
             old, target = pick(rollout.values), pick(returns)
             near = torch.max(torch.min(values, old + s.clip), old - s.clip)
             error = torch.max((values - target) ** 2, (near - target) ** 2)
@@ -86,7 +86,7 @@ def test_update_is_that_of_the_plainest_code() -> None:
     twin = copy.deepcopy(policy)
     optimizers = [torch.optim.Adam(p.parameters(), s.lr, eps=s.adam_eps) for p in (policy, twin)]
     figures = torch.tensor(naive_learn(twin, optimizers[1], rollout, s, env))
-    stats = learn(policy, optimizers[0], rollout, s, env, dice(5))
+    stats = learn(policy, optimizers[0], rollout, s, env, seeded(5))
     assert len(figures) == 8
     for one, other in zip(policy.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -99,16 +99,16 @@ def test_stats_by_hand_where_nothing_moves() -> None:
     env, s = stages(4), changed(lr=0.0, normalise_advantage=False, max_grad_norm=0.0)
     policy = make_policy(env)
     rollout = rolled(policy, env, s)
-    gains = advantages(rollout, s.gamma, s.gae_lambda)
-    returns = gains + rollout.values
+    advantages = estimate_advantages(rollout, s.gamma, s.gae_lambda)
+    returns = advantages + rollout.values
     with torch.no_grad():
         logits, _ = policy(env.unpack(rollout.observations.flatten(0, 1)))
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
+    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, seeded())
     expected = UpdateStats(
-        policy_loss=-float(gains.mean()), value_loss=float(gains.square().mean() / 2),
+        policy_loss=-float(advantages.mean()), value_loss=float(advantages.square().mean() / 2),
         entropy=float(entropy), approx_kl=0.0, clip_share=0.0, grad_norm=stats.grad_norm,
-        explained_variance=1 - float(gains.var() / returns.var()),
+        explained_variance=1 - float(advantages.var() / returns.var()),
     )  # fmt: skip
     assert asdict(stats) == pytest.approx(asdict(expected), rel=1e-4, abs=1e-5)
 
@@ -122,10 +122,10 @@ def test_explained_variance_of_known_values(values: list[float], expected: float
         values=torch.tensor([values] * 2),
     )  # fmt: skip
     policy = make_policy(env)
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
+    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, seeded())
     assert stats.explained_variance == pytest.approx(expected)
     rollout.rewards[:] = 3.0  # nothing to explain
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, dice())
+    stats = learn(policy, torch.optim.SGD(policy.parameters(), 0.0), rollout, s, env, seeded())
     assert stats.explained_variance == 0.0
 
 
@@ -136,7 +136,7 @@ def test_gradient_is_clipped(limit: float) -> None:
     policy = make_policy(env)
     rollout = rolled(policy, env, s)
     before = weights(policy)
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, dice())
+    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, seeded())
     moved = [a - b for a, b in zip(weights(policy), before, strict=True)]
     norm = torch.cat([m.flatten() for m in moved]).norm()
     assert stats.grad_norm > 0.2
@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_changes_nothing(field: str) -> None:
     optimizer = torch.optim.Adam(policy.parameters())
     before = weights(policy)
     with pytest.raises(NumericError, match=r"the loss is nan: a smaller --lr"):
-        learn(policy, optimizer, rollout, SMALL, env, dice())
+        learn(policy, optimizer, rollout, SMALL, env, seeded())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     assert not optimizer.state
 
@@ -175,13 +175,13 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     before = weights(policy)
     rollout = rolled(policy, env, SMALL)
     with pytest.raises(NumericError, match="gradient"):
-        learn(policy, torch.optim.Adam(policy.parameters()), rollout, SMALL, env, dice())
+        learn(policy, torch.optim.Adam(policy.parameters()), rollout, SMALL, env, seeded())
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_balance_loss_reaches_the_router_and_nothing_behind_it(weight: float) -> None:
-    """With nothing to gain, the routers' balance is all that there is to learn."""
+    """With nothing to advantage, the routers' balance is all that there is to learn."""
     env = stages(4)
     policy = make_policy(env, make_block=moe_blocks(balance=SwitchLoss.Config(weight=weight)))
     s = changed(epochs=1, entropy=0.0, value_weight=0.0, normalise_advantage=False)
@@ -190,7 +190,7 @@ def test_balance_loss_reaches_the_router_and_nothing_behind_it(weight: float) ->
     rollout.values.zero_()
     rollout.last_value.zero_()
     before = dict(zip([n for n, _ in policy.named_parameters()], weights(policy), strict=True))
-    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, dice())
+    stats = learn(policy, torch.optim.SGD(policy.parameters(), 1.0), rollout, s, env, seeded())
     moved = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
     routers = {f"{name}.router.weight" for name, _ in moe_layers(policy)}
     assert len(routers) == 2

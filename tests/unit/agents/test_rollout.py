@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agents.actor_critic import ActorCritic
 from agents.encoders import MLP
-from agents.rollout import Rollout, advantages, collect
+from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe.moe.layer import moe_layers
 from envs.vector import TorchVectorEnv
 
@@ -30,7 +30,7 @@ def judge(env: TorchVectorEnv) -> Judge:
     return Judge(MLP.Config(hidden=4, widths=(4,)), env.input_shape, env.num_actions)
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -38,7 +38,7 @@ def roll(
     env: TorchVectorEnv, policy: ActorCritic, steps: int = 40, seed: int = 0, uniform: bool = False
 ) -> Rollout:
     observations, info = env.reset(seed=3)
-    return collect(env, policy, observations, info["floor"], steps, 0.9, dice(seed), uniform)
+    return collect(env, policy, observations, info["floor"], steps, 0.9, seeded(seed), uniform)
 
 
 # ---------------------------------------------------------------- advantages
@@ -74,12 +74,12 @@ def naive_advantages(rollout: Rollout, gamma: float, lam: float) -> Tensor:
 def test_advantages_are_the_sum_of_their_definition(
     seed: int, steps: int, envs: int, gamma: float, lam: float, ending: float
 ) -> None:
-    g = dice(seed)
+    g = seeded(seed)
     rewards, values = torch.randn(2, steps, envs, generator=g).unbind()
     dones = torch.rand(steps, envs, generator=g) < ending
     last = torch.randn(envs, generator=g)
     rollout = rollout_of(rewards=rewards, values=values, dones=dones, last_value=last)
-    got = advantages(rollout, gamma, lam)
+    got = estimate_advantages(rollout, gamma, lam)
     assert got.dtype == torch.float32
     torch.testing.assert_close(
         got.double(), naive_advantages(rollout, gamma, lam), rtol=1e-4, atol=1e-4
@@ -87,14 +87,16 @@ def test_advantages_are_the_sum_of_their_definition(
 
 
 def test_nothing_leaks_over_the_end_of_an_episode() -> None:
-    rewards, values = torch.randn(2, 8, 2, generator=dice()).unbind()
+    rewards, values = torch.randn(2, 8, 2, generator=seeded()).unbind()
     dones = torch.zeros(8, 2, dtype=torch.bool)
     dones[4, 0] = True
-    before = advantages(rollout_of(rewards=rewards, values=values, dones=dones), 0.99, 0.95)
+    before = estimate_advantages(
+        rollout_of(rewards=rewards, values=values, dones=dones), 0.99, 0.95
+    )
     rewards[5:] += 1e6
     values[5:] -= 1e6
     last = torch.full((2,), 1e9)
-    after = advantages(
+    after = estimate_advantages(
         rollout_of(rewards=rewards, values=values, dones=dones, last_value=last), 0.99, 0.95
     )
     assert torch.equal(before[:5, 0], after[:5, 0])
@@ -109,21 +111,21 @@ def test_advantages_by_hand() -> None:
     """
     env = Counter(2, [2, 3])
     observations, info = env.reset()
-    rollout = collect(env, judge(env), observations, info["floor"], 4, 0.5, dice())
+    rollout = collect(env, judge(env), observations, info["floor"], 4, 0.5, seeded())
     assert rollout.values.T.tolist() == [[0, 11, 2, 13], [100, 111, 102, 113]]
     assert rollout.last_value.tolist() == [24, 124]
     assert rollout.dones.T.tolist() == [[False, True, False, False]] * 2
     # V of environment 1's last observation is 100 + 2 + 20: of the new episode's first, 100 + 2
     assert rollout.rewards.T.tolist() == [[1, 2, 4, 8], [1, 2 + 0.5 * 122, 4, 8]]
     expected = [[4.25, -9, 10.25, 7], [-55.5, -48, -52.25, -43]]
-    assert advantages(rollout, 0.5, 0.5).T.tolist() == expected
+    assert estimate_advantages(rollout, 0.5, 0.5).T.tolist() == expected
 
 
 def test_what_is_both_over_and_cut_off_is_over() -> None:
     """Gymnasium's time limit says truncated in the step in which a game is lost as well."""
     env = Counter(2, [2, 3], both=True)
     observations, info = env.reset()
-    rollout = collect(env, judge(env), observations, info["floor"], 4, 0.5, dice())
+    rollout = collect(env, judge(env), observations, info["floor"], 4, 0.5, seeded())
     assert rollout.rewards.T.tolist() == [[1, 2, 4, 8], [1, 2, 4, 8]]
     assert rollout.dones.T.tolist() == [[False, True, False, False]] * 2
 
@@ -186,7 +188,7 @@ def test_one_rollout_begins_where_the_other_ended() -> None:
     policy = make_policy(env)
     whole = roll(env, policy, 60)
     observations, info = env.reset(seed=3)
-    floors, generator, parts = info["floor"], dice(), []
+    floors, generator, parts = info["floor"], seeded(), []
     for steps in (1, 40, 19):
         parts.append(collect(env, policy, observations, floors, steps, 0.9, generator))
         observations, floors = parts[-1].next_observations, parts[-1].next_floors

@@ -79,7 +79,7 @@ def test_it_learns(kind: str) -> None:
     config = settings(kind)
     device = torch.device("cpu")
     env = make_env(config, device)
-    policy = make_policy(config, env, device, config.strategy.build())
+    policy = make_policy(config, env, device, config.intervention.build())
     optimizer = torch.optim.Adam(policy.parameters(), config.lr)
     silent = Silent()
     observations, info = env.reset(seed=0)
@@ -110,7 +110,7 @@ def test_whole_runs(kind: str, method: str, tmp_path: Path) -> None:
 def test_the_shock_of_a_growth_is_that_of_the_distribution() -> None:
     config = settings("box")
     env = make_env(config, torch.device("cpu"))
-    policy = make_policy(config, env, torch.device("cpu"), config.strategy.build())
+    policy = make_policy(config, env, torch.device("cpu"), config.intervention.build())
     with torch.no_grad():
         parameters, values = policy(env.unpack(env.reset()[0]))
     moved = parameters.clone()
@@ -131,7 +131,7 @@ def test_pendulum_learns_to_swing_up() -> None:
         encoder=registry.get("encoder", "mlp").Config(hidden=64, widths=(64,)),
     )  # fmt: skip
     env = make_env(config, torch.device("cpu"))
-    policy = make_policy(config, env, torch.device("cpu"), config.strategy.build())
+    policy = make_policy(config, env, torch.device("cpu"), config.intervention.build())
     optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps)
     silent = Silent()
     observations, info = env.reset(seed=0)

@@ -49,7 +49,7 @@ def test_means_over_episodes_by_hand() -> None:
     })  # fmt: skip
 
 
-def test_a_stretch_begins_anew_but_the_running_mean_goes_on() -> None:
+def test_a_stretch_begins_again_but_the_running_mean_goes_on() -> None:
     stats = EpisodeStats(stages())
     stats.add(with_episodes(episode(6.0, 20, 2, (0, 1))))
     stats.restart()

@@ -15,13 +15,13 @@ from cl_benchmarks.method import Training
 from cl_benchmarks.settings import Config
 from dynmoe import cl
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.interventions.none import NoStrategy
+from dynmoe.interventions.none import NoIntervention
 from dynmoe.registry import get
 
 
 def config(runs: Path, **changes: Any) -> Config:
     """Digits in tasks of two classes, 24 hidden units; parts as names or (name, options)."""
-    parts = {"method": ("dense", {}), "strategy": ("none", {}), "protocol": ("class", {})}
+    parts = {"method": ("dense", {}), "intervention": ("none", {}), "protocol": ("class", {})}
     for kind in parts:
         if kind in changes:
             chosen = changes.pop(kind)
@@ -36,7 +36,7 @@ def config(runs: Path, **changes: Any) -> Config:
 
 
 def training_of(
-    block: nn.Module, optimizer: str = "adam", strategy: Intervention | None = None
+    block: nn.Module, optimizer: str = "adam", intervention: Intervention | None = None
 ) -> Training:
     """A block of width 6 under a classifier of 3 outputs."""
     torch.manual_seed(0)
@@ -46,9 +46,9 @@ def training_of(
         made = torch.optim.Adam(model.parameters(), 0.01)
     else:
         made = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    strategy = strategy or NoStrategy.Config().build()
+    intervention = intervention or NoIntervention.Config().build()
     return Training(
-        model, made, torch.Generator().manual_seed(5), lambda draw: nn.Identity(), strategy
+        model, made, torch.Generator().manual_seed(5), lambda draw: nn.Identity(), intervention
     )
 
 

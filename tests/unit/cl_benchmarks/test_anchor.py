@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from strategy_helpers import batch, moe, weights
+from intervention_helpers import batch, moe, weights
 from torch import nn
 
 from dynmoe.growth.budget import Budget
@@ -36,8 +36,10 @@ def test_entries_that_growth_left_alone_keep_their_first_values() -> None:
         anchor, first = Anchor(model), weights(model)
         _moved(model)
         before = weights(model)
-        cut, init = get("cut", "utility").Config(), get("init", "duplicate").Config()
-        controller = GrowthController(model, granularity=2, budget=budget, cut=cut, init=init)
+        pruning, init = get("pruning", "utility").Config(), get("init", "duplicate").Config()
+        controller = GrowthController(
+            model, granularity=2, budget=budget, pruning=pruning, init=init
+        )
         controller.listeners.append(anchor.grown)
         controller.grow(1, batch(0))
         kept = renewed = 0

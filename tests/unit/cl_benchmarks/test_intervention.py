@@ -1,4 +1,4 @@
-"""When a strategy's hooks are called, and what it may look at."""
+"""When an intervention's hooks are called, and what it may look at."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from strategy_helpers import dice, make
+from intervention_helpers import make, seeded
 from torch import Tensor, nn
 
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.stream import make_benchmark
 from dynmoe import registry
-from dynmoe.interventions.intervention import Batches, Intervention, StrategyPlugin
+from dynmoe.interventions.intervention import Batches, Intervention, InterventionPlugin
 
 
 class Witness(Intervention):
     """Notes its calls."""
 
     def __init__(self) -> None:
-        super().__init__(registry.get("strategy", "none").Config())
+        super().__init__(registry.get("intervention", "none").Config())
         self.calls: list[str] = []
         self.gradients: list[Tensor] = []
         self.tasks: list[list[list[tuple[Tensor, Tensor]]]] = []
@@ -55,37 +55,35 @@ def _train(data: ImageData, ours: bool, penalised: bool = True) -> tuple[Witness
     witness = Witness()
     if not penalised:
         witness.penalty = lambda: 0.0  # type: ignore[method-assign]
-    witness.attach(model, optimizer, dice())
-    plugin = StrategyPlugin(witness)
+    witness.attach(model, optimizer, seeded())
+    plugin = InterventionPlugin(witness)
     common: dict[str, Any] = {"model": model, "optimizer": optimizer, "plugins": [plugin]}
-    strategy: Any
+    trainer: Any
     if ours:
-        from cl_benchmarks.strategy import StreamStrategy
+        from cl_benchmarks.trainer import StreamTrainer
 
         device = torch.device("cpu")
-        strategy = StreamStrategy(epochs=1, batch_size=20, seed=0, device=device, **common)
+        trainer = StreamTrainer(epochs=1, batch_size=20, seed=0, device=device, **common)
     else:
         from avalanche.training.supervised import Naive
 
-        strategy = Naive(
-            criterion=nn.CrossEntropyLoss(), train_mb_size=20, evaluator=None, **common
-        )
+        trainer = Naive(criterion=nn.CrossEntropyLoss(), train_mb_size=20, evaluator=None, **common)
     for experience in benchmark.train_stream:
-        strategy.train(experience, eval_streams=[], num_workers=0)
-    return witness, strategy
+        trainer.train(experience, eval_streams=[], num_workers=0)
+    return witness, trainer
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ours", [True, False])
 def test_hooks_come_in_order(data: ImageData, ours: bool) -> None:
-    witness, strategy = _train(data, ours)
+    witness, trainer = _train(data, ours)
     expected = []
     for task in range(3):
         expected += [f"task {task}"] if task else []
         for step in range(3 * task, 3 * task + 3):
             expected += ["penalty", "gradients", f"step {step + 1}"]
     assert witness.calls == expected
-    assert strategy.optimized_param_id == dict(strategy.model.named_parameters())
+    assert trainer.optimized_param_id == dict(trainer.model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -126,8 +124,8 @@ def test_state_goes_round() -> None:
     one, two = make("none"), make("none")
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for strategy in (one, two):
-        strategy.attach(model, optimizer, dice(5))
+    for intervention in (one, two):
+        intervention.attach(model, optimizer, seeded(5))
     one.step_done()
     torch.rand(3, generator=one.generator)
     two.load_state_dict(one.state_dict())

@@ -1,4 +1,4 @@
-"""The mixture that is drawn anew at each task."""
+"""The mixture that is re-initialised at each task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from cl_benchmarks.method import Training
 from cl_benchmarks.methods.constant import RenewExperts
-from dynmoe.interventions.none import NoStrategy
+from dynmoe.interventions.none import NoIntervention
 from dynmoe.moe import MoELayer
 
 
@@ -23,7 +23,7 @@ def plugin_on_trained_model() -> tuple[RenewExperts, nn.Module, torch.optim.Opti
         optimizer.step()
     training = Training(
         model, optimizer, torch.Generator().manual_seed(1), lambda _: model,
-        NoStrategy(NoStrategy.Config()),
+        NoIntervention(NoIntervention.Config()),
     )  # fmt: skip
     return RenewExperts(training), model, optimizer
 

@@ -26,7 +26,7 @@ def digits() -> ImageData:
     return get("dataset", "digits").Config().build().load(0)
 
 
-def dice(seed: int = 3) -> torch.Generator:
+def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -35,7 +35,7 @@ def test_outputs_do_not_change_without_noise(hidden: int) -> None:
     block = WideningBlock(6, [8]).double()
     x = torch.randn(50, 6, dtype=torch.float64)
     before = block(x)
-    widen(block, hidden, 0.0, dice())
+    widen(block, hidden, 0.0, seeded())
     assert block.hidden == hidden == block.layers[1].in_features
     torch.testing.assert_close(block(x), before, rtol=0, atol=1e-12)
 
@@ -44,8 +44,8 @@ def test_weights_are_the_papers_loop() -> None:
     """Eqs. 4 and 5: U_ij = W_ig(j), V_jk = W_g(j)k / |{x: g(x) = g(j)}|."""
     block = WideningBlock(6, [4]).double()
     first, second = copy.deepcopy(block.layers)
-    widen(block, 11, 0.0, dice())
-    generator = dice()
+    widen(block, 11, 0.0, seeded())
+    generator = seeded()
     g = [*range(4), *torch.randint(4, (7,), generator=generator).tolist()]
     assert len(set(g[4:])) < 7  # some unit has two copies
     wide_first, wide_second = block.layers
@@ -62,8 +62,8 @@ def test_noise_falls_on_what_feeds_the_copies() -> None:
     plain, noisy = WideningBlock(6, [30]), WideningBlock(6, [30])
     noisy.load_state_dict(plain.state_dict())
     spread = float(plain.layers[0].weight.detach().std())
-    widen(plain, 90, 0.0, dice())
-    widen(noisy, 90, 0.1, dice())
+    widen(plain, 90, 0.0, seeded())
+    widen(noisy, 90, 0.1, seeded())
     for name in ("weight", "bias"):
         change = getattr(noisy.layers[0], name) - getattr(plain.layers[0], name)
         assert (change[:30] == 0).all() and (change[30:] != 0).all()
@@ -111,7 +111,7 @@ def test_copies_with_noise_learn_apart_and_without_it_stay_alike() -> None:
         plugin.before_training_exp(at_task(training, 0))
         assert plugin.blocks["0"].hidden == 5  # not in the first task
         plugin.before_training_exp(at_task(training, 1))
-        parent = torch.randint(5, (5,), generator=dice(5)).tolist()
+        parent = torch.randint(5, (5,), generator=seeded(5)).tolist()
         train(training, range(3, 40))
         first = training.model[0].layers[0].weight
         twins = [(5 + i, 5 + j) for i in range(5) for j in range(i) if parent[i] == parent[j]]
@@ -120,14 +120,14 @@ def test_copies_with_noise_learn_apart_and_without_it_stay_alike() -> None:
     assert gaps[0.0] < 1e-6 and gaps[0.05] > 0.02
 
 
-def test_a_strategy_is_told_of_the_new_weights() -> None:
-    strategy = L2Init.Config(strength=1.0).build()
-    training = training_of(WideningBlock(6, [4, 9]), strategy=strategy)
-    strategy.attach(training.model, training.optimizer, dice())
+def test_an_intervention_is_told_of_the_new_weights() -> None:
+    intervention = L2Init.Config(strength=1.0).build()
+    training = training_of(WideningBlock(6, [4, 9]), intervention=intervention)
+    intervention.attach(training.model, training.optimizer, seeded())
     train(training, range(4))
-    before = float(strategy.penalty().detach())
+    before = float(intervention.penalty().detach())
     WidenPlugin(training, 0.01, "mean").before_training_exp(at_task(training, 1))
-    after = strategy.penalty()  # what did not change is as far from its first value as before
+    after = intervention.penalty()  # what did not change is as far from its first value as before
     assert 0 < float(after.detach()) <= before
     after.backward()
     assert training.model[0].layers[0].weight.grad.shape == (9, 6)
@@ -206,9 +206,11 @@ def test_the_block_starts_as_a_dense_one_of_its_width() -> None:
     assert torch.equal(block(x), dense(x))
 
 
-def test_a_block_that_a_strategy_has_rebuilt_is_refused_in_one_line() -> None:
+def test_a_block_that_an_intervention_has_rebuilt_is_refused_in_one_line() -> None:
     block = WideningBlock(4, [2, 4])
     insert_norms(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), block))
-    with pytest.raises(UserError, match="net2wider cannot widen a block that a strategy") as error:
+    with pytest.raises(
+        UserError, match="net2wider cannot widen a block that an intervention"
+    ) as error:
         block.append(2, None)
     assert "\n" not in str(error.value)

@@ -164,6 +164,6 @@ def test_on_the_fly_corruptions_of_the_clean_set(root: Path, tmp_path: Path) -> 
     for file in files:
         np.savez(file, image=marked)
     again = Imagenet(root, on_the_fly=True).corrupted("contrast", 3).images([900])
-    assert int(again.sum()) == 0  # read, not made anew
+    assert int(again.sum()) == 0  # read, not made again
     clean = source.other("clean").images([5])[0].double()
     assert first[0].double().std() < 0.5 * clean.std()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from strategy_helpers import NETWORKS, batch, conv, dice, mlp, moe
+from intervention_helpers import NETWORKS, batch, conv, mlp, moe, seeded
 from torch import Tensor, nn
 
 from cl_benchmarks.networks import build_network
@@ -129,7 +129,7 @@ def test_fresh_weights_lie_in_torchs_range(network: str) -> None:
             for norm in layer.norms:
                 norm.weight.fill_(9.0)  # type: ignore[operator, union-attr]
         index = torch.tensor([0, 2])
-        layer.draw_incoming(index, dice())
+        layer.draw_incoming(index, seeded())
         weight = layer.incoming[0].parameter
         bound = weight[0].numel() ** -0.5
         assert weight[index].abs().max() <= bound and weight[index].std() > 0.3 * bound
@@ -242,8 +242,8 @@ def test_our_networks_have_units(name: str, least: int) -> None:
 @pytest.mark.parametrize("budget", [Budget(), Budget(mode="per-growth")], ids=str)
 def test_growth_renews_units_and_is_noticed(budget: Budget) -> None:
     model = moe()
-    cut = get("cut", "utility").Config()
-    controller = GrowthController(model, granularity=2, budget=budget, cut=cut)
+    pruning = get("pruning", "utility").Config()
+    controller = GrowthController(model, granularity=2, budget=budget, pruning=pruning)
     before: list[dict[str, Tensor]] = []
     controller.listeners.append(before.append)
     layers = layers_of(model)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, conv, dice, mlp, moe, weights
+from intervention_helpers import NETWORKS, conv, mlp, moe, seeded, weights
 from torch import nn
 
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.pruning import RandomCut
+from dynmoe.growth.pruning import RandomUnits
 from dynmoe.interventions.weights import (
     fresh_draw,
     linear_outputs,
@@ -49,7 +49,7 @@ def test_output_layers_may_be_named() -> None:
     model = TwoHeads()
     assert output_layers(model) == [model.head, model.mixed]
     assert names_of(model, outputs=False) == {"mixed.bank.w_in", "last.weight"}
-    with pytest.raises(UserError, match="strategy x needs linear output layers.*MoELayer"):
+    with pytest.raises(UserError, match="intervention x needs linear output layers.*MoELayer"):
         linear_outputs(model, "x")
     plain = mlp()
     assert linear_outputs(plain, "x") == [plain[5]]  # type: ignore[index]
@@ -61,7 +61,7 @@ def test_fresh_values_are_new_and_of_the_same_kind(network: str) -> None:
     model = NETWORKS[network]()
     model.train()
     before, buffers = weights(model), {n: b.clone() for n, b in model.named_buffers()}
-    drawn, again, other = (fresh_draw(model, dice(s)) for s in (1, 1, 2))
+    drawn, again, other = (fresh_draw(model, seeded(s)) for s in (1, 1, 2))
     assert drawn.keys() == before.keys()
     for name, value in drawn.items():
         assert value.shape == before[name].shape and not value.requires_grad
@@ -81,7 +81,7 @@ def test_fresh_values_leave_torchs_generator_alone_and_the_rest_out() -> None:
             self.linear, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
 
     model, state = Scaled(), torch.get_rng_state()
-    assert fresh_draw(model, dice()).keys() == {"linear.weight", "linear.bias"}
+    assert fresh_draw(model, seeded()).keys() == {"linear.weight", "linear.bias"}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -90,12 +90,12 @@ def test_fresh_values_of_a_layer_that_grew_are_those_of_its_present_size() -> No
     torch.manual_seed(0)
     layer = MoELayer(4, 3, 12, num_experts=2, max_experts=4)
     model = nn.Sequential(nn.Linear(4, 4), layer)
-    cut, budget = RandomCut.Config(), Budget(mode="per-growth")
-    GrowthController(model, budget=budget, cut=cut).grow(0)
-    drawn = fresh_draw(model, dice())
+    pruning, budget = RandomUnits.Config(), Budget(mode="per-growth")
+    GrowthController(model, budget=budget, pruning=pruning).grow(0)
+    drawn = fresh_draw(model, seeded())
     assert drawn.keys() == weights(model).keys()
     assert drawn["1.bank.w_in"].shape == (18, 4) and layer.num_experts == 3
-    torch.manual_seed(int(torch.randint(2**62, (), generator=dice())))
+    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
     model[0].reset_parameters()  # type: ignore[operator]
     assert torch.equal(drawn["0.weight"], model[0].weight)  # type: ignore[arg-type]
 

@@ -45,7 +45,7 @@ def test_growth_with_silent_sets_changes_no_output(synthesis):
 @both
 def test_training_goes_on_through_a_growth(synthesis):
     method = make("moe2", experts=1, max_experts=3, synthesis=synthesis).train()
-    optimizer = torch.optim.Adam(method.learning(), 1e-2)
+    optimizer = torch.optim.Adam(method.trainable(), 1e-2)
     trigger = EveryTrigger.Config(steps=5)
     controller = GrowthController(method, optimizer, trigger=trigger, init=ZeroOutputInit.Config())
     x, losses = images(), []
@@ -62,7 +62,7 @@ def test_training_goes_on_through_a_growth(synthesis):
     assert rows[1].any() and rows[2].any()  # silent sets have begun to speak
     stats = routing_stats(method)
     assert stats.keys() == {"outer"} and len(list(moe_layers(method))) == 1
-    assert method.outer.birth.tolist() == [0, 1, 2]
+    assert method.outer.created.tolist() == [0, 1, 2]
 
 
 def test_random_growth_starts_new_sets_at_the_mean_of_the_old():
@@ -132,9 +132,9 @@ def test_parameter_counts_of_a_vit_b():
     head = 65 * 769
     assert counts("linear-probe") == (85_799_424 + head, head)
     assert counts("moa") == (85_799_424 + 1_485_830 + head, 1_494_022 - 8_192 + head)
-    total, learning = counts("moe2")
-    assert learning == 5 * 1_485_830 + 5 * 768 + head
-    assert round(total / 1e6, 1) == 93.3 and round(learning / 1e6, 1) == 7.5
+    total, trainable = counts("moe2")
+    assert trainable == 5 * 1_485_830 + 5 * 768 + head
+    assert round(total / 1e6, 1) == 93.3 and round(trainable / 1e6, 1) == 7.5
     assert counts("lora")[1] - head == 110_592
 
 

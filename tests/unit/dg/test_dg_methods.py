@@ -35,7 +35,7 @@ def test_a_few_steps_learn_a_batch_and_leave_what_is_frozen(name):
     method, x = make(name).train(), images()
     frozen = {n: p.clone() for n, p in method.named_parameters() if not p.requires_grad}
     assert bool(frozen) == (name not in WHOLE)
-    optimizer = torch.optim.Adam(method.learning(), 1e-2)
+    optimizer = torch.optim.Adam(method.trainable(), 1e-2)
     losses = []
     for _ in range(15):
         loss, parts = method.loss(x, LABELS)
@@ -45,7 +45,7 @@ def test_a_few_steps_learn_a_batch_and_leave_what_is_frozen(name):
         optimizer.step()
         losses.append(float(parts["classification"].detach()))
     assert losses[-1] < losses[0] - 0.05
-    assert all(p.grad is not None for p in method.learning())
+    assert all(p.grad is not None for p in method.trainable())
     now = dict(method.named_parameters())
     assert all(torch.equal(now[n], value) for n, value in frozen.items())
 
@@ -53,9 +53,9 @@ def test_a_few_steps_learn_a_batch_and_leave_what_is_frozen(name):
 @each
 def test_what_learns(name):
     method = make(name)
-    learning = {n for n, p in method.named_parameters() if p.requires_grad}
-    assert {"head.weight", "head.bias"} <= learning
-    in_backbone = {n for n in learning if n.startswith("backbone.")}
+    trainable = {n for n, p in method.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} <= trainable
+    in_backbone = {n for n in trainable if n.startswith("backbone.")}
     if name in ("linear-probe", "moa", "moa-lora", "ensemble", "moe2"):
         assert not in_backbone
     if name == "attention-only":
@@ -65,7 +65,7 @@ def test_what_learns(name):
     if name == "compacter":
         assert all(".adapter." in n for n in in_backbone) and len(in_backbone) == 6 * 6
     total, count = method.counts()
-    assert count == sum(p.numel() for p in method.learning()) <= total
+    assert count == sum(p.numel() for p in method.trainable()) <= total
     assert (count == total) == (name in WHOLE)
 
 
@@ -96,12 +96,12 @@ def test_resuming_from_the_learned_state_is_exact(name):
             finish_step(method)
 
     method = make(name).train()
-    optimizer = torch.optim.Adam(method.learning(), 1e-2)
+    optimizer = torch.optim.Adam(method.trainable(), 1e-2)
     steps(method, optimizer, 2)
     state = copy.deepcopy((method.learned_state(), optimizer.state_dict()))
     steps(method, optimizer, 2)
     again = make(name).train()
-    resumed = torch.optim.Adam(again.learning(), 1e-2)
+    resumed = torch.optim.Adam(again.trainable(), 1e-2)
     again.load_learned_state(state[0])
     resumed.load_state_dict(state[1])
     steps(again, resumed, 2)

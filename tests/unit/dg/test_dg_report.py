@@ -13,10 +13,10 @@ from dynmoe.experiments.dg.report import collect, mean_error, print_table, repor
 from dynmoe.experiments.dg.settings import Config
 
 
-def summary(accuracies: dict[str, float], learning: int) -> dict[str, Any]:
+def summary(accuracies: dict[str, float], trainable: int) -> dict[str, Any]:
     tests = [
-        {"domain": d, "accuracy": a, "parameters": 1000, "learning": learning,
-         "measures": {"kl": a} if learning == 70 else {}}
+        {"domain": d, "accuracy": a, "parameters": 1000, "trainable": trainable,
+         "measures": {"kl": a} if trainable == 70 else {}}
         for d, a in accuracies.items()
     ]  # fmt: skip
     return {"dataset": "set", "model": "vit", "domains": list(accuracies), "tests": tests}

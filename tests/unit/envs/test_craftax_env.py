@@ -147,7 +147,7 @@ def test_death_and_cut_are_told_apart() -> None:
     assert info["episode"]["l"].tolist() == [1] * FEW and not (terminated | truncated).any()
 
 
-def test_statistics_and_achievements_start_anew() -> None:
+def test_statistics_and_achievements_start_again() -> None:
     env = make(CLASSIC)
     env.reset(seed=0)
     nothing = torch.zeros(FEW, dtype=torch.long)

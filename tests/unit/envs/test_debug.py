@@ -174,7 +174,7 @@ def test_the_seed_decides_everything(name: str) -> None:
     torch.manual_seed(6)  # must not matter
     env = make_debug(name, 4)
     assert same(one, play(env, 100, 0.7, seed=1))
-    assert same(one, play(env, 100, 0.7, seed=1))  # reset starts anew
+    assert same(one, play(env, 100, 0.7, seed=1))  # reset starts again
     assert not same(one, play(env, 100, 0.7, seed=2))
     symbols = {tuple(play(env, 1, 0.0, seed)[0][0][:, 1].tolist()) for seed in range(20)}
     assert len(symbols) > 10

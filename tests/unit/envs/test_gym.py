@@ -234,7 +234,7 @@ def test_the_seed_decides_everything() -> None:
         env.close()
 
 
-def test_resuming_starts_episodes_anew_from_another_seed_each_time() -> None:
+def test_resuming_starts_episodes_again_from_another_seed_each_time() -> None:
     env = GymEnv("CartPole-v1", 3, seed=1)
     first, _ = env.reset()
     played(env, first, 7)

@@ -47,9 +47,9 @@ def check_equal(model: nn.Module, what: object) -> None:
 
 
 def combinations() -> Iterator[tuple[str, str, Budget]]:
-    for cut in registry.names("cut"):
+    for pruning in registry.names("pruning"):
         for budget in BUDGETS:
-            yield cut, "random", budget
+            yield pruning, "random", budget
     for init in registry.names("init"):
         for budget in BUDGETS:
             yield "utility", init, budget
@@ -59,13 +59,14 @@ def grows_alike(rank: int, size: int) -> None:
     """Each process has its own data, and a generator of its own."""
     x, y = shard(rank, size)
     for what in combinations():
-        cut, init, budget = what
+        pruning, init, budget = what
         ddp = DistributedDataParallel(make_model())
         model = ddp.module
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         controller = GrowthController(
             model, optimizer, granularity=2, budget=budget,
-            cut=registry.get("cut", cut).Config(), init=registry.get("init", init).Config(),
+            pruning=registry.get("pruning", pruning).Config(),
+            init=registry.get("init", init).Config(),
             generator=torch.Generator().manual_seed(rank),
         )  # fmt: skip
         for growth in range(2):
@@ -87,7 +88,7 @@ def equals_one_process(rank: int, size: int) -> None:
     """With equal generators and data a growth is that of a single process."""
     x, y = shard(0, 1)
     model = make_model()
-    controller = GrowthController(model, cut=registry.get("cut", "random").Config())
+    controller = GrowthController(model, pruning=registry.get("pruning", "random").Config())
     for growth in range(2):
         controller.grow(growth, (x, y))
     dist.barrier()

@@ -66,7 +66,7 @@ def test_events_say_what_happened(budget, probe):
     ]
     assert [e.parameters for e in events] == expected
     for _, layer in moe_layers(model):
-        assert layer.birth.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+        assert layer.created.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("router", ["cosine", "softmax", "topk"])
@@ -88,9 +88,11 @@ def test_shock_equals_an_independent_measurement(router, probe):
 
 
 def test_shock_without_labels_and_without_a_probe(probe):
-    event = GrowthController(make_model(), cut=part("cut", "random")).grow(1, (probe[0], None))
+    event = GrowthController(make_model(), pruning=part("pruning", "random")).grow(
+        1, (probe[0], None)
+    )
     assert event.shock.keys() == {"output_change"}
-    event = GrowthController(make_model(), cut=part("cut", "random")).grow(1)
+    event = GrowthController(make_model(), pruning=part("pruning", "random")).grow(1)
     assert event.shock == {} and event.experts == 3
 
 
@@ -127,7 +129,7 @@ def test_shock_is_measured_as_the_caller_says(labelled, probe):
     assert first.shock == {"moved": pytest.approx((after[1] - before[1]).abs().max().item()),
                            "count": 1} and first.shock["moved"] > 0.01  # fmt: skip
     assert controller.grow(2, (x, labels)).shock["count"] == 2
-    bare = GrowthController(TwoHeads(), cut=part("cut", "redraw"), measure_shock=measure)
+    bare = GrowthController(TwoHeads(), pruning=part("pruning", "reinit"), measure_shock=measure)
     assert bare.grow(3).shock == {} and len(calls) == 2  # without a probe nothing is measured
 
 
@@ -163,7 +165,7 @@ def test_utilities_come_from_each_layers_own_inputs(probe):
         inputs = twin[2][0](twin[1](twin[0](probe[0])))
         hidden = F.relu(F.linear(inputs, twin_layer.bank.w_in, twin_layer.bank.b_in))
     utility = hidden.mean(dim=0) * twin_layer.bank.w_out.abs().sum(dim=0)
-    GrowthController(model, granularity=2, cut=part("cut", "utility")).grow(1, probe)
+    GrowthController(model, granularity=2, pruning=part("pruning", "utility")).grow(1, probe)
     for run in range(2):  # ten units each, five are kept
         best = 10 * run + utility[10 * run : 10 * run + 10].topk(5).indices.sort().values
         assert (layer.bank.segment == run).nonzero().flatten().tolist() == best.tolist()
@@ -189,7 +191,7 @@ def test_generator_alone_decides_a_growth():
         torch.manual_seed(1000 + len(seeds))  # must not matter
         seeds.append(seed)
         generator = torch.Generator().manual_seed(seed)
-        GrowthController(model, cut=part("cut", "random"), generator=generator).grow(1)
+        GrowthController(model, pruning=part("pruning", "random"), generator=generator).grow(1)
         return model.state_dict()
 
     start, seeds = make_model(), list[int]()
@@ -207,7 +209,8 @@ def test_resuming_makes_the_next_growth_bit_equal(budget, init, probe):
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters())
         controller = GrowthController(
-            model, optimizer, budget=budget, init=part("init", init), cut=part("cut", "random"),
+            model, optimizer, budget=budget, init=part("init", init),
+            pruning=part("pruning", "random"),
             trigger=part("trigger", "every", steps=2), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         return model, optimizer, controller
@@ -235,7 +238,7 @@ def test_resuming_makes_the_next_growth_bit_equal(budget, init, probe):
 def test_without_a_generator_a_growth_follows_the_global_seed():
     def grown(seed: int) -> dict[str, Tensor]:
         model = copy.deepcopy(start)
-        controller = GrowthController(model, cut=part("cut", "random"))
+        controller = GrowthController(model, pruning=part("pruning", "random"))
         torch.manual_seed(seed)
         controller.grow(1)
         controller.grow(2)

@@ -18,7 +18,7 @@ def passed(tmp_path_factory):
     """Names of the files that two processes left for the checks that passed, and the failure."""
     folder = tmp_path_factory.mktemp("processes")
     model = growth_processes.make_model()
-    controller = GrowthController(model, cut=registry.get("cut", "random").Config())
+    controller = GrowthController(model, pruning=registry.get("pruning", "random").Config())
     for growth in range(2):
         controller.grow(growth, growth_processes.shard(0, 1))
     torch.save(model.state_dict(), folder / "alone")

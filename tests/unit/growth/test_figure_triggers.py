@@ -61,7 +61,7 @@ def naive_gradient(values: list[float], share: float, memory: int) -> int | None
 def naive_page_hinkley(
     values: list[float], threshold: float, delta: float, warmup: int = 1
 ) -> int | None:
-    """m_T and M_T written out anew at each T."""
+    """m_T and M_T written out again at each T."""
     for now in range(warmup + 1, len(values) + 1):
         sums = [0.0]
         for t in range(warmup + 1, now + 1):
@@ -251,9 +251,9 @@ def test_probe_figures_are_the_naive_ones():
     p = sigma / sigma.sum()
     assert figures["effective_rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
     activity = [h.abs().double().mean(dim=0) for h in (first, pool)]
-    asleep = [float(a / layer.mean()) <= 0.1 for layer in activity for a in layer]
-    assert len(asleep) == 17 and sum(asleep) >= 1
-    assert figures["dormant"] == pytest.approx(sum(asleep) / 17)
+    dormant = [float(a / layer.mean()) <= 0.1 for layer in activity for a in layer]
+    assert len(dormant) == 17 and sum(dormant) >= 1
+    assert figures["dormant"] == pytest.approx(sum(dormant) / 17)
 
 
 class _Naive:

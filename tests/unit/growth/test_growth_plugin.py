@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from dynmoe.growth import GrowthController
-from dynmoe.growth.pruning import UtilityCut
+from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.moe import MoELayer
 
 
@@ -47,7 +47,7 @@ def test_multi_head_models_grow(task_labels):
 
     network = Network()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    controller = GrowthController(network, optimizer, cut=UtilityCut.Config())
+    controller = GrowthController(network, optimizer, pruning=UtilityUnits.Config())
     plugin, silent = GrowthPlugin(controller), EvaluationPlugin(loggers=[])
     naive = Naive(
         model=network, optimizer=optimizer, train_mb_size=16, plugins=[plugin], evaluator=silent

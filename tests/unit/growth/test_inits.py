@@ -31,13 +31,13 @@ def make_layer(
 
 
 def make_controller(
-    layer: MoELayer, init: str, budget: Budget, granularity: int = 1, cut: str = "random"
+    layer: MoELayer, init: str, budget: Budget, granularity: int = 1, pruning: str = "random"
 ) -> GrowthController:
     return GrowthController(
         layer,
         granularity=granularity,
         budget=budget,
-        cut=registry.get("cut", cut).Config(),
+        pruning=registry.get("pruning", pruning).Config(),
         init=registry.get("init", init).Config(),
     )
 
@@ -89,7 +89,7 @@ def test_zero_output_changes_no_more_than_the_cut_takes(router, gate_scale):
         layer.bank.w_out[:, [3, 4, 5, 9, 10, 11]] = 0.0
     x = torch.randn(30, 6, dtype=torch.double)
     expected = layer(x).detach()
-    make_controller(layer, "zero-output", CONSTANT, 2, cut="first").grow(1)
+    make_controller(layer, "zero-output", CONSTANT, 2, pruning="first").grow(1)
     assert layer.bank.hidden_sizes() == [3, 3, 3, 3]
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 

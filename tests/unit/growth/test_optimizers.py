@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.pruning import UtilityCut
+from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.moe import MoELayer
 
 OPTIMIZERS = sorted(
@@ -70,7 +70,7 @@ def test_fresh_units_move_like_old_ones(name, options, mode):
     optimizer = make_optimizer(name, model, options)
     train(model, optimizer, 20)
     controller = GrowthController(
-        model, optimizer, granularity=2, budget=Budget(mode=mode), cut=UtilityCut.Config()
+        model, optimizer, granularity=2, budget=Budget(mode=mode), pruning=UtilityUnits.Config()
     )
     controller.grow(0, (X, Y))
     bank = model[0].bank
@@ -102,7 +102,7 @@ def test_factored_moments_start_at_their_mean(mode):
     bank = model[0].bank
     old = {n: copy.deepcopy(optimizer.state[getattr(bank, n)]) for n in ("w_in", "w_out")}
     GrowthController(
-        model, optimizer, granularity=2, budget=Budget(mode=mode), cut=UtilityCut.Config()
+        model, optimizer, granularity=2, budget=Budget(mode=mode), pruning=UtilityUnits.Config()
     ).grow(0, (X, Y))
     new = {name: optimizer.state[getattr(bank, name)] for name in old}
     fresh, units = bank.segment >= 2, len(bank.segment)
@@ -129,7 +129,7 @@ def test_transformers_adafactor_keeps_its_shapes():
     train(model, optimizer, 3)
 
 
-def test_state_of_unknown_shape_is_made_anew():
+def test_state_of_unknown_shape_is_made_again():
     """A matrix of all units against all units, as preconditioners have, cannot be extended."""
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters())
@@ -151,8 +151,10 @@ def test_pending_gradients_stay_with_their_weights(mode, sparse):
     if sparse:
         bank.w_in.grad = bank.w_in.grad.to_sparse()
     old = {n: p.grad.to_dense().clone() for n, p in model.named_parameters()}
-    cut = UtilityCut.Config()
-    GrowthController(model, granularity=2, budget=Budget(mode=mode), cut=cut).grow(0, (X, Y))
+    pruning = UtilityUnits.Config()
+    GrowthController(model, granularity=2, budget=Budget(mode=mode), pruning=pruning).grow(
+        0, (X, Y)
+    )
     fresh = bank.segment >= 2
     kept = (~fresh).nonzero().flatten()
     assert bank.w_in.grad.is_sparse == sparse

@@ -1,7 +1,7 @@
 """What a growth may change in parameters and optimizer state, and what it must not.
 
 Units are tagged: unit j's weights and optimizer state hold whole numbers that name it, far from
-any weight drawn afresh, so that after a growth each unit's origin can be read from the unit itself.
+any new weight: after a growth each unit's origin can be read from the unit itself.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def check_units(before: Snapshot, after: Snapshot, origin: Tensor, exact_outputs
 
 
 def check_state(before: Snapshot, after: Snapshot, moved: dict[str, Tensor], moments: str) -> None:
-    """State moves with its unit or row; what starts afresh starts from neutral moments.
+    """State moves with its unit or row; what starts over starts from neutral moments.
 
     `moved` holds, for each parameter, which entry each entry was, or -1 where state restarts.
     """
@@ -143,7 +143,7 @@ def check_state(before: Snapshot, after: Snapshot, moved: dict[str, Tensor], mom
 growths = st.lists(
     st.tuples(
         st.integers(1, 2),
-        st.sampled_from(registry.names("cut")),
+        st.sampled_from(registry.names("pruning")),
         st.sampled_from(list(INITS)),
         st.integers(0, 2),
     ),
@@ -170,7 +170,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-5, 5, (8, D_IN)).double()
     probe = torch.randn(8, 4, dtype=torch.double), None
-    for count, (granularity, cut, init, steps) in enumerate(growths, start=1):
+    for count, (granularity, pruning, init, steps) in enumerate(growths, start=1):
         for parameter in layer.parameters():
             nn.init.uniform_(parameter, -0.5, 0.5)  # training on tags would diverge
         train(model, optimizer, steps)
@@ -182,7 +182,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
             optimizer,
             granularity=granularity,
             budget=budget,
-            cut=registry.get("cut", cut).Config(),
+            pruning=registry.get("pruning", pruning).Config(),
             init=INITS[init],
             moments=moments,
             generator=generator,
@@ -222,7 +222,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
             assert set(origin[origin >= 0].tolist()) == set(range(sum(sizes)))  # nothing is cut
         else:
             kept = sum(
-                0 if cut == "redraw" and after < before else min(before, after)
+                0 if pruning == "reinit" and after < before else min(before, after)
                 for before, after in zip(sizes, grown, strict=False)
             )
             assert first_copies(origin).sum() == (origin >= 0).sum() == kept
@@ -232,7 +232,7 @@ def test_any_sequence_of_growths(growths, experts, budget, optimizer_name, momen
         stay = router_rows >= 0
         assert torch.equal(router[0][stay], router[1][stay])
         assert (router[0][~stay] != router[1][~stay]).any(dim=1).all()
-        assert layer.birth[len(sizes) : len(grown)].tolist() == [1] * granularity
+        assert layer.created[len(sizes) : len(grown)].tolist() == [1] * granularity
 
         # The optimizer holds the model's parameters and no other.
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -252,8 +252,8 @@ def test_training_goes_on_and_reaches_every_unit(
     layer: MoELayer = model[1]
     layer.bank.act = nn.Tanh()  # no unit is off for every sample
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-    cut = registry.get("cut", "random").Config()
-    controller = GrowthController(model, optimizer, budget=Budget(mode=mode), cut=cut)
+    pruning = registry.get("pruning", "random").Config()
+    controller = GrowthController(model, optimizer, budget=Budget(mode=mode), pruning=pruning)
 
     def step() -> None:
         x = torch.randn(64, 4, dtype=torch.double, device=device)
@@ -284,8 +284,8 @@ def test_fresh_units_start_with_their_neighbours_step_size():
         train(model, optimizer, 200)
         for state in optimizer.state.values():
             state["step"].fill_(10_000)  # bias correction has faded
-        cut = registry.get("cut", "redraw").Config()
-        GrowthController(model, optimizer, cut=cut, moments=moments).grow(1)
+        pruning = registry.get("pruning", "reinit").Config()
+        GrowthController(model, optimizer, pruning=pruning, moments=moments).grow(1)
         layer = model[1]
         fresh = [layer.router.weight, layer.bank.w_in, layer.bank.b_in, layer.bank.w_out]
         before = [p.detach().clone() for p in fresh]
@@ -317,9 +317,9 @@ def test_a_growth_that_fails_in_one_layer_changes_none(mode, hidden, room, messa
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, 2)
     before = state_of(model, optimizer)
-    cut = registry.get("cut", "random").Config()
+    pruning = registry.get("pruning", "random").Config()
     budget = Budget(mode=mode)
-    controller = GrowthController(model, optimizer, granularity=2, cut=cut, budget=budget)
+    controller = GrowthController(model, optimizer, granularity=2, pruning=pruning, budget=budget)
     with pytest.raises(UserError, match=message):
         controller.grow(1)
     torch.testing.assert_close(state_of(model, optimizer), before, rtol=0, atol=0)
@@ -336,8 +336,8 @@ def test_per_growth_replaces_parameters_in_their_own_group_and_keeps_frozen_ones
         {"params": [p for p in model.parameters() if p is not bank.w_in and p is not bank.b_in]},
     ]
     optimizer = torch.optim.SGD(groups, 0.1)
-    cut = registry.get("cut", "first").Config()
-    GrowthController(model, optimizer, budget=Budget(mode="per-growth"), cut=cut).grow(1)
+    pruning = registry.get("pruning", "first").Config()
+    GrowthController(model, optimizer, budget=Budget(mode="per-growth"), pruning=pruning).grow(1)
     first, second = optimizer.param_groups
     assert first["lr"] == 0.5 and second["lr"] == 0.1
     assert [id(p) for p in first["params"]] == [id(bank.w_in), id(bank.b_in)]

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController, Signals
-from dynmoe.growth.newborn import Newborn
-from dynmoe.growth.pruning import UtilityCut
+from dynmoe.growth.new_experts import NewExperts
+from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.moe import MoELayer, moe_layers, share_router
 
 BUDGETS = [Budget(), Budget(mode="per-growth", units=4)]
@@ -100,8 +100,8 @@ def test_a_growth_that_fails_leaves_no_trace(budget, init, where, shared, monkey
     optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
     train(model, optimizer)
     controller = GrowthController(
-        model, optimizer, granularity=2, budget=budget, cut=UtilityCut.Config(),
-        init=registry.get("init", init).Config(), newborn=Newborn(logit=-1.0),
+        model, optimizer, granularity=2, budget=budget, pruning=UtilityUnits.Config(),
+        init=registry.get("init", init).Config(), new_experts=NewExperts(logit=-1.0),
         trigger=registry.get("trigger", "every").Config(steps=3), copies=[AveragedModel(model)],
     )  # fmt: skip
     controller.grow(0, (X, Y))
@@ -130,7 +130,7 @@ def test_other_banks_are_put_back_too(bank):
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer)
     init = registry.get("init", "zero-output").Config()
-    controller = GrowthController(model, optimizer, cut=UtilityCut.Config(), init=init)
+    controller = GrowthController(model, optimizer, pruning=UtilityUnits.Config(), init=init)
     controller.listeners.append(fail)
     before = picture(model, optimizer, controller)
     with pytest.raises(PlannedError):
@@ -178,10 +178,10 @@ def test_a_probe_may_be_a_function_that_runs_the_model(output, labelled):
     def run(model: nn.Module) -> Any:
         return model(input_ids=X, task_labels=tasks)
 
-    controller = GrowthController(model, cut=UtilityCut.Config())
+    controller = GrowthController(model, pruning=UtilityUnits.Config())
     event = controller.grow(0, (run, Y) if labelled else run)
     inputs = X + tasks.unsqueeze(1)
-    expected = GrowthController(plain, cut=UtilityCut.Config()).grow(0, (inputs, Y))
+    expected = GrowthController(plain, pruning=UtilityUnits.Config()).grow(0, (inputs, Y))
     shock = expected.shock if labelled else {"output_change": expected.shock["output_change"]}
     assert event.shock == pytest.approx(shock) and event.shock["output_change"] > 0
 
@@ -218,7 +218,7 @@ def test_padding_does_not_count_in_utilities():
         (twin, lambda m: m(X[mask])),
     ):
         generator = torch.Generator().manual_seed(0)
-        GrowthController(grown, cut=UtilityCut.Config(), generator=generator).grow(0, probe)
+        GrowthController(grown, pruning=UtilityUnits.Config(), generator=generator).grow(0, probe)
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
@@ -232,10 +232,10 @@ def test_the_default_is_that_of_the_commands():
     optimizer = torch.optim.Adam(model.parameters())
     theirs = settings.make_controller(model, optimizer, torch.Generator())
     ours = GrowthController(model, optimizer, granularity=settings.granularity)
-    for name in ("cut", "init", "trigger"):
+    for name in ("pruning", "init", "trigger"):
         assert type(getattr(ours, name)) is type(getattr(theirs, name))
         assert getattr(ours, name).__dict__.keys() == getattr(theirs, name).__dict__.keys()
-    assert ours.init.redraw_router == theirs.init.redraw_router
+    assert ours.init.reinit_router == theirs.init.reinit_router
     assert (ours.moments, ours.budget) == (theirs.moments, theirs.budget)
     assert ours.grow(0).experts == 4  # without a probe
 
@@ -247,7 +247,7 @@ def test_an_averaged_model_follows(budget, init):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     controller = GrowthController(
-        model, optimizer, budget=budget, cut=UtilityCut.Config(),
+        model, optimizer, budget=budget, pruning=UtilityUnits.Config(),
         init=registry.get("init", init).Config(), copies=[ema],
     )  # fmt: skip
     for growth in range(2):

@@ -44,8 +44,8 @@ def samples(name: str, count: int = 6, width: int = 5) -> Tensor:
     return torch.randn(shapes.get(name, (count, width)), dtype=torch.double)
 
 
-def living_rows(layer: MoELayer) -> dict[str, int]:
-    """Parameter name -> living experts, for parameters with a row per expert."""
+def active_rows(layer: MoELayer) -> dict[str, int]:
+    """Parameter name -> active experts, for parameters with a row per expert."""
     rows = {id(p) for p in (*layer.router.expert_rows(), *layer.bank.expert_rows())}
     return {n: layer.num_experts for n, p in layer.named_parameters() if id(p) in rows}
 

@@ -49,7 +49,7 @@ def given_routing(layer: MoELayer, **fields: Any) -> LossInput:
     zeros = torch.zeros(n, layer.max_experts, dtype=torch.double)
     fields = {"gates": zeros, "logits": zeros, "probabilities": zeros} | fields
     return LossInput(
-        samples(n), Routing(alive=layer.router.alive, **fields), layer.router, layer.bank
+        samples(n), Routing(active=layer.router.active, **fields), layer.router, layer.bank
     )
 
 

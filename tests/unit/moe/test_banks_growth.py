@@ -22,12 +22,12 @@ GROWTHS = [(name, init) for name in BANKS for init in ("random", "zero-output")]
 GROWTHS += [(name, "duplicate") for name in WITH_UNITS]
 
 
-def controller_of(layer: MoELayer, init: str, optimizer=None, cut="utility", **options):
+def controller_of(layer: MoELayer, init: str, optimizer=None, pruning="utility", **options):
     config = registry.get("init", init).Config(
         **({"router": "new"} if init == "random" else {})  # the old experts' rows stay
     )
-    cut = registry.get("cut", cut).Config()
-    return GrowthController(layer, optimizer, init=config, cut=cut, **options)
+    pruning = registry.get("pruning", pruning).Config()
+    return GrowthController(layer, optimizer, init=config, pruning=pruning, **options)
 
 
 def train(layer: MoELayer, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
@@ -83,7 +83,7 @@ def test_growth_in_the_midst_of_training(name, init, router, budget):
 @pytest.mark.parametrize("name", BANKS)
 @BUDGETS
 def test_optimizer_state_follows_and_restarts(name, budget):
-    """Entries that keep their weights keep their moments; the others begin anew."""
+    """Entries that keep their weights keep their moments; the others begin again."""
     layer = make(name)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
     train(layer, optimizer, 3)
@@ -116,7 +116,7 @@ CASES += [(name, "duplicate", budget) for name in WITH_UNITS for budget in (CONS
 def test_two_growths_preserve_the_function(name, init, budget, gate_scale):
     layer, x = make(name, gate_scale=gate_scale, shared_hidden=2), samples(name)
     expected = layer(x).detach()
-    controller = controller_of(layer, init, budget=budget, cut="random")
+    controller = controller_of(layer, init, budget=budget, pruning="random")
     for growth in (1, 2):
         controller.grow(growth)
         torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
@@ -126,14 +126,14 @@ def test_two_growths_preserve_the_function(name, init, budget, gate_scale):
 @pytest.mark.parametrize("name", WITHOUT_UNITS)
 def test_copies_of_experts_without_units_are_refused(name):
     with pytest.raises(UserError, match="needs a bank with hidden units"):
-        controller_of(make(name), "duplicate", cut="random").grow(1)
+        controller_of(make(name), "duplicate", pruning="random").grow(1)
 
 
-@pytest.mark.parametrize("cut", registry.names("cut"))
+@pytest.mark.parametrize("pruning", registry.names("pruning"))
 @pytest.mark.parametrize("name", WITH_UNITS)
-def test_every_cut_finds_its_scores(name, cut):
+def test_every_cut_finds_its_scores(name, pruning):
     layer, x = make(name), samples(name)
-    controller_of(layer, "random", cut=cut).grow(1, (x, None))
+    controller_of(layer, "random", pruning=pruning).grow(1, (x, None))
     assert layer.bank.hidden_sizes() == [3, 3, 3, 3]
 
 
@@ -176,7 +176,7 @@ def test_growth_keeps_one_graph(name, router, device):
     torch._dynamo.reset()
     layer = make(name, router, shared_hidden=2).to(device)
     optimizer = torch.optim.Adam(layer.parameters())
-    controller = controller_of(layer, "random", optimizer, cut="random")
+    controller = controller_of(layer, "random", optimizer, pruning="random")
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = samples(name).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bank_cases import BANKS, EXPERTS, HIDDEN, WITH_UNITS, living_rows, make_layer, samples
+from bank_cases import BANKS, EXPERTS, HIDDEN, WITH_UNITS, active_rows, make_layer, samples
 from torch import nn
 
 from dynmoe.growth import GrowthController
@@ -21,7 +21,7 @@ def test_a_probe_reads_every_bank(name, router):
     labels = torch.arange(10) % 3
     for experts in (EXPERTS, EXPERTS + 1):
         probe = take_probe(model, x, labels)
-        for key in living_rows(layer):  # the rows reserved for experts to come are left out
+        for key in active_rows(layer):  # the rows reserved for experts to come are left out
             assert len(probe.parameters[f"0.{key}"]) == experts, key
             assert len(probe.gradients[f"0.{key}"]) == experts, key
         if name in WITH_UNITS and name != "conv":  # conv has an activation per pixel

@@ -31,8 +31,8 @@ def test_ten_growths_keep_one_graph(router, gate_scale, device):
         losses=(SwitchLoss.Config(weight=0.1),),
     ).to(device)
     optimizer = torch.optim.Adam(layer.parameters())
-    cut = registry.get("cut", "random").Config()
-    controller = GrowthController(layer, optimizer, cut=cut)
+    pruning = registry.get("pruning", "random").Config()
+    controller = GrowthController(layer, optimizer, pruning=pruning)
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = torch.randn(7, 6, device=device)

@@ -111,10 +111,10 @@ class LoudRouter(Router):
     name = "loud"
     normalised = False
 
-    def route(self, given):
-        logits = self.mask(given.x @ self.weight.T)
+    def route(self, inputs):
+        logits = self.mask(inputs.x @ self.weight.T)
         gates = logits.exp()
-        return Routing(gates=gates, logits=logits, probabilities=gates, alive=self.alive)
+        return Routing(gates=gates, logits=logits, probabilities=gates, active=self.active)
 
 
 class Biases(ExpertBank):
@@ -215,7 +215,7 @@ def test_removing_an_unused_expert_keeps_the_function(router, gate_scale, bank, 
         config = registry.get("router", router).Config()
         layer = MoELayer(5, 4, 9, num_experts=4, router=config, bank=BiasesConfig(),
                          gate_scale=gate_scale).double()  # fmt: skip
-    layer.birth[:4] = torch.tensor([0, 1, 2, 3])
+    layer.created[:4] = torch.tensor([0, 1, 2, 3])
     mute(layer, 1)
     layer, x = layer.to(device), samples(3, 20).to(device)
     before = copy.deepcopy(layer.state_dict())
@@ -225,7 +225,7 @@ def test_removing_an_unused_expert_keeps_the_function(router, gate_scale, bank, 
     assert pruned.kept == [0, 2, 3] and smaller.num_experts == 3
     torch.testing.assert_close(smaller(x), layer(x), rtol=1e-12, atol=1e-12)
     assert pruned.change.largest < 1e-12
-    assert smaller.birth[:3].tolist() == [0, 2, 3] and smaller.max_experts == layer.max_experts
+    assert smaller.created[:3].tolist() == [0, 2, 3] and smaller.max_experts == layer.max_experts
     layer(x)
     shares = layer.last_routing.gates[:, :4]
     torch.testing.assert_close(pruned.load, shares.mean(dim=0).cpu().detach())
@@ -246,7 +246,7 @@ def test_rows_and_units_of_the_kept_move_together(router):
     outputs = layer.bank.expert_outputs(x)[[3, 1]]
     expected = torch.einsum("nk,kno->no", logits.softmax(dim=1), outputs)
     torch.testing.assert_close(smaller(x), expected, rtol=1e-6, atol=1e-7)  # shifts are float32
-    assert smaller.router.alive.tolist() == [True, True, False, False, False, False]
+    assert smaller.router.active.tolist() == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("router", ["softmax", "topk"])
@@ -259,7 +259,7 @@ def test_every_bank_can_be_pruned(name, router):
         for parameter in layer.bank.parameters():
             parameter.normal_()  # some banks start silent
     mute(layer, 2)
-    images = layer.bank.whole and layer.bank.channel_axis == 1
+    images = layer.bank.per_sample and layer.bank.channel_axis == 1
     x = torch.randn(6, 4, 3, 3).double() if images else torch.randn(6, 7, 4).double()
     pruned = prune(layer, [x], 1e-6)
     assert pruned.kept == [0, 1, 3]
@@ -337,8 +337,8 @@ class CountingLoss(AuxLoss):
         super().__init__(config, max_experts)
         self.register_buffer("counts", torch.arange(float(max_experts)))
 
-    def forward(self, given):
-        return given.x.new_zeros(())
+    def forward(self, inputs):
+        return inputs.x.new_zeros(())
 
 
 def test_state_of_losses_follows_the_experts():

@@ -12,8 +12,8 @@ from bank_cases import (
     ROUTERS,
     WIDTHS,
     WITH_UNITS,
+    active_rows,
     alone,
-    living_rows,
     loop,
     samples,
 )
@@ -87,7 +87,7 @@ def test_no_samples_give_no_output(name, router):
 @each_router
 def test_unborn_experts_have_no_influence_and_no_gradient(name, router):
     layer, x = make(name, router), samples(name, 30)
-    before, rows = layer(x), living_rows(layer)
+    before, rows = layer(x), active_rows(layer)
     with torch.no_grad():
         for key, parameter in layer.named_parameters():
             if key in rows:
@@ -109,7 +109,7 @@ def test_an_expert_with_gate_one_says_what_it_says_alone(name, sparse):
     assert len(outputs) == layer.max_experts
     for expert in range(EXPERTS):
         owner = torch.full((len(x),), expert)
-        routing = hard_routing(owner, owner >= 0, layer.router.alive, x)
+        routing = hard_routing(owner, owner >= 0, layer.router.active, x)
         if not sparse:
             routing.chosen = None
         expected = alone(name, layer.bank, expert, x)
@@ -122,7 +122,7 @@ def test_samples_that_choose_nobody_get_zero(name):
     layer, x = make(name), samples(name)
     owner = torch.zeros(len(x), dtype=torch.long)
     for nobody in (owner > 0, torch.arange(len(x)) > 2):
-        routing = hard_routing(owner, nobody, layer.router.alive, x)
+        routing = hard_routing(owner, nobody, layer.router.active, x)
         y = layer.bank(x, routing)
         assert not y[~nobody].any() and y[nobody].flatten(1).any(dim=1).all()
 
@@ -203,7 +203,7 @@ def test_drawing_experts_or_units_leaves_the_others_alone(name):
 @each_router
 def test_state_dict_restores_the_function(name, router):
     layer, other = make(name, router), make(name, router)
-    GrowthController(layer, cut=registry.get("cut", "random").Config()).grow(1)
+    GrowthController(layer, pruning=registry.get("pruning", "random").Config()).grow(1)
     x = samples(name)
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict(), strict=True)

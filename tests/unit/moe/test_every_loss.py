@@ -17,7 +17,7 @@ from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
 
 LOSSES = registry.names("loss")
-RANDOM_CUT = registry.get("cut", "random").Config()
+RANDOM_UNITS = registry.get("pruning", "random").Config()
 
 needs = {"load": ("noisy-topk",), "loss-free": ("topk", "noisy-topk")}
 """losses that some routers cannot serve -> routers that can"""
@@ -172,7 +172,7 @@ def test_one_graph_through_growths_equal_to_eager(name, router):
     torch._dynamo.reset()
     layer = whole_layer(name, router)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
-    controller = GrowthController(layer, optimizer, cut=RANDOM_CUT)
+    controller = GrowthController(layer, optimizer, pruning=RANDOM_UNITS)
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = samples(9).float()
@@ -198,7 +198,7 @@ def test_one_graph_through_growths_equal_to_eager(name, router):
 def test_training_through_a_growth(name, router):
     layer = whole_layer(name, router)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
-    controller = GrowthController(layer, optimizer, granularity=2, cut=RANDOM_CUT)
+    controller = GrowthController(layer, optimizer, granularity=2, pruning=RANDOM_UNITS)
     x, errors = samples(40).float(), []
     target = x[:, :3].sin()
     for step in range(12):

@@ -37,7 +37,7 @@ def test_gates_are_weights_of_living_experts(name, seed, experts, n, log_scale, 
     routing = route(router, samples(n, 10**log_scale))
     gates, probabilities, logits = routing.gates, routing.probabilities, routing.logits
     assert gates.shape == logits.shape == probabilities.shape == (n, ROOM)
-    assert routing.alive.tolist() == [e < experts for e in range(ROOM)]
+    assert routing.active.tolist() == [e < experts for e in range(ROOM)]
     assert gates.isfinite().all() and (gates >= 0).all()
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(n, dtype=torch.double))
     assert (probabilities >= 0).all()
@@ -130,7 +130,7 @@ def test_a_router_that_grew_is_one_born_with_more_experts(name):
     """Nothing but the buffers and rows knows how many experts there are."""
     router, x, context = make_router(name).eval(), samples(40), torch.arange(40)
     before = route(router, x, None, context)
-    router.alive[3] = True
+    router.active[3] = True
     after = route(router, x, None, context)
     assert not before.gates[:, 3].any() and not after.gates[:, 4].any()
     assert after.gates.isfinite().all() and (after.probabilities[:, 3] > 0).any()
@@ -187,7 +187,7 @@ def test_equal_rows_shifted_by_log_half_share_one_gate(name):
     with torch.no_grad():
         for rows in router.expert_rows():
             rows[3] = rows[1]
-    router.alive[3] = True
+    router.active[3] = True
     router.logit_shift[[1, 3]] = -math.log(2)
     after = shares(router, x)
     assert before[:, 1].any()
@@ -318,7 +318,7 @@ def test_one_graph_draws_what_eager_code_draws_through_growth(name, training):
     compiled = torch.compile(router, fullgraph=True, backend=counter)
     x, context, mask = samples(9), torch.arange(9) % 3, torch.arange(9) < 8
     for experts in (2, 3, 4, 5):
-        router.alive[:experts] = eager.alive[:experts] = True
+        router.active[:experts] = eager.active[:experts] = True
         with torch._dynamo.config.patch(error_on_recompile=experts > 2):
             routing = compiled(x, mask=mask, context=context, sizes=SIZES)
         same_routing(routing, eager(x, mask=mask, context=context, sizes=SIZES))

@@ -72,7 +72,7 @@ def test_growth_in_the_middle_of_training(name, init):
             losses.append(loss.item())
             assert all(p.isfinite().all() for p in layer.parameters())
     assert all(0 < value < 100 for value in losses) and len(set(losses)) == 6
-    assert layer.last_routing.alive.tolist() == [True] * 4 + [False]
+    assert layer.last_routing.active.tolist() == [True] * 4 + [False]
     assert routing_stats(layer)[""]["used_experts"] >= 1
     moved = (layer.router.weight != grown_rows).any(dim=1)
     if layer.router.weight.requires_grad:
@@ -99,8 +99,8 @@ def test_one_graph_through_training_and_growth(name):
     torch._dynamo.reset()
     layer = make_layer(name)
     optimizer = torch.optim.Adam(layer.parameters())
-    cut = registry.get("cut", "random").Config()
-    controller, counter = GrowthController(layer, optimizer, cut=cut), CompileCounter()
+    pruning = registry.get("pruning", "random").Config()
+    controller, counter = GrowthController(layer, optimizer, pruning=pruning), CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x, context = torch.randn(9, DIM), torch.arange(9) % 3
     for growth in range(4):

@@ -29,9 +29,9 @@ def check(router: str, bank: str, loss: str, dtype: torch.dtype, how: str) -> No
         bank=registry.get("bank", bank).Config(),
         losses=[registry.get("loss", loss).Config()],
     )  # fmt: skip
-    images = layer.bank.whole and layer.bank.channel_axis == 1
+    images = layer.bank.per_sample and layer.bank.channel_axis == 1
     x = torch.randn(6, 8, 3, 3) if images else torch.randn(6, 4, 8)
-    context = torch.arange(6) % 3 if layer.bank.whole else torch.arange(24).view(6, 4) % 3
+    context = torch.arange(6) % 3 if layer.bank.per_sample else torch.arange(24).view(6, 4) % 3
     if how == "module":
         layer, x = layer.to(dtype), x.to(dtype)
     with torch.autocast("cpu", dtype) if how == "autocast" else nullcontext():

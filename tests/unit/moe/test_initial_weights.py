@@ -32,7 +32,7 @@ BANK_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 ROUTER_CASES = [*CASES, "prototypes of contexts"]
 BANK_CASES = [*BANKS, *BANK_OPTIONS]
 
-CUT = registry.get("cut", "random").Config()
+PRUNING = registry.get("pruning", "random").Config()
 
 Make = Callable[[], nn.Module]
 
@@ -180,7 +180,7 @@ def inputs(layer: MoELayer) -> Tensor:
 def train_and_grow(layer: MoELayer, case: str) -> None:
     """Three steps, a growth at constant budget, three steps more."""
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    controller = GrowthController(layer, optimizer, granularity=2, cut=CUT)
+    controller = GrowthController(layer, optimizer, granularity=2, pruning=PRUNING)
     context = torch.randn(9, 3) if case == "prototypes of contexts" else torch.arange(9)
     for step in range(6):
         if step == 3:
@@ -233,7 +233,7 @@ def test_a_loss_forgets_what_it_saw(name):
 @pytest.mark.parametrize("name", WITH_UNITS)
 def test_a_pool_that_gained_units_is_not_reset(name):
     layer = with_bank(name)
-    GrowthController(layer, cut=CUT, budget=Budget(mode="per-growth", units=4)).grow(1)
+    GrowthController(layer, pruning=PRUNING, budget=Budget(mode="per-growth", units=4)).grow(1)
     before = values(layer)
     with pytest.raises(UserError, match="grown from 12 to 16 hidden units"):
         layer.reset_parameters()
@@ -243,10 +243,10 @@ def test_a_pool_that_gained_units_is_not_reset(name):
 @pytest.mark.parametrize("name", BANKS)
 def test_a_pruned_layer_goes_back_to_the_experts_that_it_kept(name):
     smaller = without_experts(with_bank(name), [2, 0])
-    GrowthController(smaller, cut=CUT).grow(1)
+    GrowthController(smaller, pruning=PRUNING).grow(1)
     sizes = smaller.bank.hidden_sizes() if name in WITH_UNITS else None
     smaller.reset_parameters()
-    assert smaller.num_experts == 2 and not smaller.birth.any()
+    assert smaller.num_experts == 2 and not smaller.created.any()
     if sizes is not None:
         assert len(sizes) == 3 and smaller.bank.hidden_sizes() == [4, 4]
 
@@ -254,7 +254,7 @@ def test_a_pruned_layer_goes_back_to_the_experts_that_it_kept(name):
 def test_a_shared_router_is_reset_for_all_its_layers():
     net = nn.Sequential(*(MoELayer(5, 5, 12, num_experts=2, max_experts=6) for _ in range(2)))
     share_router(net)
-    GrowthController(net, cut=CUT).grow(1)
+    GrowthController(net, pruning=PRUNING).grow(1)
     for layer in net:
         layer.reset_parameters()
     assert net[0].router is net[1].router

@@ -101,7 +101,7 @@ class Affine(ExpertBank):
     """A bank of whole samples [N, C, H, W] without hidden units: scale and offset per channel."""
 
     name = "affine-rows"
-    whole = True
+    per_sample = True
     channel_axis = 1
 
     def __init__(self, config, dim_in, dim_out, hidden, num_experts, max_experts, *_):
@@ -201,7 +201,7 @@ def test_every_bank_can_be_inspected(name):
             parameter.normal_()  # some banks start silent
     x = (
         torch.randn(6, 4, 3, 3)
-        if layer.bank.whole and layer.bank.channel_axis == 1
+        if layer.bank.per_sample and layer.bank.channel_axis == 1
         else (torch.randn(6, 7, 4))
     )
     for table in (weight_similarity(layer), output_similarity(layer, x, "cosine"),

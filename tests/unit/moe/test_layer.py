@@ -167,7 +167,7 @@ def test_weights_fill_the_range_of_torchs_linear_layers(init, fan_in):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_state_dict_restores_function_and_growth(router):
     layer, other = make_layer(router), make_layer(router, (9,), max_experts=6)
-    layer.birth[1:3] = torch.tensor([1, 2])
+    layer.created[1:3] = torch.tensor([1, 2])
     layer.router.logit_shift[:3] = torch.tensor([0.3, -0.5, 0.1])
     x = torch.randn(6, 5, dtype=torch.double)
     file = io.BytesIO()
@@ -176,7 +176,21 @@ def test_state_dict_restores_function_and_growth(router):
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert torch.equal(other(x), layer(x))
     assert other.num_experts == 3 and other.bank.hidden_sizes() == [3, 2, 4]
-    assert other.birth.tolist() == [0, 1, 2, 0, 0, 0]
+    assert other.created.tolist() == [0, 1, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_state_dict_of_an_earlier_version_loads(router):
+    layer, other = make_layer(router), make_layer(router, (9,), max_experts=6)
+    layer.created[2] = 1
+    state = layer.state_dict()
+    state["birth"] = state.pop("created")
+    state["router.alive"] = state.pop("router.active")
+    other.load_state_dict(state, strict=True)
+    x = torch.randn(6, 5, dtype=torch.double)
+    assert torch.equal(other(x), layer(x)) and other.num_experts == 3
+    assert other.created.tolist() == [0, 0, 1, 0, 0, 0]
+    assert {"birth", "router.alive"} <= state.keys()  # the caller's state is left as it was
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -43,8 +43,8 @@ def test_load_balance_is_the_switch_loss(router, experts):
 
 def load_balance(routing: Routing) -> Tensor:
     layer = make_layer("softmax", 1.0, 4)
-    given = LossInput(torch.zeros(len(routing.gates), 4), routing, layer.router, layer.bank)
-    return layer.losses[0](given)
+    inputs = LossInput(torch.zeros(len(routing.gates), 4), routing, layer.router, layer.bank)
+    return layer.losses[0](inputs)
 
 
 def routing_of(logits: Tensor) -> Routing:

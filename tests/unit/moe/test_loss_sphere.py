@@ -57,8 +57,8 @@ def test_of_images_every_position_is_a_sample(form):
             for j in range(x.shape[3]):
                 gates = routing.gates[n, layer.bank.segment]
                 rows.append((hidden[n, :, i, j] * gates).tolist())
-    given = LossInput(x, routing, layer.router, layer.bank)
-    close(make_loss("sphere", 6, form=form)(given), value(rows, form))
+    inputs = LossInput(x, routing, layer.router, layer.bank)
+    close(make_loss("sphere", 6, form=form)(inputs), value(rows, form))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,13 +91,13 @@ def spectrum(features: Tensor) -> np.ndarray:
 def test_relative_is_the_squared_variation_of_the_eigenvalues(scale):
     """Scaling every gate scales the paper's form by the fourth power, and the other not."""
     layer, x = make_layer(experts=3), samples(30)
-    given = given_by(layer, x)
-    given.routing.gates = given.routing.gates * scale
-    features = layer.bank.hidden(x) * given.routing.gates[:, layer.bank.segment]
+    inputs = given_by(layer, x)
+    inputs.routing.gates = inputs.routing.gates * scale
+    features = layer.bank.hidden(x) * inputs.routing.gates[:, layer.bank.segment]
     eigenvalues = spectrum(features.detach())
     variation = eigenvalues.var() / eigenvalues.mean() ** 2
-    torch.testing.assert_close(make_loss("sphere")(given).item(), variation, rtol=1e-9, atol=0)
-    paper = make_loss("sphere", form="paper")(given).item()
+    torch.testing.assert_close(make_loss("sphere")(inputs).item(), variation, rtol=1e-9, atol=0)
+    paper = make_loss("sphere", form="paper")(inputs).item()
     assert paper == pytest.approx(12 * eigenvalues.var(), rel=1e-9)
 
 
@@ -169,10 +169,10 @@ def test_a_layer_adds_it_with_its_weight():
 
 def test_experts_without_hidden_layer_are_refused_in_one_line():
     layer, x = make_layer_of("affine"), samples_of("affine")
-    given = LossInput(x, layer.router(x.mean(dim=1)), layer.router, layer.bank)
+    inputs = LossInput(x, layer.router(x.mean(dim=1)), layer.router, layer.bank)
     message = "sphere loss: experts of bank 'affine' have no hidden layer"
     with pytest.raises(UserError, match=message) as error:
-        make_loss("sphere", 6)(given)
+        make_loss("sphere", 6)(inputs)
     assert "\n" not in str(error.value)
 
 

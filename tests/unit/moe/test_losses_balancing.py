@@ -55,11 +55,11 @@ def test_importance_is_0_when_even_and_the_number_of_experts_at_collapse():
 @pytest.mark.parametrize("experts", [1, 3, 4])
 def test_load_is_the_variation_of_the_smooth_load(experts):
     layer, x = make_layer("noisy-topk", experts), samples()
-    given = given_by(layer, x)
+    inputs = given_by(layer, x)
     sums = [0.0] * experts
-    for row in given.routing.load.tolist():
+    for row in inputs.routing.load.tolist():
         sums = [s + p / len(x) for s, p in zip(sums, row, strict=False)]
-    close(make_loss("load")(given), cv2(sums))
+    close(make_loss("load")(inputs), cv2(sums))
     assert experts == 1 or sums != [sums[0]] * experts
 
 

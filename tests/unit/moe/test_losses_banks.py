@@ -56,8 +56,8 @@ def value(layer: MoELayer, x: Tensor, mask: Tensor | None = None) -> Tensor:
 def test_training_through_a_growth_on_every_bank(name, bank, router):
     layer, x = make_layer(name, bank, router), inputs(bank)
     optimizer = torch.optim.Adam(layer.bank.parameters(), 1e-2)
-    cut = registry.get("cut", "random").Config()
-    controller = GrowthController(layer, optimizer, cut=cut)
+    pruning = registry.get("pruning", "random").Config()
+    controller = GrowthController(layer, optimizer, pruning=pruning)
     for growth in range(2):
         values = []
         for _ in range(15):

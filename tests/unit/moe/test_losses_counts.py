@@ -62,7 +62,7 @@ def test_a_growth_within_a_step_starts_the_new_expert_at_0():
     layer, loss = make_layer("topk"), make_loss("global-balance")
     loss(given_by(layer, samples(6)))
     before = loss.counts.clone()
-    layer.router.alive[3] = True
+    layer.router.active[3] = True
     value = loss(given_by(layer, samples(1)))
     assert value.isfinite() and before[3] == 0
     assert (loss.counts - before).sum() == 2
@@ -107,7 +107,7 @@ def test_two_processes_count_the_concatenated_batch(tmp_path: Path):
 
 
 def steps(bias: list[float], counts: list[int], rate: float, update: str) -> list[float]:
-    """The biases of living experts after one step, at mean 0."""
+    """The biases of active experts after one step, at mean 0."""
     mean = sum(counts) / len(counts)
     for e, count in enumerate(counts):
         gap = mean - count
@@ -121,9 +121,9 @@ def test_biases_move_against_the_counts(experts, update):
     layer = make_layer("topk", experts, k=1)
     loss, bias = make_loss("loss-free", rate=0.02, update=update), [0.0] * experts
     for n in (9, 4, 7):
-        given = given_by(layer, samples(n))
-        counts = given.routing.chosen.sum(dim=0).tolist()[:experts]
-        value = loss(given)
+        inputs = given_by(layer, samples(n))
+        counts = inputs.routing.chosen.sum(dim=0).tolist()[:experts]
+        value = loss(inputs)
         assert value.item() == 0.0 and not value.requires_grad
         loss.finish_step(layer.router)
         bias = steps(bias, counts, 0.02, update)
@@ -149,8 +149,8 @@ def test_biases_level_the_counts_without_touching_gates():
 
 def test_biases_rest_in_evaluation_and_for_padding():
     layer, loss = make_layer("topk"), make_loss("loss-free")
-    given = given_by(layer, samples(8), torch.zeros(8, dtype=torch.bool))
-    loss(given)
+    inputs = given_by(layer, samples(8), torch.zeros(8, dtype=torch.bool))
+    loss(inputs)
     loss.finish_step(layer.router)
     assert not layer.router.selection_bias.any()  # nothing was chosen
     loss.eval()
@@ -172,7 +172,7 @@ def test_a_new_expert_starts_at_the_mean_bias():
         loss(given_by(layer, samples(50) + 1.0))
         loss.finish_step(layer.router)
     assert abs(layer.router.selection_bias[:3].mean().item()) < 1e-12
-    layer.router.alive[3] = True
+    layer.router.active[3] = True
     layer.router.draw_rows(torch.tensor([3]), torch.Generator().manual_seed(0))
     assert layer.router.selection_bias[3] == 0 and layer.router.selection_bias[0] < -0.3
 

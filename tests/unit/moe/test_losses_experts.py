@@ -94,15 +94,15 @@ def test_orthogonal_of_one_unit_each_is_the_squared_cosine_of_equation_7():
 
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_orthogonal_of_rows_is_equation_7(experts):
-    given = with_rows(experts)
+    inputs = with_rows(experts)
     rows = [
-        np.concatenate([p[e].detach().numpy().ravel() for p in given.bank.expert_rows()])
+        np.concatenate([p[e].detach().numpy().ravel() for p in inputs.bank.expert_rows()])
         for e in range(experts)
     ]
     cosines = [
         (a @ b / np.linalg.norm(a) / np.linalg.norm(b)) ** 2 for a, b in permutations(rows, 2)
     ]
-    close(make_loss("orthogonal")(given), math.fsum(cosines))
+    close(make_loss("orthogonal")(inputs), math.fsum(cosines))
 
 
 def test_orthogonal_of_an_expert_without_weights_is_finite():
@@ -146,10 +146,10 @@ def test_gram_schmidt_gives_orthonormal_outputs_or_0(seed, experts, dim, log_sca
     torch.manual_seed(seed)
     dtype = torch.float32 if single else torch.double
     y = 10**log_scale * torch.randn(6, 3, dim, dtype=torch.double)
-    alive = torch.arange(6) < experts
+    active = torch.arange(6) < experts
     if experts > 2:
         y[2] = y[0] - 2 * y[1]  # in the span of two others
-    q = gram_schmidt(y.to(dtype), alive)
+    q = gram_schmidt(y.to(dtype), active)
     assert q.shape == y.shape and not q[experts:].any()
     products = torch.einsum("ind,jnd->nij", q, q).double()
     independent = [e for e in range(experts) if e != 2][:dim]
@@ -171,14 +171,14 @@ def test_gram_schmidt_of_nearly_equal_outputs_stays_orthogonal_in_float32():
 
 @pytest.mark.parametrize(("values", "expected"), [("equal", 1.0), ("orthogonal", 0.0)])
 def test_gram_schmidt_loss_at_its_ends(values, expected):
-    given = with_rows(3)
+    inputs = with_rows(3)
     with torch.no_grad():
-        given.bank.inner.zero_()
-        given.bank.bias[:] = torch.ones(3) if values == "equal" else torch.eye(3)[[0, 1, 2, 0, 1]]
-    loss = make_loss("gram-schmidt")(given)
+        inputs.bank.inner.zero_()
+        inputs.bank.bias[:] = torch.ones(3) if values == "equal" else torch.eye(3)[[0, 1, 2, 0, 1]]
+    loss = make_loss("gram-schmidt")(inputs)
     close(loss, expected)
     loss.backward()
-    assert given.bank.bias.grad.isfinite().all()
+    assert inputs.bank.bias.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -200,12 +200,12 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def test_distillation_draws_outputs_together():
-    given = with_rows(3)
-    loss, optimizer = make_loss("distillation"), torch.optim.SGD(given.bank.parameters(), 0.3)
+    inputs = with_rows(3)
+    loss, optimizer = make_loss("distillation"), torch.optim.SGD(inputs.bank.parameters(), 0.3)
     values = []
     for _ in range(40):
         optimizer.zero_grad()
-        value = loss(given)
+        value = loss(inputs)
         value.backward()
         optimizer.step()
         values.append(value.item())
@@ -214,13 +214,13 @@ def test_distillation_draws_outputs_together():
 
 def test_a_detached_teacher_gets_no_gradient():
     """With two experts each is teacher once, so the gradient is that of the students alone."""
-    given = with_rows(2)
-    make_loss("distillation", detach_target=True)(given).backward()
-    log_p = given.bank.expert_outputs(given.x)[:2].log_softmax(dim=2)
+    inputs = with_rows(2)
+    make_loss("distillation", detach_target=True)(inputs).backward()
+    log_p = inputs.bank.expert_outputs(inputs.x)[:2].log_softmax(dim=2)
     students = -0.5 * (log_p.flip(0).exp().detach() * log_p).sum(dim=2).mean(dim=1).sum()
-    (expected,) = torch.autograd.grad(students, given.bank.bias)
-    torch.testing.assert_close(given.bank.bias.grad, expected, rtol=1e-12, atol=1e-12)
-    whole = torch.autograd.grad(make_loss("distillation")(given), given.bank.bias)[0]
+    (expected,) = torch.autograd.grad(students, inputs.bank.bias)
+    torch.testing.assert_close(inputs.bank.bias.grad, expected, rtol=1e-12, atol=1e-12)
+    whole = torch.autograd.grad(make_loss("distillation")(inputs), inputs.bank.bias)[0]
     assert not torch.allclose(whole, expected)
 
 
@@ -237,21 +237,21 @@ def test_parseval_of_units_is_each_experts_gap_to_the_identity(experts, scale):
 
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_parseval_of_rows_leaves_the_output_layer_alone(experts):
-    given, total = with_rows(experts), 0.0
-    for w in given.bank.inner.detach().numpy()[:experts]:
+    inputs, total = with_rows(experts), 0.0
+    for w in inputs.bank.inner.detach().numpy()[:experts]:
         total += ((w @ w.T - np.eye(2)) ** 2).sum()
-    loss = make_loss("parseval")(given)
+    loss = make_loss("parseval")(inputs)
     close(loss, total / experts)
     loss.backward()
-    assert given.bank.outer.grad is None and not given.bank.inner.grad[experts:].any()
+    assert inputs.bank.outer.grad is None and not inputs.bank.inner.grad[experts:].any()
 
 
 def test_parseval_of_a_bank_without_matrices_is_refused():
-    given = with_rows(3)
-    given.bank.expert_rows = lambda: [given.bank.bias]
-    given.bank.name = "affine"
+    inputs = with_rows(3)
+    inputs.bank.expert_rows = lambda: [inputs.bank.bias]
+    inputs.bank.name = "affine"
     with pytest.raises(UserError, match="parseval loss: bank 'affine' has no weight matrices"):
-        make_loss("parseval")(given)
+        make_loss("parseval")(inputs)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_stands_in_padding_reaches_nothing(parts, nasty):
     layer = make_layer(**parts)
     x = batch_for(layer, 3)
     mask = torch.tensor([True, False, True])
-    if not layer.bank.whole:
+    if not layer.bank.per_sample:
         mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
     clean, dirty = x.clone(), x.clone()
     clean[~mask], dirty[~mask] = 0.0, nasty
@@ -103,7 +103,7 @@ def test_padded_rows_are_as_if_they_were_not_there(parts):
         pytest.skip("its noise depends on the place in the batch")
     layer = make_layer(**parts)
     x, mask = batch_for(layer, 5, 1), torch.tensor([1, 0, 1, 1, 0]).bool()
-    if not layer.bank.whole:
+    if not layer.bank.per_sample:
         x = x.flatten(0, 1)
     padded = run(layer, x, mask)
     kept = x[mask].detach().requires_grad_()
@@ -130,7 +130,7 @@ def test_a_batch_of_nothing_but_padding(parts):
     layer = make_layer(**parts)
     before = {n: v.clone() for n, v in layer.state_dict().items()}
     x = batch_for(layer, 2)
-    mask = torch.zeros(2 if layer.bank.whole else (2, TOKENS), dtype=torch.bool)
+    mask = torch.zeros(2 if layer.bank.per_sample else (2, TOKENS), dtype=torch.bool)
     result = run(layer, x, mask)
     assert not result["y"].any() and not result["x"].any()
     assert all(v.isfinite().all() for v in result.values() if v.is_floating_point())

@@ -47,19 +47,19 @@ def used_layer(router: PartConfig, bank: str = "pool") -> MoELayer:
             parameter.normal_()
         layer.router.logit_shift[:EXPERTS] = torch.randn(EXPERTS)
         layer.router.selection_bias[:EXPERTS] = torch.randn(EXPERTS)
-    layer.birth[:EXPERTS] = torch.tensor([0, 1, 2, 3])
+    layer.created[:EXPERTS] = torch.tensor([0, 1, 2, 3])
     for _ in range(3):
         layer(inputs(layer), context=contexts(layer))
     return layer
 
 
 def inputs(layer: MoELayer) -> Tensor:
-    images = layer.bank.whole and layer.bank.channel_axis == 1
+    images = layer.bank.per_sample and layer.bank.channel_axis == 1
     return torch.randn(6, DIM, 3, 3).double() if images else torch.randn(6, 4, DIM).double()
 
 
 def contexts(layer: MoELayer) -> Tensor:
-    return torch.arange(6) % 5 if layer.bank.whole else torch.arange(24).view(6, 4) % 5
+    return torch.arange(6) % 5 if layer.bank.per_sample else torch.arange(24).view(6, 4) % 5
 
 
 def fresh(pruned: MoELayer, router: PartConfig, bank: str) -> MoELayer:
@@ -114,11 +114,11 @@ def test_pruning_carries_every_experts_state(router):
         assert torch.equal(new[:3], old[KEPT])
         if old is not getattr(layer.router, "group", None):
             assert not new[3:].any()
-    for name in ("logit_shift", "selection_bias", "alive"):
+    for name in ("logit_shift", "selection_bias", "active"):
         assert getattr(smaller.router, name)[:3].all()
     counts = smaller.losses[0].counts
     assert counts[:3].tolist() == layer.losses[0].counts[KEPT].tolist() and not counts[3:].any()
-    assert smaller.birth.tolist() == [3, 0, 2, 0, 0]
+    assert smaller.created.tolist() == [3, 0, 2, 0, 0]
     for name, child in layer.router.named_children():  # noise, projections: no rows of experts
         torch.testing.assert_close(getattr(smaller.router, name).state_dict(), child.state_dict())
 
@@ -145,7 +145,7 @@ def test_pruned_hierarchies_keep_their_groups_and_valid_gates(kept, coarse):
 def test_growth_after_pruning_fills_the_smallest_group():
     layer = without_experts(used_layer(HierarchicalRouter.Config()), [0, 2])  # both in group 0
     assert layer.router.group.tolist() == [0, 0, 1, 1, 0]
-    controller = GrowthController(layer, cut=registry.get("cut", "random").Config())
+    controller = GrowthController(layer, pruning=registry.get("pruning", "random").Config())
     for experts in (3, 4, 5):
         controller.grow(experts)
         y = layer.eval()(inputs(layer))

@@ -110,7 +110,7 @@ def test_prototypes_follow_their_samples_and_restart(seed, experts, n, decay, pa
     assert torch.equal(router.weight, before)
 
 
-def test_prototypes_find_clusters_and_so_does_a_newborn():
+def test_prototypes_find_clusters_and_so_does_a_new_expert():
     """Three far clusters, two prototypes; the third is born near 0, far from everything."""
     centres = torch.tensor([[30.0] * 6, [-30.0] * 6, [30.0] * 3 + [-30.0] * 3]).double()
     router = make_router("prototypes", 2, decay=0.5, patience=3)
@@ -122,7 +122,7 @@ def test_prototypes_find_clusters_and_so_does_a_newborn():
             finish_step(router)
 
     train()
-    router.alive[2] = True
+    router.active[2] = True
     router.draw_rows(torch.tensor([2]), torch.Generator().manual_seed(0))
     train()
     owner = router.eval()(centres).chosen.double().argmax(dim=1)
@@ -232,7 +232,7 @@ def test_domain_duplicates_leave_the_likelihood_alone():
     with torch.no_grad():
         for rows in router.expert_rows():
             rows[3] = rows[1]
-    router.alive[3] = True
+    router.active[3] = True
     router.logit_shift[[1, 3]] = -math.log(2)
     after = router(x)
     torch.testing.assert_close(after.losses, before.losses, **EXACT)

@@ -134,7 +134,7 @@ def test_oracle_follows_the_labels_modulo_the_number_of_experts():
     routing = router(samples(6), context=labels)
     assert routing.gates.argmax(dim=1).tolist() == [0, 1, 2, 1, 0, 2]
     assert (routing.gates.sum(dim=1) == 1).all() and torch.equal(routing.chosen, routing.gates > 0)
-    router.alive[3:] = True
+    router.active[3:] = True
     assert router(samples(6), context=labels).gates.argmax(dim=1).tolist() == [0, 4, 2, 1, 3, 4]
 
 

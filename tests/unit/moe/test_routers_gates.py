@@ -20,7 +20,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 def naive_hierarchy(router, x: Tensor) -> tuple[Tensor, list[int]]:
     """[N, M] coarse times fine probabilities, and each sample's best group."""
-    living = [e for e, lives in enumerate(router.alive.tolist()) if lives]
+    living = [e for e, lives in enumerate(router.active.tolist()) if lives]
     group = router.group.tolist()
     groups = sorted({group[e] for e in living})
     result, best = torch.zeros(len(x), ROOM, dtype=torch.double), []
@@ -90,7 +90,7 @@ def test_groups_are_kept_by_pruning_and_filled_up_by_growth():
     router = make_router("hierarchical", 5, num_groups=3)  # groups 0 1 2 0 1
     router.keep_experts(torch.tensor([4, 1, 2, 0, 3]), 2)
     assert router.group.tolist() == [1, 1, 0, 2, 0]
-    assert router.alive.tolist() == [True] * 2 + [False] * 3
+    assert router.active.tolist() == [True] * 2 + [False] * 3
 
 
 def test_states_without_groups_are_those_of_earlier_versions():
@@ -110,7 +110,7 @@ def test_states_without_groups_are_those_of_earlier_versions():
 def test_a_new_group_opens_when_its_first_expert_is_born():
     router, x = make_router("hierarchical", 2, num_groups=3, coarse="soft"), samples(4)
     before = router(x).gates
-    router.alive[2] = True
+    router.active[2] = True
     after = router(x).gates
     assert (after[:, 2] > 0).all()
     torch.testing.assert_close(after[:, 0] / after[:, 1], before[:, 0] / before[:, 1])
@@ -118,7 +118,7 @@ def test_a_new_group_opens_when_its_first_expert_is_born():
 
 def naive_relu(router, x: Tensor, real: list[bool], k: float) -> tuple[Tensor, float, float]:
     """Gates [N, M], the L1 loss without its strength, and the share of zero gates."""
-    experts = int(router.alive.sum())
+    experts = int(router.active.sum())
     gates = torch.zeros(len(x), ROOM, dtype=torch.double)
     for n, sample in enumerate(x):
         for e in range(experts):
@@ -160,7 +160,7 @@ def test_relu_gates_and_their_adaptive_loss(seed, experts, n, k, padded):
         if row.any():
             torch.testing.assert_close(p, row / row.sum(), **EXACT)
         elif not padded:
-            torch.testing.assert_close(p, router.alive.double() / experts)
+            torch.testing.assert_close(p, router.active.double() / experts)
     assert not router.eval()(x).losses
 
 
@@ -174,14 +174,14 @@ def test_relu_sparsity_reaches_its_target_and_follows_growth():
     shares = []
     for step in range(300):
         if step == 150:
-            router.alive[4] = True
+            router.active[4] = True
         optimizer.zero_grad()
         routing = router(x)
         # a task that wants every gate to be 1 pulls against the loss
         ((routing.gates - 1).square().mean() + routing.losses["sparsity"]).backward()
         optimizer.step()
         finish_step(router)
-        shares.append(routing.chosen[:, router.alive].double().sum(dim=1).mean().item())
+        shares.append(routing.chosen[:, router.active].double().sum(dim=1).mean().item())
     assert shares[0] == 4
     assert 0.5 < sum(shares[100:150]) / 50 < 1.5
     assert 0.5 < sum(shares[250:]) / 50 < 1.5
@@ -192,7 +192,7 @@ def test_relu_copies_share_a_gate():
     before = router(x).gates
     with torch.no_grad():
         router.weight[3] = router.weight[1]
-    router.alive[3] = True
+    router.active[3] = True
     router.logit_shift[[1, 3]] = -math.log(2)
     after = router(x).gates
     torch.testing.assert_close(after[:, [1, 3]], before[:, [1, 1]] / 2)
@@ -223,7 +223,7 @@ def naive_token(router, x: Tensor) -> Tensor:
     """[N, E] logits without noise."""
     a, b = router.projection.weight, router.projection.bias
     scale = math.exp(min(router.log_scale.item(), math.log(100)))
-    experts = int(router.alive.sum())
+    experts = int(router.active.sum())
     result = torch.zeros(len(x), experts, dtype=torch.double)
     for n, sample in enumerate(x):
         q = torch.stack([a[i] @ sample + b[i] for i in range(len(a))])

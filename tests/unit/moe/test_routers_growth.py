@@ -103,8 +103,8 @@ def test_padding_and_other_sequences_do_not_matter(case):
 def test_one_graph_through_growth(case, device):
     torch._dynamo.reset()
     layer = make_layer(case).float().to(device)
-    cut = registry.get("cut", "random").Config()
-    controller = GrowthController(layer, granularity=2, cut=cut)
+    pruning = registry.get("pruning", "random").Config()
+    controller = GrowthController(layer, granularity=2, pruning=pruning)
     counter = CompileCounter()
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = torch.randn(3, 4, 6, device=device)

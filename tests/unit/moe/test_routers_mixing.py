@@ -73,9 +73,9 @@ def test_equal_tokens_go_by_position_and_underflow_does_not_matter():
 
 
 def naive_slots(router, x: Tensor, groups: int, real: list[bool]) -> tuple[Tensor, Tensor]:
-    """Dispatch and combine [G, T, S] of the living experts' slots, entry by entry."""
+    """Dispatch and combine [G, T, S] of the active experts' slots, entry by entry."""
     size, p = len(x) // groups, router.slots
-    living = [e for e, lives in enumerate(router.alive.tolist()) if lives]
+    living = [e for e, lives in enumerate(router.active.tolist()) if lives]
     phi = []
     for e in living:
         rows = [router.weight[e]] + ([] if p == 1 else list(router.others[e]))

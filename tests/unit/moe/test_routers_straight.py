@@ -56,7 +56,7 @@ def test_samples_are_routed_by_what_the_layer_is_shown():
     options = {"router": StraightThroughRouter.Config(), "bank": AffineBank.Config(init_scale=1.0)}
     layer = MoELayer(DIM, DIM, 4, num_experts=4, **options).double()
     x, seen = torch.randn(8, 3, DIM, dtype=torch.double), samples(8)
-    layer(x, seen=seen)
+    layer(x, routing_input=seen)
     expert = layer.last_routing.gates.argmax(dim=1)
     assert torch.equal(expert, (seen @ layer.router.weight.T).argmax(dim=1))
     assert not torch.equal(expert, (x.mean(1) @ layer.router.weight.T).argmax(dim=1))

@@ -62,7 +62,7 @@ def test_full_experts_drop_the_samples_that_come_last():
     assert router(x).chosen[:, 0].tolist() == [True] * 4 + [False] * 4
     mask = torch.arange(8) % 2 == 1  # the real ones are 4, and the expert takes 2 of them
     assert router(x, mask).chosen[:, 0].nonzero().flatten().tolist() == [1, 3]
-    router.alive[2] = True  # growth lowers the capacity with the next batch
+    router.active[2] = True  # growth lowers the capacity with the next batch
     router.weight.data[2] = 0
     assert router(x).chosen[:, 0].sum() == 3
 
@@ -82,7 +82,7 @@ def test_jitter_multiplies_what_the_router_sees():
     expected = (x * factor) @ router.weight[:3].T
     torch.testing.assert_close(router(x).logits[:, :3], expected, **EXACT)
     assert factor.amin() >= 0.7 and factor.amax() <= 1.3
-    assert (router(x).logits[:, :3] != expected).all()  # drawn afresh
+    assert (router(x).logits[:, :3] != expected).all()  # re-initialised
     torch.testing.assert_close(router.eval()(x).logits[:, :3], x @ router.weight[:3].T, **EXACT)
 
 

@@ -50,7 +50,7 @@ def test_all_are_used_while_fewer_live(name):
     routing = router(x)
     assert routing.chosen.tolist() == [[True, True, False, False, False]] * 8
     torch.testing.assert_close(routing.gates, routing.probabilities)
-    router.alive[2:4] = True
+    router.active[2:4] = True
     assert (router(x).chosen.sum(dim=1) == 4).all()
 
 
@@ -127,7 +127,7 @@ def test_there_is_no_noise_in_evaluation():
     assert noisy.noise.drawn.item() == 0
 
 
-def test_every_pass_draws_afresh():
+def test_every_pass_draws_again():
     router, x = noisy_router(k=2), samples(5)
     first, second = router(x).logits[:, :4], router(x).logits[:, :4]
     assert (first != second).all()
@@ -164,7 +164,7 @@ def test_learned_noise_starts_alike_for_all_experts():
     assert make_router("noisy-topk", noise="fixed").noise_weight is None
 
 
-def test_load_is_the_chance_of_being_chosen_when_one_noise_is_drawn_anew():
+def test_load_is_the_chance_of_being_chosen_when_one_noise_is_drawn_again():
     """A simulation of the definition, with the other experts' noise held."""
     router, x = noisy_router(k=2), samples(3)
     draws = copy.deepcopy(router.noise).normal(torch.empty(3, 5, dtype=torch.double))
@@ -182,7 +182,7 @@ def test_load_is_the_chance_of_being_chosen_when_one_noise_is_drawn_anew():
 def test_load_is_certain_while_all_are_used(k):
     router, x = noisy_router(2, k=k), samples(6)
     assert router(x).load.tolist() == [[1, 1, 0, 0, 0]] * 6
-    router.alive[2] = True
+    router.active[2] = True
     assert (router(x).load[:, :3] < 1).any() == (k == 2)
 
 
@@ -204,7 +204,7 @@ def test_chosen_experts_have_the_larger_load(seed, experts, k):
     router = noisy_router(experts, k=k).eval()
     routing = router(samples(10))
     assert (routing.load[routing.chosen] >= 0.5).all()
-    missed = ~routing.chosen & routing.alive
+    missed = ~routing.chosen & routing.active
     assert (routing.load[missed] <= 0.5).all()
 
 

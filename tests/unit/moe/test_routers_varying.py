@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def probabilities_of(router: Router, row: Tensor, experts: int) -> list[float]:
-    """Softmax over the living experts, for one sample."""
+    """Softmax over the active experts, for one sample."""
     scores = [float(row @ router.weight[e].detach()) for e in range(experts)]
     total = sum(math.exp(s - max(scores)) for s in scores)
     return [math.exp(s - max(scores)) / total for s in scores]
@@ -107,7 +107,7 @@ def test_longer_samples_use_more_experts():
     x = samples(1) / samples(1).norm()
     x = x / x.norm() * torch.tensor([[0.0], [0.9], [1.5], [2.5], [3.5], [99.0]])
     assert router(x).used().flatten().tolist() == [1, 1, 1, 2, 3, 3]
-    router.alive[2:] = False  # fewer live than a sample could use
+    router.active[2:] = False  # fewer live than a sample could use
     assert router(x).used().flatten().tolist() == [1, 1, 1, 2, 2, 2]
 
 

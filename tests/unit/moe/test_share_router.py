@@ -103,9 +103,9 @@ def test_growth_in_the_middle_of_training(router):
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     init = registry.get("init", "random").Config(router="new")
     generator = torch.Generator().manual_seed(0)
-    cut = registry.get("cut", "utility").Config()
+    pruning = registry.get("pruning", "utility").Config()
     controller = GrowthController(
-        net, optimizer, granularity=2, cut=cut, init=init, generator=generator
+        net, optimizer, granularity=2, pruning=pruning, init=init, generator=generator
     )
     x, target = torch.randn(20, 6).double(), torch.randn(20, 6).double()
     for experts in (2, 4, 6):
@@ -141,10 +141,10 @@ def test_growth_draws_the_new_rows_once():
     """The same rows as one layer alone would get from the same generator."""
     net, alone = model(count=2), model(count=1)
     share_router(net)
-    cut = registry.get("cut", "first").Config()  # which draws nothing
+    pruning = registry.get("pruning", "first").Config()  # which draws nothing
     for part in (net, alone):
-        GrowthController(part, cut=cut, generator=torch.Generator().manual_seed(5)).grow(0)
-    assert net[0].router.alive.tolist() == [True] * 3 + [False] * 3
+        GrowthController(part, pruning=pruning, generator=torch.Generator().manual_seed(5)).grow(0)
+    assert net[0].router.active.tolist() == [True] * 3 + [False] * 3
     assert torch.equal(net[0].router.weight, alone[0].router.weight)
 
 

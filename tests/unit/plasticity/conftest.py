@@ -27,7 +27,7 @@ def make_case(kind: str, samples: int = 48) -> Case:
         model = nn.Sequential(*trunk, nn.Dropout(), nn.Flatten(), nn.Linear(128, 5))
         return model, torch.randn(samples, 2, 6, 6), labels
     moe = MoELayer(16, 12, 20, num_experts=3, max_experts=6)
-    moe.birth[:3] = torch.tensor([0, 0, 1])
+    moe.created[:3] = torch.tensor([0, 0, 1])
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), moe, nn.Linear(12, 5))
     return model, torch.randn(samples, 6), labels
 

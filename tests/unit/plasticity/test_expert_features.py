@@ -22,8 +22,8 @@ TAG = "expert_features/effective_rank"
 def expert(gates: Tensor, hidden: Tensor, segment: list[int]) -> ExpertProbe:
     """Experts with these gates [N, E] and hidden units [N, H]."""
     none = torch.zeros(0)
-    owner, birth = torch.tensor(segment), torch.zeros(gates.shape[1])
-    return ExpertProbe(gates, hidden, owner, birth, none, none, none, none)
+    owner, created = torch.tensor(segment), torch.zeros(gates.shape[1])
+    return ExpertProbe(gates, hidden, owner, created, none, none, none, none)
 
 
 def probe_of(experts: dict[str, ExpertProbe]) -> Probe:

@@ -38,11 +38,11 @@ def bare_probe(activations: dict[str, Tensor], **changes: Any) -> Probe:
 
 
 def bare_expert(
-    gates: Tensor, hidden: Tensor, segment: list[int], birth: list[int] | None = None
+    gates: Tensor, hidden: Tensor, segment: list[int], created: list[int] | None = None
 ) -> ExpertProbe:
-    h, birth = hidden.shape[1], birth or [0] * gates.shape[1]
+    h, created = hidden.shape[1], created or [0] * gates.shape[1]
     w_in, w_out = torch.ones(h, 3), torch.ones(2, h)
-    owners, ages = torch.tensor(segment), torch.tensor(birth)
+    owners, ages = torch.tensor(segment), torch.tensor(created)
     return ExpertProbe(gates, hidden, owners, ages, w_in, w_out, 2 * w_in, 2 * w_out)
 
 

@@ -27,11 +27,11 @@ def bare_probe(activations: dict[str, Tensor], **changes: Any) -> Probe:
 
 
 def bare_expert(
-    gates: Tensor, hidden: Tensor, segment: list[int], birth: list[int] | None = None
+    gates: Tensor, hidden: Tensor, segment: list[int], created: list[int] | None = None
 ) -> ExpertProbe:
-    h, birth = hidden.shape[1], birth or [0] * gates.shape[1]
+    h, created = hidden.shape[1], created or [0] * gates.shape[1]
     w_in, w_out = torch.ones(h, 3), torch.ones(2, h)
-    owners, ages = torch.tensor(segment), torch.tensor(birth)
+    owners, ages = torch.tensor(segment), torch.tensor(created)
     return ExpertProbe(gates, hidden, owners, ages, w_in, w_out, 2 * w_in, 2 * w_out)
 
 
@@ -92,7 +92,7 @@ def test_dead_units_show_as_zero_gradient():
     assert values["dormant/0"] == values["inactive_share"] == 0.5
 
 
-def test_distance_to_init_skips_parameters_without_a_known_birth():
+def test_distance_to_init_skips_parameters_without_a_known_start():
     parameters = {"a": torch.ones(4), "new": torch.full((3,), 9.0)}
     probe = bare_probe(
         {}, parameters=parameters, initial={"a": torch.zeros(4), "gone": torch.ones(2)}
@@ -116,17 +116,17 @@ def test_expert_without_units_has_norm_zero():
 # router -------------------------------------------------------------------------------------------
 
 
-def use(gates: Tensor, birth: list[int] | None = None) -> dict[str, float]:
-    return expert_use(gates, torch.tensor(birth or [0] * gates.shape[1]))
+def use(gates: Tensor, created: list[int] | None = None) -> dict[str, float]:
+    return expert_use(gates, torch.tensor(created or [0] * gates.shape[1]))
 
 
 def test_router_on_known_gates():
     uniform = use(torch.full((6, 4), 0.25))
     assert uniform["entropy"] == pytest.approx(1) and uniform["balance"] == pytest.approx(1)
-    one_hot_even = use(torch.eye(4).repeat(3, 1), birth=[0, 0, 1, 1])
+    one_hot_even = use(torch.eye(4).repeat(3, 1), created=[0, 0, 1, 1])
     assert one_hot_even["entropy"] == 0 and one_hot_even["balance"] == pytest.approx(1)
     assert one_hot_even["newest_share"] == pytest.approx(0.5)
-    collapsed = use(torch.eye(4)[[2] * 6], birth=[0, 1, 2, 3])
+    collapsed = use(torch.eye(4)[[2] * 6], created=[0, 1, 2, 3])
     assert collapsed["entropy"] == collapsed["balance"] == collapsed["newest_share"] == 0
     assert (collapsed["load_max"], collapsed["load_min"]) == (1, 0)
     assert (collapsed["used_experts"], collapsed["dead_experts"]) == (1, 3)
@@ -150,7 +150,7 @@ def test_router_matches_numpy(seed, samples, experts, sharpness):
     z = sharpness * generator.standard_normal((samples, experts))
     g = np.exp(z - z.max(axis=1, keepdims=True))
     g /= g.sum(axis=1, keepdims=True)
-    values = use(torch.tensor(g), birth=list(range(experts)))
+    values = use(torch.tensor(g), created=list(range(experts)))
 
     def h(p: np.ndarray) -> float:
         return -sum(v * math.log(v) for v in p if v > 0) / math.log(experts)

@@ -223,7 +223,7 @@ def test_moe_layer_is_read_from_its_bank_once(moe_case):
     torch.testing.assert_close(expert.hidden, F.relu(entering @ bank.w_in.T + bank.b_in).detach())
     torch.testing.assert_close(expert.gates, layer.router(entering).gates[:, :3].detach())
     torch.testing.assert_close(expert.gates.sum(dim=1), torch.ones(len(x)))
-    assert expert.birth.tolist() == [0, 0, 1]
+    assert expert.created.tolist() == [0, 0, 1]
     assert expert.segment.tolist() == [0] * 7 + [1] * 7 + [2] * 6
     assert expert.weight_in_grad is not None and expert.weight_in_grad.shape == bank.w_in.shape
     assert expert.weight_out_grad is not None and expert.weight_out_grad.shape == bank.w_out.shape
@@ -296,7 +296,7 @@ def test_classifier_is_never_a_part_of_an_moe_layer():
     assert last_linear(nn.ModuleDict({"head": head, "moe": moe})) is head
 
 
-def test_copies_at_birth_do_not_follow_training():
+def test_copies_at_the_start_do_not_follow_training():
     model = nn.Linear(3, 2)
     kept = copy_parameters(model)
     with torch.no_grad():

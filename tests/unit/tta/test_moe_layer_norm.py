@@ -91,7 +91,7 @@ def test_one_graph():
     layer, counter, x = make(room=4), CompileCounter(), samples(6, 4, 5)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     torch.testing.assert_close(compiled(x), layer(x))
-    layer.router.alive[3] = True
+    layer.router.active[3] = True
     torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == 1
 
@@ -188,7 +188,7 @@ def test_without_a_generator_the_router_follows_the_global_seed():
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.fill_(7.0)
-    second.router.alive.fill_(True)
+    second.router.active.fill_(True)
     torch.manual_seed(1)
     second.reset_parameters()
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)

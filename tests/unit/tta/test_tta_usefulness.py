@@ -71,14 +71,14 @@ def close(got: dict[str, float], want: dict[str, float]) -> None:
 def test_every_score_equals_the_restatement():
     adapter, given = learnt(), batches()
     found = measure(adapter, given)
-    assert set(found) == {"learned", "random", "busiest", "best"}
+    assert set(found) == {"learned", "random", "most_loaded", "best"}
     own, taken = naive(adapter, given, None)
     close(found["learned"], own)
     layers = len(adapter.norms)  # type: ignore[attr-defined]
     loads = [torch.cat([t[d] for t in taken]).bincount(minlength=3) for d in range(layers)]
-    assert len({int(load.argmax()) for load in loads}) > 1  # busiest differs by layer
+    assert len({int(load.argmax()) for load in loads}) > 1  # the most loaded differs by layer
     busy = [[torch.full((5,), int(load.argmax())) for load in loads]] * 3
-    close(found["busiest"], naive(adapter, given, busy)[0])
+    close(found["most_loaded"], naive(adapter, given, busy)[0])
     singles = [naive(adapter, given, [[torch.full((5,), e)] * layers] * 3)[0] for e in range(3)]
     best = min(range(3), key=lambda e: singles[e]["loss"])
     assert found["best"]["expert"] == best and best != 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, Loop, batch
+from intervention_helpers import NETWORKS, Loop, batch
 from torch import Tensor, nn
 
 from dynmoe.growth.budget import Budget
@@ -21,16 +21,16 @@ def test_utility_age_and_choice_are_the_algorithms(compensate: bool) -> None:
     rate, maturity, decay = 0.07, 3, 0.9
     loop = Loop("mlp", "cbp", tasks=False, rate=rate, maturity=maturity, decay=decay,
                 compensate_bias=compensate)  # fmt: skip
-    strategy = loop.strategy
-    assert isinstance(strategy, CBP)
+    intervention = loop.intervention
+    assert isinstance(intervention, CBP)
     age = [[0] * 12, [0] * 8]
     mean, utility = [[0.0] * 12, [0.0] * 8], [[0.0] * 12, [0.0] * 8]
     due, replaced = [0.0, 0.0], 0
     chosen: list[tuple[int, list[int]]] = []
-    update = strategy.update
+    update = intervention.update
 
     def noted(layer, record, m, s):  # type: ignore[no-untyped-def]
-        number = strategy.layers.index(layer)
+        number = intervention.layers.index(layer)
         nonlocal replaced
         expected: list[int] = []
         w = outgoing(loop.model, number)
@@ -59,7 +59,7 @@ def test_utility_age_and_choice_are_the_algorithms(compensate: bool) -> None:
         chosen.append((number, expected))
         return index
 
-    strategy.update = noted  # type: ignore[method-assign]
+    intervention.update = noted  # type: ignore[method-assign]
     loop.run(20)
     assert replaced > 8 and {n for n, c in chosen if c} == {0, 1}
 
@@ -69,7 +69,7 @@ def test_batch_means_are_those_of_the_activations() -> None:
     torch.manual_seed(0)
     hidden = NETWORKS["mlp"]()[:3](batch(0)[0])  # type: ignore[index]
     seen: list[tuple[Tensor, Tensor]] = []
-    loop.strategy.update = lambda layer, record, m, s: seen.append((m, s))  # type: ignore[attr-defined]
+    loop.intervention.update = lambda layer, record, m, s: seen.append((m, s))  # type: ignore[attr-defined]
     loop.run(1)
     assert torch.allclose(seen[0][0], hidden.mean(0)) and torch.allclose(seen[0][1], hidden.mean(0))
 
@@ -78,22 +78,22 @@ def test_batch_means_are_those_of_the_activations() -> None:
 def test_bias_takes_over_the_mean_activation(network: str) -> None:
     """Where units act alike on all samples, a replaced one is not missed at all."""
     loop = Loop(network, "cbp")
-    strategy, model = loop.strategy, loop.model.double()
-    assert isinstance(strategy, CBP)
-    for number, layer in enumerate(strategy.layers):
+    intervention, model = loop.intervention, loop.model.double()
+    assert isinstance(intervention, CBP)
+    for number, layer in enumerate(intervention.layers):
         if layer.norms or (network == "moe" and number == 0):
             continue  # the router sees the units as well
         index = torch.tensor([1, 2])
         with torch.no_grad():
             for slot in layer.incoming:
                 slot.parameter[index] = 0.0 if slot.parameter.dim() > 1 else 0.7
-        record = strategy.records[number]
+        record = intervention.records[number]
         record.age[index], record.mean = 5.0, record.mean.double()
         record.mean[index] = 0.7 * (1 - 0.99**5)
         images = batch(3)[0].double()
         with torch.no_grad():
             before = model.eval()(images)
-            strategy.replace(layer, record, index)
+            intervention.replace(layer, record, index)
             after = model(images)
             assert torch.allclose(before, after, atol=1e-6), layer.name
             assert record.age[index].sum() == 0 and not record.mean[index].any()
@@ -102,13 +102,13 @@ def test_bias_takes_over_the_mean_activation(network: str) -> None:
 
 def test_without_compensation_the_biases_stay() -> None:
     loop = Loop("mlp", "cbp", compensate_bias=False)
-    strategy, bias = loop.strategy, loop.model[3].bias  # type: ignore[index]
-    assert isinstance(strategy, CBP)
+    intervention, bias = loop.intervention, loop.model[3].bias  # type: ignore[index]
+    assert isinstance(intervention, CBP)
     before = bias.detach().clone()
-    strategy.records[0].mean.fill_(1.0)
-    strategy.records[0].age.fill_(9.0)
+    intervention.records[0].mean.fill_(1.0)
+    intervention.records[0].age.fill_(9.0)
     with torch.no_grad():
-        strategy.replace(strategy.layers[0], strategy.records[0], torch.tensor([0]))
+        intervention.replace(intervention.layers[0], intervention.records[0], torch.tensor([0]))
     assert torch.equal(before, bias)
 
 
@@ -122,17 +122,17 @@ def test_young_units_are_spared_and_none_is_replaced_at_rate_0() -> None:
 
 def test_rate_1_replaces_every_mature_unit_at_once() -> None:
     loop = Loop("mlp", "cbp", tasks=False, rate=1.0, maturity=4).run(5)
-    assert all(not record.age.any() for record in loop.strategy.records)  # type: ignore[attr-defined]
+    assert all(not record.age.any() for record in loop.intervention.records)  # type: ignore[attr-defined]
 
 
 def test_units_of_a_growth_start_young() -> None:
     for budget in (Budget(), Budget(mode="per-growth")):
         loop = Loop("moe", "cbp", budget=budget).run(3)
-        before = loop.strategy.records[1].mean.clone()  # type: ignore[attr-defined]
+        before = loop.intervention.records[1].mean.clone()  # type: ignore[attr-defined]
         bank = loop.model[3].bank  # type: ignore[index]
         old = bank.w_in.detach().clone()
         loop.controller.grow(3, batch(0))
-        after = loop.strategy.records[1]  # type: ignore[attr-defined]
+        after = loop.intervention.records[1]  # type: ignore[attr-defined]
         new = torch.ones(len(bank.w_in), dtype=torch.bool)
         new[: len(old)] = (bank.w_in[: len(old)] != old).any(dim=1)
         assert 0 < int(new.sum()) < len(new)

@@ -1,4 +1,4 @@
-"""Runs with strategies end as if never stopped, in both commands; what cannot work is one line."""
+"""Runs with interventions end as if never stopped, in cl and rl; what cannot work is one line."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ RL = (
 )
 GROWING = "--trigger every --trigger.steps 4 --budget.mode per-growth"
 CL_CASES = {
-    "cbp": f"--strategy cbp --strategy.rate 0.05 --strategy.maturity 2 {GROWING}",
-    "snr": f"--strategy snr --strategy.limit 2 --strategy.period 2 {GROWING}",
-    "injection": f"--strategy injection --strategy.task 1 {GROWING}",
-    "injection and optimizer reset": "--method dense --strategy injection --strategy.step 5 "
-    "--reset-optimizer --optimizer adamw",
-    "hare-tortoise": f"--strategy hare-tortoise --strategy.period 4 {GROWING}",
-    "shrink-perturb": "--method dense --strategy shrink-perturb",
-    "dash": "--strategy dash --network cnn",
-    "crelu": "--method dense --strategy crelu --network cnn",
-    "nap": f"--strategy nap {GROWING}",
+    "cbp": f"--intervention cbp --intervention.rate 0.05 --intervention.maturity 2 {GROWING}",
+    "snr": f"--intervention snr --intervention.limit 2 --intervention.period 2 {GROWING}",
+    "injection": f"--intervention injection --intervention.task 1 {GROWING}",
+    "injection and optimizer reset": "--method dense --intervention injection "
+    "--intervention.step 5 --reset-optimizer --optimizer adamw",
+    "hare-tortoise": f"--intervention hare-tortoise --intervention.period 4 {GROWING}",
+    "shrink-perturb": "--method dense --intervention shrink-perturb",
+    "dash": "--intervention dash --network cnn",
+    "crelu": "--method dense --intervention crelu --network cnn",
+    "nap": f"--intervention nap {GROWING}",
 }
 RL_GROWING = "--trigger every --trigger.steps 150 --budget.mode per-growth"
 RL_CASES = {
-    "redo": f"--strategy redo --strategy.period 3 --strategy.tau 0.5 {RL_GROWING}",
-    "cbp": f"--strategy cbp --strategy.rate 0.05 --strategy.maturity 2 {RL_GROWING}",
-    "injection": "--method dense --strategy injection --strategy.step 7",
-    "l2-init": f"--strategy l2-init {RL_GROWING}",
-    "layernorm": "--method dense --strategy layernorm",
+    "redo": f"--intervention redo --intervention.period 3 --intervention.tau 0.5 {RL_GROWING}",
+    "cbp": f"--intervention cbp --intervention.rate 0.05 --intervention.maturity 2 {RL_GROWING}",
+    "injection": "--method dense --intervention injection --intervention.step 7",
+    "l2-init": f"--intervention l2-init {RL_GROWING}",
+    "layernorm": "--method dense --intervention layernorm",
 }
 
 
@@ -89,7 +89,7 @@ def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.M
     recorder = agents.recorder.Recorder
     folder, sessions = _stopped(rl.main, recorder, "update_done", 2, flags, tmp_path, monkeypatch)
     assert sessions == 8 // 2 + 1
-    name = RL_CASES[case].split("--strategy ")[1].split()[0]
+    name = RL_CASES[case].split("--intervention ")[1].split()[0]
     assert json.loads((folder / "summary.json").read_text())["method"].endswith(f"+{name}")
     assert exit_code(rl.main, ["--evaluate", str(folder)]) == 0
 
@@ -97,13 +97,13 @@ def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--strategy dash", "no tasks here"),
-        ("--strategy fire", "set its every"),
-        ("--strategy injection", "set its step"),
-        ("--strategy injection --strategy.step 3", "needs linear output layers"),
-        ("--strategy redo --strategy.tau 2", "redo: tau=2.0"),
-        ("--strategy replay", "there are none here"),
-        ("--strategy red", "Did you mean 'redo'"),
+        ("--intervention dash", "no tasks here"),
+        ("--intervention fire", "set its every"),
+        ("--intervention injection", "set its step"),
+        ("--intervention injection --intervention.step 3", "needs linear output layers"),
+        ("--intervention redo --intervention.tau 2", "redo: tau=2.0"),
+        ("--intervention replay", "there are none here"),
+        ("--intervention red", "Did you mean 'redo'"),
     ],
 )
 def test_what_cannot_work_without_tasks(
@@ -116,6 +116,6 @@ def test_what_cannot_work_without_tasks(
 def test_a_fresh_network_leaves_nothing_to_inject_into(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = f"{CL} --method fresh --strategy injection --runs-dir {tmp_path}"
+    flags = f"{CL} --method fresh --intervention injection --runs-dir {tmp_path}"
     assert exit_code(cl.main, flags.split()) == 2
     assert "use --method dense" in error_line(capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""What every strategy must do: resume exactly, follow growth, refuse bad options, name a source."""
+"""What every intervention must do: resume exactly, follow growth, refuse bad options, cite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategy_helpers import Loop, assert_equal, batch, make
+from intervention_helpers import Loop, assert_equal, batch, make
 
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "snr": {"limit": 2, "period": 2},
     "spectral": {},
 }
-"""Strategies that need nothing but the loop, with options that let them act in a few steps."""
+"""Interventions that need nothing but the loop, with options that let them act in a few steps."""
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "towards": ("shrink-perturb", {"towards_init": True}),
     "normal": ("shrink-perturb", {"noise": "normal"}),
@@ -55,7 +55,7 @@ BAD = [
 
 def test_all_are_tested_here() -> None:
     """Those of the framework's own plugins have tests of their own."""
-    assert set(registry.names("strategy")) - {"replay", "ewc"} == set(OPTIONS)
+    assert set(registry.names("intervention")) - {"replay", "ewc"} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv", "moe"])
@@ -85,15 +85,15 @@ def test_changes_training(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_works_in_a_loop_without_tasks_or_says_why_not(case: str) -> None:
     name, options = CASES[case]
-    strategy = make(name, **options)
+    intervention = make(name, **options)
     if name == "dash":
-        assert "no tasks here" in (strategy.without_tasks() or "")
+        assert "no tasks here" in (intervention.without_tasks() or "")
         return
     if name in EVERY:
-        assert "set its every" in (strategy.without_tasks() or "")
+        assert "set its every" in (intervention.without_tasks() or "")
         options = {**options, "every": EVERY[name]}
     if name == "injection":
-        assert "set its step" in (strategy.without_tasks() or "")
+        assert "set its step" in (intervention.without_tasks() or "")
         options = {"step": 3}
     assert make(name, **options).without_tasks() is None
     whole = Loop("moe", name, tasks=False, grows=(4,), **options).run(9).state()
@@ -112,12 +112,12 @@ def test_bad_options_are_refused_in_one_line(name: str, option: str, value: Any)
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sources_are_named(name: str) -> None:
-    part = registry.get("strategy", name)
+    part = registry.get("intervention", name)
     assert name == "none" or any(c.isdigit() for c in part.source)
 
 
 def test_trained_weights_and_optimizer_stay_one() -> None:
-    """Whatever a strategy replaces, the optimizer holds exactly the network's parameters."""
+    """Whatever an intervention replaces, the optimizer holds exactly the network's parameters."""
     for name, options in CASES.values():
         loop = Loop("moe", name, grows=(3,), budget=Budget(mode="per-growth"), **options).run(10)
         held = [id(p) for group in loop.optimizer.param_groups for p in group["params"]]
@@ -128,7 +128,7 @@ def test_trained_weights_and_optimizer_stay_one() -> None:
 @pytest.mark.parametrize("network", ["mlp", "conv", "moe"])
 @pytest.mark.parametrize("case", CASES)
 def test_draws_nothing_from_torchs_own_generator(case: str, network: str) -> None:
-    """What a run is without its strategy's draws does not depend on these."""
+    """What a run is without its intervention's draws does not depend on these."""
     name, options = CASES[case]
     torch.manual_seed(3)
     loop = Loop(network, name, **options)

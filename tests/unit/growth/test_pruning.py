@@ -1,4 +1,4 @@
-"""Which units each cut keeps."""
+"""Which units each pruning keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth.initialisation import FRESH, Request, cut_plan
 from dynmoe.moe import ExpertBank, MoELayer
 
-CUTS = registry.names("cut")
+PRUNING = registry.names("pruning")
 SIZES, TARGET = [5, 1, 6], [3, 2, 2, 4, 1]
 OWNED = [range(5), range(5, 6), range(6, 12)]
 
@@ -24,7 +24,7 @@ def make_bank() -> ExpertBank:
 
 def scores(name: str, bank: ExpertBank, activation: Tensor | None, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return registry.get("cut", name).Config().build().scores(bank, activation, generator)
+    return registry.get("pruning", name).Config().build().scores(bank, activation, generator)
 
 
 def kept(values: Tensor) -> list[list[int]]:
@@ -39,7 +39,7 @@ def kept(values: Tensor) -> list[list[int]]:
     return units
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", PRUNING)
 def test_experts_keep_only_units_of_their_own_in_order(name):
     units = kept(scores(name, make_bank(), torch.rand(12)))
     for mine, owned, target in zip(units, OWNED, TARGET, strict=False):
@@ -52,8 +52,8 @@ def test_first_keeps_the_first_units():
     assert kept(scores("first", make_bank(), None)) == [[0, 1, 2], [5], [6, 7], [], []]
 
 
-def test_redraw_keeps_none_of_experts_that_shrink():
-    assert kept(scores("redraw", make_bank(), None)) == [[], [5], [], [], []]
+def test_reinit_keeps_none_of_experts_that_shrink():
+    assert kept(scores("reinit", make_bank(), None)) == [[], [5], [], [], []]
 
 
 def test_random_keeps_what_its_generator_says():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from strategy_helpers import NETWORKS, Loop, dice, weights
+from intervention_helpers import NETWORKS, Loop, seeded, weights
 from torch import Tensor, nn
 
 from dynmoe.interventions.perturbing import exact_polar, polar
@@ -21,13 +21,13 @@ def acted(network: str, name: str, steps: int = 4, **options: Any) -> tuple[Loop
     loop = Loop(network, name, **options)
     loop.model.double()
     loop.optimizer = torch.optim.Adam(loop.model.parameters(), 0.01)
-    loop.strategy.attach(loop.model, loop.optimizer, dice(2))
-    g = dice(8)
+    loop.intervention.attach(loop.model, loop.optimizer, seeded(2))
+    g = seeded(8)
     with torch.no_grad():
         for p in loop.model.parameters():
             p += torch.randn(p.shape, generator=g, dtype=p.dtype)
     before = weights(loop.model)
-    loop.strategy.task_starts(1, lambda: [(x.double(), y) for x, y in loop.batches()])
+    loop.intervention.task_starts(1, lambda: [(x.double(), y) for x, y in loop.batches()])
     return loop, before, weights(loop.model)
 
 
@@ -38,7 +38,7 @@ def acted(network: str, name: str, steps: int = 4, **options: Any) -> tuple[Loop
 def test_shrink_perturb(network: str) -> None:
     torch.manual_seed(0)
     loop, before, after = acted(network, "shrink-perturb", shrink=0.7, sigma=0.1)
-    new = fresh_draw(loop.model, dice(2))
+    new = fresh_draw(loop.model, seeded(2))
     for name, value in after.items():
         expected = [
             0.7 * a + 0.1 * b
@@ -62,7 +62,7 @@ def test_shrink_towards_the_first_weights(network: str) -> None:
     first = weights(loop.model)
     loop.run(4)
     before = weights(loop.model)
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     for name, value in weights(loop.model).items():
         assert torch.allclose(value, 0.2 * before[name] + 0.8 * first[name], atol=1e-6)
 
@@ -70,11 +70,11 @@ def test_shrink_towards_the_first_weights(network: str) -> None:
 def test_every_counts_steps_and_leaves_task_starts_alone() -> None:
     for name in ("shrink-perturb", "fire", "head-reset"):
         loop, calls = Loop("mlp", name, every=3), []
-        loop.strategy.act = lambda: calls.append(loop.strategy.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
+        loop.intervention.act = lambda: calls.append(loop.intervention.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
         loop.run(10)
         assert calls == [3, 6, 9]
         loop, calls = Loop("mlp", name), []
-        loop.strategy.act = lambda: calls.append(loop.strategy.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
+        loop.intervention.act = lambda: calls.append(loop.intervention.steps)  # type: ignore[attr-defined, method-assign]  # noqa: B023
         loop.run(10)
         assert calls == [4, 8]
 
@@ -84,7 +84,7 @@ def test_every_counts_steps_and_leaves_task_starts_alone() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 8), (8, 3)])
 def test_polar_is_that_of_the_singular_value_decomposition(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=dice(1), dtype=torch.double)
+    matrix = torch.randn(shape, generator=seeded(1), dtype=torch.double)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.allclose(polar(matrix, 60), u @ v, atol=1e-10)
     assert torch.allclose(exact_polar(matrix), u @ v, atol=1e-12)
@@ -93,10 +93,12 @@ def test_polar_is_that_of_the_singular_value_decomposition(shape: tuple[int, int
 
 
 def test_what_ten_iterations_reach_is_as_the_docstring_says() -> None:
-    wide = torch.rand(128, 784, generator=dice(0)) - 0.5
+    wide = torch.rand(128, 784, generator=seeded(0)) - 0.5
     assert (torch.linalg.svdvals(polar(wide, 10)) - 1).abs().max() < 1e-3
     least = [
-        float(torch.linalg.svdvals(polar(torch.rand(128, 128, generator=dice(i)) - 0.5, 10)).min())
+        float(
+            torch.linalg.svdvals(polar(torch.rand(128, 128, generator=seeded(i)) - 0.5, 10)).min()
+        )
         for i in range(20)
     ]
     assert sorted(least)[3] > 0.001 and max(least) < 0.1
@@ -111,7 +113,7 @@ def test_what_ten_iterations_reach_is_as_the_docstring_says() -> None:
 def test_the_exact_factor_is_orthogonal_however_ill_conditioned(
     shape: tuple[int, int], condition: float
 ) -> None:
-    u, _, v = torch.linalg.svd(torch.randn(shape, generator=dice(2)), full_matrices=False)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=seeded(2)), full_matrices=False)
     spread = torch.logspace(0, -math.log10(condition), min(shape))
     matrix = u * spread @ v
     assert (torch.linalg.svdvals(exact_polar(matrix)) - 1).abs().max() < 1e-4
@@ -212,7 +214,7 @@ def test_dash_leaves_all_but_weights_alone() -> None:
     loop = Loop("conv", "dash").run(4)
     state = {n: b.clone() for n, b in loop.model.named_buffers()}
     random = torch.get_rng_state()
-    loop.strategy.task_starts(1, loop.batches)
+    loop.intervention.task_starts(1, loop.batches)
     assert all(torch.equal(b, state[n]) for n, b in loop.model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random) and loop.model.training
 
@@ -227,7 +229,7 @@ def test_head_reset(to: str) -> None:
     loop.run(4)
     before, head = weights(loop.model), loop.model[4]  # type: ignore[index]
     assert head.weight in loop.optimizer.state
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     after = weights(loop.model)
     for name, value in after.items():
         if not name.startswith("4."):

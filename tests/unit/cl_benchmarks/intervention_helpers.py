@@ -1,4 +1,4 @@
-"""What the tests of strategies share: tiny networks, and a training loop that can be resumed."""
+"""What the tests of interventions share: tiny networks, and a training loop that can be resumed."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def batch(number: int, size: int = 16) -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (size,), generator=g)
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     """A seeded generator."""
     return torch.Generator().manual_seed(seed)
 
 
 def make(name: str, **options: Any) -> Intervention:
-    """A strategy by name."""
-    return registry.get("strategy", name).Config(**options).build()
+    """An intervention by name."""
+    return registry.get("intervention", name).Config(**options).build()
 
 
 class Loop:
@@ -82,34 +82,34 @@ class Loop:
     ) -> None:
         torch.manual_seed(0)
         self.model = (NETWORKS[network] if isinstance(network, str) else network)()
-        self.strategy = make(name, **options)
-        self.strategy.transform(self.model, dice(1))
+        self.intervention = make(name, **options)
+        self.intervention.transform(self.model, seeded(1))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr)
-        self.strategy.attach(self.model, self.optimizer, dice(2))
+        self.intervention.attach(self.model, self.optimizer, seeded(2))
         self.tasks, self.grows, self.steps = tasks, grows, 0
         self.controller = GrowthController(
-            self.model, self.optimizer, granularity=2, budget=budget, generator=dice(3)
+            self.model, self.optimizer, granularity=2, budget=budget, generator=seeded(3)
         )
-        self.controller.listeners.append(self.strategy.grown)
+        self.controller.listeners.append(self.intervention.grown)
 
     def run(self, until: int) -> Loop:
         """Train up to that step."""
         while self.steps < until:
             torch.rand(1)  # a loop may draw from torch's generator, too
             if self.tasks and self.steps and self.steps % TASK == 0:
-                self.strategy.task_starts(self.steps // TASK, self.batches)
+                self.intervention.task_starts(self.steps // TASK, self.batches)
             if self.steps in self.grows:
                 self.controller.grow(self.steps, batch(99))
             images, labels = batch(self.steps)
             self.model.train()
             loss = F.cross_entropy(self.model(images), labels)
             loss = loss + sum(collect_aux_losses(self.model).values())
-            loss = loss + self.strategy.penalty()
+            loss = loss + self.intervention.penalty()
             self.optimizer.zero_grad()
             loss.backward()
-            self.strategy.gradients_ready()
+            self.intervention.gradients_ready()
             self.optimizer.step()
-            self.strategy.step_done()
+            self.intervention.step_done()
             self.steps += 1
         return self
 
@@ -123,7 +123,7 @@ class Loop:
             "steps": self.steps,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "strategy": self.strategy.state_dict(),
+            "intervention": self.intervention.state_dict(),
             "controller": self.controller.state_dict(),
             "random": torch.get_rng_state(),
         }
@@ -134,10 +134,10 @@ class Loop:
 
     def restore(self, state: dict[str, Any]) -> Loop:
         """Go on from `state()`, in the order that runs have."""
-        self.strategy.rebuild_from(state["strategy"])
+        self.intervention.rebuild_from(state["intervention"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.strategy.load_state_dict(state["strategy"])
+        self.intervention.load_state_dict(state["intervention"])
         self.controller.load_state_dict(state["controller"])
         self.steps = state["steps"]
         torch.set_rng_state(state["random"])

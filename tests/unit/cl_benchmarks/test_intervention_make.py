@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, Loop, batch, conv, dice, make, mlp, weights
+from intervention_helpers import NETWORKS, Loop, batch, conv, make, mlp, seeded, weights
 from torch import nn
 
 from cl_benchmarks.networks import build_network
@@ -27,7 +27,7 @@ def test_crelu_has_fewer_parameters_and_the_same_outputs_shape(network: str) -> 
     torch.manual_seed(0)
     model = NETWORKS[network]()
     before = count(model)
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     assert count(model) < before
     assert model(batch(0)[0]).shape == (16, 3)
 
@@ -36,7 +36,7 @@ def test_crelu_passes_on_both_halves() -> None:
     torch.manual_seed(0)
     model = mlp()
     weight, bias = (p.detach().clone() for p in model[1].parameters())  # type: ignore[index]
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     x = batch(0)[0]
     half = x.flatten(1) @ weight[:6].T + bias[:6]
     expected = torch.cat([half.relu(), (-half).relu()], dim=1)
@@ -46,7 +46,7 @@ def test_crelu_passes_on_both_halves() -> None:
 def test_crelu_behind_batch_normalisation() -> None:
     torch.manual_seed(0)
     model = conv()
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     x = batch(0)[0]
     half = nn.functional.conv2d(x, model[0].weight, padding=1)  # type: ignore[index]
     assert half.shape[1] == 3
@@ -66,7 +66,7 @@ def test_crelu_on_a_residual_network() -> None:
     config = get("network", "resnet18").Config(width=8, hidden=12)
     model = build_network(config, (3, 16, 16), 5)
     before = count(model)
-    make("crelu").transform(model, dice())
+    make("crelu").transform(model, seeded())
     assert count(model) < 0.8 * before
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
 
@@ -74,10 +74,10 @@ def test_crelu_on_a_residual_network() -> None:
 def test_crelu_refuses_what_it_cannot_halve() -> None:
     odd = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     with pytest.raises(UserError, match="layer 0 has 3 units, an odd number"):
-        make("crelu").transform(odd, dice())
+        make("crelu").transform(odd, seeded())
     smooth = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
     with pytest.raises(UserError, match="no ReLU"):
-        make("crelu").transform(smooth, dice())
+        make("crelu").transform(smooth, seeded())
 
 
 # ---------------------------------------------------------------- LayerNorm
@@ -86,7 +86,7 @@ def test_crelu_refuses_what_it_cannot_halve() -> None:
 def test_layernorm_normalises_before_activations() -> None:
     torch.manual_seed(0)
     model = mlp()
-    make("layernorm").transform(model, dice())
+    make("layernorm").transform(model, seeded())
     x = batch(0)[0]
     plain = x.flatten(1) @ model[1][0].weight.T + model[1][0].bias  # type: ignore[index]
     normal = (plain - plain.mean(1, keepdim=True)) / (
@@ -100,7 +100,7 @@ def test_layernorm_normalises_before_activations() -> None:
 def test_layernorm_of_maps_is_over_all_positions_and_what_is_normalised_stays() -> None:
     torch.manual_seed(0)
     model = conv()
-    make("layernorm").transform(model, dice())
+    make("layernorm").transform(model, seeded())
     (norm,) = [m for m in model.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
     assert isinstance(norm, nn.GroupNorm) and norm.num_groups == 1 and norm.num_channels == 4
     maps = model[:5](batch(0)[0])  # type: ignore[index]
@@ -140,7 +140,7 @@ def test_nap_projects_by_scaling_alone_and_when_it_is_time() -> None:
         assert torch.allclose(weights(loop.model)[name], scale * p, atol=1e-6)
 
 
-def test_nap_counts_new_units_with_the_norm_of_their_birth() -> None:
+def test_nap_counts_new_units_with_the_norm_of_their_start() -> None:
     loop = Loop("moe", "nap", lr=0.1, budget=Budget(mode="per-growth"))
     first = weights(loop.model)["3.bank.w_in"]
     before = weights(loop.run(3).model)["3.bank.w_in"]
@@ -164,7 +164,7 @@ def test_injection_changes_nothing_at_that_moment(network: str) -> None:
     loop.model.eval()
     with torch.no_grad():
         before, parameters = loop.model(images), count(loop.model)
-        loop.strategy.task_starts(1, None)
+        loop.intervention.task_starts(1, None)
         after = loop.model(images)
     assert torch.allclose(before, after, atol=1e-6)
     assert count(loop.model) == parameters
@@ -175,7 +175,7 @@ def test_injected_head_learns_and_the_old_one_does_not() -> None:
     loop = Loop("mlp", "injection", task=1).run(4)
     old = loop.model[5]  # type: ignore[index]
     kept = weights(old)
-    loop.strategy.task_starts(1, None)
+    loop.intervention.task_starts(1, None)
     head = loop.model[5]  # type: ignore[index]
     fresh = weights(head.new)
     assert fresh["weight"].shape == (3, 8) and fresh["weight"].abs().max() <= 8**-0.5
@@ -199,7 +199,7 @@ def test_injection_comes_once_and_when_it_is_due() -> None:
         loop = Loop("mlp", "injection", **options)
         for step in range(1, 14):
             loop.run(step)
-            assert loop.strategy.done == (step >= due)  # type: ignore[attr-defined]
+            assert loop.intervention.done == (step >= due)  # type: ignore[attr-defined]
         assert sum(isinstance(m, Injected) for m in loop.model.modules()) == 1
 
 
@@ -226,8 +226,8 @@ def test_tortoise_follows_and_the_hare_goes_back_to_it() -> None:
 
 def test_hare_and_tortoise_share_no_memory() -> None:
     loop = Loop("conv", "hare-tortoise", momentum=0.5, period=2).run(2)
-    strategy = loop.strategy
-    slow = {**strategy.tortoise.first, **strategy.buffers}  # type: ignore[attr-defined]
+    intervention = loop.intervention
+    slow = {**intervention.tortoise.first, **intervention.buffers}  # type: ignore[attr-defined]
     fast = {t.data_ptr() for t in loop.model.state_dict().values()}
     assert len(slow) == 11 + 4 and len(fast) > 11
     assert not {t.data_ptr() for t in slow.values()} & fast
@@ -243,7 +243,7 @@ def test_tortoise_does_not_undo_a_growth() -> None:
     assert 0 < int(new.sum()) < 8
     sizes, born = layer.bank.hidden_sizes(), layer.bank.w_in.detach().clone()
     shift = layer.router.logit_shift.clone()
-    loop.strategy.steps = 99
-    loop.strategy.step_done()
+    loop.intervention.steps = 99
+    loop.intervention.step_done()
     assert torch.equal(layer.bank.w_in[new], born[new]) and layer.bank.hidden_sizes() == sizes
     assert torch.equal(layer.router.logit_shift, shift) and layer.num_experts == 4

@@ -24,19 +24,19 @@ CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp
 
 
 class Observer(Protocol):
-    """Looks on and writes down; sees the strategy after plugins and clock have moved on."""
+    """Looks on and writes down; sees the trainer after plugins and clock have moved on."""
 
-    def step_done(self, strategy: StreamStrategy) -> None:
+    def step_done(self, trainer: StreamTrainer) -> None:
         """An optimizer step is done."""
 
-    def epoch_done(self, strategy: StreamStrategy) -> None:
+    def epoch_done(self, trainer: StreamTrainer) -> None:
         """An epoch is done; the position stands at the next one."""
 
-    def task_done(self, strategy: StreamStrategy) -> None:
+    def task_done(self, trainer: StreamTrainer) -> None:
         """All epochs of an experience are done."""
 
 
-class StreamStrategy(SupervisedTemplate):
+class StreamTrainer(SupervisedTemplate):
     """Trains one network on one experience after another.
 
     Args:

@@ -1,4 +1,4 @@
-"""Strategies at work in PPO."""
+"""Interventions at work in PPO."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SHORT = changed(total_steps=256)
 def learnt(
     name: str, settings: PPOSettings = SHORT, dense: bool = True, **options: object
 ) -> tuple[ActorCritic, Intervention]:
-    """A policy trained with a strategy, and the strategy."""
+    """A policy trained with an intervention, and the intervention."""
     env = stages(4)
     policy = make_policy(env) if dense else make_policy(env, make_block=moe_blocks())
-    strategy = registry.get("strategy", name).Config(**options).build()
-    strategy.transform(policy, torch.Generator())
+    intervention = registry.get("intervention", name).Config(**options).build()
+    intervention.transform(policy, torch.Generator())
     optimizer = torch.optim.Adam(policy.parameters(), settings.lr, eps=settings.adam_eps)
-    strategy.attach(policy, optimizer, seeding.generator(0))
+    intervention.attach(policy, optimizer, seeding.generator(0))
     observations, info = env.reset(seed=0)
     observer = type("Nobody", (), {"update_done": lambda *_: None})()
     train(env, policy, optimizer, settings, 0, observer, observations, info["floor"],
-          strategy=strategy)  # fmt: skip
-    return policy, strategy
+          intervention=intervention)  # fmt: skip
+    return policy, intervention
 
 
 def test_units_of_actor_and_critic_are_found() -> None:
@@ -83,26 +83,26 @@ def test_hooks_come_in_order() -> None:
 
     env = stages(4)
     policy = make_policy(env)
-    witness = Witness(registry.get("strategy", "none").Config())
+    witness = Witness(registry.get("intervention", "none").Config())
     optimizer = torch.optim.Adam(policy.parameters())
     witness.attach(policy, optimizer, seeding.generator(0))
     observations, info = env.reset(seed=0)
     observer = type("Nobody", (), {"update_done": lambda *_: None})()
     train(env, policy, optimizer, SHORT, 0, observer, observations, info["floor"],
-          strategy=witness)  # fmt: skip
+          intervention=witness)  # fmt: skip
     expected = [call for n in range(1, 33) for call in ("penalty", "gradients", f"step {n}")]
     assert calls == expected
     assert min(norms) > 100 > SHORT.max_grad_norm
 
 
 def test_none_changes_nothing() -> None:
-    policy, strategy = learnt("none")
+    policy, intervention = learnt("none")
     env = stages(4)
     plain = make_policy(env)
     run(env, plain, SHORT)
     pairs = zip(policy.parameters(), plain.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert strategy.steps == 32
+    assert intervention.steps == 32
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -125,14 +125,14 @@ def test_none_changes_nothing() -> None:
         ("head-reset", {"every": 6}),
     ],
 )
-def test_strategies_act_and_learning_goes_on(name: str, options: dict, dense: bool) -> None:
+def test_interventions_act_and_learning_goes_on(name: str, options: dict, dense: bool) -> None:
     if not dense and name in ("injection", "head-reset"):
-        with pytest.raises(UserError, match=f"strategy {name} needs linear output layers"):
+        with pytest.raises(UserError, match=f"intervention {name} needs linear output layers"):
             learnt(name, dense=False, **options)
         return
-    policy, strategy = learnt(name, dense=dense, **options)
+    policy, intervention = learnt(name, dense=dense, **options)
     plain, _ = learnt("none", dense=dense)
-    assert strategy.steps == 32
+    assert intervention.steps == 32
     assert all(torch.isfinite(p).all() for p in policy.parameters())
     x = torch.rand(5, *stages().input_shape)
     assert not torch.equal(policy(x)[0], plain(x)[0])

@@ -1,4 +1,4 @@
-"""How newborn experts are treated for a while: the pace of their weights, their router logits."""
+"""How new experts are treated for a while: the pace of their weights, their router logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.growth.newborn import Newborn
+from dynmoe.growth.new_experts import NewExperts
 from dynmoe.moe import MoELayer, moe_layers
 
 
@@ -45,15 +45,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> Non
 
 
 def grown(
-    newborn: Newborn | None = None, kind: str = "adam", mode: str = "constant",
+    new_experts: NewExperts | None = None, kind: str = "adam", mode: str = "constant",
     init: str = "random", **make,
 ) -> tuple[nn.Sequential, torch.optim.Optimizer, GrowthController]:  # fmt: skip
     """Two steps of training, and then a growth from 2 to 4 experts."""
     model = network(**make)
     optimizer = optimizer_of(kind, model)
     controller = GrowthController(
-        model, optimizer, granularity=2, budget=Budget(mode=mode), newborn=newborn,
-        cut=registry.get("cut", "first").Config(), init=registry.get("init", init).Config(),
+        model, optimizer, granularity=2, budget=Budget(mode=mode), new_experts=new_experts,
+        pruning=registry.get("pruning", "first").Config(), init=registry.get("init", init).Config(),
     )  # fmt: skip
     for number in range(2):
         step(model, optimizer, number)
@@ -61,7 +61,7 @@ def grown(
     return model, optimizer, controller
 
 
-def is_newborn(layer: MoELayer, name: str, parameter: torch.Tensor) -> torch.Tensor:
+def is_new(layer: MoELayer, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """Mask of a layer's parameter: entries of experts 2 and 3, written out for the pool."""
     mask = torch.zeros_like(parameter, dtype=torch.bool)
     own = name.removeprefix("bank.").removeprefix("router.")
@@ -78,8 +78,8 @@ def is_newborn(layer: MoELayer, name: str, parameter: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("mode", ["constant", "per-growth"])
 @pytest.mark.parametrize("factor", [0.0, 0.25, 3.0])
-def test_newborn_weights_take_so_many_times_the_step(kind, mode, factor):
-    model, optimizer, _ = grown(Newborn(lr=factor, lr_steps=2), kind, mode)
+def test_new_experts_weights_take_so_many_times_the_step(kind, mode, factor):
+    model, optimizer, _ = grown(NewExperts(lr=factor, lr_steps=2), kind, mode)
     for number in range(2, 5):
         plain_model, plain_optimizer = copy.deepcopy((model, optimizer))
         for hooks in (plain_optimizer._optimizer_step_pre_hooks,
@@ -92,7 +92,7 @@ def test_newborn_weights_take_so_many_times_the_step(kind, mode, factor):
         for name, parameter in model.named_parameters():
             expected = plain[name].detach().clone()
             if name.startswith("0.") and number < 4:
-                mask = is_newborn(model[0], name[2:], parameter)
+                mask = is_new(model[0], name[2:], parameter)
                 moved = plain[name] - before[name]
                 expected = torch.where(mask, before[name] + factor * moved, expected)
             torch.testing.assert_close(parameter, expected)
@@ -102,10 +102,10 @@ def test_newborn_weights_take_so_many_times_the_step(kind, mode, factor):
 
 @pytest.mark.parametrize("init", ["random", "duplicate"])
 @pytest.mark.parametrize("logit", [-4.0, 2.0])
-def test_newborn_logits_fade(init, logit):
+def test_new_experts_logits_fade(init, logit):
     """On top of the shift that the init gives, which stays."""
     plain, _, _ = grown(init=init)
-    model, optimizer, controller = grown(Newborn(logit=logit, logit_steps=4), init=init)
+    model, optimizer, controller = grown(NewExperts(logit=logit, logit_steps=4), init=init)
     base = plain[0].router.logit_shift
     for left in (1, 0.75, 0.5, 0.25, 0, 0, 0):
         expected = base.clone()
@@ -113,14 +113,14 @@ def test_newborn_logits_fade(init, logit):
         torch.testing.assert_close(model[0].router.logit_shift, expected)
         step(model, optimizer, 7)
     assert torch.equal(model[0].router.logit_shift, base)
-    assert controller.nursery.age == 7
+    assert controller.warm_up.age == 7
 
 
-def test_a_negative_logit_gives_newborn_experts_a_small_share():
+def test_a_negative_logit_gives_new_experts_a_small_share():
     x = torch.randn(50, 5)
     shares = {}
     for logit in (-5.0, 0.0, 5.0):
-        model, _, _ = grown(Newborn(logit=logit))
+        model, _, _ = grown(NewExperts(logit=logit))
         model(x)
         shares[logit] = float(model[0].last_routing.gates.detach()[:, 2:4].sum(dim=1).mean())
     assert shares[-5.0] < 0.03 < shares[0.0] < 0.9 < shares[5.0] < 1
@@ -129,8 +129,8 @@ def test_a_negative_logit_gives_newborn_experts_a_small_share():
 def test_the_next_growth_begins_from_shifts_without_the_rest_of_the_last():
     """In the midst of fading; experts that duplicate copies shall not inherit it."""
     pairs = []
-    for newborn in (None, Newborn(logit=-3.0, logit_steps=100)):
-        model, _, controller = grown(newborn, init="duplicate")
+    for new_experts in (None, NewExperts(logit=-3.0, logit_steps=100)):
+        model, _, controller = grown(new_experts, init="duplicate")
         controller.grow(2)
         pairs.append(model[0].router.logit_shift.clone())
     pairs[1][4:6] += 3.0
@@ -139,7 +139,9 @@ def test_the_next_growth_begins_from_shifts_without_the_rest_of_the_last():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_several_layers_and_a_shared_router(shared):
-    model, optimizer, _ = grown(Newborn(lr=0.0, logit=-2.0, logit_steps=2), layers=2, shared=shared)
+    model, optimizer, _ = grown(
+        NewExperts(lr=0.0, logit=-2.0, logit_steps=2), layers=2, shared=shared
+    )
     before = [layer.bank.b_out.detach().clone() for _, layer in moe_layers(model)]
     for router in {layer.router for _, layer in moe_layers(model)}:
         assert router.logit_shift.tolist() == [0, 0, -2, -2, 0, 0]
@@ -154,7 +156,7 @@ def test_the_defaults_change_nothing():
     plain = grown()
     assert not plain[1]._optimizer_step_pre_hooks
     assert len(plain[1]._optimizer_step_post_hooks) == 1  # what moves once per step
-    neutral = grown(Newborn(lr=1.0, lr_steps=3, logit=0.0, logit_steps=5))
+    neutral = grown(NewExperts(lr=1.0, lr_steps=3, logit=0.0, logit_steps=5))
     for number in range(3):
         step(*plain[:2], number)
         step(*neutral[:2], number)
@@ -165,8 +167,8 @@ def test_the_defaults_change_nothing():
 @pytest.mark.parametrize("stop", range(6))
 def test_resumed_in_the_midst(stop):
     """Weights, optimizer and controller through a file of plain values; then bit for bit."""
-    newborn = Newborn(lr=0.3, lr_steps=4, logit=-2.0, logit_steps=3)
-    model, optimizer, controller = grown(newborn)
+    new_experts = NewExperts(lr=0.3, lr_steps=4, logit=-2.0, logit_steps=3)
+    model, optimizer, controller = grown(new_experts)
     for number in range(stop):
         step(model, optimizer, number)
     file = io.BytesIO()
@@ -175,7 +177,9 @@ def test_resumed_in_the_midst(stop):
     states = torch.load(file, weights_only=True)
     other = network()
     other_optimizer = optimizer_of("adam", other)
-    other_controller = GrowthController(other, other_optimizer, granularity=2, newborn=newborn)
+    other_controller = GrowthController(
+        other, other_optimizer, granularity=2, new_experts=new_experts
+    )
     for part, state in zip((other, other_optimizer, other_controller), states, strict=True):
         part.load_state_dict(state)
     for number in range(stop, 8):
@@ -183,7 +187,7 @@ def test_resumed_in_the_midst(stop):
         step(other, other_optimizer, number)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert other_controller.nursery.age == 8
+    assert other_controller.warm_up.age == 8
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,6 @@ def test_resumed_in_the_midst(stop):
 )  # fmt: skip
 def test_bad_options_are_refused(options):
     ((name, value),) = options.items()
-    with pytest.raises(UserError, match=f"newborn: .*{name}={value}") as caught:
-        Newborn(**options)
+    with pytest.raises(UserError, match=f"new_experts: .*{name}={value}") as caught:
+        NewExperts(**options)
     assert "\n" not in str(caught.value)

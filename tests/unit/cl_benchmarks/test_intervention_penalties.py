@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategy_helpers import NETWORKS, Loop, batch, dice, make, weights
+from intervention_helpers import NETWORKS, Loop, batch, make, seeded, weights
 from torch import Tensor, nn
 
 from dynmoe.growth.budget import Budget
@@ -16,17 +16,17 @@ from dynmoe.moe.layer import MoELayer
 
 
 def attached(network: str, name: str, **options: Any) -> tuple[nn.Module, Intervention]:
-    """A network in float64 and a strategy at work on it."""
+    """A network in float64 and an intervention at work on it."""
     torch.manual_seed(0)
     model = NETWORKS[network]().double()
-    strategy = make(name, **options)
-    strategy.attach(model, torch.optim.SGD(model.parameters(), 0.1), dice())
-    return model, strategy
+    intervention = make(name, **options)
+    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), seeded())
+    return model, intervention
 
 
 def shaken(model: nn.Module) -> None:
     """Move every weight."""
-    g = dice(4)
+    g = seeded(4)
     with torch.no_grad():
         for p in model.parameters():
             p += torch.randn(p.shape, generator=g, dtype=p.dtype)
@@ -38,18 +38,18 @@ def loops(tensor: Tensor) -> float:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_l2(network: str) -> None:
-    model, strategy = attached(network, "l2", strength=0.3)
+    model, intervention = attached(network, "l2", strength=0.3)
     shaken(model)
     total = 0.0
     for name, p in model.named_parameters():
         own = "router" in name or name.endswith("3.bank.b_out")
-        total += loops(p[:2] if own and network == "moe" else p)  # 2 of 8 experts are alive
-    assert float(strategy.penalty()) == pytest.approx(0.3 * total, rel=1e-12)
+        total += loops(p[:2] if own and network == "moe" else p)  # 2 of 8 experts are active
+    assert float(intervention.penalty()) == pytest.approx(0.3 * total, rel=1e-12)
 
 
 def test_l2_pulls_on_living_experts_alone() -> None:
-    model, strategy = attached("moe", "l2")
-    strategy.penalty().backward()  # type: ignore[union-attr]
+    model, intervention = attached("moe", "l2")
+    intervention.penalty().backward()  # type: ignore[union-attr]
     layer = model[3]  # type: ignore[index]
     assert isinstance(layer, MoELayer)
     for rows in (layer.router.weight.grad, layer.bank.b_out.grad):
@@ -58,12 +58,12 @@ def test_l2_pulls_on_living_experts_alone() -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_l2_init(network: str) -> None:
-    model, strategy = attached(network, "l2-init", strength=0.3)
+    model, intervention = attached(network, "l2-init", strength=0.3)
     first = weights(model)
-    assert float(strategy.penalty()) == 0
+    assert float(intervention.penalty()) == 0
     shaken(model)
     total = math.fsum(loops(p.detach() - first[n]) for n, p in model.named_parameters())
-    assert float(strategy.penalty()) == pytest.approx(0.3 * total, rel=1e-12)
+    assert float(intervention.penalty()) == pytest.approx(0.3 * total, rel=1e-12)
 
 
 def test_l2_init_stays_nearer_to_the_start_and_l2_nearer_to_zero() -> None:
@@ -81,8 +81,8 @@ def test_l2_init_stays_nearer_to_the_start_and_l2_nearer_to_zero() -> None:
 
 
 @pytest.mark.parametrize("budget", [None, Budget(mode="per-growth")], ids=str)
-def test_l2_init_measures_new_units_from_their_birth(budget: Budget | None) -> None:
-    """Right after a growth that draws units anew, these are not away from their first values."""
+def test_l2_init_measures_new_units_from_their_start(budget: Budget | None) -> None:
+    """Right after a growth that re-initialises units, these are at their first values."""
     loop = Loop("moe", "l2-init", strength=1.0, lr=0.05, budget=budget)
     first = weights(loop.model)
     loop.run(3)
@@ -90,14 +90,14 @@ def test_l2_init_measures_new_units_from_their_birth(budget: Budget | None) -> N
     loop.controller.grow(3, batch(0))
     outside = sum(loops(now[n] - first[n]) for n in now if not n.startswith("3."))
     shared = sum(loops(now[n] - first[n]) for n in now if n.startswith("3.shared"))
-    kept = float(loop.strategy.penalty()) - outside - shared
+    kept = float(loop.intervention.penalty()) - outside - shared
     inside = sum(loops(now[n] - first[n]) for n in now if n.startswith("3.")) - shared
     assert -1e-4 < kept < 0.9 * inside
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_parseval(network: str) -> None:
-    model, strategy = attached(network, "parseval", strength=0.3, scale=2.0)
+    model, intervention = attached(network, "parseval", strength=0.3, scale=2.0)
     shaken(model)
     hidden = {"mlp": ["1.weight", "3.weight"], "conv": ["0.weight", "4.weight", "7.weight"],
               "moe": ["1.weight", *[f"3.{b}.{w}" for b in ("bank", "shared")
@@ -109,7 +109,7 @@ def test_parseval(network: str) -> None:
             for j, two in enumerate(rows):
                 product = math.fsum(a * b for a, b in zip(one, two, strict=True))
                 total += (product - (2.0 if i == j else 0.0)) ** 2
-    assert float(strategy.penalty()) == pytest.approx(0.3 * total, rel=1e-11)
+    assert float(intervention.penalty()) == pytest.approx(0.3 * total, rel=1e-11)
 
 
 def test_parseval_makes_rows_orthogonal() -> None:
@@ -122,18 +122,18 @@ def test_parseval_makes_rows_orthogonal() -> None:
 
 
 def test_parseval_of_one_layer_is_nothing() -> None:
-    strategy, model = make("parseval"), nn.Linear(3, 2)
-    strategy.attach(model, torch.optim.SGD(model.parameters(), 0.1), dice())
-    assert float(strategy.penalty()) == 0.0
+    intervention, model = make("parseval"), nn.Linear(3, 2)
+    intervention.attach(model, torch.optim.SGD(model.parameters(), 0.1), seeded())
+    assert float(intervention.penalty()) == 0.0
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("power", [1, 2])
 def test_spectral_settles_at_the_largest_singular_values(network: str, power: int) -> None:
-    model, strategy = attached(network, "spectral", strength=0.3, power=power)
+    model, intervention = attached(network, "spectral", strength=0.3, power=power)
     shaken(model)
     for _ in range(1000):
-        strategy.penalty()
+        intervention.penalty()
     total = 0.0
     for name, p in model.named_parameters():
         if name.endswith(("w_in", "w_out")) or (p.dim() > 1 and name.endswith("weight")):
@@ -144,7 +144,7 @@ def test_spectral_settles_at_the_largest_singular_values(network: str, power: in
             total += 0.0 if normal else loops(p) ** power
         elif name.endswith("weight"):
             total += (float(p.abs().max()) ** power - 1) ** 2
-    penalty = strategy.penalty()
+    penalty = intervention.penalty()
     assert float(penalty) == pytest.approx(0.3 * total, rel=1e-6)
     penalty.backward()  # type: ignore[union-attr]
     for p in model.parameters():  # of a largest singular value: rank one
@@ -153,13 +153,13 @@ def test_spectral_settles_at_the_largest_singular_values(network: str, power: in
 
 
 def test_spectral_iterates_once_per_step() -> None:
-    model, strategy = attached("mlp", "spectral")
+    model, intervention = attached("mlp", "spectral")
     weight = model[1].weight.detach()  # type: ignore[index]
-    u = strategy.vectors[0]  # type: ignore[attr-defined]
-    strategy.penalty()
+    u = intervention.vectors[0]  # type: ignore[attr-defined]
+    intervention.penalty()
     v = weight.T @ u / (weight.T @ u).norm()
     expected = weight @ v / (weight @ v).norm()
-    assert torch.allclose(strategy.vectors[0], expected)  # type: ignore[attr-defined]
+    assert torch.allclose(intervention.vectors[0], expected)  # type: ignore[attr-defined]
 
 
 def test_spectral_keeps_singular_values_near_one() -> None:

@@ -19,7 +19,7 @@ from dynmoe.moe.router import Router
 
 
 @dataclass(frozen=True, kw_only=True)
-class Newborn:
+class NewExperts:
     """Options for the experts of the latest growth; the defaults treat them as all others."""
 
     lr: float = 1.0
@@ -36,12 +36,13 @@ class Newborn:
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf") or not abs(self.logit) < float("inf"):
             raise UserError(
-                f"newborn: lr={self.lr} must be finite and at least 0, logit={self.logit} finite"
+                f"new_experts: lr={self.lr} must be finite and at least 0, logit={self.logit} "
+                "finite"
             )
         if self.lr_steps < 1 or self.logit_steps < 1:
             raise UserError(
-                f"newborn: lr_steps={self.lr_steps} and logit_steps={self.logit_steps} must be at "
-                "least 1"
+                f"new_experts: lr_steps={self.lr_steps} and logit_steps={self.logit_steps} must "
+                "be at least 1"
             )
 
     @property
@@ -50,18 +51,18 @@ class Newborn:
         return self.lr == 1 and self.logit == 0
 
 
-class Nursery:
-    """Carries out `Newborn` on a model's MoE layers.
+class WarmUp:
+    """Carries out `NewExperts` on a model's MoE layers.
 
-    The newborn experts of a layer are those with its latest birth; theirs are their hidden units,
-    bank rows and router rows, whether drawn or copied.
+    The new experts of a layer are those with its latest creation step; theirs are their hidden
+    units, bank rows and router rows, whether drawn or copied.
 
     Args:
         options: what is special about them.
         model, optimizer: where; hooks are set unless the options are plain.
     """
 
-    def __init__(self, options: Newborn, model: nn.Module, optimizer: Optimizer | None) -> None:
+    def __init__(self, options: NewExperts, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.options, self.model = options, model
         self.age: int | None = None  # optimizer steps since the latest growth
         self.base: list[Tensor] = []  # [M] of each router, the logit shifts that are to remain
@@ -97,11 +98,11 @@ class Nursery:
 
     @torch.no_grad()
     def _step_comes(self) -> None:
-        """Note where the newborn experts' entries stand."""
+        """Note where the new experts' entries stand."""
         if self.age is None or self.age >= self.options.lr_steps or self.options.lr == 1:
             return
         for _, layer in moe_layers(self.model):
-            for parameter, axis, index in newborn_entries(layer):
+            for parameter, axis, index in latest_entries(layer):
                 value = parameter.index_select(axis, index)
                 self._before.append((parameter, axis, index, value))
 
@@ -122,29 +123,29 @@ class Nursery:
         left = max(0.0, 1 - self.age / self.options.logit_steps)
         if self.options.logit == 0 or self.age > self.options.logit_steps:
             return
-        for router, base, newborn in zip(self._routers(), self.base, self._newborn(), strict=True):
+        for router, base, latest in zip(self._routers(), self.base, self._latest(), strict=True):
             router.logit_shift.copy_(base)
-            router.logit_shift[newborn] += left * self.options.logit
+            router.logit_shift[latest] += left * self.options.logit
 
     def _routers(self) -> list[Router]:
         """Each router once: layers may share one."""
         return list(dict.fromkeys(layer.router for _, layer in moe_layers(self.model)))
 
-    def _newborn(self) -> list[Tensor]:
-        """[n] the newborn experts of each router."""
+    def _latest(self) -> list[Tensor]:
+        """[n] the new experts of each router."""
         layers = {layer.router: layer for _, layer in moe_layers(self.model)}
-        return [newborn_experts(layer) for layer in layers.values()]
+        return [latest_experts(layer) for layer in layers.values()]
 
 
-def newborn_experts(layer: MoELayer) -> Tensor:
+def latest_experts(layer: MoELayer) -> Tensor:
     """[n] the experts that a layer's latest growth brought; none before its first."""
-    latest = layer.birth.max()
-    return ((layer.birth == latest) & (latest > 0)).nonzero().flatten()
+    latest = layer.created.max()
+    return ((layer.created == latest) & (latest > 0)).nonzero().flatten()
 
 
-def newborn_entries(layer: MoELayer) -> list[tuple[nn.Parameter, int, Tensor]]:
-    """(parameter, axis, index) of all entries that belong to a layer's newborn experts alone."""
-    experts, bank = newborn_experts(layer), layer.bank
+def latest_entries(layer: MoELayer) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """(parameter, axis, index) of all entries that belong to a layer's new experts alone."""
+    experts, bank = latest_experts(layer), layer.bank
     rows = [*layer.router.expert_rows(), *bank.expert_rows()]
     entries = [(parameter, 0, experts) for parameter in rows]
     if isinstance(bank, UnitBank):

@@ -14,7 +14,7 @@ from expansion_helpers import config, quietly_import_avalanche
 from torch import Tensor, nn
 
 from cl_benchmarks.batches import Batches, Position
-from cl_benchmarks.experiment import attach_strategy, make_strategy, prepare
+from cl_benchmarks.experiment import attach_intervention, make_trainer, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon
 from cl_benchmarks.settings import Config
@@ -28,7 +28,7 @@ quietly_import_avalanche()
 
 
 class Experiment:
-    """A strategy of Avalanche's on the class stream, without a run folder around it."""
+    """A trainer on the class stream, without a run folder around it."""
 
     def __init__(self, settings: Config, data: ImageData) -> None:
         protocol = settings.protocol.build()
@@ -38,26 +38,26 @@ class Experiment:
         self.training = prepare(
             settings, data, protocol.num_outputs(data, settings.chunks), Horizon(99, 5), CPU
         )
-        self.plugin = attach_strategy(settings, self.training, None)
+        self.plugin = attach_intervention(settings, self.training, None)
         observer: Any = self
-        self.strategy = make_strategy(settings, self.training, [self.plugin], observer, CPU)
+        self.trainer = make_trainer(settings, self.training, [self.plugin], observer, CPU)
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.stop_after: int | None = None
 
-    def step_done(self, strategy: Any) -> None:
-        self.seen.append((strategy.mb_x, strategy.mb_y))
+    def step_done(self, trainer: Any) -> None:
+        self.seen.append((trainer.mb_x, trainer.mb_y))
         if len(self.seen) == self.stop_after:
             raise InterruptedError
 
-    def epoch_done(self, strategy: Any) -> None:
+    def epoch_done(self, trainer: Any) -> None:
         pass
 
-    def task_done(self, strategy: Any) -> None:
+    def task_done(self, trainer: Any) -> None:
         pass
 
     def run(self, tasks: int) -> Experiment:
-        for experience in self.stream[self.strategy.position.task : tasks]:
-            self.strategy.train(experience, eval_streams=[])
+        for experience in self.stream[self.trainer.position.task : tasks]:
+            self.trainer.train(experience, eval_streams=[])
         return self
 
     def accuracy(self, task: int) -> float:
@@ -72,9 +72,9 @@ def digits() -> ImageData:
     return get("dataset", "digits").Config().build().load(0)
 
 
-def settings_of(strategy: Any, **changes: Any) -> Config:
+def settings_of(intervention: Any, **changes: Any) -> Config:
     return config(
-        Path("unused"), strategy=strategy, protocol=("class", {"head": "full"}), **changes
+        Path("unused"), intervention=intervention, protocol=("class", {"head": "full"}), **changes
     )
 
 
@@ -119,9 +119,9 @@ def test_replay_adds_images_of_each_earlier_task_in_equal_parts(digits: ImageDat
 
 def test_replay_keeps_old_tasks_known(digits: ImageData) -> None:
     accuracies = {}
-    for strategy in ("none", "replay"):
-        one = Experiment(settings_of(strategy, epochs=20, lr=5e-3), digits).run(3)
-        accuracies[strategy] = [one.accuracy(task) for task in range(3)]
+    for intervention in ("none", "replay"):
+        one = Experiment(settings_of(intervention, epochs=20, lr=5e-3), digits).run(3)
+        accuracies[intervention] = [one.accuracy(task) for task in range(3)]
     assert accuracies["none"][2] > 0.9 and accuracies["replay"][2] > 0.9
     assert accuracies["none"][0] < 0.2 and accuracies["replay"][0] > 0.6
 
@@ -167,10 +167,10 @@ def test_resumed_at_any_batch_it_goes_on_as_if_never_stopped(
     with pytest.raises(InterruptedError):
         stopped.run(3)
     file = io.BytesIO()
-    torch.save(stopped.strategy.state_dict(), file)
+    torch.save(stopped.trainer.state_dict(), file)
     file.seek(0)
     other = Experiment(settings, digits)
-    other.strategy.resume(torch.load(file, weights_only=True))
+    other.trainer.resume(torch.load(file, weights_only=True))
     other.run(3)
     assert len(other.seen) == len(whole.seen) - stop
     for (x, y), (a, b) in zip(whole.seen[stop:], other.seen, strict=True):
@@ -204,31 +204,31 @@ def test_the_penalty_is_its_formula(digits: ImageData) -> None:
         one.run(task + 1)
         values = {n: p.detach().clone() for n, p in one.training.model.named_parameters()}
         kept.append((values, naive_importance(one.training.model, one.train[task])))
-        one.strategy.position.task = task + 1
+        one.trainer.position.task = task + 1
     one.stop_after = len(one.seen) + 1
     with pytest.raises(InterruptedError):
         one.run(3)
     model = one.training.model
-    one.strategy.loss = torch.zeros(())
-    one.plugin.before_backward(one.strategy)
+    one.trainer.loss = torch.zeros(())
+    one.plugin.before_backward(one.trainer)
     expected = sum(
         float((30.0 * f[n].double() * (p.detach() - values[n]).double().square()).sum())
         for values, f in kept
         for n, p in model.named_parameters()
     )
-    assert float(one.strategy.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(one.trainer.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
 
 
 def test_ewc_holds_the_weights_back(digits: ImageData) -> None:
     moved, known = {}, {}
-    for strategy in ("none", ("ewc", {"strength": 3000.0})):
-        one = Experiment(settings_of(strategy, epochs=4, lr=5e-3), digits).run(1)
+    for intervention in ("none", ("ewc", {"strength": 3000.0})):
+        one = Experiment(settings_of(intervention, epochs=4, lr=5e-3), digits).run(1)
         start = [p.detach().clone() for p in one.training.model.parameters()]
-        one.strategy.position.task = 1
+        one.trainer.position.task = 1
         one.run(2)
         pairs = zip(start, one.training.model.parameters(), strict=True)
-        name = strategy if isinstance(strategy, str) else strategy[0]
+        name = intervention if isinstance(intervention, str) else intervention[0]
         moved[name] = sum(float((a - b.detach()).square().sum()) for a, b in pairs)
         known[name] = one.accuracy(0)
     assert moved["ewc"] < 0.7 * moved["none"] and known["ewc"] > known["none"]
@@ -267,11 +267,11 @@ def test_entries_that_growth_adds_do_not_count() -> None:
 def test_bad_options_are_refused(name: str, options: dict[str, float]) -> None:
     ((option, value),) = options.items()
     with pytest.raises(UserError, match=f"{name}: .*{option}={value} ") as caught:
-        get("strategy", name).Config(**options).build()
+        get("intervention", name).Config(**options).build()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ewc", "replay"])
 def test_they_need_tasks(name: str) -> None:
-    reason = get("strategy", name).Config().build().without_tasks()
+    reason = get("intervention", name).Config().build().without_tasks()
     assert reason and name in reason
