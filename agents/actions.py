@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from gymnasium import spaces
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -184,6 +187,8 @@ def distribution_over(space: spaces.Space) -> ActionDistribution:
     Raises:
         UserError: no distribution of ours fits it.
     """
+    from gymnasium import spaces
+
     match space:
         case spaces.Discrete():
             return Categorical([int(space.n)])

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
-from gymnasium import spaces
 from torch import Tensor, nn
 
 from agents.actions import distribution_over
 from agents.encoders import Encoder, orthogonal
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
+
+if TYPE_CHECKING:
+    from gymnasium import spaces
 
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(input width, hidden units, output width) -> module"""
@@ -67,6 +70,8 @@ class ActorCritic(nn.Module):
         for place in encoder.place:
             if place not in PLACES:
                 raise UserError(f"encoder: place={place} is unknown; use {', '.join(PLACES)}")
+        from gymnasium import spaces
+
         space = spaces.Discrete(actions) if isinstance(actions, int) else actions
         self.distribution = distribution_over(space)
         outputs = self.distribution.outputs

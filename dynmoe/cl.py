@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_benchmarks.settings import Config
+from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
+
+begin("cl", __name__)  # before imports that may fail
+
+from cl_benchmarks.settings import Config  # noqa: E402
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
 watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to

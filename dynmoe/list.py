@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from dynmoe import registry
+from dynmoe.commands import begin
 from dynmoe.errors import unknown
 from dynmoe.lab.config import run_command
+
+begin("list", __name__)  # before imports that may fail
+
+import tyro  # noqa: E402
 
 DESCRIPTION = """List the parts that can be chosen by name, such as the routers of `--router`: what
 they are, where they are from (the paper, or "ours") and their options. Parts of your own are among

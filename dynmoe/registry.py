@@ -17,7 +17,8 @@ all registered names pick it up. Parts of your own need not live here: see docs/
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from dynmoe.errors import UserError, unknown
@@ -129,6 +130,20 @@ def get(kind: str, name: str) -> type[Any]:
     if name in known:
         return _PARTS[kind][name]
     raise unknown(kind, name, known, f"If it is your own, name its file in {VARIABLE}.")
+
+
+def make_config(kind: str, name: str, options: Mapping[str, Any] | None = None) -> PartConfig:
+    """The Config of the part of that kind and name, with these options.
+
+    Raises:
+        UserError: unknown name or option; the message lists the known ones.
+    """
+    config: type[PartConfig] = get(kind, name).Config
+    known, given = [f.name for f in fields(config)], dict(options or {})
+    for option in given:
+        if option not in known:
+            raise unknown(f"option of {name}", option, known)
+    return config(**given)
 
 
 def summary(kind: str, name: str) -> str:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agents.settings import Config
+from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
+
+begin("rl", __name__)  # before imports that may fail
+
+from agents.settings import Config  # noqa: E402
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
 pixels of Craftax. Results, curves and the router figure go to runs/rl/NAME/seed-N; `tensorboard

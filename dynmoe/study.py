@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from dynmoe import registry
+from dynmoe.commands import begin
 from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
-from dynmoe.lab.jobs import Job, run_jobs
-from dynmoe.studies.design import VIEWS, Preset, Results, Study
+
+begin("study", __name__)  # before imports that may fail
+
+import tyro  # noqa: E402
+
+from dynmoe.lab.jobs import Job, run_jobs  # noqa: E402
+from dynmoe.studies.design import VIEWS, Preset, Results, Study  # noqa: E402
 
 SEARCH_SEED = 1000
 """Searches use a seed that no reported run has."""

@@ -16,12 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
+from dynmoe.commands import begin
 from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
-from dynmoe.lab.jobs import make_jobs, run_jobs
-from dynmoe.studies.sweep_report import report
+
+begin("sweep", __name__)  # before imports that may fail
+
+import tyro  # noqa: E402
+
+from dynmoe.lab.jobs import make_jobs, run_jobs  # noqa: E402
+from dynmoe.studies.sweep_report import report  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_benchmarks.backbone import SmallVit
-from dynmoe.experiments.dg.settings import Config
+from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
 from dynmoe.registry import get
+
+begin("dg", __name__)  # before imports that may fail
+
+from cl_benchmarks.backbone import SmallVit  # noqa: E402
+from dynmoe.experiments.dg.settings import Config  # noqa: E402
 
 DESCRIPTION = """Domain generalisation: adapt a pre-trained vision transformer to some domains and
 measure it on one it has not seen, each in turn (DomainBed's protocol). MoE2 mixes adapters per

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from dynmoe.moe.passes import Passes, new_pass
 from dynmoe.moe.router import Router
 from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.moe.routing import Routing, Slots, hard_routing
-from dynmoe.registry import PartConfig
+from dynmoe.registry import PartConfig, make_config
 
 GateScale = Literal["experts", "one"]
 RoutePer = Literal["token", "sample"]
@@ -35,9 +35,12 @@ class MoELayer(nn.Module):
         hidden: hidden units of all experts together (the parameter budget).
         num_experts: experts at the start.
         max_experts: most experts the layer can grow to; default `num_experts`.
-        router: Config of a registered router, or a router to share with another layer.
-        bank: Config of a registered bank.
-        losses: Configs of auxiliary losses, computed in training mode.
+        router: Config or name of a registered router, or a router to share with another layer.
+        router_options: options of a router that is given by name: `router="topk"`,
+            `router_options={"k": 2}`.
+        bank: Config or name of a registered bank.
+        bank_options: options of a bank that is given by name.
+        losses: Configs or names of auxiliary losses, computed in training mode.
         shared_hidden: hidden units of one more expert that every sample uses with gate 1 beside
             the routed ones (DeepSeekMoE, arXiv 2401.06066, Section 3.2); it does not grow.
         route_per: "token" routes every leading position by itself; "sample" routes x [B, ..., D]
@@ -58,7 +61,8 @@ class MoELayer(nn.Module):
             since the latest optimizer step.
 
     Raises:
-        UserError: an expert would be left without hidden units, or a loss is given twice.
+        UserError: an expert would be left without hidden units, a loss is given twice, a name or an
+            option is unknown, or options come without the name of what they belong to.
     """
 
     created: Tensor
@@ -71,9 +75,11 @@ class MoELayer(nn.Module):
         *,
         num_experts: int = 1,
         max_experts: int | None = None,
-        router: PartConfig | Router | None = None,
-        bank: PartConfig | None = None,
-        losses: Sequence[PartConfig] = (),
+        router: PartConfig | Router | str | None = None,
+        router_options: Mapping[str, Any] | None = None,
+        bank: PartConfig | str | None = None,
+        bank_options: Mapping[str, Any] | None = None,
+        losses: Sequence[PartConfig | str] = (),
         shared_hidden: int = 0,
         route_per: RoutePer = "token",
         gate_scale: GateScale = "experts",
@@ -82,13 +88,15 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         max_experts = max(num_experts, max_experts or 0)
-        bank = bank or HiddenPool.Config()
+        bank = _by_name("bank", bank, bank_options) or HiddenPool.Config()
+        router = _by_name("router", router, router_options) or CosineRouter.Config()
+        chosen = [_by_name("loss", loss) for loss in losses]
+        active = [loss for loss in chosen if not isinstance(loss, NoLoss.Config)]
         if num_experts < 1 or (issubclass(bank.part, UnitBank) and num_experts > hidden):
             raise UserError(
                 f"{num_experts} experts cannot share {hidden} hidden units: each needs at least "
                 f"one; allowed are 1 to {hidden} experts"
             )
-        router = router or CosineRouter.Config()
         self.gate_scale = gate_scale
         self.route_per = route_per
         self.router: Router = (
@@ -103,10 +111,8 @@ class MoELayer(nn.Module):
         self.shared: ExpertBank | None = None
         if shared_hidden:
             self.shared = bank.build(*widths, shared_hidden, 1, 1, activation, generator)
-        self.losses = nn.ModuleList(
-            loss.build(max_experts) for loss in losses if not isinstance(loss, NoLoss.Config)
-        )
-        _check_once([loss.part.name for loss in losses if not isinstance(loss, NoLoss.Config)])
+        self.losses = nn.ModuleList(loss.build(max_experts) for loss in active)
+        _check_once([loss.part.name for loss in active])
         self.register_buffer("created", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -285,6 +291,18 @@ class MoELayer(nn.Module):
         if isinstance(self.bank, UnitBank):
             text += f", hidden_sizes={self.bank.hidden_sizes()}"
         return text
+
+
+def _by_name(kind: str, part: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """The Config of a part that is given by name; whatever else is given, as it is."""
+    if isinstance(part, str):
+        return make_config(kind, part, options)
+    if options:
+        raise UserError(
+            f"{kind}_options={dict(options)} needs the {kind}'s name: {kind}=NAME; options of a "
+            "Config stand in the Config"
+        )
+    return part
 
 
 def _check_once(names: list[str]) -> None:

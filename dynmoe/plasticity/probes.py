@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.errors import NumericError
+from dynmoe.errors import NumericError, UserError
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer, moe_layers
@@ -26,6 +26,11 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.Hardtanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold,
 )  # fmt: skip
 """Module types whose outputs count as hidden units. Functional calls (`F.relu`) are not seen."""
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OUTPUTS = (nn.Linear, *CONVOLUTIONS, MoELayer)
+"""Module types that may give a network's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +70,9 @@ class Probe:
     features: Tensor
     """[N, d] what enters the classifier"""
     logits: Tensor
-    """[N, C]"""
-    loss: float
-    """mean loss; cross entropy in nats by default"""
+    """[N, C]; without labels, whatever the model gives"""
+    loss: float | None
+    """mean loss, cross entropy in nats by default; None without labels"""
     gradients: dict[str, Tensor]
     """parameter name -> gradient of the mean loss; parameters without one are absent"""
     parameters: dict[str, Tensor]
@@ -94,7 +99,7 @@ def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
 def take_probe(
     model: nn.Module,
     inputs: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     initial: dict[str, Tensor] | None = None,
     classifier: nn.Module | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -107,9 +112,10 @@ def take_probe(
     Args:
         model: maps inputs to logits [N, C].
         inputs: [N, ...], on the model's device.
-        labels: [N] int class indices, or what else `loss` compares the logits with.
-        initial: values at the start by parameter name (see `copy_parameters`). Parameters it lacks
-            are left out of the distance; growth must keep the shapes of the others in step.
+        labels: [N] int class indices, or what else `loss` compares the logits with. None: no loss,
+            no gradients, and an output of any shape.
+        initial: values at the start by parameter name (see `copy_parameters`). Parameters it lacks are
+            left out of the distance; growth must keep the shapes of the others in step.
         classifier: the module whose input is `features`; by default the last `nn.Linear` in module
             order that is not part of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.
@@ -124,15 +130,13 @@ def take_probe(
     parameters = dict(model.named_parameters())
     _check_initial(parameters, initial)
     classifier = last_linear(model) if classifier is None else classifier
-    with undisturbed(model), torch.enable_grad():
+    with undisturbed(model), torch.set_grad_enabled(labels is not None):
         with _hooked(model, classifier) as record:
             logits = model(inputs)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
-            raise ValueError("a probe needs a model that maps N inputs to logits [N, C]")
-        value = loss(logits, labels)
-        if not torch.isfinite(value):
-            raise NumericError(f"the loss on the probe batch is {value.item()}")
-        gradients = _gradients(value, parameters)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"a probe needs a model that gives a tensor, not {type(logits)}")
+        value = None if labels is None else _loss(logits, labels, loss, len(inputs))
+        gradients = {} if value is None else _gradients(value, parameters)
         experts = _expert_probes(model, record, gradients)
     if classifier not in record.inputs:
         raise ValueError("the classifier was not called in the model's forward pass")
@@ -140,9 +144,9 @@ def take_probe(
     living = _living_rows(model)
     return Probe(
         activations={**record.activations, **hidden},
-        features=record.inputs[classifier].flatten(0, -2),
+        features=_rows(record.inputs[classifier], classifier),
         logits=logits.detach(),
-        loss=value.item(),
+        loss=None if value is None else value.item(),
         gradients=_cut(gradients, living),
         parameters=_cut({name: p.detach() for name, p in parameters.items()}, living),
         initial=None if initial is None else _cut(initial, living),
@@ -161,6 +165,41 @@ def last_linear(model: nn.Module) -> nn.Linear:
     if not linear:
         raise ValueError("the model has no nn.Linear to take as its classifier; pass classifier=")
     return linear[-1]
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The last linear map, convolution or MoE layer in module order: what gives the output.
+
+    Raises:
+        UserError: there is none.
+    """
+    inside = _inside_moe(model)
+    found = [m for m in model.modules() if isinstance(m, OUTPUTS) and m not in inside]
+    if not found:
+        raise UserError(
+            "the model has no linear map, convolution or MoE layer, whose input would be its "
+            "features; pass classifier=, the module that gives the output"
+        )
+    return found[-1]
+
+
+def _rows(features: Tensor, classifier: nn.Module) -> Tensor:
+    """What enters the classifier as rows [N, d]: a sample, a token or an image's position each."""
+    if isinstance(classifier, CONVOLUTIONS):
+        features = features.movedim(1, -1)
+    return features.flatten(0, -2)
+
+
+def _loss(
+    logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor], count: int
+) -> Tensor:
+    """The mean loss of the logits [N, C] of `count` inputs."""
+    if logits.ndim != 2 or len(logits) != count:
+        raise ValueError("a probe needs a model that maps N inputs to logits [N, C]")
+    value = loss(logits, labels)
+    if not torch.isfinite(value):
+        raise NumericError(f"the loss on the probe batch is {value.item()}")
+    return value
 
 
 @contextmanager

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.experiments.tta.settings import Config, SmallVit
+from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
+
+begin("tta", __name__)  # before imports that may fail
+
+from cl_benchmarks.shifts.embedded import EmbeddedConfig  # noqa: E402
+from dynmoe.experiments.tta.settings import Config, SmallVit  # noqa: E402
 
 DESCRIPTION = """Test-time adaptation: a trained model meets corrupted and otherwise shifted images
 and goes on learning from them without labels. Every method runs on every stream with every seed;

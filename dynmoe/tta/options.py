@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dynmoe import registry
-from dynmoe.errors import UserError, unknown
+from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 
 FEW = 200
@@ -37,12 +37,8 @@ def make_config(method: str, options: dict[str, Any]) -> PartConfig:
     Raises:
         UserError: an unknown method or option, or a value of the wrong type.
     """
-    kind = registry.get("tta", method).Config
-    known = [field.name for field in dataclasses.fields(kind)]
-    for option in options:
-        if option not in known:
-            raise unknown(f"option of {method}", option, known)
-    config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    config = registry.make_config("tta", method, given)
     check_types(config)
     return config
 

@@ -1,4 +1,4 @@
-"""Arrows point one way: who may import whom, and what `--help` may cost."""
+"""The law on packages: who may import whom, and what an import and `--help` may cost."""
 
 from __future__ import annotations
 
@@ -6,129 +6,266 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import dynmoe
 from dynmoe import registry
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("avalanche", "torchvision", "timm", "jax", "matplotlib", "tensorboard", "sklearn", "scipy")
-MODEL_CODE = (
-    "dynmoe.moe",
-    "dynmoe.growth",
-    "cl_benchmarks.networks",
-    "dynmoe.nets",
-    "dynmoe.plasticity",
+LIBRARY = tuple(
+    f"dynmoe.{name}" for name in ("moe", "growth", "plasticity", "interventions", "tta", "dg")
 )
-STRATEGIES = ("dynmoe.interventions.intervention", "dynmoe.interventions")
-"""What keeps networks plastic works in any training loop, so agents may import it."""
-SCENES = ("cl_benchmarks/domains/craftax.py", "envs.craftax_scenes")
+BASE = ("dynmoe.errors", "dynmoe.registry", "dynmoe.own_parts", "dynmoe.seeding")
+"""What every package may use."""
+NEIGHBOURS = ("cl_benchmarks", "agents", "envs")
+OURS = ("dynmoe", *NEIGHBOURS)
+CORE = ("dynmoe.moe", "dynmoe.growth", "dynmoe.plasticity")
+COMMANDS = ("dynmoe.tta.__main__", "dynmoe.dg.__main__")
+"""Files that stand above the package they lie in."""
+SCENES = ("cl_benchmarks.domains.craftax", "envs.craftax_scenes")
 """The one data set that is drawn by a game, and what it takes from it."""
-CORE = ["dynmoe/moe", "dynmoe/growth", "dynmoe/plasticity"]
-DATA = [f"cl_benchmarks/{name}" for name in (
-    "images.py", "dataset.py", "datasets", "protocol.py", "protocols", "fractals.py", "stream.py",
-    "shifts",
-    "domains", "domain_set.py", "domain_tree.py", "domain_split.py", "domain_images.py",
-    "domain_styles.py", "backbone.py",
-)]  # fmt: skip
+DATA = tuple(f"cl_benchmarks.{name}" for name in (
+    "images", "image_reader", "dataset", "datasets", "protocol", "protocols", "fractals", "stream",
+    "shifts", "domains", "domain_set", "domain_tree", "domain_split", "domain_images",
+    "domain_styles", "backbone",
+))  # fmt: skip
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in OURS
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+"""Module -> its file."""
 
 
-def _files(places: list[str]) -> list[Path]:
-    """Python files in these folders and files; each place must have one."""
-    found = []
-    for place in places:
-        path = ROOT / place
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        assert files and files[0].is_file(), place
-        found += files
-    return found
+def _nodes(tree: ast.AST, functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements that run; those in functions only if asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from _nodes(ast.Module([other], []), functions)
+        elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _nodes(node, functions)
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of all modules and members that a piece of code imports, wherever it does so."""
-    for node in ast.walk(tree):
+def _imports(source: str, functions: bool = True) -> set[str]:
+    """Full names of the modules and members that a piece of code imports."""
+    names: set[str] = set()
+    for node in _nodes(ast.parse(source), functions):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+        else:
             assert node.level == 0 and node.module, "relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def _at_the_top(tree: ast.Module) -> Iterator[str]:
-    """The same for imports that run when the module is loaded."""
-    for statement in tree.body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            yield from _imports(statement)
-
-
-def _is_in(name: str, packages: tuple[str, ...]) -> bool:
+def _is_in(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def _backward(source: str, forbidden: tuple[str, ...]) -> set[str]:
-    return {name for name in _imports(ast.parse(source)) if _is_in(name, forbidden)}
+def _backward(source: str, forbidden: Iterable[str], allowed: Iterable[str] = ()) -> set[str]:
+    """What a piece of code imports of the forbidden packages, but for what is allowed in them.
+
+    A package's own name is left out, so that `dynmoe` may be forbidden and `dynmoe.moe` allowed.
+    """
+    allowed = tuple(allowed)
+    names = {name for name in _imports(source) if _is_in(name, forbidden)}
+    above = {name for name in names if any(_is_in(one, [name]) for one in allowed)}
+    return {name for name in names - above if not _is_in(name, allowed)}
 
 
-@pytest.mark.parametrize(
-    ("places", "forbidden"),
-    [
-        (CORE, ("cl_benchmarks", "envs", "agents", "avalanche", "jax", "gymnasium", "craftax")),
-        (DATA, (*MODEL_CODE, "dynmoe.cl", "dynmoe.lab.run", "agents", "envs")),
-        (["envs"], ("dynmoe.moe", "dynmoe.growth", "agents", "cl_benchmarks")),
-        (["agents"], ("cl_benchmarks",)),  # but for STRATEGIES
-        (
-            ["dynmoe/nets", "cl_benchmarks/networks.py"],
-            ("cl_benchmarks", "envs", "agents", "avalanche"),
-        ),
-    ],
-)
-def test_no_import_points_backward(places: list[str], forbidden: tuple[str, ...]) -> None:
+def _modules(packages: Iterable[str]) -> list[str]:
+    """Modules of these packages, commands apart; each package must have one."""
+    found = []
+    for package in packages:
+        inside = [m for m in FILES if _is_in(m, [package]) and m not in COMMANDS]
+        assert inside, package
+        found += inside
+    return found
+
+
+LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "library": (LIBRARY, OURS, (*LIBRARY, *BASE)),
+    "core": (CORE, (*OURS, "avalanche", "jax", "gymnasium", "craftax"), (*CORE, *BASE)),
+    "lab": (("dynmoe.lab",), OURS, ("dynmoe.lab", "dynmoe.__version__", *BASE)),
+    "base": (BASE, OURS, BASE),
+    "data": (DATA, OURS, (*DATA, "dynmoe.lab.cache", "dynmoe.lab.files", *BASE)),
+    "envs": (("envs",), OURS, ("envs", "dynmoe.lab", *BASE)),
+    "networks": (("cl_benchmarks.networks",), (*OURS, "avalanche"), (*LIBRARY, *BASE)),
+    "agents": (("agents",), OURS, ("agents", "envs", "dynmoe.lab", *LIBRARY, *BASE)),
+    "benchmarks": (
+        ("cl_benchmarks",),
+        OURS,
+        ("cl_benchmarks", "dynmoe.lab", SCENES[1], *LIBRARY, *BASE),
+    ),
+}
+"""Part -> (its packages, packages that it may not import, but for these)."""
+
+
+@pytest.mark.parametrize("part", LAW)
+def test_no_import_points_backward(part: str) -> None:
+    packages, forbidden, allowed = LAW[part]
     wrong = {}
-    for path in _files(places):
-        found = _backward(path.read_text(), forbidden)
-        if places == ["agents"]:
-            found = {name for name in found if not _is_in(name, STRATEGIES)}
-        if path == ROOT / SCENES[0]:
-            found = {name for name in found if not _is_in(name, (SCENES[1],))}
-        if found:
-            wrong[str(path.relative_to(ROOT))] = found
+    for module in _modules(packages):
+        own = (*allowed, SCENES[1]) if module == SCENES[0] else allowed
+        if found := _backward(FILES[module].read_text(), forbidden, own):
+            wrong[module] = found
     assert wrong == {}
 
 
-def test_interventions_need_no_framework_at_the_top() -> None:
-    """Nor anything of `cl_benchmarks` that knows Avalanche or how a run is made."""
-    shared = [f"cl_benchmarks/{m}.py" for m in ("anchor", "periodic", "units", "weights")]
-    files = _files([*shared, "dynmoe/interventions/intervention.py", "dynmoe/interventions"])
-    bound = ("trainer", "experiment", "recorder", "method", "methods", "settings", "growth_plugin")
-    forbidden = (*HEAVY, "agents", "envs", *(f"cl_benchmarks.{name}" for name in bound))
-    for path in files:
-        names = set(_at_the_top(ast.parse(path.read_text())))
-        assert {name for name in names if _is_in(name, forbidden)} == set(), path
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("library", "from dynmoe.lab import cache"),
+        ("library", "def f():\n    from dynmoe.lab.run import Run"),
+        ("library", "from dynmoe import experiments, errors"),
+        ("library", "import cl_benchmarks.shifts"),
+        ("core", "def f():\n    import jax.numpy as jnp"),
+        ("core", "from dynmoe.tta import adapt"),
+        ("lab", "from dynmoe import moe"),
+        ("lab", "import dynmoe.plasticity.trend"),
+        ("lab", "if True:\n    import torch, envs"),
+        ("data", "from dynmoe.moe.layer import MoELayer"),
+        ("data", "from dynmoe.lab.run import Run"),
+        ("data", "from cl_benchmarks.method import Method"),
+        ("data", "from envs import make"),
+        ("agents", "from cl_benchmarks.replay import Replay"),
+        ("benchmarks", "from envs.make import make"),
+        ("envs", "from dynmoe import growth"),
+    ],
+)
+def test_a_backward_import_is_found(part: str, source: str) -> None:
+    _, forbidden, allowed = LAW[part]
+    assert _backward(source, forbidden, allowed)
 
 
-def test_backward_imports_are_found_in_every_form() -> None:
+def test_other_imports_are_let_through() -> None:
+    _, forbidden, allowed = LAW["library"]
     for source in (
-        "import jax.numpy as jnp",
-        "def f():\n    from jax import numpy",
-        "if x:\n    import torch, jax",
+        "from dynmoe import registry",
+        "from dynmoe.moe.layer import MoELayer",
+        "import jax, dynmoetta, agents_of_mine",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dynmoe.lab.run import Run",
     ):
-        assert _backward(source, ("jax",)), source
-    assert _backward("from dynmoe import moe", ("dynmoe.moe",)) == {"dynmoe.moe"}
-    assert not _backward("import jaxtyping, ajax\nfrom dynmoe import moetta", ("jax", "dynmoe.moe"))
+        assert not _backward(source, forbidden, allowed), source
 
 
-def test_core_imports_only_torch_and_numpy_at_the_top() -> None:
-    allowed = (*sys.stdlib_module_names, "torch", "numpy", "dynmoe")
-    wrong = {
-        (str(path.relative_to(ROOT)), name)
-        for path in _files(CORE)
-        for name in _at_the_top(ast.parse(path.read_text()))
-        if not _is_in(name, allowed)
+def _package(module: str) -> str:
+    """`dynmoe.moe` of `dynmoe.moe.layer`, `agents` of `agents.ppo`; a command is its own."""
+    if module in COMMANDS or not module.startswith("dynmoe."):
+        return module if module in COMMANDS else module.split(".")[0]
+    return ".".join(module.split(".")[:2])
+
+
+def _arrows(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules among the sources that it imports, wherever it does so."""
+    return {
+        module: {
+            name for node in _nodes(ast.parse(source), True) for name in _targets(node, sources)
+        }
+        - {module}
+        for module, source in sources.items()
     }
-    assert wrong == set()
+
+
+def _targets(node: ast.Import | ast.ImportFrom, modules: Iterable[str]) -> set[str]:
+    """Modules that a statement imports: `from dynmoe import seeding` is an arrow to seeding."""
+    if isinstance(node, ast.Import):
+        names = {alias.name for alias in node.names}
+    else:
+        members = {f"{node.module}.{alias.name}" for alias in node.names}
+        names = {name if name in modules else str(node.module) for name in members}
+    return {name for name in names if name in modules}
+
+
+def _circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """One circle of arrows, or nothing."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _between_packages(arrows: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    joined: dict[str, set[str]] = {}
+    for module, others in arrows.items():
+        own = _package(module)
+        joined.setdefault(own, set()).update({_package(other) for other in others} - {own})
+    return joined
+
+
+def test_no_circle_between_files_or_packages() -> None:
+    arrows = _arrows({module: path.read_text() for module, path in FILES.items()})
+    assert _circle(arrows) == []
+    assert _circle(_between_packages(arrows)) == []
+
+
+def test_a_circle_is_found() -> None:
+    files = {"agents.a": "def f():\n    import envs.b", "envs.b": "from envs import c"}
+    files |= {"envs.c": "", "agents.d": "", "envs.e": "from agents import d"}
+    arrows = _arrows(files)
+    assert _circle(arrows) == []
+    assert set(_circle(_between_packages(arrows))) == {"agents", "envs"}
+    assert _arrows({"a": "from a.b import x\nfrom a import y", "a.b": ""}) == {
+        "a": {"a.b"},
+        "a.b": set(),
+    }
+    assert _arrows({"a": "", "a.b": "", "c": "from a.b import x\nfrom a import y"})["c"] == {
+        "a",
+        "a.b",
+    }
+    back = _arrows({**files, "envs.c": "import agents.a"})
+    assert set(_circle(back)) == {"agents.a", "envs.b", "envs.c"}
+
+
+def _foreign(source: str) -> set[str]:
+    """What is imported when the module is loaded, beyond torch, numpy and python's own."""
+    allowed = (*sys.stdlib_module_names, "torch", "numpy", "dynmoe")
+    return {name for name in _imports(source, functions=False) if not _is_in(name, allowed)}
+
+
+def test_the_library_imports_only_torch_and_numpy_at_the_top() -> None:
+    found = {module: _foreign(FILES[module].read_text()) for module in _modules(LIBRARY)}
+    assert {module: names for module, names in found.items() if names} == {}
+    assert _foreign("try:\n    import timm\nexcept ImportError:\n    pass") == {"timm"}
+    assert not _foreign("def f():\n    import timm")
+
+
+def _loaded_by(code: str) -> set[str]:
+    """Modules that a process of its own has after running the code."""
+    full = [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"]
+    return set(subprocess.run(full, cwd=ROOT, capture_output=True, text=True).stdout.split())
+
+
+def test_importing_the_library_is_cheap() -> None:
+    assert {"dynmoe"} == {name for name in _loaded_by("import dynmoe") if _is_in(name, OURS)}
+    assert "torch" not in _loaded_by("import dynmoe")
+    loaded = _loaded_by("import dynmoe\nfor name in dynmoe.__all__: getattr(dynmoe, name)")
+    assert {"torch", "dynmoe.moe.layer", "dynmoe.tta.adapter"} <= loaded
+    others = (*HEAVY, *NEIGHBOURS, "dynmoe.lab", "tyro", "rich", "PIL")
+    assert {name for name in loaded if _is_in(name, others)} == set()
+
+
+def test_the_public_surface_is_what_it_says() -> None:
+    assert dynmoe.__all__ == sorted(dynmoe.__all__) and set(dynmoe.__all__) <= set(dir(dynmoe))
+    tree = ast.parse((ROOT / "dynmoe/__init__.py").read_text())
+    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
+    named = [a for node in ast.walk(typed) if isinstance(node, ast.ImportFrom) for a in node.names]
+    assert sorted(alias.asname or alias.name for alias in named) == dynmoe.__all__
+    for node in ast.walk(typed):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            module = __import__(str(node.module), fromlist=[alias.name])
+            assert getattr(dynmoe, alias.asname or alias.name) is getattr(module, alias.name)
+    with pytest.raises(AttributeError, match="no attribute 'MoeLayer'"):
+        dynmoe.MoeLayer  # noqa: B018
 
 
 def _run(*command: str) -> tuple[str, set[str]]:
