@@ -89,7 +89,7 @@ def job_of(preset: str, config: Config) -> Job:
     settings = json.dumps(to_dict(config))
     label = f"{config.method.part.name}, seed {config.seed}"
     return Job(
-        label, "dg.experiment", (preset, settings), _run(preset, config).folder, identity(config)
+        label, "experiments.dg.experiment", (preset, settings), _run(preset, config).folder, identity(config)
     )
 
 

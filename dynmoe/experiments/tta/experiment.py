@@ -106,7 +106,7 @@ def job_of(preset: str, label: str, config: Config) -> Job:
     """The run of these settings: one method, one stream, one seed."""
     argv = (preset, json.dumps(to_dict(config)))
     title = f"{label}, {config.streams[0]}, seed {config.seed}"
-    return Job(title, "tta.experiment", argv, open_run(preset, config).folder, identity(config))
+    return Job(title, "experiments.tta.experiment", argv, open_run(preset, config).folder, identity(config))
 
 
 def variants(config: Config, classes: int) -> dict[str, Config]:
