@@ -29,6 +29,11 @@ def place(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"place": True})
 
 
+KEEPING = ("name", "runs_dir", "resume", "checkpoint_every_s")
+RUNNING = ("device", "threads", "allow_unused", "debug")
+"""Settings that every command has, for the groups of its help: how a run is kept, how it runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings that every command has."""
@@ -42,13 +47,13 @@ class RunConfig:
     runs_dir: Path = place(Path("runs"))
     """where run folders are made"""
     name: str | None = place(None)
-    """the run's name; by default the preset and a hash of the settings"""
+    """the run's name; none: the preset and a hash of the settings"""
     resume: bool = place(False)
     """go on from the newest checkpoint of this run"""
     checkpoint_every_s: float = place(60.0)
     """seconds between checkpoints"""
     allow_unused: bool = place(False)
-    """accept options that have no effect with the chosen method, data or preset"""
+    """accept options that have no effect with the others"""
     debug: bool = place(False)
     """show the traceback of an error"""
 
@@ -77,10 +82,11 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
         if name is not None and name != getattr(config, field).part.name:
             part_config = registry.get(kind, name).Config()
             config = dataclasses.replace(config, **{field: part_config})  # type: ignore[type-var]
-    if "-h" in args or "--help" in args:
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args):
         from dynmoe.lab.help import help_text
 
-        print(help_text(config, list(presets), preset, prog, description))
+        full = "--help-all" in args
+        print(help_text(config, list(presets), preset, prog, description, full))
         sys.exit(0)
     import tyro
 
@@ -107,7 +113,7 @@ def refuse_unused(config: Any, argv: list[str]) -> None:
         if not word.startswith("--"):
             continue
         flag = word[2:].split("=")[0].replace("_", "-")
-        path = flag.removeprefix("no-").replace("-", "_").split(".")
+        path = [name.removeprefix("no-").replace("-", "_") for name in flag.split(".")]
         for depth in range(1, len(path) + 1):
             reason = reasons.get(".".join(path[:depth]))
             if reason is not None:

@@ -2,7 +2,8 @@
 
 A settings class names its groups in `GROUPS`; fields that it does not name come last. The text of
 an option is the string below its field, its default is the chosen preset's. Parts are listed by
-name, with the options of the chosen part alone.
+name, with the options of the chosen part alone. Options of parts, and groups named in `BRIEF`,
+stand side by side without texts.
 """
 
 from __future__ import annotations
@@ -18,19 +19,31 @@ from typing import Any
 
 from dynmoe import registry
 
-WIDTH, COLUMN = 100, 30
+WIDTH, COLUMN = 100, 28
 """Columns of a line, and where texts begin."""
 
 
-def help_text(config: Any, presets: list[str], preset: str, prog: str, description: str) -> str:
-    """What `--help` prints for these settings, those of the chosen preset."""
-    chosen = f"{{{','.join(presets)}}}"
-    lines = [f"usage: {prog} [OPTIONS]", "", description, ""]
-    lines += _entry(f"--preset {chosen}", f"ready settings ({preset})")
+def help_text(
+    config: Any, presets: list[str], preset: str, prog: str, description: str, full: bool = False
+) -> str:
+    """What `--help` prints for these settings, those of the chosen preset.
+
+    Args:
+        full: as `--help-all` does, with the texts of all options.
+    """
+    more = "" if full else " `--help-all` explains all options."
+    about = [textwrap.fill(" ".join(part.split()), WIDTH) for part in description.split("\n\n")]
+    lines = [f"usage: {prog} [OPTIONS]", "", *about]
+    lines.append(f"`python -m dynmoe.list KIND` explains parts.{more}")
+    lines += _entry(f"--preset {{{','.join(presets)}}}", f"ready settings ({preset})")
+    listed: set[str] = set()
     for title, fields in groups(config).items():
         lines.append(f"{title}:")
+        if title in getattr(config, "BRIEF", ()) and not full:
+            lines += _side_by_side([_brief(config, field, "--") for field in fields], "  ")
+            continue
         for field in fields:
-            lines += _option(config, field)
+            lines += _option(config, field, listed, full)
     return "\n".join(lines)
 
 
@@ -76,35 +89,52 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _option(config: Any, field: dataclasses.Field[Any]) -> list[str]:
+def _option(
+    config: Any, field: dataclasses.Field[Any], listed: set[str], full: bool, prefix: str = "--"
+) -> list[str]:
     """The lines of one field: an option, a part with its options, or a group of options."""
-    flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
-    text = texts(type(config)).get(field.name, "")
-    if kind := field.metadata.get("kind"):
-        names = " ".join(registry.names(kind))
-        lines = _entry(flag, f"{names} ({value.part.name})")
-        return lines + _nested(flag, value)
-    if dataclasses.is_dataclass(value):
-        return _nested(flag, value)
+    value, text = getattr(config, field.name), texts(type(config)).get(field.name, "")
+    flag = _flag(field, value, prefix)
     if isinstance(value, bool):
-        name = f"--no-{flag[2:]}" if value else flag
-        return _entry(name, f"do not {text}" if value else text)
-    return _entry(f"{flag} {_metavar(type(config), field)}", f"{text} ({shown(value)})")
+        return _entry(flag, f"do not {text}" if value else text)
+    if not dataclasses.is_dataclass(value):
+        default = "" if value in (None, "") else f" ({shown(value)})"
+        return _entry(f"{flag} {_metavar(type(config), field)}", f"{text}{default}")
+    lines = []
+    if kind := field.metadata.get("kind"):
+        names = f"a {kind}, as above" if kind in listed else " ".join(registry.names(kind))
+        listed.add(kind)
+        lines = _entry(f"{flag} {kind.upper()}", f"{names} ({value.part.name})")
+    own = dataclasses.fields(value)
+    if full:
+        return lines + [row for f in own for row in _option(value, f, listed, full, f"{flag}.")]
+    options = _side_by_side([_brief(value, f, f"{flag}.") for f in own], "    ")
+    if lines and len(options) == 1 and len(lines[-1]) + len(options[0]) <= WIDTH:
+        return [*lines[:-1], lines[-1] + options[0]]
+    return lines + options
 
 
-def _nested(flag: str, value: Any) -> list[str]:
-    """The options of a part or a group, side by side with their defaults."""
-    options = [
-        f"{flag}.{f.name.replace('_', '-')} {shown(getattr(value, f.name))}"
-        for f in dataclasses.fields(value)
-    ]
-    rows, line = [], ""
+def _flag(field: dataclasses.Field[Any], value: Any, prefix: str) -> str:
+    """The option that changes a field: that of a bool takes no value."""
+    return f"{prefix}{'no-' if value is True else ''}{field.name.replace('_', '-')}"
+
+
+def _brief(config: Any, field: dataclasses.Field[Any], prefix: str) -> str:
+    """An option with its default, without a text."""
+    value = getattr(config, field.name)
+    flag = _flag(field, value, prefix)
+    return flag if isinstance(value, bool) else f"{flag} {shown(value)}"
+
+
+def _side_by_side(options: list[str], indent: str) -> list[str]:
+    """Lines of options; none is broken, and two spaces lie between two."""
+    rows: list[str] = []
     for option in options:
-        if line and len(line) + len(option) + 6 > WIDTH:
-            rows.append(line)
-            line = ""
-        line += f"  {option}" if line else option
-    return [f"    {row}" for row in [*rows, *([line] if line else [])]]
+        if rows and len(rows[-1]) + 2 + len(option) <= WIDTH:
+            rows[-1] += f"  {option}"
+        else:
+            rows.append(f"{indent}{option}")
+    return rows
 
 
 def _metavar(config: type, field: dataclasses.Field[Any]) -> str:
@@ -121,6 +151,8 @@ def _metavar(config: type, field: dataclasses.Field[Any]) -> str:
 def _entry(flag: str, text: str) -> list[str]:
     """An option and its text, in its column or, where the option is too long, just behind it."""
     start = max(COLUMN, len(flag) + 4)
-    rows = textwrap.wrap(text, WIDTH - COLUMN, initial_indent=" " * (start - COLUMN)) or [""]
+    indent = " " * (start - COLUMN)
+    rows = textwrap.wrap(text, WIDTH - COLUMN, initial_indent=indent, break_on_hyphens=False)
+    rows = rows or [""]
     rest = [f"{' ' * COLUMN}{row}" for row in rows[1:]]
     return [f"  {flag}".ljust(start) + rows[0].lstrip(), *rest]
