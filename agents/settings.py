@@ -14,7 +14,6 @@ from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
-
 LEARNING = ("lr", "anneal_lr", "adam_eps", "epochs", "minibatches", "gae_lambda", "clip",
             "clip_value", "entropy", "value_weight", "max_grad_norm", "normalise_advantage",
             "strategy")  # fmt: skip
@@ -49,8 +48,8 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
 
     env: str = "Craftax-Classic-Pixels-v1"
-    """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, or a gymnasium id;
-    module:Name-v0 imports the module that registers it"""
+    """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
+    module:Name-v0, for which that is imported"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False

@@ -97,7 +97,7 @@ class ConstantMoE(Method):
 
     def reads(self) -> tuple[str, ...]:
         """Those of layers, and with 0 experts those of how many DynamicMoE ends with."""
-        return LAYER if self.config.experts else (*LAYER, *PLAN)
+        return (*LAYER, "budget") if self.config.experts else (*LAYER, *PLAN)
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """An MoE layer with its final number of experts."""

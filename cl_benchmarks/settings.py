@@ -80,6 +80,8 @@ class Config(RunConfig, GrowthSettings):
             reasons["moments"] = "--optimizer sgd has no second moments; use adam"
         else:
             reasons["momentum"] = f"it is for --optimizer sgd (now {self.optimizer})"
+        if self.trigger.part.name == "stage":
+            reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons

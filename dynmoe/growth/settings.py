@@ -21,7 +21,6 @@ from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
 from dynmoe.moe.share import share_router
 from dynmoe.registry import PartConfig, slot
 
-
 LAYER = ("router", "bank", "gate_scale", "balance", "regularizer", "shared_hidden", "share_router")
 """Settings of what an MoE layer looks like."""
 PLAN = ("granularity", "trigger", "budget")
@@ -39,7 +38,7 @@ class GrowthSettings:
     router: PartConfig = slot("router", "cosine")
     bank: PartConfig = slot("bank", "pool")
     gate_scale: GateScale = "experts"
-    """experts: gates times their number; one: as they are (the paper)"""
+    """experts: gates times their number; one: as in the paper"""
     balance: PartConfig = slot("loss", "none")
     regularizer: PartConfig = slot("loss", "none")
     shared_hidden: int = 0

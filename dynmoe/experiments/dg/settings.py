@@ -88,6 +88,8 @@ class Config(RunConfig):
         if self.granularity == 0:
             reason = "nothing grows; use --granularity 1 or more"
             reasons |= {"trigger": reason, "init": reason}
+        elif self.trigger.part.name == "stage" or self.trigger.part.needs - {"score", "loss"}:
+            reasons["trigger"] = "dg does not measure what it looks at; use --trigger every, say"
         elif self.trigger.build().planned(self.steps, 1) == 0:
             never = f"it never fires in --steps {self.steps}; change its options, or run longer"
             reasons["trigger"] = never

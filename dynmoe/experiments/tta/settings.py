@@ -125,6 +125,6 @@ class Config(RunConfig):
         names = {self.method.part.name, *(text.partition(":")[0] for text in self.compare)}
         if names == {"noadapt"}:
             reasons["lr_scale"] = "noadapt learns nothing; add a method that does"
-        if not any("moetta" in name for name in names):
+        if names <= {*BASELINES, "mgtta"}:
             reasons["routing_batches"] = "no method has experts; add moetta"
         return reasons
