@@ -28,11 +28,12 @@ from dynmoe.growth.controller import GrowthController
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.run import Run
 from envs.vector import TorchVectorEnv
 
 
-def run_all(preset: str, config: Config) -> None:
+def run_all(preset: str, config: Config) -> Result:
     """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
     names = [config.method.part.name, *config.compare]
     if len(set(names)) < len(names):
@@ -40,10 +41,12 @@ def run_all(preset: str, config: Config) -> None:
     others = [registry.get("agent", name).Config() for name in config.compare]
     summaries: dict[str, dict[str, Any]] = {}
     folders: list[Path] = []
+    policy = None
     for name, method in zip(names, (config.method, *others), strict=True):
         own_name = f"{config.name}-{name}" if config.name and folders else config.name
         one = replace(config, method=method, name=own_name)
-        folder, summary = run_training(preset, one)
+        folder, summary, trained = _run_one(preset, one)
+        policy = policy if folders else trained
         folders.append(folder)
         summaries[one.variant] = summary
         learning_figure(
@@ -56,6 +59,7 @@ def run_all(preset: str, config: Config) -> None:
         learning_figure(folders[0] / "comparison.png", curves, _title(config), most)
     print_agents(summaries, _title(config))
     print(f"results: {folders[0]}")
+    return Result(folders[0], tuple(map(read_run, folders)), policy)
 
 
 def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
@@ -64,8 +68,13 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
     Returns:
         the run's folder and its summary.
     """
+    return _run_one(preset, config)[:2]
+
+
+def _run_one(preset: str, config: Config) -> tuple[Path, dict[str, Any], ActorCritic | None]:
+    """As `run_training`, and the network if it is trained now."""
     check(config)
-    kept = keep_freed_memory()
+    kept, policy = keep_freed_memory(), None
     with Run("rl", preset, config, label=_label(config)) as run:
         if run.summary is None:
             if run.restored is None:
@@ -73,11 +82,12 @@ def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
             with seeding.kept():
                 env = make_env(config, run.device)
             try:
-                run.finish(_train(run, config, env))
+                summary, policy = _train(run, config, env)
+                run.finish(summary)
             finally:
                 env.close()
         assert run.summary is not None  # finished just now, or earlier
-        return run.folder, run.summary
+        return run.folder, run.summary, policy
 
 
 def check(config: Config) -> None:
@@ -157,8 +167,8 @@ def make_policy(
     return policy.to(device)
 
 
-def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
-    """All updates, from the start or from the run's checkpoint; returns the summary."""
+def _train(run: Run, config: Config, env: TorchVectorEnv) -> tuple[dict[str, Any], ActorCritic]:
+    """All updates, from the start or from the run's checkpoint; the summary and the network."""
     agent: Agent = config.method.build()
     intervention: Intervention = config.intervention.build()
     policy = make_policy(config, env, run.device, intervention)
@@ -190,7 +200,7 @@ def _train(run: Run, config: Config, env: TorchVectorEnv) -> dict[str, Any]:
             progress.start_at(start * config.batch_size)
         train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
               start, agent.learns, agent.acts, intervention)  # fmt: skip
-    return _summary(config, env, policy, recorder, controller)
+    return _summary(config, env, policy, recorder, controller), policy
 
 
 def print_agents(summaries: dict[str, dict[str, Any]], title: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from agents.actor_critic import MakeBlock, dense_block
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from dynmoe.growth.settings import GrowthSettings
+from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.registry import Part, PartConfig
 
 
@@ -21,11 +21,13 @@ class Agent(Part, ABC, kind="agent"):
         grows: experts are added while it learns.
         learns: its network is trained.
         acts: it follows its network; else it takes every action equally often.
+        reads: the growth settings that it uses; giving others is refused.
     """
 
     grows: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     acts: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (*LAYER, *GROWTH)
 
     def __init__(self, config: PartConfig) -> None:
         self.config = config
@@ -47,6 +49,8 @@ class Agent(Part, ABC, kind="agent"):
 class Dense(Agent, name="dense"):
     """Dense blocks with the hidden units that DynamicMoE starts with."""
 
+    reads = ()
+
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """A two-layer MLP."""
         return dense_block
@@ -54,6 +58,8 @@ class Dense(Agent, name="dense"):
 
 class Wide(Agent, name="wide"):
     """Dense blocks with the hidden units that DynamicMoE ends with: is it capacity that helps?"""
+
+    reads = ("bank", *PLAN)
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """A two-layer MLP of the final width."""
@@ -70,6 +76,8 @@ class MoEStart(
 ):
     """The experts that DynamicMoE starts with (its "1 expert" baseline), and never more."""
 
+    reads = (*LAYER, "granularity", "trigger")
+
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """An MoE layer of g experts; it is drawn as DynamicMoE's is, room for more included."""
         most = growth.most_experts(steps, tasks=1)
@@ -85,6 +93,8 @@ class MoEStatic(
     Agent, name="moe-static", source='Kim 2025 (arXiv 2511.18987), its "2 experts" baseline'
 ):
     """All experts that DynamicMoE ends with, from the start (its "2 experts" baseline)."""
+
+    reads = (*LAYER, *PLAN)
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """An MoE layer of the final number of experts and hidden units."""

@@ -40,6 +40,7 @@ class PPOSettings:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     adam_eps: float = 1e-5
+    """added to the denominator of Adam's steps"""
     epochs: int = 4
     """passes over each rollout"""
     minibatches: int = 8
@@ -49,7 +50,7 @@ class PPOSettings:
     gae_lambda: float = 0.8
     """lambda of the generalised advantage estimate"""
     clip: float = 0.2
-    """largest change of the probability ratio, and of the value, that is rewarded"""
+    """largest rewarded change of the probability ratio, and of the value"""
     clip_value: bool = True
     """clip the value's change as well"""
     entropy: float = 0.01

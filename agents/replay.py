@@ -30,6 +30,11 @@ def run_evaluation(config: Config) -> None:
     keep_freed_memory()
     device = resolve(config.device)
     env = make_env(trained, device)
+    if config.video is not None and len(env.input_shape) != 3:
+        raise UserError(
+            f"--video has no effect: {trained.env} shows vectors of shape {env.input_shape} and no "
+            "images; leave it out"
+        )
     env.normalise_as(state["env"])
     intervention: Intervention = trained.intervention.build()
     policy = make_policy(trained, env, device, intervention)

@@ -4,53 +4,99 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from agents.encoders import Encoder
 from agents.ppo import PPOSettings
+from dynmoe import registry
 from dynmoe.growth.budget import Budget
-from dynmoe.growth.settings import GrowthSettings
-from dynmoe.lab.config import RunConfig, place
+from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
+from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
+
+LEARNING = ("lr", "anneal_lr", "adam_eps", "epochs", "minibatches", "gae_lambda", "clip",
+            "clip_value", "entropy", "value_weight", "max_grad_norm", "normalise_advantage",
+            "intervention")  # fmt: skip
+"""Settings of nothing but the updates of the network."""
+PLAYING = ("evaluate", "video", "max_steps", "seed", "device", "debug", "allow_unused")
+"""Settings that `--evaluate` uses; all others are those of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig, PPOSettings, GrowthSettings):
     """Settings of a reinforcement-learning run."""
 
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "What to run": (
+            "env", "method", "intervention", "compare", "encoder", "total_steps", "seed",
+        ),
+        "Play with a trained agent": ("evaluate", "video", "max_steps"),
+        "MoE layers": LAYER,
+        "Growth": GROWTH,
+        "PPO": (
+            "num_envs", "rollout_steps", "minibatches", "epochs", "lr", "anneal_lr", "gamma",
+            "entropy", "autocast",
+        ),
+        "PPO, more": (
+            "gae_lambda", "clip", "clip_value", "value_weight", "max_grad_norm",
+            "normalise_advantage", "adam_eps",
+        ),
+        "Environment and measurements": (
+            "env_args", "normalize_observations", "normalize_rewards", "renderer", "probe_every",
+            "probe_samples",
+        ),
+        "Runs": (*KEEPING, *RUNNING),
+    }  # fmt: skip
+    BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
+
     env: str = "Craftax-Classic-Pixels-v1"
-    """Craftax-Pixels-v1, Craftax-Classic-Pixels-v1, the same with Symbolic, Identity-v0, Stages-v0,
-    or a gymnasium id; module:Name-v0 imports the module that registers it"""
+    """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
+    module:Name-v0, for which that is imported"""
     env_args: str = ""
-    """keyword arguments of a gymnasium environment as a JSON object, such as '{"gravity": 5}'"""
+    """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False
-    """scale a gymnasium environment's observations to mean 0 and deviation 1, as they come"""
+    """scale gymnasium's observations to mean 0 and deviation 1"""
     normalize_rewards: bool = False
-    """divide its rewards by the deviation of their discounted sum; logged returns are as given"""
+    """divide gymnasium's rewards by the deviation of their discounted sum"""
     renderer: Literal["fast", "upstream"] = "fast"
-    """who draws Craftax's frames: our renderer from compact codes, or the package's own"""
+    """who draws Craftax's frames: we, or the package (upstream)"""
     method: PartConfig = slot("agent", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(())
-    """methods to run as well, one after the other, for the figure and the table"""
+    """methods to run as well, for the figure and the table"""
     encoder: Encoder.Config = slot("encoder", "patch")
     granularity: int = 1
     """experts at the start, and experts added by each growth"""
     trigger: PartConfig = slot("trigger", "every")
     budget: Budget = field(default_factory=lambda: Budget(mode="per-growth"))
     probe_every: int = 10
-    """updates between two looks at plasticity, routing by floor and the router figure"""
+    """updates between two measurements of plasticity and routing"""
     probe_samples: int = 256
     """observations of the latest rollout for the plasticity metrics"""
     evaluate: Path | None = place(None)
-    """a run's folder, or a checkpoint in it: play episodes with that agent instead of training"""
+    """a run's folder or checkpoint: play with that agent, train nothing"""
     video: Path | None = place(None)
-    """with --evaluate: write the best episode, router weights beneath, to this .mp4 file"""
+    """the best episode, router weights beneath, as an .mp4 file"""
     max_steps: int = place(2000)
-    """with --evaluate: steps after which episodes still running are left out"""
+    """steps after which episodes still running are left out"""
 
     @property
     def variant(self) -> str:
         """The method, and the intervention if there is one."""
         method, intervention = self.method.part.name, self.intervention.part.name
         return method if intervention == "none" else f"{method}+{intervention}"
+
+    def unused(self) -> dict[str, str]:
+        """Setting -> why it has no effect, and what to do."""
+        if self.evaluate is not None:
+            names = ["preset", *(name for names in self.GROUPS.values() for name in names)]
+            reason = "--evaluate takes the settings of the run; leave it out"
+            return {name: reason for name in names if name not in PLAYING}
+        known = registry.names("agent")
+        agents = [self.method.part, *(registry.get("agent", n) for n in self.compare if n in known)]
+        names = "--method " + " ".join(dict.fromkeys(agent.name for agent in agents))
+        reasons = self.unused_growth(names, {o for agent in agents for o in agent.reads})
+        if not any(agent.learns for agent in agents):
+            reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}
+        playing = "it is for --evaluate FOLDER, which plays with a trained agent"
+        return reasons | {"video": playing, "max_steps": playing}

@@ -23,6 +23,7 @@ from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.figures import plasticity_figure
 from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.run import Run
 from dynmoe.lab.tables import print_methods, print_tasks
 from dynmoe.plasticity.trend import plasticity_summary
@@ -37,21 +38,25 @@ LEAST = {"epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "t
 """Setting -> the smallest value that can work. Parts check their own options."""
 
 
-def run_all(preset: str, config: Config) -> None:
+def run_all(preset: str, config: Config) -> Result:
     """Run `config.method`, then each of `config.compare`; print a table and draw one figure."""
     _check(config)
     configs = [config] + [_compared(config, name) for name in _others(config)]
     data = config.dataset.build().load(DATA_SEED)
-    summaries = {}
+    summaries: dict[str, dict[str, Any]] = {}
+    folders: list[Path] = []
+    model = None
     for one in configs:
-        folder, summaries[one.variant] = run_method(preset, one, data)
-        if one is config:
-            main_folder = folder
+        folder, summaries[one.variant], trained = _run_one(preset, one, data)
+        folders.append(folder)
+        model = trained if one is config else model
+    main_folder = folders[0]
     if len(summaries) > 1:
         curves = {name: summary["tasks"] for name, summary in summaries.items()}
         plasticity_figure(main_folder / "comparison.png", curves, _title(config, data))
         print_methods(summaries, _title(config, data))
     print(f"results: {main_folder}")
+    return Result(main_folder, tuple(map(read_run, folders)), model)
 
 
 def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict[str, Any]]:
@@ -60,6 +65,14 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
     Returns:
         the run's folder and its summary.
     """
+    return _run_one(preset, config, data)[:2]
+
+
+def _run_one(
+    preset: str, config: Config, data: ImageData
+) -> tuple[Path, dict[str, Any], nn.Module | None]:
+    """As `run_method`, and the network if it is trained now."""
+    model = None
     with Run("cl", preset, config, label=f"{config.variant}-{data.name}") as run:
         method, summary = config.variant, run.summary
         known = (summary or run.restored or {}).get("dataset", data.name)
@@ -69,16 +82,16 @@ def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict
                 "another --name"
             )
         if summary is None:
-            summary = _train(run, config, data)
+            summary, model = _train(run, config, data)
             run.finish(summary)
             print_tasks(summary, f"{method}: {_title(config, data)}")
         curves = {method: summary["tasks"]}
         plasticity_figure(run.folder / "plasticity.png", curves, _title(config, data))
-        return run.folder, summary
+        return run.folder, summary, model
 
 
-def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
-    """All tasks, from the start or from the run's checkpoint; returns the summary."""
+def _train(run: Run, config: Config, data: ImageData) -> tuple[dict[str, Any], nn.Module]:
+    """All tasks, from the start or from the run's checkpoint; the summary and the network."""
     protocol = config.protocol.build()
     chunks = protocol.stream(data, config.chunks, config.access, config.seed)
     train, test = chunk_datasets(data, chunks)
@@ -98,7 +111,7 @@ def _train(run: Run, config: Config, data: ImageData) -> dict[str, Any]:
             progress.start_at(run.restored["trainer"]["clock"]["train_iterations"])
         for experience in list(make_benchmark(data, chunks).train_stream)[trainer.position.task :]:
             trainer.train(experience, eval_streams=[])
-    return _summary(config, data, recorder)
+    return _summary(config, data, recorder), training.model
 
 
 def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from cl_benchmarks.networks import MakeBlock, dense_block
 from dynmoe import seeding
-from dynmoe.growth.settings import GrowthSettings
+from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.registry import Part, PartConfig
 
@@ -54,6 +54,10 @@ class Method(Part, ABC, kind="method"):
     def __init__(self, config: PartConfig) -> None:
         self.config = config
 
+    def reads(self) -> tuple[str, ...]:
+        """The growth settings that it uses; giving others is refused. By default all."""
+        return (*LAYER, *GROWTH)
+
     @abstractmethod
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """The maker of the hidden blocks, (width, hidden) -> module.
@@ -69,6 +73,10 @@ class Method(Part, ABC, kind="method"):
 
 class DenseMethod(Method):
     """Base of the methods on a dense network: its blocks are two-layer MLPs."""
+
+    def reads(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of the same size as the MoE layer."""
@@ -86,6 +94,10 @@ class ConstantMoE(Method):
         """number of experts; 0 for as many as DynamicMoE ends with"""
 
     config: Config
+
+    def reads(self) -> tuple[str, ...]:
+        """Those of layers, and with 0 experts those of how many DynamicMoE ends with."""
+        return (*LAYER, "budget") if self.config.experts else (*LAYER, *PLAN)
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """An MoE layer with its final number of experts."""

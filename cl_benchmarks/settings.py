@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cl_benchmarks.networks import Trunk
-from dynmoe.growth.settings import GrowthSettings
-from dynmoe.lab.config import RunConfig, place
+from dynmoe import registry
+from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
+from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
 
@@ -15,11 +16,23 @@ from dynmoe.registry import PartConfig, slot
 class Config(RunConfig, GrowthSettings):
     """Settings of a continual-learning run."""
 
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "What to run": (
+            "method", "intervention", "compare", "dataset", "protocol", "network", "seed",
+        ),
+        "Stream and training": (
+            "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
+            "momentum", "clip", "reset_optimizer", "augment", "eval_samples", "probe_samples",
+        ),
+        "MoE layers": LAYER,
+        "Growth": GROWTH,
+        "Runs": (*KEEPING, *RUNNING),
+    }  # fmt: skip
+
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods to run as well, or interventions on the dense network, for the figure and the table;
-    none if nothing follows the flag"""
+    """methods, or interventions on the dense network, to run as well; or none"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
     access: Literal["limited", "cumulative"] = "limited"
@@ -32,9 +45,11 @@ class Config(RunConfig, GrowthSettings):
     batch_size: int = 64
     """images per optimizer step"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """what takes the steps"""
     lr: float = 1e-3
     """learning rate"""
     weight_decay: float = 0.0
+    """of the optimizer"""
     momentum: float = 0.9
     """of sgd"""
     clip: float = 0.0
@@ -42,10 +57,11 @@ class Config(RunConfig, GrowthSettings):
     reset_optimizer: bool = False
     """clear the optimizer's state at each task"""
     augment: Literal["none", "crop-flip"] = "none"
+    """random crops and mirror images of the training images"""
     eval_samples: int = 256
-    """test images for each epoch's accuracy; a task's end looks at all"""
+    """test images for each epoch's accuracy; all at a task's end"""
     probe_samples: int = 256
-    """training images for each epoch's accuracy and plasticity metrics"""
+    """training images for each epoch's accuracy and metrics"""
 
     @property
     def variant(self) -> str:
@@ -54,3 +70,20 @@ class Config(RunConfig, GrowthSettings):
         if intervention == "none":
             return method
         return intervention if method == "dense" else f"{method}+{intervention}"
+
+    def unused(self) -> dict[str, str]:
+        """Setting -> why it has no effect, and what to do."""
+        dense, known = registry.get("method", "dense"), registry.names("method")
+        others = [registry.get("method", n) if n in known else dense for n in self.compare]
+        methods = [self.method.build(), *(part.Config().build() for part in others)]
+        names = " ".join(dict.fromkeys(method.name for method in methods))
+        reasons = self.unused_growth(f"--method {names}", {o for m in methods for o in m.reads()})
+        if self.optimizer == "sgd":
+            reasons["moments"] = "--optimizer sgd has no second moments; use adam"
+        else:
+            reasons["momentum"] = f"it is for --optimizer sgd (now {self.optimizer})"
+        if self.trigger.part.name == "stage":
+            reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
+        if all(method.name == "fresh" for method in methods):
+            reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
+        return reasons

@@ -10,11 +10,14 @@ from dataclasses import replace
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
 begin("cl", __name__)  # before imports that may fail
 
 from cl_benchmarks.settings import Config  # noqa: E402
+
+__all__ = ["Config", "main", "presets", "run"]
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
 watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
@@ -61,12 +64,22 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper}
 
 
+def run(config: Config, preset: str = "own") -> Result:
+    """Run these settings from Python: the method and its comparisons.
+
+    Args:
+        config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
+        preset: begins the names of run folders where `config.name` is None.
+    """
+    from cl_benchmarks.experiment import run_all
+
+    return run_all(preset, config)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line, run the method and its comparisons, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.cl", DESCRIPTION)
-    from cl_benchmarks.experiment import run_all
-
-    run_all(preset, config)
+    run(config, preset)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dynmoe.commands import begin
+from dynmoe.errors import UserError
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
 begin("rl", __name__)  # before imports that may fail
 
 from agents.settings import Config  # noqa: E402
+
+__all__ = ["Config", "main", "presets", "run"]
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
 pixels of Craftax. Results, curves and the router figure go to runs/rl/NAME/seed-N; `tensorboard
@@ -69,6 +73,23 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "craftax": craftax, "paper": paper}
 
 
+def run(config: Config, preset: str = "own") -> Result:
+    """Run these settings from Python: the method and its comparisons.
+
+    Args:
+        config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
+        preset: begins the names of run folders where `config.name` is None.
+
+    Raises:
+        UserError: the settings are to play with a trained agent, which `main` does.
+    """
+    if config.evaluate is not None:
+        raise UserError("evaluate plays with a trained agent: use agents.replay.run_evaluation")
+    from agents.experiment import run_all
+
+    return run_all(preset, config)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line; train, or play with what was trained."""
     preset, config = parse(presets(), argv, "python -m dynmoe.rl", DESCRIPTION)
@@ -77,9 +98,7 @@ def main(argv: list[str]) -> None:
 
         run_evaluation(config)
     else:
-        from agents.experiment import run_all
-
-        run_all(preset, config)
+        run(config, preset)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ class Wide(Method, name="wide"):
         super().__init__(config)
         self.factor = config.factor
 
+    def reads(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of `factor` times the hidden units."""
 

@@ -13,7 +13,7 @@ from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.networks import MakeBlock
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import Moments, mean_moments, neutral_state
-from dynmoe.growth.settings import GrowthSettings
+from dynmoe.growth.settings import PLAN, GrowthSettings
 from dynmoe.growth.surgery import append_entries
 from dynmoe.registry import PartConfig
 
@@ -45,6 +45,10 @@ class Net2Wider(
                 raise UserError(f"method net2wider: {name}={value} must be at least 0")
         super().__init__(config)
         self.factor, self.noise = config.factor, config.noise
+
+    def reads(self) -> tuple[str, ...]:
+        """Adam's moments, and with factor 0 what DynamicMoE's size follows from."""
+        return ("moments",) if self.factor else ("moments", "bank", *PLAN)
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A block that knows how wide it is to be in each task."""

@@ -13,7 +13,7 @@ from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.networks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from dynmoe.growth.settings import GrowthSettings
+from dynmoe.growth.settings import PLAN, GrowthSettings
 from dynmoe.moe.bank import even_sizes
 from dynmoe.registry import PartConfig
 
@@ -46,6 +46,10 @@ class Progressive(
             raise UserError(f"method progressive: units={config.units} must be at least 0")
         super().__init__(config)
         self.units = config.units
+
+    def reads(self) -> tuple[str, ...]:
+        """With 0 units, what DynamicMoE's size follows from."""
+        return () if self.units else ("bank", *PLAN)
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A block with its first column."""

@@ -10,12 +10,15 @@ from dataclasses import replace
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
 begin("dg", __name__)  # before imports that may fail
 
 from cl_benchmarks.backbone import SmallVit  # noqa: E402
 from dynmoe.experiments.dg.settings import Config  # noqa: E402
+
+__all__ = ["Config", "main", "presets", "run"]
 
 DESCRIPTION = """Domain generalisation: adapt a pre-trained vision transformer to some domains and
 measure it on one it has not seen, each in turn (DomainBed's protocol). MoE2 mixes adapters per
@@ -62,12 +65,22 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "paper": paper}
 
 
+def run(config: Config, preset: str = "own") -> Result:
+    """Run these settings from Python: all methods and seeds.
+
+    Args:
+        config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
+        preset: begins the names of run folders where `config.name` is None.
+    """
+    from dynmoe.experiments.dg.experiment import run_all
+
+    return run_all(preset, config)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line, train all methods in all trials, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.dg", DESCRIPTION)
-    from dynmoe.experiments.dg.experiment import run_all
-
-    run_all(preset, config)
+    run(config, preset)
 
 
 if __name__ == "__main__":

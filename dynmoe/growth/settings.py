@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,30 +21,64 @@ from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
 from dynmoe.moe.share import share_router
 from dynmoe.registry import PartConfig, slot
 
+LAYER = ("router", "bank", "gate_scale", "balance", "regularizer", "shared_hidden", "share_router")
+"""Settings of what an MoE layer looks like."""
+PLAN = ("granularity", "trigger", "budget")
+"""Settings of how many experts and units there will be."""
+GROWTH = (*PLAN, "pruning", "init", "moments", "new_experts")
+"""Settings of how layers grow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthSettings:
     """What MoE layers look like and how they grow. Commands' settings inherit these."""
 
     granularity: int = 2
-    """experts at the start, and experts added by each growth (the paper's g)"""
+    """experts at the start, and added by each growth (the paper's g)"""
     router: PartConfig = slot("router", "cosine")
     bank: PartConfig = slot("bank", "pool")
     gate_scale: GateScale = "experts"
-    """experts: gates times the number of experts; one: as the router gives them (the paper)"""
+    """experts: gates times their number; one: as in the paper"""
     balance: PartConfig = slot("loss", "none")
     regularizer: PartConfig = slot("loss", "none")
     shared_hidden: int = 0
-    """hidden units of an expert that every sample uses, beside the routed ones"""
+    """hidden units of one more expert, which every sample uses"""
     share_router: bool = False
-    """one router for all MoE layers that are alike (Omni-router); there must be two at least"""
+    """one router for all MoE layers of one shape (Omni-router)"""
     trigger: PartConfig = slot("trigger", "task")
     budget: Budget = field(default_factory=Budget)
     pruning: PartConfig = slot("pruning", "reinit")
     init: PartConfig = slot("init", "random")
     moments: Moments = "mean"
-    """second moments of freshly drawn entries in Adam: the tensor's mean, or zero"""
+    """Adam's second moments of new entries: the tensor's mean, or 0"""
     new_experts: NewExperts = field(default_factory=NewExperts)
+
+    def unused_growth(self, methods: str, read: Iterable[str]) -> dict[str, str]:
+        """Setting -> why it has no effect, of those here.
+
+        Args:
+            methods: names what is run, for the text.
+            read: the settings here that it reads.
+        """
+        read = set(read)
+        reasons = {
+            name: f"{methods} does not use it; leave it out, or add a method that does"
+            for name in (*LAYER, *GROWTH)
+            if name not in read
+        }
+        if self.budget.mode == "constant":
+            reasons.setdefault("budget.units", "it is for --budget.mode per-growth")
+        elif "pruning" in read:
+            reasons["pruning"] = "no expert shrinks with --budget.mode per-growth; use constant"
+        if self.new_experts.lr == 1:
+            reasons.setdefault(
+                "new_experts.lr_steps", "--new-experts.lr is 1; give it another value"
+            )
+        if self.new_experts.logit == 0:
+            reasons.setdefault(
+                "new_experts.logit_steps", "--new-experts.logit is 0; give it another value"
+            )
+        return reasons
 
     def most_experts(self, steps: int, tasks: int) -> int:
         """Experts at the end of a run of that many steps of its clock, and tasks.

@@ -34,6 +34,11 @@ def place(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"place": True})
 
 
+KEEPING = ("name", "runs_dir", "resume", "checkpoint_every_s")
+RUNNING = ("device", "threads", "allow_unused", "debug")
+"""Settings that every command has, for the groups of its help: how a run is kept, how it runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings that every command has."""
@@ -47,11 +52,13 @@ class RunConfig:
     runs_dir: Path = place(Path("runs"))
     """where run folders are made"""
     name: str | None = place(None)
-    """the run's name; by default the preset and a hash of the settings"""
+    """the run's name; none: the preset and a hash of the settings"""
     resume: bool = place(False)
     """go on from the newest checkpoint of this run"""
     checkpoint_every_s: float = place(60.0)
     """seconds between checkpoints"""
+    allow_unused: bool = place(False)
+    """accept options that have no effect with the others"""
     debug: bool = place(False)
     """show the traceback of an error"""
 
@@ -65,13 +72,12 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     """Read a command line. The first preset is the default one.
 
     Returns the preset's name and the settings. tyro prints its own message and exits with 2 for an
-    unknown flag or a value of the wrong type.
+    unknown flag or a value of the wrong type; `--help` prints and exits with 0.
 
     Raises:
-        UserError: unknown preset or part name, or one that has been renamed.
+        UserError: unknown preset or part name, one that has been renamed, or an option that has no
+            effect.
     """
-    import tyro
-
     args = list(argv)
     preset = _pop(args, "preset") or next(iter(presets))
     if preset not in presets:
@@ -85,13 +91,44 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
         if name is not None and name != getattr(config, field).part.name:
             part_config = registry.get(kind, name).Config()
             config = dataclasses.replace(config, **{field: part_config})  # type: ignore[type-var]
-    if "-h" in args or "--help" in args:
-        description = f"{description}\n\n{_part_help(config, list(presets), preset)}"
+    if not {"-h", "--help", "--help-all"}.isdisjoint(args):
+        from dynmoe.lab.help import help_text
+
+        full = "--help-all" in args
+        print(help_text(config, list(presets), preset, prog, description, full))
+        sys.exit(0)
+    import tyro
+
     parsed = tyro.cli(
         type(config), default=config, args=args, prog=prog, description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.AvoidSubcommands,),
     )  # fmt: skip
+    if not parsed.allow_unused:  # type: ignore[attr-defined]
+        refuse_unused(parsed, argv)
     return preset, parsed
+
+
+def refuse_unused(config: Any, argv: list[str]) -> None:
+    """Refuse options on the command line that change nothing with the other settings.
+
+    A settings class may define `unused()`: option -> why it has no effect, and what to do. An
+    option stands for those below it: "router" for `--router.temperature`, too.
+
+    Raises:
+        UserError: names the first such option.
+    """
+    reasons = config.unused() if hasattr(config, "unused") else {}
+    for word in argv:
+        if not word.startswith("--"):
+            continue
+        flag = word[2:].split("=")[0].replace("_", "-")
+        path = [name.removeprefix("no-").replace("-", "_") for name in flag.split(".")]
+        for depth in range(1, len(path) + 1):
+            reason = reasons.get(".".join(path[:depth]))
+            if reason is not None:
+                raise UserError(
+                    f"--{flag} has no effect: {reason} (or accept it with --allow-unused)"
+                )
 
 
 def run_command(main: Any, argv: list[str] | None = None) -> None:
@@ -206,13 +243,3 @@ def _pop(args: list[str], flag: str) -> str | None:
         else:
             i += 1
     return value
-
-
-def _part_help(config: Any, presets: list[str], preset: str) -> str:
-    """The help text's list of presets and of the parts that each slot takes."""
-    lines = [f"--preset {{{','.join(presets)}}} (now: {preset})", "", "Parts, chosen by name:"]
-    for field, kind in slots(config).items():
-        chosen = getattr(config, field).part.name
-        lines.append(f"  --{field.replace('_', '-')} (default: {chosen})")
-        lines += [f"      {n}: {registry.summary(kind, n)}" for n in registry.names(kind)]
-    return "\n".join(lines)

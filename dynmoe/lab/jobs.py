@@ -63,7 +63,8 @@ def make_jobs(
     Raises:
         UserError: flags that do not fit.
     """
-    argv = [*flags, *([] if "--compare" in flags else ["--compare"])]
+    # Flags for all variants may have no effect in some, such as the dense reference.
+    argv = [*flags, "--allow-unused", *([] if "--compare" in flags else ["--compare"])]
     presets = importlib.import_module(f"dynmoe.{command}").presets()
     _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
     jobs = []

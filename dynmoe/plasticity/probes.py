@@ -114,8 +114,8 @@ def take_probe(
         inputs: [N, ...], on the model's device.
         labels: [N] int class indices, or what else `loss` compares the logits with. None: no loss,
             no gradients, and an output of any shape.
-        initial: values at the start by parameter name (see `copy_parameters`). Parameters it lacks are
-            left out of the distance; growth must keep the shapes of the others in step.
+        initial: values at the start, by parameter name (see `copy_parameters`). Parameters it lacks
+            are left out of the distance; growth must keep the shapes of the others in step.
         classifier: the module whose input is `features`; by default the last `nn.Linear` in module
             order that is not part of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.

@@ -10,6 +10,9 @@ from dataclasses import replace
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.results import Result
+
+__all__ = ["Config", "main", "presets", "run"]
 
 begin("tta", __name__)  # before imports that may fail
 
@@ -46,12 +49,22 @@ LAPTOP_LR = 10.0
 """Multiplies the published learning rates, which are meant for streams a hundred times as long."""
 
 
+def run(config: Config, preset: str = "own") -> Result:
+    """Run these settings from Python: all methods, streams and seeds.
+
+    Args:
+        config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
+        preset: begins the names of run folders where `config.name` is None.
+    """
+    from dynmoe.experiments.tta.experiment import run_all
+
+    return run_all(preset, config)
+
+
 def main(argv: list[str]) -> None:
     """Read the command line, run the methods on the streams, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.tta", DESCRIPTION)
-    from dynmoe.experiments.tta.experiment import run_all
-
-    run_all(preset, config)
+    run(config, preset)
 
 
 if __name__ == "__main__":

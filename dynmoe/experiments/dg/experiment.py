@@ -13,6 +13,7 @@ from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import load_source
 from dynmoe.lab.config import from_dict, identity, to_dict
 from dynmoe.lab.jobs import Job, run_jobs
+from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.run import Run
 
 LEAST = {"seeds": 1, "jobs": 1, "steps": 1, "eval_every": 1, "batch_size": 1, "eval_batch": 1,
@@ -21,7 +22,7 @@ LEAST = {"seeds": 1, "jobs": 1, "steps": 1, "eval_every": 1, "batch_size": 1, "e
 """Setting -> the smallest value that can work. Parts check their own options."""
 
 
-def run_all(preset: str, config: Config) -> None:
+def run_all(preset: str, config: Config) -> Result:
     """Train `config.method` and each of `config.compare` in all trials; print, write and draw.
 
     Raises:
@@ -50,6 +51,7 @@ def run_all(preset: str, config: Config) -> None:
     folders = {name: [job.folder for job in own] for name, own in jobs.items()}
     first = folders[config.method.part.name][0]
     report(first.parent / "report", config, summaries, folders)
+    return Result(first.parent / "report", tuple(read_run(job.folder) for job in flat))
 
 
 def main(argv: list[str]) -> None:
@@ -89,7 +91,11 @@ def job_of(preset: str, config: Config) -> Job:
     settings = json.dumps(to_dict(config))
     label = f"{config.method.part.name}, seed {config.seed}"
     return Job(
-        label, "dg.experiment", (preset, settings), _run(preset, config).folder, identity(config)
+        label,
+        "experiments.dg.experiment",
+        (preset, settings),
+        _run(preset, config).folder,
+        identity(config),
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
-from dynmoe.lab.config import RunConfig, place
+from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
 Selection = Literal["training-domain", "oracle"]
@@ -17,6 +17,18 @@ Selection = Literal["training-domain", "oracle"]
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Settings of a comparison of methods by leave-one-domain-out."""
+
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "What to run": ("method", "compare", "domains", "test_domains", "seeds", "seed", "jobs"),
+        "Backbone": ("model", "pretrained", "weights", "vit"),
+        "Training": (
+            "steps", "eval_every", "batch_size", "eval_batch", "lr", "weight_decay", "augment",
+            "selection",
+        ),
+        "Growth": ("granularity", "trigger", "init"),
+        "Figures": ("features", "landscape"),
+        "Runs": (*KEEPING, *RUNNING),
+    }  # fmt: skip
 
     method: PartConfig = slot("dg", "moe2")
     """the method; its options as --method.OPTION"""
@@ -51,7 +63,7 @@ class Config(RunConfig):
     weight_decay: float = 0.0
     """of Adam"""
     augment: bool = False
-    """DomainBed's augmentation of training images; never of images that are evaluated"""
+    """augment training images as DomainBed does; images that are evaluated never are"""
     selection: Selection = "training-domain"
     """training-domain: the evaluation with the best mean accuracy on the source domains' held-out
     images; oracle: the last one. Both are reported, this one is in the table"""
@@ -65,3 +77,22 @@ class Config(RunConfig):
     """images per domain whose features and routing are kept for the figures; 0: none"""
     landscape: int = 0
     """side of the grid on which the loss around the last weights is drawn; 0: none"""
+
+    def unused(self) -> dict[str, str]:
+        """Setting -> why it has no effect, and what to do."""
+        if self.model == "embedded":
+            both = "--pretrained and --weights are for timm's models; name one with --model"
+            reasons = {"pretrained": both, "weights": both}
+        else:
+            reasons = {"vit": f"it is for --model embedded (now {self.model})"}
+        if self.granularity == 0:
+            reason = "nothing grows; use --granularity 1 or more"
+            reasons |= {"trigger": reason, "init": reason}
+        elif self.trigger.part.name == "stage" or self.trigger.part.needs - {"score", "loss"}:
+            reasons["trigger"] = "dg does not measure what it looks at; use --trigger every, say"
+        elif self.trigger.build().planned(self.steps, 1) == 0:
+            never = f"it never fires in --steps {self.steps}; change its options, or run longer"
+            reasons["trigger"] = never
+        if self.eval_every > self.steps:
+            reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
+        return reasons

@@ -25,6 +25,7 @@ from dynmoe.experiments.tta.variants import parse_variant
 from dynmoe.lab.config import from_dict, identity, to_dict
 from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.jobs import Job, run_jobs
+from dynmoe.lab.results import Result, read_run
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.alignment import alignment
 from dynmoe.tta.options import for_classes
@@ -37,7 +38,7 @@ Trials = dict[str, dict[str, list[Config]]]
 """method's label -> stream -> settings of one run each, one per seed"""
 
 
-def run_all(preset: str, config: Config) -> None:
+def run_all(preset: str, config: Config) -> Result:
     """Run every method on every stream with every seed; then results.json, tables and figures.
 
     Raises:
@@ -69,6 +70,9 @@ def run_all(preset: str, config: Config) -> None:
                  for label, streams in jobs.items()}  # fmt: skip
     folder = Path(config.runs_dir) / "tta" / (config.name or preset)
     report(folder, source.name, config, summaries, cosines)
+    own = [job for one in jobs[config.method.part.name].values() for job in one]
+    first = [*own, *(job for job in flat if job not in own)]
+    return Result(folder, tuple(read_run(job.folder) for job in first))
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +110,9 @@ def job_of(preset: str, label: str, config: Config) -> Job:
     """The run of these settings: one method, one stream, one seed."""
     argv = (preset, json.dumps(to_dict(config)))
     title = f"{label}, {config.streams[0]}, seed {config.seed}"
-    return Job(title, "tta.experiment", argv, open_run(preset, config).folder, identity(config))
+    return Job(
+        title, "experiments.tta.experiment", argv, open_run(preset, config).folder, identity(config)
+    )
 
 
 def variants(config: Config, classes: int) -> dict[str, Config]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.lab.config import RunConfig, place
+from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
 BASELINES = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta")
@@ -42,9 +42,21 @@ class SmallVit:
     """of initial weights and batches"""
 
 
+REAL = ("data_dir", "labels", "on_the_fly", "model", "pretrained", "weights")
+"""Settings of --data imagenet alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Settings of a comparison of methods on shifted streams."""
+
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "What to run": ("method", "compare", "streams", "seeds", "seed", "jobs"),
+        "Stream": ("order", "severity", "batch_size", "limit", "lr_scale"),
+        "Data and source model": ("data", *REAL, "embedded", "vit"),
+        "Measurements": ("window", "routing_batches", "alignment"),
+        "Runs": (*KEEPING, *RUNNING),
+    }
 
     method: PartConfig = slot("tta", "moetta")
     compare: tuple[str, ...] = place(BASELINES)
@@ -94,3 +106,25 @@ class Config(RunConfig):
     alignment: int = place(2)
     """batches of each domain of the last stream whose gradients are compared at the source model
     (Tent's loss); 0: none"""
+
+    def unused(self) -> dict[str, str]:
+        """Setting -> why it has no effect, and what to do."""
+        from cl_benchmarks.shifts.source import OTHERS, STREAMS
+
+        if self.data == "embedded":
+            reasons = dict.fromkeys(REAL, "it is for --data imagenet (now embedded)")
+        else:
+            reasons = dict.fromkeys(("embedded", "vit"), "it is for --data embedded (now imagenet)")
+        known = [STREAMS[name] for name in self.streams if name in STREAMS]
+        if all(name in (*OTHERS, "clean") for domains in known for name in domains):
+            reasons["severity"] = "no stream of --streams has corruptions; add classical"
+        elif self.order == "gradual":
+            reasons["severity"] = "--order gradual has severities of its own; use another order"
+        if known and len(known[-1]) == 1:
+            reasons["alignment"] = "the last stream of --streams has one domain; add classical"
+        names = {self.method.part.name, *(text.partition(":")[0] for text in self.compare)}
+        if names == {"noadapt"}:
+            reasons["lr_scale"] = "noadapt learns nothing; add a method that does"
+        if names <= {*BASELINES, "mgtta"}:
+            reasons["routing_batches"] = "no method has experts; add moetta"
+        return reasons

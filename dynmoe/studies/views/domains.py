@@ -38,7 +38,7 @@ class Domains(View):
         from dynmoe.dg.__main__ import presets
         from dynmoe.experiments.dg.experiment import check, job_of
 
-        preset, config = parse(presets(), argv, "python -m dynmoe.dg", "")
+        preset, config = parse(presets(), [*argv, "--allow-unused"], "python -m dynmoe.dg", "")
         check(config)
         name = f"studies/{config.method.part.name}-{digest(config)}"
         found = [replace(config, seed=seed, name=name, runs_dir=runs_dir, resume=True)

@@ -48,7 +48,7 @@ class Shifts(View):
         from dynmoe.experiments.tta.experiment import check, fitted, job_of, make_source
         from dynmoe.tta.__main__ import presets
 
-        preset, config = parse(presets(), argv, "python -m dynmoe.tta", "")
+        preset, config = parse(presets(), [*argv, "--allow-unused"], "python -m dynmoe.tta", "")
         check(config)
         config = fitted(config, make_source(config)[0].num_classes)
         name = f"studies/{config.method.part.name}-{digest(config)}"

@@ -74,7 +74,7 @@ def named_jobs(
     label: str,
 ) -> list[Job]:
     """`View.jobs` of a command whose run is one method: in `runs_dir/command/studies`."""
-    _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
+    _, config = parse(presets, [*argv, "--allow-unused"], f"python -m dynmoe.{command}", "")
     name = f"studies/{config.method.part.name}-{digest(config)}"
     return make_jobs(command, name, argv, seeds, runs_dir, label)
 
