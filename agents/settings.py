@@ -49,7 +49,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     env: str = "Craftax-Classic-Pixels-v1"
     """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
-    module:Name-v0, for which that is imported"""
+    module:Name-v0 of a module"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False
