@@ -51,7 +51,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     env: str = "Craftax-Classic-Pixels-v1"
     """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
-    module:Name-v0, for which that is imported"""
+    module:Name-v0 of a module"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False
@@ -89,9 +89,9 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
         if self.evaluate is not None:
-            names = ["preset", *(name for names in self.GROUPS.values() for name in names)]
+            every = ["preset", *(name for group in self.GROUPS.values() for name in group)]
             reason = "--evaluate takes the settings of the run; leave it out"
-            return {name: reason for name in names if name not in PLAYING}
+            return {name: reason for name in every if name not in PLAYING}
         known = registry.names("agent")
         agents = [self.method.part, *(registry.get("agent", n) for n in self.compare if n in known)]
         names = "--method " + " ".join(dict.fromkeys(agent.name for agent in agents))

@@ -30,8 +30,9 @@ KIND_HELP = f"only this kind; there are {', '.join(registry.PACKAGES)}"
 HEADER = """# Catalogue of parts
 
 Written by `python -m dynmoe.list --markdown > docs/catalogue.md`; do not edit it. Options are given
-as on the command line, with their defaults, such as `--router topk --router.k 2`; `--help` explains
-them. [core.md](core.md) says what each kind is for, [own_parts.md](own_parts.md) how to add parts.
+as on the command line, with their defaults, such as `--router topk --router.k 2`; `--help-all`
+explains those of chosen parts. [core.md](core.md) says what each kind is for,
+[own_parts.md](own_parts.md) how to add parts.
 """
 
 

@@ -93,7 +93,8 @@ def _option(
     config: Any, field: dataclasses.Field[Any], listed: set[str], full: bool, prefix: str = "--"
 ) -> list[str]:
     """The lines of one field: an option, a part with its options, or a group of options."""
-    value, text = getattr(config, field.name), texts(type(config)).get(field.name, "")
+    value: Any = getattr(config, field.name)
+    text = texts(type(config)).get(field.name, "")
     flag = _flag(field, value, prefix)
     if isinstance(value, bool):
         return _entry(flag, f"do not {text}" if value else text)
@@ -102,9 +103,10 @@ def _option(
         return _entry(f"{flag} {_metavar(type(config), field)}", f"{text}{default}")
     lines = []
     if kind := field.metadata.get("kind"):
+        part: Any = getattr(config, field.name).part
         names = f"a {kind}, as above" if kind in listed else " ".join(registry.names(kind))
         listed.add(kind)
-        lines = _entry(f"{flag} {kind.upper()}", f"{names} ({value.part.name})")
+        lines = _entry(f"{flag} {kind.upper()}", f"{names} ({part.name})")
     own = dataclasses.fields(value)
     if full:
         return lines + [row for f in own for row in _option(value, f, listed, full, f"{flag}.")]

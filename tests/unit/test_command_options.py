@@ -95,7 +95,8 @@ MOE = (
     "--granularity 3", "--router topk", "--router.temperature 0.5", "--bank swiglu",
     "--gate-scale one", "--balance switch", "--regularizer z", "--shared-hidden 4",
     "--share-router", "--trigger at --trigger.steps 5", "--budget.mode per-growth",
-    "--budget.units 3", "--pruning utility", "--init duplicate", "--moments zero", "--new-experts.lr 2",
+    "--budget.units 3", "--pruning utility", "--init duplicate", "--moments zero",
+    "--new-experts.lr 2",
     "--new-experts.lr-steps 5",
 )  # fmt: skip
 PPO = ("--lr 1", "--no-anneal-lr", "--adam-eps 1e-3", "--epochs 2", "--minibatches 2", "--clip 1",
@@ -117,7 +118,8 @@ WITHOUT_EFFECT = {
     "rl": [
         *(f"--method dense {moe}" for moe in MOE),
         *(f"--method random --compare untrained {option}" for option in PPO),
-        "--method wide --router topk", "--method moe-start --pruning utility --budget.mode constant",
+        "--method wide --router topk",
+        "--method moe-start --pruning utility --budget.mode constant",
         "--video x.mp4", "--max-steps 5", "--pruning utility",
         "--evaluate x --preset smoke", "--evaluate x --lr 1", "--evaluate x --name y",
         "--evaluate x --router.temperature 1",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
+from dynmoe.growth.trigger import Trigger
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
@@ -88,11 +89,13 @@ class Config(RunConfig):
         if self.granularity == 0:
             reason = "nothing grows; use --granularity 1 or more"
             reasons |= {"trigger": reason, "init": reason}
-        elif self.trigger.part.name == "stage" or self.trigger.part.needs - {"score", "loss"}:
-            reasons["trigger"] = "dg does not measure what it looks at; use --trigger every, say"
-        elif self.trigger.build().planned(self.steps, 1) == 0:
-            never = f"it never fires in --steps {self.steps}; change its options, or run longer"
-            reasons["trigger"] = never
+        else:
+            trigger: Trigger = self.trigger.build()
+            if trigger.name == "stage" or trigger.needs - {"score", "loss"}:
+                reasons["trigger"] = "dg does not measure what it looks at; use --trigger every"
+            elif trigger.planned(self.steps, 1) == 0:
+                never = f"it never fires in --steps {self.steps}; change its options, or run longer"
+                reasons["trigger"] = never
         if self.eval_every > self.steps:
             reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
         return reasons
