@@ -41,6 +41,7 @@ def test_a_layer_adds_up_the_experts_that_random_routing_picked(scale):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     shared = registry.get("router", "random").Config(gate="share")
     other = MoELayer(DIM, 2, 8, num_experts=4, router=shared, gate_scale=scale).double()
+    other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other(x) * (2 if scale == "one" else 1), y, rtol=1e-12, atol=1e-12)
 
 

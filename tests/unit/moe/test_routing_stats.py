@@ -15,7 +15,7 @@ from dynmoe.moe import MoELayer, routing_inputs, routing_stats
 from dynmoe.moe.inspection import routing_table
 from dynmoe.moe.stats import expert_use, label_uncertainty, row_labels
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics import dormant, expert_features, router  # noqa: F401
+import dynmoe.plasticity.metrics  # noqa: F401
 from dynmoe.plasticity.probes import take_probe
 from dynmoe.plasticity.routing import expert_task_information, information_by_expert
 from dynmoe.tta.diagnostics import use_of_experts
@@ -56,7 +56,7 @@ def test_probes_hold_real_rows_only(route_per):
     layer = MoELayer(8, 12, 16, num_experts=3, route_per=route_per).double()
     model = torch.nn.Sequential(layer, torch.nn.Flatten(), torch.nn.Linear(48, 3).double())
     x, labels, mask = torch.randn(9, 4, 8).double(), torch.arange(9) % 3, torch.arange(9) < 6
-    given = mask if route_per == "sample" else mask.repeat_interleave(4)
+    given = mask if route_per == "sample" else mask.unsqueeze(1).expand(9, 4)
     with routing_inputs(model, mask=given):
         padded = take_probe(model, x, labels).experts["0"]
     alone = take_probe(model, x[mask], labels[mask])
