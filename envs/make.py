@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from envs.vector import TorchVectorEnv
 
 
+CRAFTAX_USUAL = {
+    "observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None,
+}  # fmt: skip
+"""Settings that only Craftax has, and their defaults."""
+
+
 def make(
     name: str,
     num_envs: int,
@@ -50,12 +56,8 @@ def make(
     from envs import craftax, debug
 
     where = resolve(str(device))
-    settings: dict[str, Any] = {
-        "observation": observation,
-        "renderer": renderer,
-        "env_device": env_device,
-        "max_timesteps": max_timesteps,
-    }
+    values = (observation, renderer, env_device, max_timesteps)
+    settings: dict[str, Any] = dict(zip(CRAFTAX_USUAL, values, strict=True))
     gymnasium_only: dict[str, Any] = {
         "env_args": env_args or {},
         "normalize_observations": normalize_observations,
@@ -68,9 +70,8 @@ def make(
             )
     if name in craftax.NAMES:
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
-    usual = {"observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None}
     for setting, value in settings.items():
-        if value != usual[setting] and (name in debug.names() or _in_gymnasium(name)):
+        if value != CRAFTAX_USUAL[setting] and (name in debug.names() or _in_gymnasium(name)):
             raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
     if name in debug.names():
         return debug.make_debug(name, num_envs, seed, where)
@@ -78,10 +79,13 @@ def make(
         from envs.gym import make_gym
 
         return make_gym(name, num_envs, seed, where, gamma=gamma, **gymnasium_only)
-    known = [*craftax.NAMES, *debug.names()]
+    raise _unknown(name, [*craftax.NAMES, *debug.names()])
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
     near = difflib.get_close_matches(name, [*known, *_gymnasium_ids()], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(
+    return UserError(
         f"unknown environment {name!r}; known: {', '.join(known)}, or a gymnasium id.{hint}"
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
+from dynmoe.moe.step import finish_step
 from dynmoe.registry import Part, PartConfig
 from dynmoe.tta.entropy import possible_classes, sound
 from dynmoe.tta.options import check_types, make_config
@@ -201,6 +202,7 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         """Step by the gradients that there are; where it cannot be done the batch is skipped."""
         assert self.optimizer is not None
         done = take_step(self.optimizer)
+        finish_step(self.model)
         self.steps += done
         self.skipped += not done
         return done

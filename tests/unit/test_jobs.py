@@ -27,7 +27,7 @@ def _job(command: str, runs: Path, **changes: Any) -> tuple[Job, Any]:
     if command in ("cl", "rl"):
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
         return make_jobs(command, "x", flags, [config.seed], runs, "x")[0], config
-    job_of = importlib.import_module(f"dynmoe.{command}.experiment").job_of
+    job_of = importlib.import_module(f"dynmoe.experiments.{command}.experiment").job_of
     return (job_of(preset, "x", config) if command == "tta" else job_of(preset, config)), config
 
 

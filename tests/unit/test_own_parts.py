@@ -120,7 +120,7 @@ def test_a_sweeps_processes_know_it(tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(EXAMPLE)
     sweep = ["cl", "--name", "s", "--seeds", "1", "--jobs", "1", "--variants",
              "low: --router.share 0.1", "high: --router.share 0.5"]  # fmt: skip
-    flags = ["--", *SMALL.split(), "--chunks", "1", "--router", "mine"]
+    flags = ["--", *SMALL.split(), "--chunks", "2", "--router", "mine"]
     done = run("dynmoe.sweep", *sweep, *flags, folder=tmp_path, DYNMOE_PARTS="my_router.py")
     assert done.returncode == 0, done.stderr
     for label, share in (("low", 0.1), ("high", 0.5)):
@@ -313,7 +313,7 @@ class Mine(Trunk, name="mlp"):
 
 
 def test_a_name_that_is_taken_is_one_line_at_the_command_line(tmp_path: Path) -> None:
-    """Whichever of the two is imported first: listing criteria reads no folder of networks."""
+    """Also where all kinds are listed."""
     (tmp_path / "mine.py").write_text(NETWORK)
     last = run("dynmoe.list", "network", folder=tmp_path, DYNMOE_PARTS="mine.py")
     assert (last.returncode, last.stdout) == (2, "")
@@ -324,6 +324,6 @@ def test_a_name_that_is_taken_is_one_line_at_the_command_line(tmp_path: Path) ->
     first = run("dynmoe.list", folder=tmp_path, DYNMOE_PARTS="mine.py")
     assert first.returncode == 2
     assert first.stderr == (
-        "error: network 'mlp' is defined by own_mine.Mine and again by cl_benchmarks.networks.MLP; "
-        "rename one\n"
+        "error: mine.py, named in DYNMOE_PARTS, cannot be loaded: network 'mlp' is defined by "
+        "cl_benchmarks.networks.MLP and again by own_mine.Mine; rename one\n"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dynmoe import registry
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
+from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
 
@@ -88,7 +89,12 @@ class Loop:
         self.intervention.attach(self.model, self.optimizer, seeded(2))
         self.tasks, self.grows, self.steps = tasks, grows, 0
         self.controller = GrowthController(
-            self.model, self.optimizer, granularity=2, budget=budget, generator=seeded(3)
+            self.model,
+            self.optimizer,
+            granularity=2,
+            budget=budget,
+            pruning=UtilityUnits.Config(),
+            generator=seeded(3),
         )
         self.controller.listeners.append(self.intervention.grown)
 

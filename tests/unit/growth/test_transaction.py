@@ -103,6 +103,7 @@ def test_a_growth_that_fails_leaves_no_trace(budget, init, where, shared, monkey
         model, optimizer, granularity=2, budget=budget, pruning=UtilityUnits.Config(),
         init=registry.get("init", init).Config(), new_experts=NewExperts(logit=-1.0),
         trigger=registry.get("trigger", "every").Config(steps=3), copies=[AveragedModel(model)],
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     controller.grow(0, (X, Y))
     train(model, optimizer)
@@ -178,10 +179,13 @@ def test_a_probe_may_be_a_function_that_runs_the_model(output, labelled):
     def run(model: nn.Module) -> Any:
         return model(input_ids=X, task_labels=tasks)
 
-    controller = GrowthController(model, pruning=UtilityUnits.Config())
-    event = controller.grow(0, (run, Y) if labelled else run)
-    inputs = X + tasks.unsqueeze(1)
-    expected = GrowthController(plain, pruning=UtilityUnits.Config()).grow(0, (inputs, Y))
+    def grown(model: nn.Module, probe: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        pruning = UtilityUnits.Config()
+        return GrowthController(model, pruning=pruning, generator=generator).grow(0, probe)
+
+    event = grown(model, (run, Y) if labelled else run)
+    expected = grown(plain, (X + tasks.unsqueeze(1), Y))
     shock = expected.shock if labelled else {"output_change": expected.shock["output_change"]}
     assert event.shock == pytest.approx(shock) and event.shock["output_change"] > 0
 

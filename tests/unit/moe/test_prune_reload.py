@@ -33,7 +33,7 @@ def make_layer(router: PartConfig, bank: str, experts: int, hidden: int, seed: i
     return MoELayer(
         DIM, DIM, hidden, num_experts=experts, max_experts=ROOM, router=router,
         bank=registry.get("bank", bank).Config(),
-        losses=[GlobalBalanceLoss.Config(micro_batches=4)],
+        losses=[GlobalBalanceLoss.Config()],
         generator=torch.Generator().manual_seed(seed),
     ).double()  # fmt: skip
 

@@ -93,7 +93,9 @@ def naive_adapters(
     module: BlockExperts, y: Tensor, parts: dict[str, Tensor], noise: nn.Module
 ) -> Tensor:
     """One sample, then one token after the other."""
-    drawn, out = noise.normal(y.new_empty(*y.shape[:2], len(module.gate))), []
+    with torch.no_grad():  # as the gates, which do not learn
+        drawn = noise.normal(y.new_empty(*y.shape[:2], len(module.gate)))
+    out = []
     for sample, random in zip(y.detach(), drawn, strict=True):
         noisy = sample @ module.gate.T + random * F.softplus(sample @ module.gate_noise.T)
         out.append(int(noisy.sum(0).argmax()))
