@@ -21,8 +21,8 @@ from agents.settings import Config  # noqa: E402
 __all__ = ["Config", "main", "presets", "run"]
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
-pixels of Craftax. Results, curves and the router figure go to runs/rl/NAME/seed-N; `tensorboard
---logdir runs` shows them. `--evaluate FOLDER --video x.mp4` plays with a trained agent.
+pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
+trained agent.
 
 Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on one CPU core, and the first time a
 minute of compilation; smoke, seconds; craftax (full Craftax, a million steps), an hour by

@@ -17,6 +17,7 @@ from dynmoe.moe.losses.counts import GlobalBalanceLoss
 from dynmoe.moe.prune import without_experts
 from dynmoe.moe.routers.fixed import HashRouter
 from dynmoe.moe.routers.hierarchical import HierarchicalRouter
+from dynmoe.moe.step import finish_step
 from dynmoe.registry import PartConfig
 
 DIM, EXPERTS, ROOM, HIDDEN = 8, 4, 5, 12
@@ -50,6 +51,7 @@ def used_layer(router: PartConfig, bank: str = "pool") -> MoELayer:
     layer.created[:EXPERTS] = torch.tensor([0, 1, 2, 3])
     for _ in range(3):
         layer(inputs(layer), context=contexts(layer))
+    finish_step(layer)
     return layer
 
 
