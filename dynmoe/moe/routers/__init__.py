@@ -1,12 +1,12 @@
 """Routers. A new one: a class in one of these files, or a file of its own, and a line here."""
 
-from dynmoe.moe.routers.clusters import DomainRouter as DomainRouter
-from dynmoe.moe.routers.clusters import PrototypeRouter as PrototypeRouter
 from dynmoe.moe.routers.expert_choice import ExpertChoiceRouter as ExpertChoiceRouter
 from dynmoe.moe.routers.fixed import HashRouter as HashRouter
 from dynmoe.moe.routers.fixed import OracleRouter as OracleRouter
 from dynmoe.moe.routers.fixed import RandomRouter as RandomRouter
 from dynmoe.moe.routers.hierarchical import HierarchicalRouter as HierarchicalRouter
+from dynmoe.moe.routers.prototypes import DomainRouter as DomainRouter
+from dynmoe.moe.routers.prototypes import PrototypeRouter as PrototypeRouter
 from dynmoe.moe.routers.relu import ReLURouter as ReLURouter
 from dynmoe.moe.routers.slots import SlotRouter as SlotRouter
 from dynmoe.moe.routers.soft import CosineRouter as CosineRouter
