@@ -376,6 +376,5 @@ def test_weights_and_models_that_do_not_fit(
 def test_help_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(dg.main, ["--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for word in ("--test-domains", "--method (default: moe2)", "--domains (default: embedded)",
-                 "leaving one domain out", "Cost:"):  # fmt: skip
-        assert word in out or word == "leaving one domain out"
+    for word in ("--test-domains", "--method", "(moe2)", "--domains", "(embedded)", "Cost:"):
+        assert word in out

@@ -51,7 +51,7 @@ CLASSIC = (
 
 
 def _argv(runs: Path, extra: str = "") -> list[str]:
-    return f"{SMALL} {extra} --name x --runs-dir {runs}".split()
+    return f"{SMALL} {extra} --name x --allow-unused --runs-dir {runs}".split()
 
 
 def _folder(runs: Path) -> Path:

@@ -38,7 +38,7 @@ SLOW = "--method cotta --method.confidence 1.1 --method.views 100 --compare --se
 
 def _argv(runs: Path, flags: str = SMALL) -> list[str]:
     base = SMALL if flags == SMALL else f"{SMALL.split(' --compare')[0]} {flags}"
-    return f"{base} --runs-dir {runs}".split()
+    return f"{base} --allow-unused --runs-dir {runs}".split()
 
 
 @pytest.fixture(scope="module")
