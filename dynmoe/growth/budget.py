@@ -14,7 +14,7 @@ class Budget:
     """What growth may spend, in hidden units of one layer."""
 
     mode: Literal["constant", "per-growth"] = "constant"
-    """constant: the pool keeps its size and is shared out again (DynamicMoE's continual learning);
+    """constant: the pool keeps its size and is divided again (DynamicMoE's continual learning);
     per-growth: each new expert brings units of its own (its reinforcement learning)"""
     units: int = 0
     """per-growth: hidden units of each new expert; 0 for as many as the first expert has"""
