@@ -28,7 +28,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "What to run": (
-            "env", "method", "intervention", "compare", "encoder", "total_steps", "seed",
+            "env", "method", "intervention", "compare", "encoder", "total_steps", "seed", "seeds",
         ),
         "Play with a trained agent": ("evaluate", "video", "max_steps"),
         "MoE layers": LAYER,

@@ -96,6 +96,12 @@ def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def outside_experts(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
+    layers = tuple(f"{name}." for name, _ in moe_layers(model))
+    return {n: p for n, p in copy_parameters(model).items() if not n.startswith(layers)}
+
+
 def take_probe(
     model: nn.Module,
     inputs: Tensor,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dynmoe.lab.comparison import Results
 from dynmoe.lab.statistics import confidence_interval, paired_difference
-from dynmoe.studies.design import Preset, Results, Study
+from dynmoe.lab.study import Preset, Study
 
 
 class Granularity(Study, name="granularity", source="Kim 2025 (arXiv 2511.18987)"):

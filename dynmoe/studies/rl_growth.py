@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.studies.design import Command, Preset, Results, Study
+from dynmoe.lab.comparison import Results
+from dynmoe.lab.study import Command, Preset, Study
 
 
 class RLGrowth(Study, name="rl-growth", source="Kim 2025 (arXiv 2511.18987)"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynmoe.lab.jobs import Job, make_jobs, run_jobs
 
 from dynmoe import sweep
 from dynmoe.errors import UserError
 from dynmoe.lab.config import identity, to_dict
-from dynmoe.lab.jobs import Job, make_jobs, run_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
 

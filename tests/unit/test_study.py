@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynmoe.studies.design import VIEWS, Preset, Results, Study, logged
+from dynmoe.studies.report import _cell
 
 from dynmoe import cl, registry, rl
 from dynmoe.dg import __main__ as dg
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
 from dynmoe.lab.statistics import Interval, seeds_to_see
-from dynmoe.studies.design import VIEWS, Preset, Results, Study, logged
-from dynmoe.studies.report import _cell
 from dynmoe.study import Config, main, run_study
 from dynmoe.tta import __main__ as tta
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from dynmoe.studies.design import VIEWS, Command, Preset, Results, Study
+from dynmoe.studies.views.drawing import dots
+from dynmoe.studies.views.shifts import _gains
+from dynmoe.studies.views.view import At
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dynmoe import registry
 from dynmoe.lab.statistics import Interval
-from dynmoe.studies.design import VIEWS, Command, Preset, Results, Study
-from dynmoe.studies.views.drawing import dots
-from dynmoe.studies.views.shifts import _gains
-from dynmoe.studies.views.view import At
 from dynmoe.study import Config, run_study
 
 TTA: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dynmoe.lab.tables import print_methods, print_tasks
 from PIL import Image
 
 from dynmoe import sweep
@@ -15,7 +16,6 @@ from dynmoe.errors import UserError
 from dynmoe.lab import figures
 from dynmoe.lab.config import run_command
 from dynmoe.lab.figures import band_figure, plasticity_figure
-from dynmoe.lab.tables import print_methods, print_tasks
 from dynmoe.plasticity.trend import plasticity_summary
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")

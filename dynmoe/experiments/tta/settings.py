@@ -51,7 +51,7 @@ class Config(RunConfig):
     """Settings of a comparison of methods on shifted streams."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "What to run": ("method", "compare", "streams", "seeds", "seed", "jobs"),
+        "What to run": ("method", "compare", "streams", "seeds", "seed"),
         "Stream": ("order", "severity", "batch_size", "limit", "lr_scale"),
         "Data and source model": ("data", *REAL, "embedded", "vit"),
         "Measurements": ("window", "routing_batches", "alignment"),

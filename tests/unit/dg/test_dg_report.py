@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from dynmoe.experiments.dg.report import collect, mean_error, print_table, report
+
 from dynmoe.experiments.dg.settings import Config
 
 
