@@ -66,7 +66,16 @@ def main(argv: list[str]) -> None:
     if config.jobs < 1:
         raise UserError(f"--jobs {config.jobs} is too small; use 1 or more")
     study: Study = registry.get("study", config.study)()
-    flags, seeds = argv[cut + 1 :], config.seeds or study.seeds[config.preset]
+    carry_out(study, config, argv[cut + 1 :])
+
+
+def carry_out(study: Study, config: Config, flags: list[str]) -> None:
+    """Run a study.
+
+    Args:
+        flags: more flags for every run, for instance to shorten it.
+    """
+    seeds = config.seeds or study.seeds[config.preset]
     command = f"python -m dynmoe.study {study.name} --preset {config.preset} --seeds {seeds}"
     command += f" -- {shlex.join(flags)}" if flags else ""
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"

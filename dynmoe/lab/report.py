@@ -8,10 +8,9 @@ from typing import Any
 
 from dynmoe.lab.comparison import Results
 from dynmoe.lab.config import identity
+from dynmoe.lab.experiment import Experiment
 from dynmoe.lab.files import make_folder, write_json
 from dynmoe.lab.statistics import Interval
-
-CAPTION = "mean over seeds [95 % t interval]"
 
 
 def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
@@ -34,10 +33,10 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         found = {"title": title, "settings": identity(config), "seeds": config.seeds}
         write_json(folder / "results.json", found | {"streams": entries})
         experiment.draw(folder / "comparison.png", results, title)
-        for stream in results.streams:
-            heading = f"{title}: {stream}" if stream else title
-            print_table(heading, table(results, stream, difference=config.seeds > 1),
-                        CAPTION if config.seeds > 1 else "one seed")  # fmt: skip
+    for stream in results.streams:
+        heading = f"{title}: {stream}" if stream else title
+        rows = table(results, stream, difference=config.seeds > 1)
+        print_table(heading, rows, caption(experiment, config.seeds))
     experiment.report_more(folder, config, shared, results)
     print(f"results: {folder}")
 
@@ -70,6 +69,12 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
         for row, text in zip(rows, (named, "", *gaps), strict=True):
             row.append(text)
     return rows
+
+
+def caption(experiment: Experiment, seeds: int) -> str:
+    """What the numbers of a table are."""
+    unit = ", shares in %" if experiment.unit(experiment.metric)[0] == 100 else ""
+    return (f"mean over {seeds} seeds [95 % t interval]" if seeds > 1 else "one seed") + unit
 
 
 def cell(interval: Interval, factor: float, digits: int, missing: str = "") -> str:

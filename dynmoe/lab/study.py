@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from dynmoe.lab.comparison import Results, plan
 from dynmoe.lab.experiment import Experiment
 from dynmoe.lab.files import make_folder, write_atomic, write_json
-from dynmoe.lab.report import CAPTION, entry, print_table, table
+from dynmoe.lab.report import caption, entry, print_table, table
 from dynmoe.lab.runner import Job, run_jobs
 from dynmoe.registry import Part
 
@@ -174,10 +174,11 @@ def _report(
     })  # fmt: skip
     results.experiment.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
-    lines += [f"M{CAPTION[1:]}; {seeds} seeds; runs made on commit {', '.join(commits)}.", ""]
+    about = caption(results.experiment, seeds)
+    lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
     for stream, chosen in variants.items():
         rows = table(results, stream)
-        print_table(f"{study.name}: {stream}, {seeds} seeds", rows, CAPTION)
+        print_table(": ".join(filter(None, [study.name, stream])), rows, about)
         marked = [f"`{flags}`" if flags else "" for flags in chosen.values()]
         ends = ["flags", "---", *marked]
         rows.insert(1, ["---"] * len(rows[0]))

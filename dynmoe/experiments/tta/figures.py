@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.lab.figures import COLORS, new_figure, save
-from dynmoe.lab.report import CAPTION, cell, print_table
+from dynmoe.lab.report import cell, print_table
 from dynmoe.lab.statistics import confidence_interval, paired_difference
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -77,5 +77,5 @@ def print_routings(streams: dict[str, Runs], batches: int) -> None:
                 rows.append([label, stream, *cells, cell(gap, 100, 1)])
     if len(rows) > 1:
         print_table(f"routing compared on the last {batches} batches: accuracy in %", rows,
-                    f"{CAPTION}; random: any expert for any image; most loaded, best single: one "
-                    "expert per layer for all")  # fmt: skip
+                    "mean over seeds [95 % t interval]; random: any expert for any image; most "
+                    "loaded, best single: one expert per layer for all")  # fmt: skip
