@@ -24,9 +24,9 @@ from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.comparison import Results, three
+from dynmoe.lab.device import keep_freed_memory
 from dynmoe.lab.experiment import At, Experiment, Session
 from dynmoe.lab.figures import band, new_figure, save
-from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval
 from envs.vector import TorchVectorEnv

@@ -21,8 +21,7 @@ from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
 from agents.traces import Traces
 from dynmoe.growth.controller import GrowthController
-from dynmoe.lab.figures import as_image
-from dynmoe.lab.heat_map import heat_map
+from dynmoe.lab.figures import as_image, heat_map
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe.stats import most_experts, routing_stats

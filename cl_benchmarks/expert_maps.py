@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynmoe.lab.heat_map import heat_map
+from dynmoe.lab.figures import heat_map
 from dynmoe.moe import moe_layers
 from dynmoe.moe.inspection import (
     layer_inputs,

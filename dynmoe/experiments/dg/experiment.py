@@ -11,7 +11,7 @@ import numpy as np
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.experiments.dg import figures
+from dynmoe.experiments.dg.measure import method_figures
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
@@ -150,7 +150,7 @@ class DomainGeneralisation(Experiment):
                 with np.load(file, allow_pickle=False) as loaded:
                     arrays = {key: loaded[key] for key in loaded.files}
                 left_out = own[0]["tests"][0]["domain"]
-                figures.method_figures(folder, name, arrays, own[0]["domains"], left_out)
+                method_figures(folder, name, arrays, own[0]["domains"], left_out)
 
 
 def by_domain(runs: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -20,9 +20,8 @@ from cl_benchmarks.shifts.stream import Stream
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 from dynmoe.experiments.tta.figures import experts_figure, print_domains, print_routings
-from dynmoe.experiments.tta.settings import Config
+from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
-from dynmoe.experiments.tta.variants import for_run, parse_variant
 from dynmoe.lab.comparison import Results, three
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.device import make_deterministic, resolve

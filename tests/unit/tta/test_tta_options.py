@@ -14,7 +14,7 @@ from tta_options import METHODS, each_method, same
 
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.experiment import _fitted
-from dynmoe.experiments.tta.variants import parse_variant
+from dynmoe.experiments.tta.settings import parse_variant
 from dynmoe.lab.config import parse
 from dynmoe.tta import adapt
 from dynmoe.tta.__main__ import presets

@@ -11,7 +11,7 @@ from torch import nn
 
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
 from dynmoe.errors import UserError
-from dynmoe.experiments.tta.settings import SmallVit
+from dynmoe.experiments.tta.settings import SmallVit, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import (
     embedded_model,
     keep_classes,
@@ -19,7 +19,6 @@ from dynmoe.experiments.tta.source_model import (
     small_vit,
     timm_model,
 )
-from dynmoe.experiments.tta.variants import for_run, parse_variant
 from dynmoe.lab import cache
 from dynmoe.tta import adapt
 from dynmoe.tta.alignment import alignment, mean_alignment
