@@ -50,8 +50,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
 
     env: str = "Craftax-Classic-Pixels-v1"
-    """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
-    module:Name-v0 of a module"""
+    """such as Craftax-Pixels-v1, Craftax-Symbolic-v1, CartPole-v1, module:Name-v0"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False

@@ -28,9 +28,9 @@ DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on one CPU core, and the first time a
-minute of compilation; smoke, seconds; craftax (full Craftax, a million steps), an hour by
-estimate; paper (1e9 steps, 1024 environments), 130 days of one core: meant for a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on one CPU core, the first time 5; smoke,
+seconds; craftax (full Craftax, a million steps), an hour by estimate; paper (1e9 steps, 1024
+environments), 130 days of one core: meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
@@ -96,7 +96,7 @@ def run(config: Config, preset: str = "own") -> Result:
     """
     if config.evaluate is not None:
         raise UserError("evaluate plays with a trained agent: use agents.replay.run_evaluation")
-    from dynmoe.lab.comparison import run_all
+    from dynmoe.lab.report import run_all
 
     return run_all(experiment(), preset, config)
 

@@ -83,7 +83,7 @@ def run(config: Config, preset: str = "own") -> Result:
         config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
         preset: begins the names of run folders where `config.name` is None.
     """
-    from dynmoe.lab.comparison import run_all
+    from dynmoe.lab.report import run_all
 
     return run_all(experiment(), preset, config)
 

@@ -11,12 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dynmoe.lab.config import digest, parse
 from dynmoe.lab.experiment import At, Experiment
-from dynmoe.lab.results import Result, read_run
-from dynmoe.lab.runner import Job, make_job, run_jobs, run_one
+from dynmoe.lab.runner import Job, make_job
 from dynmoe.lab.statistics import (
     Interval,
     confidence_interval,
@@ -130,40 +127,6 @@ def logged(folder: Path, tag: str) -> list[float]:
         if isinstance(value, int | float):
             found.append(float(value))
     return found
-
-
-def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
-    """Carry out a command line: all its methods, streams and seeds; then write and print results.
-
-    Raises:
-        UserError: settings that cannot work, told before any run begins.
-    """
-    from dynmoe.lab.report import report
-
-    experiment.check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    shared = experiment.load(config)
-    jobs = {
-        stream: {
-            label: [
-                make_job(experiment, preset, replace(one, seed=config.seed + number), label, shared)
-                for number in range(config.seeds)
-            ]
-            for label, one in variants.items()
-        }
-        for stream, variants in experiment.variants(config, shared).items()
-    }
-    flat = [job for variants in jobs.values() for own in variants.values() for job in own]
-    alone, model = config.jobs == 1 or len(flat) == 1, None
-    for job in flat:
-        if alone or job.done:  # a finished run is opened too, to see that its settings are ours
-            done = run_one(experiment, preset, job.config, shared)
-            model = done.model if job is flat[0] else model
-    run_jobs(flat, config.jobs, experiment.command)
-    folder = experiment.report_folder(preset, config, flat[0].folder)
-    report(folder, config, shared, Results.of(jobs, experiment))
-    return Result(folder, tuple(read_run(job.folder) for job in flat), model)
 
 
 def plan(

@@ -1,16 +1,53 @@
-"""What a comparison leaves: results.json, a figure, and tables; of a study also a page."""
+"""A command line: all its runs, and what they leave: results.json, a figure, and tables."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dynmoe.lab.comparison import Results
 from dynmoe.lab.config import identity
 from dynmoe.lab.experiment import Experiment
 from dynmoe.lab.files import make_folder, write_json
+from dynmoe.lab.results import Result, read_run
+from dynmoe.lab.runner import make_job, run_jobs, run_one
 from dynmoe.lab.statistics import Interval
+
+
+def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
+    """Carry out a command line: all its methods, streams and seeds; then write and print results.
+
+    Raises:
+        UserError: settings that cannot work, told before any run begins.
+    """
+    experiment.check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    shared = experiment.load(config)
+    jobs = {
+        stream: {
+            label: [
+                make_job(experiment, preset, replace(one, seed=config.seed + number), label, shared)
+                for number in range(config.seeds)
+            ]
+            for label, one in variants.items()
+        }
+        for stream, variants in experiment.variants(config, shared).items()
+    }
+    flat = [job for variants in jobs.values() for own in variants.values() for job in own]
+    alone, model = config.jobs == 1 or len(flat) == 1, None
+    for job in flat:
+        if alone or job.done:  # a finished run is opened too, to see that its settings are ours
+            done = run_one(experiment, preset, job.config, shared)
+            model = done.model if job is flat[0] else model
+    run_jobs(flat, config.jobs, experiment.command)
+    folder = experiment.report_folder(preset, config, flat[0].folder)
+    report(folder, config, shared, Results.of(jobs, experiment))
+    return Result(folder, tuple(read_run(job.folder) for job in flat), model)
 
 
 def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
