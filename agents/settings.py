@@ -50,7 +50,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
 
     env: str = "Craftax-Classic-Pixels-v1"
-    """such as Craftax-Pixels-v1, Craftax-Symbolic-v1, CartPole-v1, module:Name-v0"""
+    """Craftax-Pixels-v1, CartPole-v1, ... (docs/rl.md)"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False
