@@ -37,17 +37,16 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
             "num_envs", "rollout_steps", "minibatches", "epochs", "lr", "anneal_lr", "gamma",
             "entropy", "autocast",
         ),
-        "PPO, more": (
+        "More of PPO, and measurements": (
             "gae_lambda", "clip", "clip_value", "value_weight", "max_grad_norm",
-            "normalise_advantage", "adam_eps",
+            "normalise_advantage", "adam_eps", "probe_every", "probe_samples",
         ),
-        "Environment and measurements": (
-            "env_args", "normalize_observations", "normalize_rewards", "renderer", "probe_every",
-            "probe_samples",
+        "Environment": (
+            "env_args", "normalize_observations", "normalize_rewards", "renderer",
         ),
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
-    BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
+    BRIEF: ClassVar[tuple[str, ...]] = ("More of PPO, and measurements",)
 
     env: str = "Craftax-Classic-Pixels-v1"
     """Craftax-Pixels-v1, CartPole-v1, ... (docs/rl.md)"""

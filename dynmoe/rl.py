@@ -28,8 +28,9 @@ DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core; smoke, seconds; craftax (a million
-steps), an hour by estimate; paper (1e9 steps), 130 days of one core: meant for a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke,
+seconds; craftax (a million steps), an hour by estimate; paper (1e9 steps), 130 days of a core:
+meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
