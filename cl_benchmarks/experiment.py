@@ -26,7 +26,7 @@ from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.run import Run
 from dynmoe.lab.tables import print_methods, print_tasks
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.plasticity.tasks import plasticity_summary
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer

@@ -17,8 +17,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dynmoe.dg.kadaptation import Factors, default_terms, draw_xavier
-from dynmoe.dg.moa import Adapter, MoAConfig, Theta, check_config
+from dynmoe.dg.adapters import Factors, default_terms, draw_xavier
+from dynmoe.dg.backbone import features
+from dynmoe.dg.moa import Adapter, MoAConfig, MoALinear, Theta, check_config
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.draws import home
@@ -207,6 +208,26 @@ class AdapterBank(ExpertBank):
 AdapterBank.Config.part = AdapterBank  # registered nowhere: it needs the sizes of a backbone
 
 
+def bank_for(
+    backbone: nn.Module,
+    options: MoAConfig,
+    adapter: Adapter,
+    synthesis: Synthesis = "factors",
+    init_noise: float = 0.0,
+) -> AdapterBank.Config:
+    """The bank that fits a backbone's attention."""
+    base: nn.Linear = backbone.blocks[0].attn.qkv  # type: ignore[index,union-attr]
+    return AdapterBank.Config(
+        options=options,
+        adapter=adapter,
+        synthesis=synthesis,
+        init_noise=init_noise,
+        layers=len(range(0, len(backbone.blocks), options.every)),  # type: ignore[arg-type]
+        width_in=base.in_features,
+        width_out=base.out_features,
+    )
+
+
 def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of one outer expert."""
     options, layers = config.options, config.layers
@@ -226,3 +247,28 @@ def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
     if config.adapter == "kadaptation":
         shapes |= {"u": (terms, terms), "v": (terms, terms)}
     return shapes
+
+
+def adapted_features(
+    backbone: nn.Module, layers: list[MoALinear], thetas: list[Theta], images: Tensor
+) -> Tensor:
+    """[B, D] features of images [B, C, H, W] with the layers' parameters for this pass."""
+    for layer, theta in zip(layers, thetas, strict=True):
+        layer.theta = theta
+    try:
+        return features(backbone, images)
+    finally:
+        for layer in layers:
+            layer.theta = None
+
+
+def whole_set(bank: AdapterBank) -> list[Theta]:
+    """The Theta of each layer from a bank of one set, shared by all samples."""
+    alone = bank.rows["bias"].new_ones(1, 1)
+    return bank.thetas(bank.mix(alone), alone)
+
+
+def balance(layers: list[MoALinear], weight: float) -> dict[str, Tensor]:
+    """The layers' load-balancing losses, weighted and summed, by name; none outside training."""
+    losses = [layer.last_balance for layer in layers if layer.last_balance is not None]
+    return {"balance": weight * torch.stack(losses).sum()} if losses else {}

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe.dg.adapters import Factors, check_terms, default_terms, update
 from dynmoe.dg.backbone import beside
-from dynmoe.dg.kadaptation import Factors, check_terms, default_terms, update
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import owners
 from dynmoe.moe.losses.balance import cv_squared

@@ -16,8 +16,16 @@ from dynmoe.moe.step import finish_step
 from dynmoe.registry import Part, PartConfig
 from dynmoe.tta.entropy import possible_classes, sound
 from dynmoe.tta.options import check_types, make_config
-from dynmoe.tta.params import tensors_to_keep, use_batch_statistics, work_alone
-from dynmoe.tta.precision import load_optimizer, move_state, moved, moved_generator, take_step
+from dynmoe.tta.params import (
+    load_optimizer,
+    move_state,
+    moved,
+    moved_generator,
+    take_step,
+    tensors_to_keep,
+    use_batch_statistics,
+    work_alone,
+)
 
 
 class Adapter(nn.Module, Part, ABC, kind="tta"):

@@ -16,7 +16,7 @@ from dynmoe.lab import figures
 from dynmoe.lab.config import run_command
 from dynmoe.lab.figures import band_figure, plasticity_figure
 from dynmoe.lab.tables import print_methods, print_tasks
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.plasticity.tasks import plasticity_summary
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""

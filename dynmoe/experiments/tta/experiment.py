@@ -27,7 +27,7 @@ from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.jobs import Job, run_jobs
 from dynmoe.lab.results import Result, read_run
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.alignment import alignment
+from dynmoe.tta.measures import alignment
 from dynmoe.tta.options import for_classes
 
 LEAST = {"seeds": 1, "jobs": 1, "batch_size": 1, "window": 1, "lr_scale": 0.0, "threads": 0,

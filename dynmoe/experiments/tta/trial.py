@@ -18,9 +18,7 @@ from dynmoe.experiments.tta.variants import for_run
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.diagnostics import expert_similarity, use_of_experts
-from dynmoe.tta.tally import Tally
-from dynmoe.tta.usefulness import usefulness
+from dynmoe.tta.measures import Tally, expert_similarity, use_of_experts, usefulness
 
 
 def run_method(preset: str, config: Config, source: ShiftSource, model: nn.Module) -> None:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.interventions.weights import replace_module
 from dynmoe.moe.noise import Noise
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy, mean_of
+from dynmoe.tta.entropy import mean_of, softmax_entropy
 from dynmoe.tta.options import sure_margin
-from dynmoe.tta.params import NORMS, plain_modules, replace_module
+from dynmoe.tta.params import NORMS, plain_modules
 
 
 class BlockExperts(nn.Module):
@@ -97,8 +98,6 @@ class Becotta(
         seed: int = 0
         """of the initial weights and the gates' noise"""
 
-    config: Config
-
     @staticmethod
     def by_classes(classes: int) -> dict[str, float]:
         """The margin."""
@@ -130,7 +129,7 @@ class Becotta(
     def adapt(self, images: Tensor) -> Tensor:
         """One step down the entropy of the sure samples."""
         logits = self.model(images)
-        h = entropy(logits)
+        h = softmax_entropy(logits)
         self.learn(mean_of(h, h.detach() < self.option("margin", logits)), logits)
         return logits
 

@@ -22,9 +22,14 @@ from dynmoe.experiments.tta.source_model import (
 from dynmoe.experiments.tta.variants import for_run, parse_variant
 from dynmoe.lab import cache
 from dynmoe.tta import adapt
-from dynmoe.tta.alignment import alignment, mean_alignment
-from dynmoe.tta.diagnostics import expert_similarity, similarity, use_of_experts
-from dynmoe.tta.tally import Tally
+from dynmoe.tta.measures import (
+    Tally,
+    alignment,
+    expert_similarity,
+    mean_alignment,
+    similarity,
+    use_of_experts,
+)
 
 VIT = SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=8)
 DATA = EmbeddedConfig(classes=3, size=16, train_per_class=8, test_per_class=2)
