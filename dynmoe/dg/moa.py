@@ -107,14 +107,16 @@ class MoALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D_in] -> [B, N, D_out]."""
-        y = self.base(x)
-        theta = self.theta
+        y, theta = self.base(x), self.theta
         if theta is None:
             return y
         gates = self._route(gate_logits(x, theta))
         factors = theta.factors
         if self.training and self.dropout > 0:
-            factors = replace(factors, left=factors.left * self._kept(factors))
+            left = factors.left
+            like = left[:, :, :1]  # [B, T, 1, R]: one draw per rank of a term of an update
+            kept = (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
+            factors = replace(factors, left=left * kept)
         if theta.term_weights is not None:
             delta = self._weighted_update(x, factors, gates, theta.term_weights)
         else:
@@ -160,16 +162,9 @@ class MoALinear(nn.Module):
         ]
         return torch.cat(deltas, dim=1).squeeze(0)[order.argsort()]
 
-    def _kept(self, factors: Factors) -> Tensor:
-        """Dropout's factors of the ranks of the terms, one draw per update: 0 or 1/(1 - p)."""
-        left = factors.left
-        like = left[:, :, :1]  # [B, T, 1, R]
-        return (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
-
     def _route(self, logits: Tensor) -> Tensor:
         """Gates [B, N, I] of logits [B, N, I], 0 but for one adapter per token."""
-        count = logits.shape[2]
-        flat = logits.flatten(0, 1)
+        count, flat = logits.shape[2], logits.flatten(0, 1)
         probabilities = flat.softmax(dim=1)
         noisy, used, load = flat, probabilities, None
         self.last_balance = None
@@ -179,17 +174,15 @@ class MoALinear(nn.Module):
             load = torch.special.ndtr((probabilities - used.amax(dim=1, keepdim=True)) * count)
             self.last_balance = balance_loss(probabilities, load)
         chosen = F.one_hot(noisy.argmax(dim=1), count).bool()
-        gates = torch.where(chosen, used, 0.0)
-        active = torch.ones(count, dtype=torch.bool, device=logits.device)
         self.last_routing = Routing(
-            gates=gates,
+            gates=torch.where(chosen, used, 0.0),
             logits=flat,
             probabilities=probabilities,
-            active=active,
+            active=torch.ones(count, dtype=torch.bool, device=logits.device),
             chosen=chosen,
             load=load,
         )
-        return gates.view(logits.shape)
+        return self.last_routing.gates.view(logits.shape)
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the last pass out: its tensors belong to a graph."""
@@ -256,7 +249,7 @@ def insert_moa(
     backbone.requires_grad_(False)
     count = len(backbone.blocks)  # type: ignore[arg-type]
 
-    def make(base: nn.Linear) -> MoALinear:
-        return MoALinear(base, config, generator)
-
-    return [beside(backbone, block, "qkv", make) for block in range(0, count, config.every)]
+    return [
+        beside(backbone, block, "qkv", lambda base: MoALinear(base, config, generator))
+        for block in range(0, count, config.every)
+    ]

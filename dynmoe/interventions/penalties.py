@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynmoe.interventions.intervention import Anchored, Intervention, Limit
 from dynmoe.interventions.units import NORMS, Slot
@@ -34,18 +34,14 @@ class L2(Intervention, name="l2", source="Krogh & Hertz 1991, Eq. 1"):
 
     def penalty(self) -> Tensor:
         """The penalty at the present weights."""
-        active: dict[Tensor, Tensor] = {}
+        squares = {p: p.square() for p in self.model.parameters() if p.requires_grad}
         for _, layer in moe_layers(self.model):
             for rows in (*layer.router.expert_rows(), *layer.bank.expert_rows()):
-                active[rows] = layer.router.active.view(-1, *[1] * (rows.dim() - 1))
-        squares = []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                square = parameter.square()
-                if parameter in active:
-                    square = torch.where(active[parameter], square, 0.0)
-                squares.append(square.sum())
-        return self.config.strength * torch.stack(squares).sum()
+                if rows in squares:
+                    active = layer.router.active.view(-1, *[1] * (rows.dim() - 1))
+                    squares[rows] = torch.where(active, squares[rows], 0.0)
+        sums = [square.sum() for square in squares.values()]
+        return self.config.strength * torch.stack(sums).sum()
 
 
 class L2Init(Anchored, name="l2-init", source="Kumar et al. 2023 (arXiv 2308.11958), Section 4"):
@@ -108,7 +104,8 @@ class Spectral(
             terms.append((sigma**k - 1).square())
             if slot.bias is not None and slot.bias.dim() == 1:
                 terms.append(slot.bias.square().sum() ** k)
-        terms += [(scale.abs().max() ** k - 1).square() for scale in self._scales()]
+        norms = [m for m in self.model.modules() if isinstance(m, NORMS) and m.weight is not None]
+        terms += [(norm.weight.abs().max() ** k - 1).square() for norm in norms]
         return self.config.strength * torch.stack(terms).sum()
 
     def _sigma(self, number: int, slot: Slot) -> Tensor:
@@ -124,10 +121,6 @@ class Spectral(
     def _draw(self, slot: Slot) -> Tensor:
         weight = slot.parameter
         return F.normalize(torch.randn(len(weight), generator=self.generator), dim=0).to(weight)
-
-    def _scales(self) -> list[nn.Parameter]:
-        norms = [m for m in self.model.modules() if isinstance(m, NORMS)]
-        return [norm.weight for norm in norms if norm.weight is not None]
 
     def state(self) -> dict[str, Any]:
         """The power iterations' vectors."""

@@ -104,9 +104,7 @@ class UnitRecord:
 
 
 class CBP(
-    RecordedReset,
-    name="cbp",
-    source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1",
+    RecordedReset, name="cbp", source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1"
 ):
     """Continual backpropagation: all the time, re-initialises a few of the least useful units.
 
@@ -184,12 +182,11 @@ def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
         mean: [n] mean activations. Layers without biases are passed over: those in front of batch
             normalisation, which takes any shift away.
     """
+    if (bias := slot.bias) is None:
+        return
     weight = slot.parameter.index_select(slot.axis, slot.entries(index)).movedim(slot.axis, 0)
     weight = weight.flatten(2).sum(dim=2) if weight.dim() > 2 else weight  # [n * repeat, out]
     sent = weight * mean.to(weight).repeat_interleave(slot.repeat).unsqueeze(1)
-    bias = slot.bias
-    if bias is None:
-        return
     if bias.dim() == 1:
         bias.add_(sent.sum(dim=0))
     elif isinstance(slot.module, UnitBank):  # a row per expert, behind the same gate as its units

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,11 @@ def weight_matrices(model: nn.Module, outputs: bool = True) -> list[Slot]:
             found.append(Slot(module, "weight", 0))
         elif isinstance(module, MoELayer):
             for bank in unit_banks(module):
-                names = [n for n, _ in bank.unit_axes() if getattr(bank, n).dim() >= 2]
-                out = bank.output_weight()
-                found += [
-                    Slot(bank, name, 0)
-                    for name in names
-                    if module not in last or getattr(bank, name) is not out
-                ]
+                left_out = bank.output_weight() if module in last else None
+                for name, _ in bank.unit_axes():
+                    weight = getattr(bank, name)
+                    if weight.dim() >= 2 and weight is not left_out:
+                        found.append(Slot(bank, name, 0))
     return [slot for slot in found if slot.parameter.requires_grad]
 
 
@@ -66,15 +65,14 @@ def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:
     Raises:
         UserError: one is not.
     """
-    found = []
-    for layer in output_layers(model):
+    layers = output_layers(model)
+    for layer in layers:
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"intervention {intervention} needs linear output layers, and here one is an "
                 f"{type(layer).__name__}; use a method or place with dense heads"
             )
-        found.append(layer)
-    return found
+    return cast(list[nn.Linear], layers)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,12 +167,6 @@ def alignment(model: nn.Module, domains: Mapping[str, Iterable[Tensor]]) -> Tens
     return unit @ unit.T
 
 
-def mean_alignment(cosines: Tensor) -> float:
-    """Mean over all pairs of different domains of cosines [K, K]."""
-    count = len(cosines)
-    return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
-
-
 Choice = Callable[[MoELayer, Routing], Tensor]
 """A layer and its own routing -> the expert of each image instead, int64 [B]."""
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -182,15 +177,13 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 def routed_by(model: nn.Module, choose: Choice) -> Iterator[None]:
     """Let `choose` pick the expert of each image in every MoELayerNorm, within the block."""
 
-    def watch(layer: MoELayer) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
-            expert = choose(layer, own)
-            everywhere = torch.ones_like(expert, dtype=torch.bool)
-            return hard_routing(expert, everywhere, own.active, own.gates)
+    def replace(layer: MoELayer, _: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
+        expert = choose(layer, own)
+        everywhere = torch.ones_like(expert, dtype=torch.bool)
+        return hard_routing(expert, everywhere, own.active, own.gates)
 
-        return layer.router.register_forward_hook(hook)
-
-    handles = [watch(norm.layer) for _, norm in moe_norms(model)]
+    layers = [norm.layer for _, norm in moe_norms(model)]
+    handles = [at.router.register_forward_hook(partial(replace, at)) for at in layers]
     try:
         yield
     finally:
@@ -234,27 +227,21 @@ def usefulness(
         drawn = torch.randint(layer.num_experts, (len(routing.gates),), generator=generator)
         return drawn.to(routing.gates.device)
 
-    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor:
-        return _all(int(loads[layer].argmax()), routing)
-
     def only(expert: int) -> Choice:
-        return lambda layer, routing: _all(expert, routing)
+        return lambda _, own: torch.full((len(own.gates),), expert, device=own.gates.device)
+
+    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor:
+        return only(int(loads[layer].argmax()))(layer, routing)
 
     number = min(layer.num_experts for layer in layers)
     choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
     with undisturbed(model):
-        found = _score(model, batches, choices) | _score(
-            model, batches, {"most_loaded": most_loaded}
-        )
+        found = _score(model, batches, choices)
+        found |= _score(model, batches, {"most_loaded": most_loaded})  # as counted just now
     singles = [found.pop(str(e)) for e in range(number)]
     losses = [single["loss"] for single in singles]
     best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))
     return found | {"best": {**singles[best], "expert": best}}
-
-
-def _all(expert: int, routing: Routing) -> Tensor:
-    """[B] the same expert for every image."""
-    return torch.full((len(routing.gates),), expert, device=routing.gates.device)
 
 
 def _score(

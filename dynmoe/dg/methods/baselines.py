@@ -110,8 +110,7 @@ class KAdaptation(
         check_terms(terms, self.dim)
         self.shared = SharedFactors(terms, generator)
         beside_attention(
-            self.backbone,
-            lambda base: KroneckerAdapter(base, self.shared, config.rank, generator),
+            self.backbone, lambda base: KroneckerAdapter(base, self.shared, config.rank, generator)
         )
 
 

@@ -104,11 +104,7 @@ class Becotta(
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Wrap the blocks.
-
-        Raises:
-            UserError: the model has no `blocks`.
-        """
+        """Wrap the blocks."""
         config = self.config
         if config.num_experts < 1 or not config.lr > 0 or not config.std >= 0:
             raise UserError(

@@ -49,11 +49,7 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
         """of views and restored numbers"""
 
     def prepare(self) -> None:
-        """All parameters called weight or bias.
-
-        Raises:
-            UserError: no views, or a share outside 0 to 1.
-        """
+        """All parameters called weight or bias."""
         config = self.config
         if config.views < 1 or not all(0 <= p <= 1 for p in (config.teacher_decay, config.restore)):
             raise UserError(
@@ -127,7 +123,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         share = torch.rand((), generator=generator, device=generator.device)
         return low + (high - low) * float(share)
 
-    x = _colour(images.clamp(0, 1), draw, generator)
+    colours = [
+        (transform.adjust_brightness, 0.6, 1.4),
+        (transform.adjust_contrast, 0.7, 1.3),
+        (transform.adjust_saturation, 0.5, 1.5),
+        (transform.adjust_hue, -0.06, 0.06),
+        (transform.adjust_gamma, 0.7, 1.3),
+    ]
+    x = images.clamp(0, 1)
+    for index in torch.randperm(5, generator=generator, device=generator.device).tolist():
+        change, low, high = colours[index]
+        x = change(x, draw(low, high)).clamp(0, 1)
     x = transform.pad(x, [width // 2, height // 2], padding_mode="edge")
     x = transform.affine(
         x,
@@ -142,20 +148,3 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     x = x.flip(-1) if draw(0, 1) < 0.5 else x
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return (x + 0.005 * noise).clamp(0, 1)
-
-
-def _colour(x: Tensor, draw: object, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast, saturation, hue and gamma of images in [0, 1], in a random order."""
-    from torchvision.transforms.v2 import functional as transform
-
-    steps = [
-        (transform.adjust_brightness, 0.6, 1.4),
-        (transform.adjust_contrast, 0.7, 1.3),
-        (transform.adjust_saturation, 0.5, 1.5),
-        (transform.adjust_hue, -0.06, 0.06),
-        (transform.adjust_gamma, 0.7, 1.3),
-    ]
-    for index in torch.randperm(5, generator=generator, device=generator.device).tolist():
-        change, low, high = steps[index]
-        x = change(x, draw(low, high)).clamp(0, 1)  # type: ignore[operator]
-    return x

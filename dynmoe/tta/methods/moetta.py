@@ -82,11 +82,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Replace the LayerNorms.
-
-        Raises:
-            UserError: no LayerNorm is left to replace, or an option is out of range.
-        """
+        """Replace the LayerNorms."""
         config = self.config
         if config.num_experts < 1 or 0 < config.max_experts < config.num_experts or config.keep < 0:
             raise UserError(

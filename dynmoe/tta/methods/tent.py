@@ -61,11 +61,7 @@ class Mgtta(Adapter, name="mgtta", source="a baseline of Fan et al. 2025 (arXiv 
         """MGTTA has no options here."""
 
     def prepare(self) -> None:
-        """Refuse.
-
-        Raises:
-            UserError: always.
-        """
+        """Refuse, always."""
         raise UserError(
             "mgtta moves weights by a learned optimizer: it needs its authors' checkpoint "
             "(mgg_ckpt.pth), their code for it and statistics of the source, none of which comes "
