@@ -130,21 +130,13 @@ class MoALinear(nn.Module):
     def _weighted_update(
         self, x: Tensor, factors: Factors, gates: Tensor, term_weights: Tensor
     ) -> Tensor:
-        """[B * N, D_out] where all samples share the terms and differ in the terms' weights.
-
-        There are K times as many terms as a set has, so each token pays for its own adapter only.
-
-        Args:
-            x: [B, N, D_in].
-            factors: of batch 1.
-            gates: [B, N, I], one adapter per token.
-            term_weights: [B, T].
-        """
+        """[B * N, D_out] of x [B, N, D_in] where samples share terms and weigh them [B, T] each."""
         rows, flat = x.flatten(0, 1), gates.flatten(0, 1)
         terms = term_weights.repeat_interleave(x.shape[1], dim=0).t()  # [T, B * N]
         if torch.compiler.is_compiling():  # no shape may depend on data: all ranks for all tokens
             ranks = terms.unsqueeze(2) * flat.index_select(1, self.owner)
             return update(rows.unsqueeze(0), factors, ranks.unsqueeze(0)).squeeze(0)
+        # Terms are K times as many as a set has: each token pays for its own adapter only.
         gate, chosen = flat.max(dim=1)
         order = chosen.argsort()
         counts = chosen.bincount(minlength=len(self.ranks)).tolist()

@@ -59,11 +59,7 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
     """
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Halve and mirror; it draws nothing.
-
-        Raises:
-            UserError: there is no ReLU behind a layer, or a layer has an odd number of units.
-        """
+        """Halve and mirror, where ReLUs stand behind even numbers of units; it draws nothing."""
         layers = [u for u in find_units(model) if isinstance(u.activation, nn.ReLU)]
         if not layers:
             raise UserError("intervention crelu: the network has no ReLU behind a layer of its own")
@@ -165,11 +161,7 @@ class Injection(
         """the optimizer step after which to inject instead; 0 for at a task start"""
 
     def begin(self) -> None:
-        """Look at the output layers.
-
-        Raises:
-            UserError: one is not linear.
-        """
+        """See that the output layers are linear."""
         self.done = False
         linear_outputs(self.model, self.name)
 

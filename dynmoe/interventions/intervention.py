@@ -79,7 +79,11 @@ class Intervention(Part, ABC, kind="intervention"):
                 raise UserError(f"{self.name}: {option}={value} must be {words}")
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Change the network's make, in place, before training and before its optimizer exists."""
+        """Change the network's make, in place, before training and before its optimizer exists.
+
+        Raises:
+            UserError: the network is unfit; from `begin`, too.
+        """
 
     def attach(self, model: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> None:
         """Begin: the network has its first weights. Call once, with the network on its device."""
@@ -163,6 +167,9 @@ class InterventionPlugin:
 
     def __init__(self, intervention: Intervention) -> None:
         self.intervention = intervention
+        self.state_dict = intervention.state_dict
+        self.load_state_dict = intervention.load_state_dict
+        self.rebuild_from = intervention.rebuild_from
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts."""
@@ -193,22 +200,10 @@ class InterventionPlugin:
         self.intervention.step_done()
         self._record(strategy)
 
-    def rebuild_from(self, state: dict[str, Any]) -> None:
-        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
-        self.intervention.rebuild_from(state)
-
     @staticmethod
     def _record(strategy: Any) -> None:
         """Keep Avalanche's record of the optimizer's parameters: some may have been replaced."""
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The intervention's state."""
-        return self.intervention.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.intervention.load_state_dict(state)
 
 
 class NoIntervention(Intervention, name="none", source="ours"):

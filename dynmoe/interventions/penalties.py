@@ -201,6 +201,7 @@ class ResumableEWC:
 
     def __init__(self, plugin: Any) -> None:
         self.plugin = plugin
+        self.after_training_exp = plugin.after_training_exp  # finds out what mattered to the task
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the penalty."""
@@ -210,10 +211,6 @@ class ResumableEWC:
                 for name, held in kept.items():
                     kept[name] = _fitting(name, held, parameters[name])
         self.plugin.before_backward(strategy, **kwargs)
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Find out what mattered to the task."""
-        self.plugin.after_training_exp(strategy, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Old values and importances: task -> parameter name -> tensor."""

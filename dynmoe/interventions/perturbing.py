@@ -35,11 +35,7 @@ class HeadReset(
         """what the output layer becomes"""
 
     def begin(self) -> None:
-        """Keep the output layers' first weights.
-
-        Raises:
-            UserError: an output layer is not linear.
-        """
+        """Keep the first weights of the output layers, which must be linear."""
         layers = linear_outputs(self.model, self.name)
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.first = [p.detach().clone() for p in self.parameters]

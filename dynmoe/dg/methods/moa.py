@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class MoASets(DGMethod):
     adapter: ClassVar[Adapter] = "kadaptation"
     members = 1
 
-    def prepare(self, config: MoAConfig, generator: torch.Generator | None) -> None:
+    def prepare(self, config: Any, generator: torch.Generator | None) -> None:
         """Make the sets and their heads."""
         self.balance = config.balance
         bank = bank_for(self.backbone, config, self.adapter)

@@ -173,7 +173,6 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         config = self.config
         if not config.rho >= 0:
             raise UserError(f"sar: rho={config.rho} must be at least 0")
-
         last = innermost(self.model)._modules.get("norm")
         kept = set() if last is None else set(last.modules())
 
@@ -231,9 +230,6 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
             memory["resets"] += 1
 
 
-Destruction = Literal["patch", "pixel", "occlusion"]
-
-
 CONSTANTS = {
     "paper": {"lr": 1e-3, "filter": 0.5, "margin": 0.4, "plpd": 0.2},
     "official": {"lr": 5e-5, "filter": 0.4, "margin": 0.5, "plpd": 0.5},
@@ -266,7 +262,7 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         """E0 in nats; by default 0.4 ln(classes) (paper), 0.5 ln(classes) (official)"""
         plpd: float | None = None
         """threshold of PLPD; by default 0.2 (paper), 0.5 (official)"""
-        destroy: Destruction = "patch"
+        destroy: Literal["patch", "pixel", "occlusion"] = "patch"
         """patch: shuffled patches, each image in its own order (both codes' default); pixel:
         shuffled pixels, one order for all; occlusion: the centre gets the channel's mean"""
         grid: int = 4
