@@ -113,10 +113,7 @@ class MoALinear(nn.Module):
         gates = self._route(gate_logits(x, theta))
         factors = theta.factors
         if self.training and self.dropout > 0:
-            left = factors.left
-            like = left[:, :, :1]  # [B, T, 1, R]: one draw per rank of a term of an update
-            kept = (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
-            factors = replace(factors, left=left * kept)
+            factors = replace(factors, left=factors.left * self._kept(factors))
         if theta.term_weights is not None:
             delta = self._weighted_update(x, factors, gates, theta.term_weights)
         else:
@@ -153,6 +150,12 @@ class MoALinear(nn.Module):
             if len(own)
         ]
         return torch.cat(deltas, dim=1).squeeze(0)[order.argsort()]
+
+    def _kept(self, factors: Factors) -> Tensor:
+        """Dropout's factors of the ranks of the terms, one draw per update: 0 or 1/(1 - p)."""
+        left = factors.left
+        like = left[:, :, :1]  # [B, T, 1, R]
+        return (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
 
     def _route(self, logits: Tensor) -> Tensor:
         """Gates [B, N, I] of logits [B, N, I], 0 but for one adapter per token."""
