@@ -27,7 +27,7 @@ from dynmoe.lab.figures import band, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, iqm
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.plasticity.tasks import plasticity_summary
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer

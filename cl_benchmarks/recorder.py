@@ -20,10 +20,10 @@ from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.stats import gate_shares, most_experts
-from dynmoe.plasticity.entk import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
+from dynmoe.plasticity.metrics import entk_effective_rank
 from dynmoe.plasticity.probes import outside_experts, take_probe
-from dynmoe.plasticity.routing import (
+from dynmoe.plasticity.tasks import (
     expert_task_information,
     information_by_expert,
     routing_drift,

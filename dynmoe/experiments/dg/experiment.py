@@ -30,7 +30,7 @@ class DomainGeneralisation(Experiment):
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
     `oracle_accuracy`, at the last one; `trainable`, the trainable parameters; and the method's own
-    `measures`, of MoE² those of `dynmoe.dg.identity.departure`.
+    `measures`, of MoE² those of `dynmoe.dg.methods.moe2.departure`.
     """
 
     command = "dg"

@@ -32,11 +32,8 @@ from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.alignment import alignment
-from dynmoe.tta.diagnostics import expert_similarity, use_of_experts
+from dynmoe.tta.measures import Tally, alignment, expert_similarity, use_of_experts, usefulness
 from dynmoe.tta.options import for_classes
-from dynmoe.tta.tally import Tally
-from dynmoe.tta.usefulness import usefulness
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""

@@ -20,7 +20,7 @@ from cl_benchmarks.method import Horizon
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
 from dynmoe.errors import UserError
-from dynmoe.interventions.ewc import ResumableEWC
+from dynmoe.interventions.penalties import ResumableEWC
 from dynmoe.registry import get
 
 CPU = torch.device("cpu")

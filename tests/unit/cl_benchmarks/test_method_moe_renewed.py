@@ -9,7 +9,7 @@ from torch import nn
 
 from cl_benchmarks.method import Training
 from cl_benchmarks.methods.constant import RenewExperts
-from dynmoe.interventions.none import NoIntervention
+from dynmoe.interventions.intervention import NoIntervention
 from dynmoe.moe import MoELayer
 
 
