@@ -24,7 +24,7 @@ from agents.settings import Config
 from agents.statistics import learning_curve
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import GrowthController
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.lab.progress import ProgressLine

@@ -21,14 +21,13 @@ from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting
 from agents.traces import Traces
 from dynmoe.errors import NumericError
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import GrowthController
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.figures import as_image
 from dynmoe.lab.heat_map import heat_map
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
-from dynmoe.moe.layer import moe_layers
-from dynmoe.moe.stats import routing_stats
+from dynmoe.moe import moe_layers, routing_stats
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import copy_parameters, take_probe
 from envs.vector import TorchVectorEnv

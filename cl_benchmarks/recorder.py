@@ -18,8 +18,8 @@ from dynmoe.errors import NumericError
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import gate_shares
+from dynmoe.moe.model import undisturbed
 from dynmoe.plasticity.entk import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import copy_parameters, take_probe

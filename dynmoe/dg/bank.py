@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from dynmoe.dg.kadaptation import Factors, default_terms, draw_xavier
 from dynmoe.dg.moa import Adapter, MoAConfig, Theta, check_config
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe import ExpertBank, Routing
 from dynmoe.moe.draws import home
-from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
 Synthesis = Literal["factors", "deltas"]

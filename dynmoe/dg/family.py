@@ -9,7 +9,7 @@ from dynmoe.dg.adapted import adapted_features, balance, whole_set
 from dynmoe.dg.bank import AdapterBank
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.draws import seeded_linear
 
 
 class MoASets(DGMethod):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.dg.backbone import features
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 
 if TYPE_CHECKING:
     from dynmoe.dg.methods.moe2 import MoE2

@@ -14,19 +14,14 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth import distributed
-from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
-from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
-from dynmoe.growth.surgery import Restart, check_room, grow_layer
-from dynmoe.growth.trigger import Signals, Trigger
-from dynmoe.growth.triggers.clock import TaskTrigger
-from dynmoe.growth.undo import Undo, rolled_back
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.step import register_step_hook
+from dynmoe.growth.pruning import Budget, PruningCriterion, ReinitUnits
+from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_back
+from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
+from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook
 from dynmoe.registry import PartConfig
 
 
@@ -68,7 +63,7 @@ class GrowthController:
     Args:
         model: a model with at least one MoELayer.
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
-            move what moves once per step (see `dynmoe.moe.step`).
+            move what moves once per step (see `dynmoe.moe.finish_step`).
         granularity: experts added per growth (the paper's g).
         trigger, pruning, init: Configs of registered parts; defaults: at tasks, reinit, random.
         budget: constant, or units per growth.

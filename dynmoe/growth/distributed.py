@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynmoe.errors import UserError
-from dynmoe.growth.trigger import Signals
-from dynmoe.moe.bank import ExpertBank, UnitBank
+from dynmoe.growth.triggers.clock import Signals
+from dynmoe.moe import ExpertBank, UnitBank
 
 
 def several_processes() -> bool:

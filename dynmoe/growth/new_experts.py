@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.router import Router
+from dynmoe.moe import MoELayer, Router, UnitBank, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.model import undisturbed
 
 RunModel = Callable[[nn.Module], Any]
 """Runs the model and returns what it returns, as `lambda model: model(input_ids=ids, tasks=t)`."""

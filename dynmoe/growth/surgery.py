@@ -1,13 +1,16 @@
-"""The only code that rewrites a layer's parameters and their optimizer state.
+"""The only code that rewrites a layer's parameters and their optimizer state, and takes it back.
 
 At a constant budget everything happens in place: no Parameter is replaced and no unit that is kept
 moves, so optimizers, data parallel wrappers and compiled graphs stay valid, and the cost is that of
 the rows handed to new experts. Only a pool that gains units gets new Parameters, which take the old
-ones' place in the module and in the optimizer.
+ones' place in the module and in the optimizer. What a growth overwrites is kept until it has
+succeeded, so that one that fails leaves no trace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +26,8 @@ from dynmoe.growth.optimizer_state import (
     pad,
     replace_parameter,
 )
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.draws import as_runs, set_entries
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer, UnitBank
+from dynmoe.moe.draws import as_runs, set_entries, take_entries
 
 
 @dataclass(frozen=True)
@@ -221,3 +223,89 @@ def append_entries(
     setattr(module, name, new)
     if optimizer is not None:
         replace_parameter(optimizer, old, new, axis)
+
+
+class Undo:
+    """Copies of what surgery is about to write in some layers, and what the optimizer holds.
+
+    At a constant budget that is the weights of the units and rows that change; Parameters that will
+    be replaced, with their gradients and state, are kept as they are, without a copy.
+    """
+
+    def __init__(
+        self, layers: Sequence[MoELayer], plans: Sequence[Plan], optimizer: Optimizer | None
+    ) -> None:
+        self.optimizer = optimizer
+        self._objects: list[tuple[nn.Module, str, Tensor]] = []
+        self._values: dict[int, tuple[Tensor, int, Tensor | None, Tensor]] = {}
+        for layer, plan in zip(layers, plans, strict=True):
+            self._keep_objects(layer)
+            for parameter, axis, index in _written(layer, plan):
+                self._keep(parameter, axis, index)
+        if optimizer is not None:
+            self._groups = [list(group["params"]) for group in optimizer.param_groups]
+            self._state = dict(optimizer.state)
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Put everything back, objects and values."""
+        for module, name, tensor in self._objects:
+            setattr(module, name, tensor)
+        for tensor, axis, index, before in self._values.values():
+            if index is None:
+                tensor.copy_(before)
+            else:
+                set_entries(tensor, axis, index, before)
+        if self.optimizer is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group["params"][:] = parameters
+            self.optimizer.state.clear()
+            self.optimizer.state.update(self._state)
+
+    def _keep_objects(self, layer: MoELayer) -> None:
+        """Note which tensors stand where, and copy the buffers, which are small."""
+        for module in (layer, *layer.router.modules(), *layer.bank.modules()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._objects.append((module, name, tensor))
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._keep(buffer, 0, None)
+
+    @torch.no_grad()
+    def _keep(self, tensor: Tensor, axis: int, index: Tensor | None) -> None:
+        """Copy some entries of a tensor, or all; once where layers share it."""
+        if id(tensor) in self._values:
+            return
+        before = tensor.clone() if index is None else take_entries(tensor, axis, index)
+        self._values[id(tensor)] = (tensor, axis, index, before)
+
+
+@contextmanager
+def rolled_back(undo: Sequence[Undo]) -> Iterator[None]:
+    """Roll back if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for one in undo:
+            one.roll_back()
+        raise
+
+
+def _written(layer: MoELayer, plan: Plan) -> Iterator[tuple[nn.Parameter, int, Tensor | None]]:
+    """(parameter, axis, index) of all weights that surgery writes; no index stands for all."""
+    bank, experts = layer.bank, len(plan.sizes)
+    for parameter in layer.router.parameters():
+        yield parameter, 0, None
+    new = torch.arange(experts - len(plan.parents), experts)
+    outputs = bank.output_rows() if bool((plan.bias_factor != 1).any()) else []
+    for rows in bank.expert_rows():
+        scaled = any(rows is output for output in outputs)
+        yield rows, 0, None if scaled else new
+    if isinstance(bank, UnitBank) and len(plan.source) == len(bank.segment):
+        place, stays = plan.places
+        scaled = bool((plan.factor != 1).any())
+        for name, axis in bank.unit_axes():
+            parameter = getattr(bank, name)
+            whole = scaled and parameter is bank.output_weight()
+            yield parameter, axis, None if whole else place[~stays]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.interventions.anchor import Anchor
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from dynmoe.registry import PartConfig
 
 

@@ -14,7 +14,7 @@ from dynmoe.interventions.anchor import Anchor
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.interventions.units import NORMS, Slot
 from dynmoe.interventions.weights import weight_matrices
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from dynmoe.registry import PartConfig
 
 

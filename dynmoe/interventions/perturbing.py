@@ -15,7 +15,7 @@ from dynmoe.interventions.anchor import Anchor
 from dynmoe.interventions.intervention import Batches, Intervention
 from dynmoe.interventions.periodic import Periodic
 from dynmoe.interventions.weights import fresh_draw, linear_outputs, weight_matrices
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 from dynmoe.registry import PartConfig
 
 

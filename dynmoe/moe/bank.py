@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import every
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.router import Routing
 from dynmoe.registry import Part, PartConfig
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
 
 
 class ExpertBank(nn.Module, Part, kind="bank"):

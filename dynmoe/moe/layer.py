@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.pool import HiddenPool
-from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.loss import AuxLoss, LossInput, PassLosses
 from dynmoe.moe.losses.balance import NoLoss
 from dynmoe.moe.padding import Padding, sample_means
-from dynmoe.moe.pass_losses import PassLosses
 from dynmoe.moe.passes import Passes, new_pass
-from dynmoe.moe.router import Router
+from dynmoe.moe.router import Router, Routing, Slots, hard_routing
 from dynmoe.moe.routers.soft import CosineRouter
-from dynmoe.moe.routing import Routing, Slots, hard_routing
 from dynmoe.registry import PartConfig, make_config
 
 GateScale = Literal["experts", "one"]
@@ -354,43 +351,3 @@ def _per_row(context: Tensor, rows: int, padding: Padding | None) -> Tensor:
         return context
     real = padding.samples if len(padding.samples) == rows else padding.positions.flatten()
     return torch.where(real.view(-1, *[1] * (context.dim() - 1)), context, 0.0)
-
-
-@contextmanager
-def routing_inputs(
-    model: nn.Module, mask: Tensor | None = None, context: Tensor | None = None
-) -> Iterator[None]:
-    """Hand every MoE layer of a model a padding mask or a context for passes in the block."""
-    layers = [layer for _, layer in moe_layers(model)]
-    before = [layer.routing_context for layer in layers]
-    for layer in layers:
-        layer.routing_context = (mask, context)
-    try:
-        yield
-    finally:
-        for layer, former in zip(layers, before, strict=True):
-            layer.routing_context = former
-
-
-def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
-    """(name, layer) of every MoE layer in a model, in module order."""
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            yield name, module
-
-
-def collect_aux_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Weighted auxiliary losses by `layer.loss` name, to be added to the objective; scalars.
-
-    Added up over all passes in training mode since they were collected last (or since the latest
-    optimizer step, see `dynmoe.moe.step`), so that a layer which is used twice counts twice.
-    Collecting hands them out once. Empty where no layer has a loss.
-
-    Under a reentrant checkpoint their gradient reaches the layers in the backward pass of the
-    objective: add them to it before that.
-    """
-    return {
-        f"{name}.{loss}": value
-        for name, layer in moe_layers(model)
-        for loss, value in layer.collect_losses().items()
-    }

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_linear, seeded_linear
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.padding import Padding
 
 MakeLayer = Callable[[int, int], MoELayer]

@@ -1,4 +1,4 @@
-"""Forward passes of one optimizer step, told apart so that none is counted twice.
+"""Forward passes of one optimizer step: each is counted once, and over all processes.
 
 Activation checkpointing runs a layer's forward pass again in the backward pass. Whoever draws noise
 or notes something in a pass therefore takes a number from torch's global CPU generator first. Both
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -83,3 +85,32 @@ class Passes:
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed runs."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """Counts [M] without gradient, added up over all processes where torch.distributed runs.
+
+    Every process must call it equally often. With one process it is the identity.
+    """
+    if not several_processes():
+        return counts
+    total = counts.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def join_processes(rows: Tensor) -> Tensor:
+    """Rows [R, ...] without gradient of all P processes, in order of rank: [P * R, ...].
+
+    Every process must call it equally often, with equal shapes.
+    """
+    if not several_processes():
+        return rows
+    all_rows = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_rows, rows.contiguous())
+    return torch.cat(all_rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 from dynmoe.plasticity.routing import entropy
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.layer import moe_layers
-from dynmoe.moe.stats import entropy, routing_stats
+from dynmoe.moe import moe_layers, routing_stats
+from dynmoe.moe.diagnostics import entropy
 from dynmoe.tta.norm import MoELayerNorm
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.routing import Routing, hard_routing
+from dynmoe.moe import MoELayer, Routing
+from dynmoe.moe.model import undisturbed
+from dynmoe.moe.router import hard_routing
 from dynmoe.tta.diagnostics import moe_norms
 from dynmoe.tta.entropy import wide
 

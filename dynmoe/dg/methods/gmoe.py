@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dynmoe.dg.backbone import features
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import collect_aux_losses
+from dynmoe.moe import collect_aux_losses
 from dynmoe.moe.losses.balance import ImportanceLoss, LoadLoss
 from dynmoe.moe.routers.top1 import TokenRouter
 from dynmoe.moe.upcycle import upcycle_vit

@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from dynmoe.dg.backbone import features
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ExpertBank
-from dynmoe.moe.draws import draw_normal
-from dynmoe.moe.layer import MoELayer, collect_aux_losses
-from dynmoe.moe.linear import draw_linear, seeded_linear
+from dynmoe.moe import ExpertBank, MoELayer, Routing, collect_aux_losses
+from dynmoe.moe.draws import draw_linear, draw_normal, seeded_linear
 from dynmoe.moe.losses.balance import ImportanceLoss
 from dynmoe.moe.routers.soft import CosineRouter
-from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
 

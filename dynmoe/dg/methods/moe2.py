@@ -15,7 +15,7 @@ from dynmoe.dg.identity import departure
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 from dynmoe.moe.losses.diversity import Form, PrototypeDiversity
 from dynmoe.moe.routers.soft import CosineRouter
 

@@ -13,7 +13,7 @@ from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.experiments.dg.source import Source
 from dynmoe.lab.cache import Arrays
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe import MoELayer, moe_layers
 
 Embeddings = Callable[[DGMethod, int], Tensor | None]
 """(method, number of a domain) -> frozen embeddings [N, D] of its images, or None"""

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.bank import ACTIVATIONS, UnitBank
 from dynmoe.moe.draws import draw_entries
-from dynmoe.moe.mixing import ACTIVATIONS
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.router import Routing
 
 
 class ConvPool(

@@ -1,7 +1,11 @@
-"""The default bank: every expert is a two-layer MLP on its own part of one pool of hidden units."""
+"""Banks of matrices: experts are parts of one pool of hidden units, ranks or gated units.
+
+Shapes: N samples, H hidden units of all experts, M most experts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +13,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank
+from dynmoe.errors import UserError
+from dynmoe.moe.bank import ACTIVATIONS, UnitBank
 from dynmoe.moe.draws import draw_entries
-from dynmoe.moe.mixing import ACTIVATIONS, mix_dense, mix_sparse, outputs_by_expert
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.router import Routing
+
+
+def mix_dense(
+    hidden: Tensor, gates: Tensor, segment: Tensor, w_out: Tensor, b_out: Tensor | None
+) -> Tensor:
+    """All experts at once, as one MLP whose hidden units are scaled by their owner's gate.
+
+    `segment` is data, so growth recompiles nothing. Sparse gates work too, at the dense cost.
+
+    Args:
+        hidden: [N, H]. gates: [N, M]. segment: [H] the owner of each unit.
+        w_out: [D_out, H]. b_out: [M, D_out], or None.
+    """
+    owner = F.one_hot(segment, gates.shape[1]).to(gates.dtype)  # [H, M]
+    scale = F.linear(gates, owner)
+    # A [N, H] less to allocate: a tenth of the forward pass.
+    scaled = hidden * scale if torch.is_grad_enabled() else scale.mul_(hidden)
+    if b_out is None:
+        return F.linear(scaled, w_out)
+    return torch.addmm(gates @ b_out, scaled, w_out.T)
+
+
+def mix_sparse(
+    act: Callable[..., Tensor],
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    segment: Tensor,
+    inputs: Sequence[Tensor],
+    w_out: Tensor,
+    b_out: Tensor | None,
+) -> Tensor:
+    """Only the chosen experts: gather each one's samples, run its slice, add up by gate.
+
+    Slices come from `split`, whose backward writes each gradient once; indexing an expert's rows in
+    the loop would make a full-size zero gradient per expert.
+
+    Args:
+        act: (samples [n, D_in], *an expert's slices of `inputs`) -> its activations [n, H_e].
+        x: [N, D_in]. gates: [N, M]. chosen: [N, M] bool. segment: [H].
+        inputs: parameters with one row per hidden unit. w_out: [D_out, H]. b_out: [M, D_out].
+    """
+    expert, sample = chosen.t().nonzero(as_tuple=True)  # sorted by expert
+    counts = chosen.sum(dim=0).tolist()
+    sizes = torch.bincount(segment, minlength=len(counts)).tolist()
+    if bool((segment.diff() < 0).any()):  # growth has left an expert's units scattered
+        order = segment.argsort(stable=True)
+        inputs, w_out = [p[order] for p in inputs], w_out[:, order]
+    slices = list(zip(*(p.split(sizes) for p in inputs), strict=True))
+    w_outs = w_out.split(sizes, dim=1)
+    rows = x.index_select(0, sample).split(counts)
+    weights = gates[sample, expert].unsqueeze(1).split(counts)
+    y = x.new_zeros(len(x), w_out.shape[0]) if b_out is None else gates @ b_out
+    used = [e for e, count in enumerate(counts) if count] or [0]  # one, so that y has a gradient
+    outputs = [F.linear(act(rows[e], *slices[e]) * weights[e], w_outs[e]) for e in used]
+    return y.index_add_(0, sample, torch.cat(outputs).to(y.dtype))
+
+
+def outputs_by_expert(
+    hidden: Tensor, segment: Tensor, w_out: Tensor, b_out: Tensor | None
+) -> Tensor:
+    """[M, N, D_out] each expert's own output; M is the number of active experts without b_out.
+
+    Args:
+        hidden: [N, H]. segment: [H]. w_out: [D_out, H]. b_out: [M, D_out], or None.
+    """
+    experts = int(segment.max()) + 1 if b_out is None else len(b_out)
+    owner = F.one_hot(segment, experts).to(hidden.dtype)  # [H, M]
+    y = torch.einsum("nh,hm,oh->mno", hidden, owner, w_out)
+    return y if b_out is None else y + b_out.unsqueeze(1)
 
 
 class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (arXiv 2511.18987)"):
@@ -110,3 +184,210 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
 
     def _num_experts(self) -> int:
         return int(self.segment.max()) + 1
+
+
+class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202), Eqs. 5 and 6"):
+    """Gated experts, `W_out (silu(W_gate x) * (W_in x))`, as segments of one pool of hidden units.
+
+    The layer's `activation` is not used: the option `gate` takes its place. Weights are drawn as in
+    the hidden pool, output weights with all H units as their fan-in (our choice). One unit has
+    2 D_in + D_out weights, half as many again as the pool's where D_in = D_out; the paper makes up
+    for it with two thirds of the units.
+
+    Attributes:
+        w_gate, w_in: Parameters [H, D_in]; b_gate, b_in: Parameters [H] or None.
+        w_out: Parameter [D_out, H]; b_out: Parameter [M, D_out] or None.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(UnitBank.Config):
+        """Options of the gated pool."""
+
+        gate: Literal["silu", "gelu", "relu"] = "silu"
+        """activation of the gating half: silu makes SwiGLU, gelu GEGLU, relu ReGLU"""
+        bias: bool = False
+        """biases of both input maps and of each expert's output; the paper has none"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim_in: int,
+        dim_out: int,
+        hidden: int,
+        num_experts: int,
+        max_experts: int,
+        activation: str,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(config, hidden, num_experts)
+        self.max_experts = max_experts
+        self.bias = config.bias
+        self.act = ACTIVATIONS[config.gate]()
+        self.w_gate = nn.Parameter(torch.empty(hidden, dim_in))
+        self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
+        self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
+        self.b_gate = nn.Parameter(torch.empty(hidden)) if config.bias else None
+        self.b_in = nn.Parameter(torch.empty(hidden)) if config.bias else None
+        self.b_out = nn.Parameter(torch.empty(max_experts, dim_out)) if config.bias else None
+        self.reset_parameters(generator)
+
+    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
+        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
+        gates = routing.gates * gate_scale
+        if routing.chosen is None or torch.compiler.is_compiling():
+            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, self.b_out)
+        return mix_sparse(
+            self._act, x, gates, routing.chosen, self.segment,
+            self._inputs(), self.w_out, self.b_out,
+        )  # fmt: skip
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Products [N, H] of gate and value of every hidden unit for x [N, D_in]."""
+        return self._act(x, *self._inputs())
+
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
+        none = self.w_out.new_zeros(self.max_experts, len(self.w_out))
+        b_out = none if self.b_out is None else self.b_out
+        return outputs_by_expert(self.hidden(x), self.segment, self.w_out, b_out)
+
+    def _inputs(self) -> list[Tensor]:
+        """What has one row per hidden unit: w_gate, w_in, and the biases of both if there are."""
+        found = (self.w_gate, self.w_in, self.b_gate, self.b_in)
+        return [parameter for parameter in found if parameter is not None]
+
+    def _act(
+        self,
+        x: Tensor,
+        w_gate: Tensor,
+        w_in: Tensor,
+        b_gate: Tensor | None = None,
+        b_in: Tensor | None = None,
+    ) -> Tensor:
+        return self.act(F.linear(x, w_gate, b_gate)) * F.linear(x, w_in, b_in)
+
+    def unit_axes(self) -> list[tuple[str, int]]:
+        """(parameter name, axis) of each parameter with one entry per hidden unit."""
+        biases = [("b_gate", 0), ("b_in", 0)] if self.bias else []
+        return [("w_gate", 0), ("w_in", 0), ("w_out", 1), *biases]
+
+    def expert_rows(self) -> list[nn.Parameter]:
+        """The output biases [M, D_out], if there are."""
+        return [] if self.b_out is None else [self.b_out]
+
+    def output_rows(self) -> list[nn.Parameter]:
+        """The output biases [M, D_out], if there are."""
+        return self.expert_rows()
+
+    def output_weight(self) -> nn.Parameter:
+        """`w_out` [D_out, H]."""
+        return self.w_out
+
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in)."""
+        dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
+        for name, axis in self.unit_axes():
+            fan_in = hidden if name == "w_out" else dim_in
+            draw_entries(getattr(self, name), axis, index, fan_in**-0.5, generator)
+
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Re-initialise the output biases of experts `index` [n]."""
+        for rows in self.expert_rows():
+            draw_entries(rows, 0, index, self.w_out.shape[1] ** -0.5, generator)
+
+
+class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685), Section 4.1"):
+    """Low-rank experts, `alpha/r * sum_e g_e B_e A_e x`; the hidden units are the ranks.
+
+    `r` is the layer's `hidden`, the ranks of all experts together. It stays as it was at the start
+    when growth adds ranks, so that the old experts' outputs keep their scale (our choice). B starts
+    at 0: a fresh expert is silent. A starts uniform in +-1/sqrt(D_in), Kaiming's range with
+    a = sqrt(5), as in the authors' code. There are no biases, and the layer's `activation` is not
+    used. `dynmoe.moe.upcycle.adapt_linears` puts such a layer beside a frozen linear one.
+
+    Attributes:
+        w_in: Parameter [R, D_in], the rows of every A_e.
+        w_out: Parameter [D_out, R], the columns of every B_e.
+        scale: alpha / r.
+
+    Raises:
+        UserError: alpha not above 0.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(UnitBank.Config):
+        """Options of the low-rank experts."""
+
+        alpha: float = 16.0
+        """the experts' outputs are multiplied by alpha over the ranks at the start"""
+
+    def __init__(
+        self,
+        config: Config,
+        dim_in: int,
+        dim_out: int,
+        hidden: int,
+        num_experts: int,
+        max_experts: int,
+        activation: str,
+        generator: torch.Generator | None,
+    ) -> None:
+        if not 0 < config.alpha < float("inf"):
+            raise UserError(f"bank lora: alpha={config.alpha} must be a number above 0")
+        super().__init__(config, hidden, num_experts)
+        self.max_experts = max_experts
+        self.alpha = config.alpha
+        self.scale = config.alpha / hidden
+        self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
+        self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def start_from(self, ranks: int) -> None:
+        """Count `ranks` as those at the start; B makes up for the new scale, the function stays."""
+        scale = self.alpha / ranks
+        self.w_out.mul_(self.scale / scale)
+        self.scale = scale
+
+    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
+        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
+        gates = routing.gates * gate_scale * self.scale
+        if routing.chosen is None or torch.compiler.is_compiling():
+            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, None)
+        return mix_sparse(
+            F.linear, x, gates, routing.chosen, self.segment, (self.w_in,), self.w_out, None
+        )
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Coordinates [N, R] of x [N, D_in] in every rank."""
+        return F.linear(x, self.w_in)
+
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
+        none = self.w_out.new_zeros(self.max_experts, len(self.w_out))
+        return self.scale * outputs_by_expert(self.hidden(x), self.segment, self.w_out, none)
+
+    def unit_axes(self) -> list[tuple[str, int]]:
+        """(parameter name, axis) of each parameter with one entry per rank."""
+        return [("w_in", 0), ("w_out", 1)]
+
+    def expert_rows(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def output_rows(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def output_weight(self) -> nn.Parameter:
+        """`w_out` [D_out, R]."""
+        return self.w_out
+
+    @torch.no_grad()
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Re-initialise the ranks `index` [n]: input weights uniform, output weights 0."""
+        draw_entries(self.w_in, 0, index, self.w_in.shape[1] ** -0.5, generator)
+        self.w_out.index_fill_(1, index.to(self.w_out.device), 0.0)
+
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Nothing to draw: an expert is its ranks."""

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.moe.draws import draw_normal, draw_seed, every
-from dynmoe.moe.noise import GOLDEN, scramble
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing, hard_routing
+from dynmoe.moe.draws import GOLDEN, draw_normal, draw_seed, every, scramble
+from dynmoe.moe.router import Router, RouterInput, Routing, hard_routing
 from dynmoe.registry import PartConfig
 
 

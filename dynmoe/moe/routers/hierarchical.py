@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.draws import every
-from dynmoe.moe.linear import draw_linear, seeded_linear
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.draws import draw_linear, every, seeded_linear
+from dynmoe.moe.router import Router, RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.linear import distances
-from dynmoe.moe.passes import Passes, new_pass
-from dynmoe.moe.processes import join_processes, sum_over_processes
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.passes import Passes, join_processes, new_pass, sum_over_processes
+from dynmoe.moe.router import Router, RouterInput, Routing
+from dynmoe.moe.routers.soft import distances
 from dynmoe.registry import PartConfig
 
 

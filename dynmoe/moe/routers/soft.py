@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.moe.linear import distances
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.router import Router, RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 
@@ -109,3 +108,13 @@ class LaplaceRouter(
         """Route x [N, D]: `softmax(-||x - w_e|| / temperature)`."""
         logits = -distances(inputs.x, self.weight) / self.temperature
         return self.dense(logits.to(inputs.x.dtype))
+
+
+def distances(x: Tensor, rows: Tensor) -> Tensor:
+    """[N, M] Euclidean distances of x [N, D] to rows [M, D], at least in float32.
+
+    By differences, not by the expansion into dot products, which cancels where rows are near.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x.to(wide), rows.to(wide), compute_mode=mode)

@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.draws import draw_normal
-from dynmoe.moe.linear import draw_linear, seeded_linear
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.draws import Noise, draw_linear, draw_normal, seeded_linear
+from dynmoe.moe.router import Router, RouterInput, Routing
 from dynmoe.registry import PartConfig
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dynmoe.moe.stats import expert_use
+from dynmoe.moe.diagnostics import expert_use
 from dynmoe.plasticity.metric import Metric
 from dynmoe.plasticity.probes import ExpertProbe, Probe
 from dynmoe.registry import PartConfig
@@ -126,9 +126,9 @@ def _join(norms: Iterable[float]) -> float:
 class RouterUse(Metric, name="router"):
     """Router sharpness, balance, load of the most, least loaded and newest expert, dead experts.
 
-    The figures of `dynmoe.moe.stats.expert_use` on the probe batch, as `router/entropy` and so on.
-    With several MoE layers the plain tags are means over layers, and each layer has its own with
-    `/<layer>` appended.
+    The figures of `dynmoe.moe.diagnostics.expert_use` on the probe batch, as `router/entropy` and
+    so on. With several MoE layers the plain tags are means over layers, and each layer has its own
+    with `/<layer>` appended.
     """
 
     def __init__(self, config: PartConfig) -> None:

@@ -6,8 +6,7 @@ import torch
 from intervention_helpers import batch, moe, weights
 from torch import nn
 
-from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import Budget, GrowthController
 from dynmoe.interventions.anchor import Anchor
 from dynmoe.registry import get
 

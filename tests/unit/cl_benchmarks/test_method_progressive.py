@@ -13,7 +13,7 @@ from cl_benchmarks.experiment import run_method
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.progressive import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.registry import get
 
 
