@@ -24,6 +24,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+BankArguments = tuple[int, int, int, int, int, str, torch.Generator | None]
+"""What a layer gives its bank after the Config: D_in, D_out, hidden units of all experts, experts
+at the start, most experts, the name of the activation, and what draws the weights."""
+
+
 class ExpertBank(nn.Module, Part, kind="bank"):
     """Base of all banks. Experts are rows of parameters, or (`UnitBank`) parts of a pool of units.
 

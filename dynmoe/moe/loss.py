@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
-from dynmoe.moe.router import Router, Routing
+from dynmoe.moe.router import Router, Routing, check_option
 from dynmoe.registry import Part, PartConfig
 
 
@@ -43,8 +42,7 @@ class AuxLoss(nn.Module, Part, kind="loss"):
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__()
-        if config.weight < 0:
-            raise UserError(f"{self.name} loss: weight={config.weight} must be at least 0")
+        check_option(config, "weight", config.weight >= 0, "at least 0")
         self.weight = config.weight
 
     def reset_parameters(self) -> None:

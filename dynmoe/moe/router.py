@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.registry import Part
+from dynmoe.registry import Part, PartConfig
 
 
 @dataclass
@@ -143,6 +144,28 @@ def hard_routing(owner: Tensor, used: Tensor, active: Tensor, like: Tensor) -> R
     gates = chosen.to(like.dtype)
     logits = torch.where(chosen, 0.0, float("-inf")).to(like.dtype)
     return Routing(gates=gates, logits=logits, probabilities=gates, active=active, chosen=chosen)
+
+
+RouterSize = tuple[int, int, int, torch.Generator | None]
+"""What a layer gives its router after the Config: D, experts at the start, most experts M, and what
+draws the weights."""
+
+
+def check_option(config: PartConfig, option: str, allowed: bool, what: str) -> None:
+    """Refuse an option of a router or a loss whose value is not allowed.
+
+    Args:
+        config: the part's options.
+        option: name of the one that is checked.
+        allowed: whether its value is.
+        what: what it must be, for the message.
+
+    Raises:
+        UserError: it is not allowed.
+    """
+    if not allowed:
+        part, value = config.part, getattr(config, option)
+        raise UserError(f"{part.name} {part.kind}: {option}={value!r} must be {what}")
 
 
 class Router(nn.Module, Part, kind="router"):

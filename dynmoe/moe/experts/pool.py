@@ -1,11 +1,11 @@
-"""Banks of matrices: experts are parts of one pool of hidden units, ranks or gated units.
+"""Banks of matrices: experts are parts of one pool of hidden units, gated units or ranks.
 
 Shapes: N samples, H hidden units of all experts, M most experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,82 +14,149 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ACTIVATIONS, UnitBank
+from dynmoe.moe.bank import ACTIVATIONS, BankArguments, UnitBank
 from dynmoe.moe.draws import draw_entries
 from dynmoe.moe.router import Routing
 
 
-def mix_dense(
-    hidden: Tensor, gates: Tensor, segment: Tensor, w_out: Tensor, b_out: Tensor | None
-) -> Tensor:
-    """All experts at once, as one MLP whose hidden units are scaled by their owner's gate.
+class Pool(UnitBank):
+    """Base of the pools with weights into and out of each unit, and an output bias per expert.
 
-    `segment` is data, so growth recompiles nothing. Sparse gates work too, at the dense cost.
-
-    Args:
-        hidden: [N, H]. gates: [N, M]. segment: [H] the owner of each unit.
-        w_out: [D_out, H]. b_out: [M, D_out], or None.
+    Attributes:
+        w_in: Parameter [H, D_in, ...]. w_out: Parameter [D_out, H, ...].
+        b_out: Parameter [M, D_out], or None.
+        max_experts: M.
     """
-    owner = F.one_hot(segment, gates.shape[1]).to(gates.dtype)  # [H, M]
-    scale = F.linear(gates, owner)
-    # A [N, H] less to allocate: a tenth of the forward pass.
-    scaled = hidden * scale if torch.is_grad_enabled() else scale.mul_(hidden)
-    if b_out is None:
-        return F.linear(scaled, w_out)
-    return torch.addmm(gates @ b_out, scaled, w_out.T)
+
+    w_in: nn.Parameter
+    w_out: nn.Parameter
+    b_out: nn.Parameter | None
+
+    def __init__(
+        self, config: UnitBank.Config, hidden: int, num_experts: int, max_experts: int
+    ) -> None:
+        super().__init__(config, hidden, num_experts)
+        self.max_experts = max_experts
+
+    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
+        """Mix the experts' outputs for x [N, D_in, ...] to [N, D_out, ...]."""
+        gates = self.scaled(routing.gates * gate_scale)
+        if routing.chosen is None or torch.compiler.is_compiling():
+            return self.mix_dense(x, gates)
+        return self.mix_sparse(x, gates, routing.chosen)
+
+    @abstractmethod
+    def mix_dense(self, x: Tensor, gates: Tensor) -> Tensor:
+        """All experts at once, whatever the gates [N, M]."""
+
+    @abstractmethod
+    def mix_sparse(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Each expert on the samples that chose it, gates [N, M], chosen [N, M] bool."""
+
+    @abstractmethod
+    def activations(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """[N, H', ...] what H' units say to x, from their entries of `input_weights`."""
+
+    def scaled(self, gates: Tensor) -> Tensor:
+        """Gates [N, M] times a factor of the bank's own; here none."""
+        return gates
+
+    def input_weights(self) -> list[nn.Parameter]:
+        """What has one row per hidden unit."""
+        return [getattr(self, name) for name, _ in self.unit_axes() if name != "w_out"]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Activations [N, H, ...] of every hidden unit for x [N, D_in, ...]."""
+        return self.activations(x, *self.input_weights())
+
+    def unit_axes(self) -> list[tuple[str, int]]:
+        """(parameter name, axis) of each parameter with one entry per hidden unit."""
+        return [("w_in", 0), ("b_in", 0), ("w_out", 1)]
+
+    def expert_rows(self) -> list[nn.Parameter]:
+        """The output biases [M, D_out], if there are."""
+        return [] if self.b_out is None else [self.b_out]
+
+    def output_rows(self) -> list[nn.Parameter]:
+        """The output biases [M, D_out], if there are."""
+        return self.expert_rows()
+
+    def output_weight(self) -> nn.Parameter:
+        """`w_out` [D_out, H, ...]."""
+        return self.w_out
+
+    def output_fan_in(self) -> float:
+        """What the output weights' initial range depends on: all H units."""
+        return self.w_out.shape[1]
+
+    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in), as linear layers.
+
+        Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
+        in the ReLU behind the layer, and a growing network loses its trainability.
+        """
+        output_fan_in = self.output_fan_in()
+        for name, axis in self.unit_axes():
+            fan_in = output_fan_in if name == "w_out" else self.w_in[0].numel()
+            draw_entries(getattr(self, name), axis, index, fan_in**-0.5, generator)
+
+    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
+        """Re-initialise the output biases of experts `index` [n]."""
+        for rows in self.expert_rows():
+            draw_entries(rows, 0, index, self.w_out.shape[1] ** -0.5, generator)
 
 
-def mix_sparse(
-    act: Callable[..., Tensor],
-    x: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    segment: Tensor,
-    inputs: Sequence[Tensor],
-    w_out: Tensor,
-    b_out: Tensor | None,
-) -> Tensor:
-    """Only the chosen experts: gather each one's samples, run its slice, add up by gate.
+class MatrixPool(Pool):
+    """Base of the pools whose units are rows of matrices: x [N, D_in] to [N, D_out]."""
 
-    Slices come from `split`, whose backward writes each gradient once; indexing an expert's rows in
-    the loop would make a full-size zero gradient per expert.
+    def mix_dense(self, x: Tensor, gates: Tensor) -> Tensor:
+        """All experts at once, as one MLP whose hidden units are scaled by their owner's gate.
 
-    Args:
-        act: (samples [n, D_in], *an expert's slices of `inputs`) -> its activations [n, H_e].
-        x: [N, D_in]. gates: [N, M]. chosen: [N, M] bool. segment: [H].
-        inputs: parameters with one row per hidden unit. w_out: [D_out, H]. b_out: [M, D_out].
-    """
-    expert, sample = chosen.t().nonzero(as_tuple=True)  # sorted by expert
-    counts = chosen.sum(dim=0).tolist()
-    sizes = torch.bincount(segment, minlength=len(counts)).tolist()
-    if bool((segment.diff() < 0).any()):  # growth has left an expert's units scattered
-        order = segment.argsort(stable=True)
-        inputs, w_out = [p[order] for p in inputs], w_out[:, order]
-    slices = list(zip(*(p.split(sizes) for p in inputs), strict=True))
-    w_outs = w_out.split(sizes, dim=1)
-    rows = x.index_select(0, sample).split(counts)
-    weights = gates[sample, expert].unsqueeze(1).split(counts)
-    y = x.new_zeros(len(x), w_out.shape[0]) if b_out is None else gates @ b_out
-    used = [e for e, count in enumerate(counts) if count] or [0]  # one, so that y has a gradient
-    outputs = [F.linear(act(rows[e], *slices[e]) * weights[e], w_outs[e]) for e in used]
-    return y.index_add_(0, sample, torch.cat(outputs).to(y.dtype))
+        `segment` is data, so growth recompiles nothing. Sparse gates work too, at the dense cost.
+        """
+        hidden = self.hidden(x)
+        owner = F.one_hot(self.segment, gates.shape[1]).to(gates.dtype)  # [H, M]
+        scale = F.linear(gates, owner)
+        # A [N, H] less to allocate: a tenth of the forward pass.
+        scaled = hidden * scale if torch.is_grad_enabled() else scale.mul_(hidden)
+        if self.b_out is None:
+            return F.linear(scaled, self.w_out)
+        return torch.addmm(gates @ self.b_out, scaled, self.w_out.T)
+
+    def mix_sparse(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Only the chosen experts: gather each one's samples, run its slice, add up by gate.
+
+        Slices come from `split`, whose backward writes each gradient once; indexing an expert's
+        rows in the loop would make a full-size zero gradient per expert.
+        """
+        inputs: list[Tensor] = [*self.input_weights()]
+        w_out: Tensor = self.w_out
+        expert, sample = chosen.t().nonzero(as_tuple=True)  # sorted by expert
+        counts = chosen.sum(dim=0).tolist()
+        sizes = torch.bincount(self.segment, minlength=len(counts)).tolist()
+        if bool((self.segment.diff() < 0).any()):  # growth has left an expert's units scattered
+            order = self.segment.argsort(stable=True)
+            inputs, w_out = [p[order] for p in inputs], w_out[:, order]
+        slices = list(zip(*(p.split(sizes) for p in inputs), strict=True))
+        w_outs = w_out.split(sizes, dim=1)
+        rows = x.index_select(0, sample).split(counts)
+        weights = gates[sample, expert].unsqueeze(1).split(counts)
+        y = x.new_zeros(len(x), len(w_out)) if self.b_out is None else gates @ self.b_out
+        used = [e for e, n in enumerate(counts) if n] or [0]  # one, so that y has a gradient
+        outputs = [
+            F.linear(self.activations(rows[e], *slices[e]) * weights[e], w_outs[e]) for e in used
+        ]
+        return y.index_add_(0, sample, torch.cat(outputs).to(y.dtype))
+
+    def expert_outputs(self, x: Tensor) -> Tensor:
+        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
+        hidden = self.hidden(x)
+        owner = F.one_hot(self.segment, self.max_experts).to(hidden.dtype)  # [H, M]
+        y = self.scaled(torch.einsum("nh,hm,oh->mno", hidden, owner, self.w_out))
+        return y if self.b_out is None else y + self.b_out.unsqueeze(1)
 
 
-def outputs_by_expert(
-    hidden: Tensor, segment: Tensor, w_out: Tensor, b_out: Tensor | None
-) -> Tensor:
-    """[M, N, D_out] each expert's own output; M is the number of active experts without b_out.
-
-    Args:
-        hidden: [N, H]. segment: [H]. w_out: [D_out, H]. b_out: [M, D_out], or None.
-    """
-    experts = int(segment.max()) + 1 if b_out is None else len(b_out)
-    owner = F.one_hot(segment, experts).to(hidden.dtype)  # [H, M]
-    y = torch.einsum("nh,hm,oh->mno", hidden, owner, w_out)
-    return y if b_out is None else y + b_out.unsqueeze(1)
-
-
-class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (arXiv 2511.18987)"):
+class HiddenPool(MatrixPool, name="pool", source="ours; experts as in Kim 2025 (arXiv 2511.18987)"):
     """Experts as segments of one pool of H hidden units, `W2 (act(W1 x + b1) * g[segment]) + g b2`.
 
     Dense routing is one MLP whose hidden activations are scaled by their owner's gate, at the cost
@@ -101,6 +168,8 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         w_out: Parameter [D_out, H]; b_out: Parameter [M, D_out].
     """
 
+    b_out: nn.Parameter
+
     @dataclass(frozen=True, kw_only=True)
     class Config(UnitBank.Config):
         """Options of the hidden pool."""
@@ -109,18 +178,9 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         """fan-in for the output weights' initial range: all H units, as in the dense layer this
         replaces, or the expert's own H/E, as in a free-standing expert"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim_in: int,
-        dim_out: int,
-        hidden: int,
-        num_experts: int,
-        max_experts: int,
-        activation: str,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__(config, hidden, num_experts)
+    def __init__(self, config: Config, *arguments: *BankArguments) -> None:
+        dim_in, dim_out, hidden, num_experts, max_experts, activation, generator = arguments
+        super().__init__(config, hidden, num_experts, max_experts)
         self.output_init = config.output_init
         self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
         self.b_in = nn.Parameter(torch.empty(hidden))
@@ -129,64 +189,17 @@ class HiddenPool(UnitBank, name="pool", source="ours; experts as in Kim 2025 (ar
         self.act = ACTIVATIONS[activation]()
         self.reset_parameters(generator)
 
-    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
-        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
-        gates = routing.gates * gate_scale
-        if routing.chosen is None or torch.compiler.is_compiling():
-            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, self.b_out)
-        return mix_sparse(
-            self._act, x, gates, routing.chosen, self.segment,
-            (self.w_in, self.b_in), self.w_out, self.b_out,
-        )  # fmt: skip
+    def activations(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """[N, H'] `act(W1 x + b1)`."""
+        return self.act(F.linear(x, *inputs))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Activations [N, H] of every hidden unit for x [N, D_in]."""
-        return self._act(x, self.w_in, self.b_in)
-
-    def expert_outputs(self, x: Tensor) -> Tensor:
-        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
-        return outputs_by_expert(self.hidden(x), self.segment, self.w_out, self.b_out)
-
-    def _act(self, x: Tensor, w_in: Tensor, b_in: Tensor) -> Tensor:
-        return self.act(F.linear(x, w_in, b_in))
-
-    def unit_axes(self) -> list[tuple[str, int]]:
-        """(parameter name, axis) of each parameter with one entry per hidden unit."""
-        return [("w_in", 0), ("b_in", 0), ("w_out", 1)]
-
-    def expert_rows(self) -> list[nn.Parameter]:
-        """The output biases [M, D_out]."""
-        return [self.b_out]
-
-    def output_rows(self) -> list[nn.Parameter]:
-        """The output biases [M, D_out]."""
-        return [self.b_out]
-
-    def output_weight(self) -> nn.Parameter:
-        """`w_out` [D_out, H]."""
-        return self.w_out
-
-    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in), as linear layers.
-
-        Kaiming's range for ReLU is 2.4 times as wide; with it the shock of each growth kills units
-        in the ReLU behind the layer, and a growing network loses its trainability.
-        """
-        dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
-        fan_in = hidden if self.output_init == "pool" else hidden / self._num_experts()
-        draw_entries(self.w_in, 0, index, dim_in**-0.5, generator)
-        draw_entries(self.b_in, 0, index, dim_in**-0.5, generator)
-        draw_entries(self.w_out, 1, index, fan_in**-0.5, generator)
-
-    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Re-initialise the output biases of experts `index` [n]."""
-        draw_entries(self.b_out, 0, index, self.w_out.shape[1] ** -0.5, generator)
-
-    def _num_experts(self) -> int:
-        return int(self.segment.max()) + 1
+    def output_fan_in(self) -> float:
+        """All H units, or H/E."""
+        hidden = self.w_out.shape[1]
+        return hidden if self.output_init == "pool" else hidden / (int(self.segment.max()) + 1)
 
 
-class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202), Eqs. 5 and 6"):
+class GatedPool(MatrixPool, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202), Eqs. 5 and 6"):
     """Gated experts, `W_out (silu(W_gate x) * (W_in x))`, as segments of one pool of hidden units.
 
     The layer's `activation` is not used: the option `gate` takes its place. Weights are drawn as in
@@ -208,19 +221,9 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         bias: bool = False
         """biases of both input maps and of each expert's output; the paper has none"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim_in: int,
-        dim_out: int,
-        hidden: int,
-        num_experts: int,
-        max_experts: int,
-        activation: str,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__(config, hidden, num_experts)
-        self.max_experts = max_experts
+    def __init__(self, config: Config, *arguments: *BankArguments) -> None:
+        dim_in, dim_out, hidden, num_experts, max_experts, _, generator = arguments
+        super().__init__(config, hidden, num_experts, max_experts)
         self.bias = config.bias
         self.act = ACTIVATIONS[config.gate]()
         self.w_gate = nn.Parameter(torch.empty(hidden, dim_in))
@@ -231,39 +234,10 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         self.b_out = nn.Parameter(torch.empty(max_experts, dim_out)) if config.bias else None
         self.reset_parameters(generator)
 
-    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
-        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
-        gates = routing.gates * gate_scale
-        if routing.chosen is None or torch.compiler.is_compiling():
-            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, self.b_out)
-        return mix_sparse(
-            self._act, x, gates, routing.chosen, self.segment,
-            self._inputs(), self.w_out, self.b_out,
-        )  # fmt: skip
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Products [N, H] of gate and value of every hidden unit for x [N, D_in]."""
-        return self._act(x, *self._inputs())
-
-    def expert_outputs(self, x: Tensor) -> Tensor:
-        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
-        none = self.w_out.new_zeros(self.max_experts, len(self.w_out))
-        b_out = none if self.b_out is None else self.b_out
-        return outputs_by_expert(self.hidden(x), self.segment, self.w_out, b_out)
-
-    def _inputs(self) -> list[Tensor]:
-        """What has one row per hidden unit: w_gate, w_in, and the biases of both if there are."""
-        found = (self.w_gate, self.w_in, self.b_gate, self.b_in)
-        return [parameter for parameter in found if parameter is not None]
-
-    def _act(
-        self,
-        x: Tensor,
-        w_gate: Tensor,
-        w_in: Tensor,
-        b_gate: Tensor | None = None,
-        b_in: Tensor | None = None,
-    ) -> Tensor:
+    def activations(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """[N, H'] products of gate and value."""
+        w_gate, w_in, *biases = inputs
+        b_gate, b_in = biases or (None, None)
         return self.act(F.linear(x, w_gate, b_gate)) * F.linear(x, w_in, b_in)
 
     def unit_axes(self) -> list[tuple[str, int]]:
@@ -271,32 +245,8 @@ class GatedPool(UnitBank, name="swiglu", source="Shazeer 2020 (arXiv 2002.05202)
         biases = [("b_gate", 0), ("b_in", 0)] if self.bias else []
         return [("w_gate", 0), ("w_in", 0), ("w_out", 1), *biases]
 
-    def expert_rows(self) -> list[nn.Parameter]:
-        """The output biases [M, D_out], if there are."""
-        return [] if self.b_out is None else [self.b_out]
 
-    def output_rows(self) -> list[nn.Parameter]:
-        """The output biases [M, D_out], if there are."""
-        return self.expert_rows()
-
-    def output_weight(self) -> nn.Parameter:
-        """`w_out` [D_out, H]."""
-        return self.w_out
-
-    def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Re-initialise the units `index` [n]: uniform in +-1/sqrt(fan_in)."""
-        dim_in, hidden = self.w_in.shape[1], self.w_out.shape[1]
-        for name, axis in self.unit_axes():
-            fan_in = hidden if name == "w_out" else dim_in
-            draw_entries(getattr(self, name), axis, index, fan_in**-0.5, generator)
-
-    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Re-initialise the output biases of experts `index` [n]."""
-        for rows in self.expert_rows():
-            draw_entries(rows, 0, index, self.w_out.shape[1] ** -0.5, generator)
-
-
-class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685), Section 4.1"):
+class LoRAPool(MatrixPool, name="lora", source="Hu et al. 2021 (arXiv 2106.09685), Section 4.1"):
     """Low-rank experts, `alpha/r * sum_e g_e B_e A_e x`; the hidden units are the ranks.
 
     `r` is the layer's `hidden`, the ranks of all experts together. It stays as it was at the start
@@ -321,25 +271,16 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
         alpha: float = 16.0
         """the experts' outputs are multiplied by alpha over the ranks at the start"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim_in: int,
-        dim_out: int,
-        hidden: int,
-        num_experts: int,
-        max_experts: int,
-        activation: str,
-        generator: torch.Generator | None,
-    ) -> None:
+    def __init__(self, config: Config, *arguments: *BankArguments) -> None:
         if not 0 < config.alpha < float("inf"):
             raise UserError(f"bank lora: alpha={config.alpha} must be a number above 0")
-        super().__init__(config, hidden, num_experts)
-        self.max_experts = max_experts
+        dim_in, dim_out, hidden, num_experts, max_experts, _, generator = arguments
+        super().__init__(config, hidden, num_experts, max_experts)
         self.alpha = config.alpha
         self.scale = config.alpha / hidden
         self.w_in = nn.Parameter(torch.empty(hidden, dim_in))
         self.w_out = nn.Parameter(torch.empty(dim_out, hidden))
+        self.b_out = None
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -349,45 +290,20 @@ class LoRAPool(UnitBank, name="lora", source="Hu et al. 2021 (arXiv 2106.09685),
         self.w_out.mul_(self.scale / scale)
         self.scale = scale
 
-    def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
-        """Mix the experts' outputs for x [N, D_in] to [N, D_out]."""
-        gates = routing.gates * gate_scale * self.scale
-        if routing.chosen is None or torch.compiler.is_compiling():
-            return mix_dense(self.hidden(x), gates, self.segment, self.w_out, None)
-        return mix_sparse(
-            F.linear, x, gates, routing.chosen, self.segment, (self.w_in,), self.w_out, None
-        )
+    def scaled(self, gates: Tensor) -> Tensor:
+        """Gates [N, M] times `scale`."""
+        return gates * self.scale
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Coordinates [N, R] of x [N, D_in] in every rank."""
-        return F.linear(x, self.w_in)
-
-    def expert_outputs(self, x: Tensor) -> Tensor:
-        """[M, N, D_out] what each expert alone says to x [N, D_in]."""
-        none = self.w_out.new_zeros(self.max_experts, len(self.w_out))
-        return self.scale * outputs_by_expert(self.hidden(x), self.segment, self.w_out, none)
+    def activations(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """[N, R'] coordinates of x in the ranks."""
+        return F.linear(x, *inputs)
 
     def unit_axes(self) -> list[tuple[str, int]]:
         """(parameter name, axis) of each parameter with one entry per rank."""
         return [("w_in", 0), ("w_out", 1)]
-
-    def expert_rows(self) -> list[nn.Parameter]:
-        """None."""
-        return []
-
-    def output_rows(self) -> list[nn.Parameter]:
-        """None."""
-        return []
-
-    def output_weight(self) -> nn.Parameter:
-        """`w_out` [D_out, R]."""
-        return self.w_out
 
     @torch.no_grad()
     def draw_units(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Re-initialise the ranks `index` [n]: input weights uniform, output weights 0."""
         draw_entries(self.w_in, 0, index, self.w_in.shape[1] ** -0.5, generator)
         self.w_out.index_fill_(1, index.to(self.w_out.device), 0.0)
-
-    def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Nothing to draw: an expert is its ranks."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ACTIVATIONS, ExpertBank
+from dynmoe.moe.bank import ACTIVATIONS, BankArguments, ExpertBank
 from dynmoe.moe.draws import draw_entries, draw_normal
 from dynmoe.moe.router import Routing
 from dynmoe.registry import PartConfig
@@ -43,17 +43,8 @@ class NetworkBank(
         layers: int = 2
         """hidden layers of each network"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim_in: int,
-        dim_out: int,
-        hidden: int,
-        num_experts: int,
-        max_experts: int,
-        activation: str,
-        generator: torch.Generator | None,
-    ) -> None:
+    def __init__(self, config: Config, *arguments: *BankArguments) -> None:
+        dim_in, dim_out, hidden, num_experts, max_experts, activation, generator = arguments
         if config.layers < 1:
             raise UserError(f"bank networks: layers={config.layers} must be at least 1")
         if hidden < num_experts:
@@ -179,17 +170,8 @@ class AffineBank(
         init_scale: float = 0.0
         """standard deviation of fresh rows; 0 for experts that change nothing at first"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim_in: int,
-        dim_out: int,
-        hidden: int,
-        num_experts: int,
-        max_experts: int,
-        activation: str,
-        generator: torch.Generator | None,
-    ) -> None:
+    def __init__(self, config: Config, *arguments: *BankArguments) -> None:
+        dim_in, dim_out, _, _, max_experts, _, generator = arguments
         if dim_in != dim_out:
             raise UserError(
                 f"bank affine scales its input and needs an output as wide: {dim_in} is not "

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.moe.loss import AuxLoss, LossInput
 from dynmoe.moe.passes import Passes, new_pass, sum_over_processes
-from dynmoe.moe.router import Router
+from dynmoe.moe.router import Router, check_option
 
 
 class NoLoss(AuxLoss, name="none", source="ours"):
@@ -158,10 +158,7 @@ class MutualInformationLoss(
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
         for name in ("marginal", "conditional"):
-            if getattr(config, name) < 0:
-                raise UserError(
-                    f"mutual-information loss: {name}={getattr(config, name)} must be at least 0"
-                )
+            check_option(config, name, getattr(config, name) >= 0, "at least 0")
         self.marginal, self.conditional = config.marginal, config.conditional
 
     def forward(self, inputs: LossInput) -> Tensor:

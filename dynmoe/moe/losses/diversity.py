@@ -16,6 +16,7 @@ from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.rows import NetworkBank
 from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.router import check_option
 
 
 class OrthogonalLoss(
@@ -82,8 +83,7 @@ class ParsevalLoss(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.scale <= 0:
-            raise UserError(f"parseval loss: scale={config.scale} must be above 0")
+        check_option(config, "scale", config.scale > 0, "above 0")
         self.scale = config.scale
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -123,9 +123,7 @@ class ParsevalLoss(
 
     def _target(self, products: Tensor) -> Tensor:
         """s I of the last two axes of `products`."""
-        return self.scale * torch.eye(
-            products.shape[-1], dtype=products.dtype, device=products.device
-        )
+        return torch.diag(products.new_full(products.shape[-1:], self.scale))
 
 
 Form = Literal["euclidean", "cosine", "kl"]
@@ -151,11 +149,8 @@ class PrototypeDiversity(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.form not in get_args(Form):
-            raise UserError(
-                f"prototype-diversity loss: form={config.form!r} must be one of "
-                f"{', '.join(get_args(Form))}"
-            )
+        forms = get_args(Form)
+        check_option(config, "form", config.form in forms, f"one of {', '.join(forms)}")
         self.form = config.form
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -247,8 +242,7 @@ class DistillationLoss(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.temperature <= 0:
-            raise UserError(f"distillation loss: temperature={config.temperature} must be above 0")
+        check_option(config, "temperature", config.temperature > 0, "above 0")
         self.temperature, self.detach_target = config.temperature, config.detach_target
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -323,8 +317,7 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.form not in ("relative", "paper"):
-            raise UserError(f"sphere loss: form={config.form!r} must be relative or paper")
+        check_option(config, "form", config.form in ("relative", "paper"), "relative or paper")
         self.form = config.form
 
     def forward(self, inputs: LossInput) -> Tensor:

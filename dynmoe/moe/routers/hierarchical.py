@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_linear, every, seeded_linear
-from dynmoe.moe.router import Router, RouterInput, Routing
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
 
@@ -20,11 +19,11 @@ class HierarchicalRouter(
 ):
     """A coarse gate picks or weighs groups of experts, a fine gate the experts within a group.
 
-    Two-level gating as in Zhang et al. 2025 (arXiv 2507.11181), Eq. 10: each sample uses the
-    experts of its best group, with the fine gate alone. Then the coarse gate has no gradient from
-    the task (its choice is an argmax), and an expert alone in its group has gate 1 and no gradient
-    either; auxiliary losses train both levels, since logits and probabilities are coarse times
-    fine. `gate=product` multiplies the gate by the coarse probability and so trains both.
+    In Eq. 10 each sample uses the experts of its best group, with the fine gate alone. Then the
+    coarse gate has no gradient from the task (its choice is an argmax), and an expert alone in its
+    group has gate 1 and no gradient either; auxiliary losses train both levels, since logits and
+    probabilities are coarse times fine. `gate=product` multiplies the gate by the coarse
+    probability and so trains both.
 
     Our choices: both levels are a softmax of a linear map; a new expert joins the smallest group,
     of equals the first, which is group e mod `num_groups` unless experts were pruned; soft groups
@@ -51,29 +50,18 @@ class HierarchicalRouter(
         """gates with top1: the probability within the group (Eq. 10), or that times the group's;
         soft groups always have the product"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.num_groups <= max_experts:
-            raise UserError(
-                f"hierarchical router: num_groups={config.num_groups} must be between 1 and "
-                f"{max_experts}"
-            )
-        if config.coarse not in ("top1", "soft"):
-            raise UserError(f"hierarchical router: coarse={config.coarse!r} must be top1 or soft")
-        if config.gate not in ("fine", "product"):
-            raise UserError(f"hierarchical router: gate={config.gate!r} must be fine or product")
-        super().__init__(dim, num_experts, max_experts, generator)
-        self.num_groups = config.num_groups
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, _, most, generator = size
+        groups = config.num_groups
+        check_option(config, "num_groups", 1 <= groups <= most, f"between 1 and {most}")
+        check_option(config, "coarse", config.coarse in ("top1", "soft"), "top1 or soft")
+        check_option(config, "gate", config.gate in ("fine", "product"), "fine or product")
+        super().__init__(*size)
+        self.num_groups = groups
         self.pick = config.coarse == "top1"
         self.fine_alone = config.gate == "fine"
-        self.coarse = seeded_linear(dim, config.num_groups, generator, bias=False)
-        self.register_buffer("group", torch.arange(max_experts) % config.num_groups)
+        self.coarse = seeded_linear(dim, groups, generator, bias=False)
+        self.register_buffer("group", torch.arange(most) % groups)
         self.register_load_state_dict_pre_hook(_add_groups)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynmoe.errors import UserError
-from dynmoe.moe.router import Router, RouterInput, Routing
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
 
@@ -23,17 +22,9 @@ class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"
         temperature: float = 1.0
         """divides the logits"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.temperature <= 0:
-            raise UserError(f"softmax router: temperature={config.temperature} must be above 0")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "temperature", config.temperature > 0, "above 0")
+        super().__init__(*size)
         self.temperature = config.temperature
 
     def route(self, inputs: RouterInput) -> Routing:
@@ -44,9 +35,8 @@ class SoftmaxRouter(Router, name="softmax", source="Kim 2025 (arXiv 2511.18987)"
 class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09179), Section 3"):
     """Softmax of cosine similarities to expert prototypes; bounded logits cannot saturate.
 
-    Cosine scores for routing: Chi et al. 2022 (arXiv 2204.09179), Section 3. With logits in
-    +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's, so new
-    experts keep receiving gradient.
+    With logits in +-1/temperature no expert's gate can fall below exp(-2/temperature) of another's,
+    so new experts keep receiving gradient.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -56,17 +46,9 @@ class CosineRouter(Router, name="cosine", source="Chi et al. 2022 (arXiv 2204.09
         temperature: float = 0.2
         """divides the similarities; smaller is sharper"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.temperature <= 0:
-            raise UserError(f"cosine router: temperature={config.temperature} must be above 0")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "temperature", config.temperature > 0, "above 0")
+        super().__init__(*size)
         self.temperature = config.temperature
 
     def route(self, inputs: RouterInput) -> Routing:
@@ -80,8 +62,8 @@ class LaplaceRouter(
 ):
     """Softmax of `-||x - w_e||_2`, all experts weighted: near experts get the weight.
 
-    Laplace gating of Nguyen et al. 2024 (arXiv 2410.02935); the temperature is ours. A logit
-    difference is at most `||w_e - w_f|| / temperature`, however far x is.
+    The temperature is ours. A logit difference is at most `||w_e - w_f|| / temperature`, however
+    far x is.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -91,17 +73,9 @@ class LaplaceRouter(
         temperature: float = 1.0
         """divides the distances; smaller is sharper"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.temperature <= 0:
-            raise UserError(f"laplace router: temperature={config.temperature} must be above 0")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "temperature", config.temperature > 0, "above 0")
+        super().__init__(*size)
         self.temperature = config.temperature
 
     def route(self, inputs: RouterInput) -> Routing:
