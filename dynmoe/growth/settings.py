@@ -153,16 +153,7 @@ class GrowthSettings:
         measure_shock: MeasureShock = classification_shock,
     ) -> GrowthController:
         """A controller that grows the model's MoE layers with these settings."""
+        how = {name: getattr(self, name) for name in GROWTH}
         return GrowthController(
-            model,
-            optimizer,
-            granularity=self.granularity,
-            trigger=self.trigger,
-            budget=self.budget,
-            pruning=self.pruning,
-            init=self.init,
-            moments=self.moments,
-            measure_shock=measure_shock,
-            new_experts=self.new_experts,
-            generator=generator,
+            model, optimizer, measure_shock=measure_shock, generator=generator, **how
         )

@@ -9,9 +9,10 @@ succeeded, so that one that fails leaves no trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,11 @@ from dynmoe.growth.optimizer_state import (
     pad,
     replace_parameter,
 )
-from dynmoe.moe import MoELayer, UnitBank
+from dynmoe.moe import ExpertBank, MoELayer, Router, UnitBank
 from dynmoe.moe.draws import as_runs, set_entries, take_entries
+
+Means = Callable[..., dict[str, Tensor]]
+"""`mean_moments` of an optimizer: (parameter, rows) -> second moments"""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,13 @@ def grow_layer(
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
     new = new.to(layer.created.device)
     layer.created[new] = created
+    means = partial(mean_moments, optimizer, moments=moments)
     restarts = []
     if isinstance(layer.bank, UnitBank):
-        restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
+        restarts += _place_units(layer.bank, plan, generator, optimizer, means)
     if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
-        restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
-    return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
+        restarts += _place_routes(layer.router, plan, new, generator, means)
+    return restarts + _place_experts(layer.bank, plan, new, generator, means)
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
@@ -110,13 +115,13 @@ def _place_units(
     plan: Plan,
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
-    moments: Moments,
+    means: Means,
 ) -> list[Restart]:
     """Hand units over where they stand, and copy or draw the others into what is left free."""
     place, stays = plan.places
     new = place[~stays]
     parameters = [getattr(bank, name) for name, _ in bank.unit_axes()]
-    means = [mean_moments(optimizer, p, moments) if len(new) else {} for p in parameters]
+    second = [means(p) if len(new) else {} for p in parameters]
     append_units(bank, len(plan.source) - len(bank.segment), optimizer)
     copied = ~stays & (plan.source != FRESH)
     owner = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
@@ -136,22 +141,17 @@ def _place_units(
         weight.mul_(factor.to(weight).view(-1, *[1] * (weight.dim() - 2)))
     return [
         Restart(getattr(bank, name), axis, new, mean)
-        for (name, axis), mean in zip(bank.unit_axes(), means, strict=True)
+        for (name, axis), mean in zip(bank.unit_axes(), second, strict=True)
     ]
 
 
 def _place_routes(
-    layer: MoELayer,
-    plan: Plan,
-    new: Tensor,
-    generator: torch.Generator | None,
-    optimizer: Optimizer | None,
-    moments: Moments,
+    router: Router, plan: Plan, new: Tensor, generator: torch.Generator | None, means: Means
 ) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
-    router, experts = layer.router, len(plan.sizes)
+    experts = len(plan.sizes)
     reinit = torch.arange(experts, device=new.device) if plan.reinit_router else new
-    means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
+    second = [means(rows, rows=experts - len(new)) for rows in router.expert_rows()]
     router.active[new] = True
     router.draw_rows(reinit, generator)
     _copy_parents(router.expert_rows(), plan, new)
@@ -159,30 +159,21 @@ def _place_routes(
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
-    return [
-        Restart(rows, 0, reinit, mean)
-        for rows, mean in zip(router.expert_rows(), means, strict=True)
-    ]
+    pairs = zip(router.expert_rows(), second, strict=True)
+    return [Restart(rows, 0, reinit, mean) for rows, mean in pairs]
 
 
 def _place_experts(
-    layer: MoELayer,
-    plan: Plan,
-    new: Tensor,
-    generator: torch.Generator | None,
-    optimizer: Optimizer | None,
-    moments: Moments,
+    bank: ExpertBank, plan: Plan, new: Tensor, generator: torch.Generator | None, means: Means
 ) -> list[Restart]:
     """Give the new experts their rows in the bank."""
-    bank, experts = layer.bank, len(plan.sizes)
+    experts = len(plan.sizes)
     bank.draw_experts(new, generator)
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-    return [
-        Restart(rows, 0, new, mean_moments(optimizer, rows, moments, experts - len(new)))
-        for rows in bank.expert_rows()
-    ]
+    old = experts - len(new)
+    return [Restart(rows, 0, new, means(rows, rows=old)) for rows in bank.expert_rows()]
 
 
 def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:

@@ -43,7 +43,7 @@ def merge(layer: MoELayer, x: Tensor | None = None) -> nn.Sequential:
         raise UserError(f"merge: bank {bank.name!r} has no dense counterpart; allowed is 'pool'")
     if x is not None:
         routing = route(layer, x)
-        gates = routing.mean(routing.gates * used_scale(layer, routing))
+        gates = routing.mean(routing.gates * layer.scale(routing))
     elif layer.router.normalised:
         gates = layer.router.active.to(bank.w_out) * (layer.gate_factor(experts) / experts)
     else:
@@ -114,12 +114,6 @@ def route(layer: MoELayer, x: Tensor) -> Routing:
         layer(x)
         assert layer.last_routing is not None
         return layer.last_routing
-
-
-def used_scale(layer: MoELayer, routing: Routing) -> Tensor:
-    """What the layer multiplies gates by: [N, 1], or one number [] for all samples."""
-    plain = layer.gate_scale == "one" or not layer.router.normalised
-    return routing.gates.new_ones(()) if plain else routing.used().to(routing.gates)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -234,8 +228,9 @@ def _shares(routing: Routing, experts: int) -> Tensor:
 
 def _mean_scale(layer: MoELayer, routings: list[Routing]) -> float:
     """Mean of what the layer multiplies its gates by; samples that use no expert do not count."""
-    scales = torch.cat([used_scale(layer, routing).flatten() for routing in routings])
-    return float(scales[scales > 0].double().mean()) if bool((scales > 0).any()) else 1.0
+    scales = [torch.as_tensor(layer.scale(routing)).double().flatten() for routing in routings]
+    used = torch.cat(scales)
+    return float(used[used > 0].mean()) if bool((used > 0).any()) else 1.0
 
 
 def _rescale(layer: MoELayer, factor: float) -> None:

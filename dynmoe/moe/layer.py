@@ -109,7 +109,10 @@ class MoELayer(nn.Module):
         if shared_hidden:
             self.shared = bank.build(*widths, shared_hidden, 1, 1, activation, generator)
         self.losses = nn.ModuleList(loss.build(max_experts) for loss in active)
-        _check_once([loss.part.name for loss in active])
+        names = [loss.part.name for loss in active]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"loss {name} is given twice; give it once, with another weight")
         self.register_buffer("created", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -185,7 +188,7 @@ class MoELayer(nn.Module):
             None if padding is None else padding.routed(by_sample),
             None if context is None else _per_row(context, len(routing_input), padding),
             max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
-            self._sizes() if self.router.uses_sizes else None,
+            self._sizes(),
         )
         self.last_routing = routing
         if by_sample and not self.bank.per_sample:
@@ -203,7 +206,7 @@ class MoELayer(nn.Module):
     def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
         """Outputs of the rows; the shared expert, if any, is added to the routed ones."""
         if routing.slots is None:
-            y = self.bank(rows, routing, self._scale(routing))
+            y = self.bank(rows, routing, self.scale(routing))
         else:
             y = mix_slots(self.bank, rows, routing.slots, routing.active)
         if self.shared is not None:
@@ -249,22 +252,22 @@ class MoELayer(nn.Module):
         self.uncollected = []
         self._passes.clear()
 
-    def _scale(self, routing: Routing) -> Tensor | float:
+    def scale(self, routing: Routing) -> Tensor | float:
+        """What gates are multiplied by: [N, 1], or one number for all samples."""
         if self.gate_scale == "one" or not self.router.normalised:
             return 1.0
         return routing.used()
 
     def _sizes(self) -> Tensor | None:
-        """[M] hidden units of each expert; None for banks without units."""
-        if not isinstance(self.bank, UnitBank):
-            return None
-        return F.one_hot(self.bank.segment, self.max_experts).sum(dim=0)
+        """[M] hidden units of each expert, for routers that ask; None for banks without units."""
+        if self.router.uses_sizes and isinstance(self.bank, UnitBank):
+            return F.one_hot(self.bank.segment, self.max_experts).sum(dim=0)
+        return None
 
     def gate_factor(self, experts: int) -> int:
         """What gates are multiplied by while that many experts exist."""
-        if self.gate_scale == "one" or not self.router.normalised:
-            return 1
-        return min(experts, self.router.k or experts)
+        plain = self.gate_scale == "one" or not self.router.normalised
+        return 1 if plain else min(experts, self.router.k or experts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last pass out: its tensors belong to a graph."""
@@ -300,13 +303,6 @@ def _by_name(kind: str, part: Any, options: Mapping[str, Any] | None = None) -> 
             "Config stand in the Config"
         )
     return part
-
-
-def _check_once(names: list[str]) -> None:
-    """Refuse a loss that is given twice: losses are kept by name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"loss {name} is given twice; give it once, with another weight")
 
 
 def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, active: Tensor) -> Tensor:

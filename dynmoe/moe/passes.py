@@ -88,8 +88,8 @@ class Passes:
 
 
 def several_processes() -> bool:
-    """Whether torch.distributed runs."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether torch.distributed runs with more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:

@@ -116,19 +116,10 @@ class Routing:
 
     def repeated(self, times: int) -> Routing:
         """One decision per token, from one per sample of `times` tokens each."""
-
-        def each(tensor: Tensor) -> Tensor:
-            return tensor.repeat_interleave(times, dim=0)
-
-        return replace(
-            self,
-            gates=each(self.gates),
-            logits=each(self.logits),
-            probabilities=each(self.probabilities),
-            chosen=None if self.chosen is None else each(self.chosen),
-            mask=None if self.mask is None else each(self.mask),
-            load=None if self.load is None else each(self.load),
-        )
+        names = ("gates", "logits", "probabilities", "chosen", "mask", "load")
+        given = {name: getattr(self, name) for name in names}
+        rows = {n: v.repeat_interleave(times, dim=0) for n, v in given.items() if v is not None}
+        return replace(self, **rows)
 
 
 def hard_routing(owner: Tensor, used: Tensor, active: Tensor, like: Tensor) -> Routing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,10 +46,12 @@ class Trigger(Part, ABC, kind="trigger"):
     Attributes:
         needs: names of the figures in `Signals` that a loop has to measure for this trigger.
         every: steps between two measurements of those that take a probe batch.
+        state: names of the attributes to resume from; plain values, or dicts of such.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
+    state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PartConfig) -> None:
         self.config = config
@@ -62,16 +65,19 @@ class Trigger(Part, ABC, kind="trigger"):
         """Most growths in a run of that many optimizer steps and tasks; sets the layers' size."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to resume from; none by default."""
-        return {}
+        """What to resume from."""
+        return {name: copy.copy(getattr(self, name)) for name in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
-        assert not state, state
+        for name in self.state:
+            setattr(self, name, copy.copy(state[name]))
 
 
 class ClockTrigger(Trigger, ABC):
     """Base of the triggers that go by the loop's clock, however far it moves between two asks."""
+
+    state = ("asked_at",)
 
     def __init__(self, config: PartConfig) -> None:
         super().__init__(config)
@@ -87,14 +93,6 @@ class ClockTrigger(Trigger, ABC):
             return False
         before, self.asked_at = self.asked_at, signals.step
         return self.due(before, signals.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The clock at the last ask."""
-        return {"asked_at": self.asked_at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.asked_at = state["asked_at"]
 
 
 class AtTrigger(ClockTrigger, name="at"):
@@ -175,6 +173,8 @@ class StageTrigger(Trigger, name="stage"):
         limit: int = 1
         """most growths"""
 
+    state = ("deepest", "growths")
+
     def __init__(self, config: Config) -> None:
         if not 0 <= config.share < 1 or config.limit < 1:
             raise UserError(
@@ -205,11 +205,3 @@ class StageTrigger(Trigger, name="stage"):
     def planned(self, steps: int, tasks: int) -> int:
         """As many as the limit allows."""
         return self.limit
-
-    def state_dict(self) -> dict[str, Any]:
-        """The deepest stage so far and the growths made."""
-        return {"deepest": self.deepest, "growths": self.growths}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.deepest, self.growths = state["deepest"], state["growths"]

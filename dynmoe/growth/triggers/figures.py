@@ -36,6 +36,7 @@ class FigureTrigger(Trigger, ABC):
         """most growths"""
 
     figure: ClassVar[str]
+    state = ("since", "growths", "memory")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,14 +85,15 @@ class FigureTrigger(Trigger, ABC):
         """As many as the limit and the clock allow."""
         return min(self.limit, max(0, steps - 1) // self.cooldown)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The step of the last growth, the growths made, and the memory."""
-        return {"since": self.since, "growths": self.growths, "memory": dict(self.memory)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.since, self.growths = state["since"], state["growths"]
-        self.memory = dict(state["memory"])
+def check_share(config: PartConfig, share: str, count: str) -> None:
+    """Refuse an option that is no share, or another that is no count; both by name."""
+    value, number = getattr(config, share), getattr(config, count)
+    if not 0 < value < 1 or number < 1:
+        raise UserError(
+            f"trigger {config.part.name}: {share}={value} must be between 0 and 1 and "
+            f"{count}={number} at least 1"
+        )
 
 
 class PlateauTrigger(
@@ -111,6 +113,7 @@ class PlateauTrigger(
         """most growths"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"score"})
+    state = ("best", "since", "growths")
 
     def __init__(self, config: Config) -> None:
         if config.patience < 1 or not config.gain >= 0 or config.limit < 1:
@@ -147,14 +150,6 @@ class PlateauTrigger(
         """As many as the limit and the clock allow."""
         return min(self.limit, max(0, steps - 1) // self.patience)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best score, the step of the last gain or growth, and the growths made."""
-        return {"best": self.best, "since": self.since, "growths": self.growths}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.best, self.since, self.growths = state["best"], state["since"], state["growths"]
-
 
 class GradientTrigger(FigureTrigger, name="gradient"):
     """When the mean gradient norm of late falls below a share of its highest since the last growth.
@@ -175,11 +170,7 @@ class GradientTrigger(FigureTrigger, name="gradient"):
     figure: ClassVar[str] = "grad_norm"
 
     def __init__(self, config: Config) -> None:
-        if not 0 < config.share < 1 or config.memory < 1:
-            raise UserError(
-                f"trigger gradient: share={config.share} must be between 0 and 1 and "
-                f"memory={config.memory} at least 1"
-            )
+        check_share(config, "share", "memory")
         super().__init__(config)
         self.share, self.decay, self.least = config.share, 1 - 1 / config.memory, config.memory
 
@@ -218,11 +209,7 @@ class RankTrigger(FigureTrigger, name="rank"):
     figure: ClassVar[str] = "effective_rank"
 
     def __init__(self, config: Config) -> None:
-        if not 0 < config.share < 1 or config.every < 1:
-            raise UserError(
-                f"trigger rank: share={config.share} must be between 0 and 1 and "
-                f"every={config.every} at least 1"
-            )
+        check_share(config, "share", "every")
         super().__init__(config)
         self.share, self.every = config.share, config.every
 
@@ -254,11 +241,7 @@ class DormancyTrigger(FigureTrigger, name="dormancy"):
     figure: ClassVar[str] = "dormant"
 
     def __init__(self, config: Config) -> None:
-        if not 0 < config.rise < 1 or config.every < 1:
-            raise UserError(
-                f"trigger dormancy: rise={config.rise} must be between 0 and 1 and "
-                f"every={config.every} at least 1"
-            )
+        check_share(config, "rise", "every")
         super().__init__(config)
         self.rise, self.every = config.rise, config.every
 

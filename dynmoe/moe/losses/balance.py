@@ -173,15 +173,8 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
-class GlobalBalanceLoss(
-    AuxLoss, name="global-balance", source="Qiu et al. 2025 (arXiv 2501.11873)"
-):
-    """`E * sum_e f_e P_e` with f of the global batch: experts may specialise within a micro-batch.
-
-    f_e is the share of picks that went to expert e in this and the preceding training passes of the
-    current optimizer step, on all processes where torch.distributed runs; P_e is e's mean
-    probability in this pass alone. With one pass per step and one process this is `switch`. 1 with
-    one active expert.
+class CountingLoss(AuxLoss):
+    """Base of the losses that count picks over the training passes of an optimizer step.
 
     Attributes:
         counts: buffer [M] int64, picks of each expert since the last optimizer step; not saved.
@@ -191,16 +184,27 @@ class GlobalBalanceLoss(
 
     def __init__(self, config: AuxLoss.Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        counts = torch.empty(max_experts, dtype=torch.long)
+        counts = torch.zeros(max_experts, dtype=torch.long)
         self.register_buffer("counts", counts, persistent=False)
-        self._seen, self._noted = Passes(), Passes()
-        self.reset_parameters()
+        self._passes, self._seen = Passes(), Passes()
 
     def reset_parameters(self) -> None:
         """Forget all passes."""
         self.counts.zero_()
+        self._passes.clear()
         self._seen.clear()
-        self._noted.clear()
+
+
+class GlobalBalanceLoss(
+    CountingLoss, name="global-balance", source="Qiu et al. 2025 (arXiv 2501.11873)"
+):
+    """`E * sum_e f_e P_e` with f of the global batch: experts may specialise within a micro-batch.
+
+    f_e is the share of picks that went to expert e in this and the preceding training passes of the
+    current optimizer step, on all processes where torch.distributed runs; P_e is e's mean
+    probability in this pass alone. With one pass per step and one process this is `switch`. 1 with
+    one active expert.
+    """
 
     def forward(self, inputs: LossInput) -> Tensor:
         """The loss of this pass; notes its picks."""
@@ -208,7 +212,7 @@ class GlobalBalanceLoss(
         mean = routing.mean(routing.probabilities)
         number = new_pass()
         before, picks = self._seen.recall(number, lambda: self._count(routing.picks()))
-        if self._noted.learns(number):
+        if self._passes.learns(number):
             self.counts += picks
         # Half precision holds no large counts.
         share = (before + picks).to(torch.promote_types(mean.dtype, torch.float32))
@@ -226,7 +230,9 @@ class GlobalBalanceLoss(
 
 
 class LossFree(
-    AuxLoss, name="loss-free", source="Wang et al. 2024 (arXiv 2408.15664), Section 3, Algorithm 1"
+    CountingLoss,
+    name="loss-free",
+    source="Wang et al. 2024 (arXiv 2408.15664), Section 3, Algorithm 1",
 ):
     """Bias balancing: after each optimizer step, experts below the mean count get a larger bias.
 
@@ -237,12 +243,7 @@ class LossFree(
 
     Our choice: biases are kept at mean 0 over the active experts. That changes no choice, and lets
     a new expert, whose bias is 0, start level with the others.
-
-    Attributes:
-        counts: buffer [M] int64, picks of each expert since the last optimizer step; not saved.
     """
-
-    counts: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AuxLoss.Config):
@@ -265,14 +266,6 @@ class LossFree(
                 f"loss-free balancing: update={config.update!r} must be sign or proportional"
             )
         self.rate, self.update = config.rate, config.update
-        counts = torch.zeros(max_experts, dtype=torch.long)
-        self.register_buffer("counts", counts, persistent=False)
-        self._passes = Passes()
-
-    def reset_parameters(self) -> None:
-        """Forget all passes; the biases belong to the router."""
-        self.counts.zero_()
-        self._passes.clear()
 
     def forward(self, inputs: LossInput) -> Tensor:
         """0; in training, notes who was chosen.
