@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -137,21 +138,15 @@ def routing_stats(model: nn.Module, labels: Tensor | None = None) -> dict[str, d
         use = expert_use(gates, layer.created[: layer.num_experts], routing.mask)
         if use and labels is not None:
             own = routing.real(row_labels(labels, len(gates)).to(gates.device))
-            use |= _label_values(routing.real(gates), own)
+            whole, parts = label_uncertainty(routing.real(gates), own)
+            use["label_entropy"] = whole
+            for expert, part in enumerate(parts):
+                if not math.isnan(part):
+                    use[f"label_entropy/expert_{expert}"] = part
+                    use[f"label_information/expert_{expert}"] = whole - part
         if use:
             found[name] = use
     return found
-
-
-def _label_values(gates: Tensor, labels: Tensor) -> dict[str, float]:
-    """What `routing_stats` says about labels [N]."""
-    whole, own = label_uncertainty(gates, labels)
-    values = {"label_entropy": whole}
-    for expert, uncertainty in enumerate(own):
-        if not math.isnan(uncertainty):
-            values[f"label_entropy/expert_{expert}"] = uncertainty
-            values[f"label_information/expert_{expert}"] = whole - uncertainty
-    return values
 
 
 @torch.no_grad()
@@ -247,13 +242,13 @@ def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """
     seen: dict[str, Tensor] = {}
 
-    def watch(name: str, layer: MoELayer) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = (args[0] if args else kwargs["x"]).detach().clone()
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[name] = (args[0] if args else kwargs["x"]).detach().clone()
 
-        return layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    handles = [watch(name, layer) for name, layer in moe_layers(model)]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, layer in moe_layers(model)
+    ]
     try:
         with undisturbed(model):
             model(x)

@@ -161,12 +161,17 @@ def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Prune
             "between 0 and 1"
         )
     before = [route(layer, x) for x in batches]
-    load = torch.cat([_shares(r, layer.num_experts) for r in before]).mean(dim=0).cpu()
+    gates = [routing.real(routing.gates[:, : layer.num_experts]) for routing in before]
+    load = torch.cat([gate_shares(one) for one in gates]).mean(dim=0).cpu()
     best = int(load.argmax())
     kept = [e for e, share in enumerate(load.tolist()) if share >= threshold or e == best]
     smaller = without_experts(layer, kept)
     after = [route(smaller, x) for x in batches]
-    _rescale(smaller, _mean_scale(layer, before) / _mean_scale(smaller, after))
+    factor = _mean_scale(layer, before) / _mean_scale(smaller, after)
+    if isinstance(smaller.bank, UnitBank):
+        smaller.bank.output_weight().mul_(factor)
+    for rows in smaller.bank.output_rows():
+        rows.mul_(factor)
     change = output_change(_outputs(layer, batches), _outputs(smaller, batches))
     return Pruned(smaller, kept, load, change)
 
@@ -221,24 +226,11 @@ def _keep_units(bank: UnitBank, order: Tensor, kept: int) -> None:
     bank.initial_sizes = bank.hidden_sizes()
 
 
-def _shares(routing: Routing, experts: int) -> Tensor:
-    """[N, E] gate shares of the real samples."""
-    return gate_shares(routing.real(routing.gates[:, :experts]))
-
-
 def _mean_scale(layer: MoELayer, routings: list[Routing]) -> float:
     """Mean of what the layer multiplies its gates by; samples that use no expert do not count."""
     scales = [torch.as_tensor(layer.scale(routing)).double().flatten() for routing in routings]
     used = torch.cat(scales)
     return float(used[used > 0].mean()) if bool((used > 0).any()) else 1.0
-
-
-def _rescale(layer: MoELayer, factor: float) -> None:
-    """Multiply the experts' outputs."""
-    if isinstance(layer.bank, UnitBank):
-        layer.bank.output_weight().mul_(factor)
-    for rows in layer.bank.output_rows():
-        rows.mul_(factor)
 
 
 def _outputs(layer: MoELayer, batches: Sequence[Tensor]) -> Tensor:

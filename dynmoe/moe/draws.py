@@ -88,7 +88,7 @@ def set_entries(
 ) -> None:
     """Write `values` to the entries `index` [n] along `axis`; a scalar tensor fills them all.
 
-    `runs` is the index as `as_runs` gives it, for callers that write to several tensors.
+    `runs`: the index as `as_runs` gives it.
     """
     if runs is None:
         runs = as_runs(index, tensor) if axis else []  # rows are long enough by themselves

@@ -127,11 +127,10 @@ class MoELayer(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to the start: the initial experts, all weights drawn again, all buffers reset.
+        """Back to the start: experts, weights and buffers as construction makes them.
 
-        Under equal generators it gives what construction gives, so that a layer that was made on
-        the meta device can be filled: `layer.to_empty(device=...)`, then this. A router that other
-        layers share is reset for them, too.
+        So a layer that was made on the meta device can be filled: `layer.to_empty(device=...)`,
+        then this. A router that other layers share is reset for them, too.
 
         Raises:
             UserError: a pool of hidden units has another size than at the start; nothing is reset.
@@ -221,11 +220,7 @@ class MoELayer(nn.Module):
         return losses
 
     def _keep_losses(self, y: Tensor) -> Tensor:
-        """Keep the pass's losses until they are collected; y, through which they may reach back.
-
-        In the second pass of a reentrant checkpoint the losses have been collected already, without
-        a gradient; the gradient that then came back for them goes on from y.
-        """
+        """Keep the pass's losses until they are collected; y, through which they may reach back."""
         first = PassLosses(self.last_losses)
         kept = self._passes.recall(new_pass(), lambda: first)
         if kept is first:
@@ -234,10 +229,7 @@ class MoELayer(nn.Module):
         return kept.go_on_from(y, self.last_losses)
 
     def collect_losses(self) -> dict[str, Tensor]:
-        """Weighted losses by name, added up over the passes that were not collected yet; scalars.
-
-        Passes are those in training mode since the latest optimizer step.
-        """
+        """Weighted losses by name, added up over what is `uncollected`; scalars."""
         collected: dict[str, Tensor] = {}
         for losses in self.uncollected:
             for name, value in losses.values().items():

@@ -48,7 +48,9 @@ class Passes:
             return make()
         if number not in self._memory:
             self._memory[number] = make()
-            self._bound()
+            if len(self._memory) > MOST_PASSES:
+                del self._memory[next(iter(self._memory))]
+                self._warn()
         return self._memory[number]
 
     def learns(self, number: int | None) -> bool:
@@ -69,10 +71,7 @@ class Passes:
         """An optimizer step is done."""
         self._memory.clear()
 
-    def _bound(self) -> None:
-        if len(self._memory) <= MOST_PASSES:
-            return
-        del self._memory[next(iter(self._memory))]
+    def _warn(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -93,10 +92,7 @@ def several_processes() -> bool:
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:
-    """Counts [M] without gradient, added up over all processes where torch.distributed runs.
-
-    Every process must call it equally often. With one process it is the identity.
-    """
+    """Counts [M] without gradient, added up over all processes, which call it equally often."""
     if not several_processes():
         return counts
     total = counts.clone()
@@ -107,7 +103,7 @@ def sum_over_processes(counts: Tensor) -> Tensor:
 def join_processes(rows: Tensor) -> Tensor:
     """Rows [R, ...] without gradient of all P processes, in order of rank: [P * R, ...].
 
-    Every process must call it equally often, with equal shapes.
+    All call it equally often, with equal shapes.
     """
     if not several_processes():
         return rows

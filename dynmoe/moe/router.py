@@ -123,12 +123,9 @@ class Routing:
 
 
 def hard_routing(owner: Tensor, used: Tensor, active: Tensor, like: Tensor) -> Routing:
-    """Each row goes to one given expert with gate 1, or nowhere.
+    """Each row goes to its `owner` [N] with gate 1, or nowhere where `used` [N] is False.
 
-    Args:
-        owner: [N] the expert of each row; used: [N] bool, False for rows that go nowhere.
-        active: [M] bool.
-        like: gives the dtype of the gates.
+    `active` [M] as in `Routing`; gates have the dtype of `like`.
     """
     chosen = torch.zeros(len(owner), len(active), dtype=torch.bool, device=owner.device)
     chosen = chosen.scatter(1, owner.unsqueeze(1), used.unsqueeze(1))
@@ -143,16 +140,10 @@ draws the weights."""
 
 
 def check_option(config: PartConfig, option: str, allowed: bool, what: str) -> None:
-    """Refuse an option of a router or a loss whose value is not allowed.
-
-    Args:
-        config: the part's options.
-        option: name of the one that is checked.
-        allowed: whether its value is.
-        what: what it must be, for the message.
+    """Refuse an option of a router or a loss; `what` says what it must be, for the message.
 
     Raises:
-        UserError: it is not allowed.
+        UserError: its value is not allowed.
     """
     if not allowed:
         part, value = config.part, getattr(config, option)
@@ -209,10 +200,10 @@ class Router(nn.Module, Part, kind="router"):
         super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to the start: the initial number of experts, all weights drawn again.
+        """Back to the start: initial number of experts, weights as construction draws them.
 
-        Under equal generators it gives what construction gives. A router that has more than rows of
-        experts (a submodule, a buffer) resets that, too, in the order in which it was constructed.
+        A router that has more than rows of experts (a submodule, a buffer) resets that, too, in the
+        order in which it was constructed.
         """
         self.reset_buffers()
         self.draw_rows(every(self.weight), generator)

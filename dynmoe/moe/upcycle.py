@@ -48,7 +48,7 @@ def upcycle(
 ) -> MoELayer:
     """An MoE layer with the weights, dtype, device and training mode of an MLP.
 
-    `function_change(mlp, layer, x)` tells how close the two are.
+    `diagnostics.function_change(mlp, layer, x)` tells how close the two are.
 
     Args:
         mlp: `nn.Sequential` of Linear, activation and Linear, or a module with these as `fc1`,
@@ -136,19 +136,13 @@ def _fill(layer: MoELayer, first: nn.Linear, second: nn.Linear, units: Tensor, s
     bank = layer.bank
     assert isinstance(bank, HiddenPool)
     bank.w_in.copy_(first.weight[units])
-    bank.b_in.copy_(first.bias[units] if first.bias is not None else torch.zeros_like(bank.b_in))
     bank.w_out.copy_(second.weight[:, units])
-    bank.b_out.copy_(
-        second.bias / shares if second.bias is not None else torch.zeros_like(bank.b_out)
-    )
+    bank.b_in.zero_() if first.bias is None else bank.b_in.copy_(first.bias[units])
+    bank.b_out.zero_() if second.bias is None else bank.b_out.copy_(second.bias / shares)
 
 
 def _parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
-    """First linear map, name of the activation, and second linear map of a two-layer MLP.
-
-    Raises:
-        UserError: it is no such thing.
-    """
+    """First linear map, name of the activation, and second linear map of a two-layer MLP."""
     known = isinstance(mlp, nn.Sequential) or all(hasattr(mlp, n) for n in ("fc1", "act", "fc2"))
     modules = [module for module in mlp.children() if not isinstance(module, nn.Identity)]
     for module in modules:
@@ -278,7 +272,10 @@ def adapt_linears(
     for name in names:
         base = linears[name]
         adapted[name] = Adapted(base, make_layer(base.in_features, base.out_features))
-        _replace(model, base, adapted[name])
+        for parent in [m for m in model.modules() if not isinstance(m, Adapted)]:
+            for own, child in list(parent._modules.items()):  # each name, also of one module
+                if child is base:
+                    setattr(parent, own, adapted[name])
     return adapted
 
 
@@ -294,14 +291,6 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
         and module is not model
         and module not in inside
     }
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in the model."""
-    for parent in [m for m in model.modules() if not isinstance(m, Adapted)]:
-        for name, child in list(parent._modules.items()):  # each name, also of one module
-            if child is old:
-                setattr(parent, name, new)
 
 
 def _known(linears: dict[str, nn.Linear]) -> str:

@@ -83,7 +83,8 @@ class ConvPool(Pool, name="conv", source="ours; the hidden pool with convolution
 
     def activations(self, x: Tensor, *inputs: Tensor) -> Tensor:
         """[N, H', h, w] `act(W1 * x + b1)`."""
-        return self.act(F.conv2d(x, *inputs, padding="same"))
+        w_in, b_in = inputs
+        return self.act(F.conv2d(x, w_in, b_in, padding="same"))
 
     def expert_outputs(self, x: Tensor) -> Tensor:
         """[M, N, C_out, h, w] what each expert alone says to x [N, C_in, h, w]."""

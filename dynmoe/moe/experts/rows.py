@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,24 +67,19 @@ class NetworkBank(
             return _mix(self.expert_outputs(x), gates)
         if routing.chosen is None:
             living = int(routing.active.sum())
-            return _mix(self._outputs(x, living), gates[:, :living])
+            return _mix(self._layer(-1, self.last_hidden(x, living)), gates[:, :living])
         return self._mix_sparse(x, gates, routing.chosen)
 
     def expert_outputs(self, x: Tensor) -> Tensor:
         """[M, N, D_out] what each expert alone says to x [N, D_in]."""
-        return self._outputs(x, len(self.biases[0]))
+        return self._layer(-1, self.last_hidden(x))
 
-    def last_hidden(self, x: Tensor) -> Tensor:
-        """[M, N, width] activations of each network's last hidden layer for x [N, D_in]."""
-        return self._last_hidden(x, len(self.biases[0]))
+    def last_hidden(self, x: Tensor, experts: int | None = None) -> Tensor:
+        """[E, N, width] activations of the last hidden layers of the first E networks, or all M.
 
-    def _outputs(self, x: Tensor, experts: int) -> Tensor:
-        """[E, N, D_out] outputs of the first `experts`."""
-        return self._layer(-1, self._last_hidden(x, experts))
-
-    def _last_hidden(self, x: Tensor, experts: int) -> Tensor:
-        """[E, N, width] activations of the first `experts`: a batched product for each layer."""
-        h = x.expand(experts, *x.shape)
+        x is [N, D_in]; each layer is one batched product.
+        """
+        h = x.expand(experts or len(self.biases[0]), *x.shape)
         for depth in range(len(self.weights) - 1):
             h = self.act(self._layer(depth, h))
         return h
@@ -96,26 +90,20 @@ class NetworkBank(
         return torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
 
     def _mix_sparse(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Each network on the samples that chose it.
-
-        Rows come from `unbind`, whose backward writes each gradient once.
-        """
+        """Each network on the samples that chose it; `unbind` writes each gradient once."""
         weights = [weight.unbind() for weight in self.weights]
         biases = [bias.unbind() for bias in self.biases]
         y = x.new_zeros(len(x), biases[-1][0].shape[0])
         used = chosen.any(dim=0).nonzero().flatten().tolist()
         for expert in used or [0]:  # one, so that y has a gradient
             samples = chosen[:, expert].nonzero().flatten()
-            own = [(w[expert], b[expert]) for w, b in zip(weights, biases, strict=True)]
-            output = self._network(x[samples], own) * gates[samples, expert].unsqueeze(1)
+            h, last = x[samples], len(weights) - 1
+            for depth, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                h = F.linear(h, weight[expert], bias[expert])
+                h = h if depth == last else self.act(h)
+            output = h * gates[samples, expert].unsqueeze(1)
             y = y.index_add(0, samples, output.to(y.dtype))
         return y
-
-    def _network(self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """One network on x [n, D_in]."""
-        for weight, bias in layers[:-1]:
-            x = self.act(F.linear(x, weight, bias))
-        return F.linear(x, *layers[-1])
 
     def expert_rows(self) -> list[nn.Parameter]:
         """All weights and biases."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.moe.loss import AuxLoss, LossInput
 from dynmoe.moe.passes import Passes, new_pass, sum_over_processes
-from dynmoe.moe.router import Router, check_option
+from dynmoe.moe.router import Router, Routing, check_option
 
 
 class NoLoss(AuxLoss, name="none", source="ours"):
@@ -59,8 +59,8 @@ class LoadLoss(
 ):
     """Squared coefficient of variation of the experts' smooth load, for noisy routers.
 
-    The smooth load of an expert is the sum over samples of the chance that fresh noise makes the
-    router pick it (`Routing.load`). 0 with one active expert; variance as in `importance`.
+    An expert's smooth load is the sum over samples of the chance that fresh noise makes the router
+    pick it (`Routing.load`). 0 with one active expert; variance as in `importance`.
     """
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -211,7 +211,7 @@ class GlobalBalanceLoss(
         routing = inputs.routing
         mean = routing.mean(routing.probabilities)
         number = new_pass()
-        before, picks = self._seen.recall(number, lambda: self._count(routing.picks()))
+        before, picks = self._seen.recall(number, lambda: self._count(routing))
         if self._passes.learns(number):
             self.counts += picks
         # Half precision holds no large counts.
@@ -224,9 +224,9 @@ class GlobalBalanceLoss(
         self.reset_parameters()
 
     @torch.no_grad()
-    def _count(self, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """[M] picks of the passes before, and [M] those of this one from picks [N, M]."""
-        return self.counts.clone(), sum_over_processes(picks.long().sum(dim=0))
+    def _count(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """[M] picks of the passes before, and [M] those of this one."""
+        return self.counts.clone(), sum_over_processes(routing.picks().long().sum(dim=0))
 
 
 class LossFree(

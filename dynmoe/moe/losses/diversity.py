@@ -44,7 +44,7 @@ class OrthogonalLoss(
 
 def row_overlaps(rows: Tensor) -> Tensor:
     """Squared cosines [M, M] of rows [M, F]; 0 where a row is 0."""
-    rows = rows / _norm(rows.square().sum(dim=1, keepdim=True))
+    rows = _unit(rows)
     return (rows @ rows.T).square()
 
 
@@ -60,6 +60,11 @@ def unit_overlaps(bank: UnitBank, experts: int) -> Tensor:
 def _norm(squares: Tensor) -> Tensor:
     """Square roots, with a finite gradient at 0."""
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their length; 0 stays 0, with a finite gradient."""
+    return x / _norm(x.square().sum(dim=-1, keepdim=True))
 
 
 class ParsevalLoss(
@@ -214,12 +219,6 @@ def gram_schmidt(outputs: Tensor, active: Tensor) -> Tensor:
     return basis
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Vectors along the last axis divided by their length; 0 stays 0, with a finite gradient."""
-    square = x.square().sum(dim=-1, keepdim=True)
-    return x / square.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
-
-
 class DistillationLoss(
     AuxLoss, name="distillation", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 8"
 ):
@@ -269,10 +268,7 @@ def mean_over_pairs(values: Tensor, active: Tensor) -> Tensor:
 
 
 def active_outputs(inputs: LossInput) -> tuple[Tensor, Tensor]:
-    """Outputs [M, N, F] of each expert for each sample, 0 for reserved ones; active [M].
-
-    Costs a pass of every expert over every sample. Outputs of more than one axis are flattened.
-    """
+    """Outputs [M, N, F] of every expert for every sample, 0 for reserved ones; and active [M]."""
     outputs = inputs.bank.expert_outputs(inputs.x).flatten(2)
     active = inputs.routing.active[: len(outputs)]
     return torch.where(active.view(-1, 1, 1), outputs, 0.0), active

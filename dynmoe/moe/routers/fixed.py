@@ -120,9 +120,7 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
                 f"hash router: a context of shape {list(ids.shape)} and {ids.dtype} is no list of "
                 "token ids; give one int64 per token"
             )
-        code = scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1)
-        everywhere = torch.ones_like(code, dtype=torch.bool)
-        return hard_routing(code % self.active.sum(), everywhere, self.active, inputs.x)
+        return _modulo(scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1), self, inputs)
 
 
 class OracleRouter(Router, name="oracle", source="ours"):
@@ -155,6 +153,10 @@ class OracleRouter(Router, name="oracle", source="ours"):
                 f"oracle router: a context of shape {list(label.shape)} and {label.dtype} is no "
                 "list of labels; give one int64 per sample"
             )
-        everywhere = torch.ones_like(label, dtype=torch.bool)
-        owner = label.long() % self.active.sum()
-        return hard_routing(owner, everywhere, self.active, inputs.x)
+        return _modulo(label.long(), self, inputs)
+
+
+def _modulo(number: Tensor, router: Router, inputs: RouterInput) -> Routing:
+    """Routing of each sample to its number [N] modulo the number of experts, with gate 1."""
+    everywhere = torch.ones_like(number, dtype=torch.bool)
+    return hard_routing(number % router.active.sum(), everywhere, router.active, inputs.x)
