@@ -50,14 +50,10 @@ class NewExperts:
 
 
 class WarmUp:
-    """Carries out `NewExperts` on a model's MoE layers.
+    """Carries out `NewExperts` on a model's MoE layers, by hooks unless the options are plain.
 
     The new experts of a layer are those with its latest creation step; theirs are their hidden
     units, bank rows and router rows, whether drawn or copied.
-
-    Args:
-        options: what is special about them.
-        model, optimizer: where; hooks are set unless the options are plain.
     """
 
     def __init__(self, options: NewExperts, model: nn.Module, optimizer: Optimizer | None) -> None:

@@ -58,14 +58,10 @@ class PruningCriterion(Part, ABC, kind="pruning"):
     def scores(
         self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Scores [H] of the hidden units, on the CPU; each expert keeps its highest.
+        """Scores [H] of the hidden units, on the CPU; each expert keeps its highest, -inf never.
 
         Args:
-            bank: the bank about to be pruned.
             mean_activation: [H] mean |activation| over a probe batch, or None without a probe.
-            generator: for random rules.
-
-        A unit scored -inf is never kept.
         """
 
 
@@ -106,8 +102,7 @@ class UtilityUnits(
 ):
     """Keeps the units of largest contribution utility, mean |h| * sum |w_out|.
 
-    Source: Dohare et al. 2024 (Nature 632, continual backpropagation), contribution utility, with
-    the mean over one probe batch instead of a running one.
+    The mean is over one probe batch instead of a running one.
     """
 
     def scores(

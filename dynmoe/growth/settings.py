@@ -100,7 +100,7 @@ class GrowthSettings:
         return sum(sizes)
 
     def check_budget(self, hidden: int, experts: int) -> None:
-        """Refuse, before any work, a plan that ends with experts without units.
+        """Refuse a plan that ends with experts without units.
 
         Raises:
             UserError: the constant budget of `hidden` units cannot feed `experts` experts.

@@ -74,10 +74,7 @@ def grow_layer(
     records do that, once nothing can fail any more.
 
     Args:
-        layer: the layer to grow.
-        plan: where each unit and expert comes from.
         created: growth count, noted as the new experts' creation step.
-        generator: draws the fresh weights.
         optimizer: its state follows the parameters; may have no state yet.
         moments: second moments of fresh entries, see `mean_moments`.
 
@@ -98,11 +95,7 @@ def grow_layer(
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
-    """Refuse more experts than the layer was made for.
-
-    Raises:
-        UserError: the layer cannot hold that many experts.
-    """
+    """Raise a UserError where the layer was made for fewer experts."""
     if experts > layer.max_experts:
         raise UserError(
             f"cannot grow to {experts} experts: the layer was made for at most "
@@ -185,10 +178,7 @@ def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:
 
 
 def append_units(bank: UnitBank, count: int, optimizer: Optimizer | None) -> None:
-    """Add `count` zero units at the end of a bank's pool, with zero optimizer state.
-
-    The one case in which new Parameters take the old ones' place, in the bank and the optimizer.
-    """
+    """Add `count` zero units at the end of a bank's pool, with zero optimizer state."""
     if count <= 0:
         return
     for name, axis in bank.unit_axes():
@@ -206,11 +196,11 @@ def append_entries(
     """
     old: nn.Parameter = getattr(module, name)
     new = nn.Parameter(pad(old.detach(), axis, count), requires_grad=old.requires_grad)
-    if old.grad is not None:
-        dense = old.grad if old.grad.layout == torch.strided else old.grad.to_dense()
-        grad = pad(dense, axis, count)
-        strided = old.grad.layout == torch.strided
-        new.grad = grad if strided else grad.to_sparse(old.grad.sparse_dim())
+    grad = old.grad
+    if grad is not None and grad.layout == torch.strided:
+        new.grad = pad(grad, axis, count)
+    elif grad is not None:
+        new.grad = pad(grad.to_dense(), axis, count).to_sparse(grad.sparse_dim())
     setattr(module, name, new)
     if optimizer is not None:
         replace_parameter(optimizer, old, new, axis)

@@ -179,7 +179,6 @@ def output_similarity(layer: MoELayer, x: Tensor, how: Literal["cosine", "cka"])
     """How alike the active experts' outputs on x are: [E, E] float64 on the CPU.
 
     Args:
-        layer: left as it was.
         x: input of the layer; every position of a sample counts as a sample.
         how: "cosine": mean over samples of the cosine of two experts' outputs, in -1..1. "cka":
             linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, Section 3),
@@ -221,8 +220,7 @@ def routing_table(
 
     Args:
         gates: [N, E].
-        labels: [N] int64, of classes, tasks, floors, ...; or one for every N / len(labels) rows,
-            as where each token of a sample is routed.
+        labels: [N] int64, as `label_uncertainty` takes them.
         num_labels: L; by default one more than the largest label.
         mask: [N] bool, False for padding, which does not count; None: all samples are real.
     """

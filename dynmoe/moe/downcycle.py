@@ -31,12 +31,8 @@ def merge(layer: MoELayer, x: Tensor | None = None) -> nn.Sequential:
     on the input. Without x, gates are taken as equal and as summing to 1. A shared expert's units
     come last. `function_change(layer, mlp, x)` tells how close the two are.
 
-    Args:
-        layer: its bank must be the pool.
-        x: input of the layer, whose rows count alike.
-
     Raises:
-        UserError: another bank, or no x for a router whose gates have a scale of their own.
+        UserError: another bank than the pool, or no x where gates have a scale of their own.
     """
     bank, experts = layer.bank, layer.num_experts
     if not isinstance(bank, HiddenPool):
@@ -78,8 +74,6 @@ def distil(
     Args:
         layer: the teacher, in evaluation mode; it is left as it was.
         batches: inputs of the layer; each step takes one of them.
-        steps: optimizer steps.
-        lr: Adam's learning rate.
         generator: draws the batches' order; None: torch's global one.
 
     Returns:
@@ -147,7 +141,7 @@ def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Prune
     experts used, the experts' outputs are scaled to make up for the mean change of that number.
 
     Args:
-        layer: any router, any bank; it is left as it was.
+        layer: left as it was.
         batches: inputs of the layer, routed in evaluation mode.
         threshold: share of the load in 0..1; 1 / E is an even share. The expert of largest load
             always stays. (Pruning by use: our choice of the plainest rule.)

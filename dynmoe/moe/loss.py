@@ -61,10 +61,11 @@ class AuxLoss(nn.Module, Part, kind="loss"):
 
 
 class PassLosses:
-    """What one pass of a layer adds to the objective.
+    """What one pass of a layer adds to the objective: weighted losses by name, scalars.
 
-    Args:
-        losses: weighted losses by name, scalars.
+    A reentrant checkpoint runs the first pass without gradients, so that losses which are collected
+    then are bare numbers. They are handed out with a way to hear what gradient comes back for them;
+    the second pass, in the backward pass, sends that gradient into the layer.
     """
 
     def __init__(self, losses: dict[str, Tensor]) -> None:

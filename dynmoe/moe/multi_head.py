@@ -65,7 +65,6 @@ class MultiHead(nn.Module):
         """Split, route, mix and merge x [..., D_in] to [..., D_out].
 
         Args:
-            x: the input.
             mask: False for padding, one entry per position (or per sample, as the layer has it). A
                 sub-token is padding if its token is. Padding gets output 0.
             context: what the router may look at, one entry per position or per sample.

@@ -54,8 +54,7 @@ def upcycle(
         mlp: `nn.Sequential` of Linear, activation and Linear, or a module with these as `fc1`,
             `act` and `fc2` whose output is `fc2(act(fc1(x)))`, as timm's Mlp. Missing biases
             become zeros that can learn.
-        num_experts: E.
-        how: "split" or "copy", see above.
+        how: see above.
         cluster: split by balanced k-means of the units' input weights, not by their order.
         max_experts, router, losses, route_per: as in `MoELayer`.
         generator: draws the router and the clusters' start; None: torch's global one.
@@ -102,7 +101,6 @@ def upcycle_vit(
 
     Args:
         model: has `blocks`, each with an `mlp` that `upcycle` takes.
-        num_experts: experts of each layer.
         blocks: which blocks, by number, from the end if negative; all by default.
         options: of `upcycle`; one generator serves all blocks, so that their routers differ.
 

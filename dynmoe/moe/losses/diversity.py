@@ -317,11 +317,7 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
         self.form = config.form
 
     def forward(self, inputs: LossInput) -> Tensor:
-        """The loss of the batch.
-
-        Raises:
-            UserError: the bank's experts have no hidden layer.
-        """
+        """The loss of the batch; a UserError for experts without hidden layer."""
         features, living = router_weighted_features(inputs)
         mask = inputs.routing.mask
         samples = max(len(features), 1) if mask is None else mask.sum().clamp(min=1)
