@@ -117,18 +117,14 @@ class WarmUp:
         left = max(0.0, 1 - self.age / self.options.logit_steps)
         if self.options.logit == 0 or self.age > self.options.logit_steps:
             return
-        for router, base, latest in zip(self._routers(), self.base, self._latest(), strict=True):
+        layers = {layer.router: layer for _, layer in moe_layers(self.model)}
+        for (router, layer), base in zip(layers.items(), self.base, strict=True):
             router.logit_shift.copy_(base)
-            router.logit_shift[latest] += left * self.options.logit
+            router.logit_shift[latest_experts(layer)] += left * self.options.logit
 
     def _routers(self) -> list[Router]:
         """Each router once: layers may share one."""
         return list(dict.fromkeys(layer.router for _, layer in moe_layers(self.model)))
-
-    def _latest(self) -> list[Tensor]:
-        """[n] the new experts of each router."""
-        layers = {layer.router: layer for _, layer in moe_layers(self.model)}
-        return [latest_experts(layer) for layer in layers.values()]
 
 
 def latest_experts(layer: MoELayer) -> Tensor:

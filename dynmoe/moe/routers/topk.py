@@ -126,7 +126,7 @@ class NoisyTopKRouter(
 
 
 class VaryingRouter(Router):
-    """Base of the routers that choose some best experts, how many depends on the sample."""
+    """Base of the routers that use the best experts, as many as the sample asks for."""
 
     steerable = True
 
@@ -135,7 +135,7 @@ class VaryingRouter(Router):
         biased = logits.detach() + self.selection_bias
         return biased.argsort(dim=1, descending=True, stable=True)
 
-    def some(
+    def sparse_varying(
         self, logits: Tensor, probabilities: Tensor, chosen: Tensor, renormalise: bool
     ) -> Routing:
         """As `sparse`, but an expert that is alone keeps its probability as gate."""
@@ -178,7 +178,7 @@ class TopPRouter(
         ordered = probabilities.detach().gather(1, order)
         before = ordered.cumsum(dim=1) - ordered
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before < self.p)
-        return self.some(logits, probabilities, chosen & self.active, self.renormalise)
+        return self.sparse_varying(logits, probabilities, chosen & self.active, self.renormalise)
 
 
 class NormRouter(VaryingRouter, name="norm", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 17"):
@@ -214,7 +214,7 @@ class NormRouter(VaryingRouter, name="norm", source="Zhang et al. 2025 (arXiv 25
         probabilities = logits.softmax(dim=1)
         count = (self.tau * inputs.x.detach().norm(dim=1, keepdim=True)).floor().clamp(1, self.k)
         chosen = (self.ranking(logits).argsort(dim=1) < count) & self.active
-        return self.some(logits, probabilities, chosen, renormalise=True)
+        return self.sparse_varying(logits, probabilities, chosen, renormalise=True)
 
 
 class CostAwareRouter(
