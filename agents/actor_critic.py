@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from agents.actions import distribution_over
 from agents.encoders import Encoder, orthogonal
 from dynmoe.errors import UserError
-from dynmoe.moe.router import Router
+from dynmoe.moe import Router
 
 if TYPE_CHECKING:
     from gymnasium import spaces

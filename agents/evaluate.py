@@ -21,7 +21,7 @@ from dynmoe import seeding
 from dynmoe.lab.files import finite
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import Interval, confidence_interval, iqm
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 from envs.vector import TorchVectorEnv
 
 CHUNK = 64

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dynmoe.moe.noise import Noise
+from dynmoe.moe.draws import Noise
 
 CHANGEABLE: tuple[type[nn.Module], ...] = (
     Noise, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,

@@ -14,7 +14,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic
 from agents.modes import acting
 from dynmoe.errors import NumericError
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from envs.vector import TorchVectorEnv
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe import seeding
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 
 Augment = Literal["none", "crop-flip"]
 CROP_PADDING = 4

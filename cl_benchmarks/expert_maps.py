@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from dynmoe.lab.figures import heat_map
 from dynmoe.moe import moe_layers
-from dynmoe.moe.inspection import (
+from dynmoe.moe.diagnostics import (
+    gate_shares,
     layer_inputs,
     output_similarity,
     routing_table,
     weight_similarity,
 )
-from dynmoe.moe.stats import gate_shares
 
 
 def expert_maps(
