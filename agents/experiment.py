@@ -23,12 +23,11 @@ from agents.statistics import learning_curve
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab.comparison import Results, three
 from dynmoe.lab.device import keep_freed_memory
-from dynmoe.lab.experiment import At, Experiment, Session
+from dynmoe.lab.experiment import At, Experiment, Results, Session
 from dynmoe.lab.figures import band, new_figure, save
 from dynmoe.lab.run import Run
-from dynmoe.lab.statistics import confidence_interval
+from dynmoe.lab.statistics import confidence_interval, three
 from envs.vector import TorchVectorEnv
 
 

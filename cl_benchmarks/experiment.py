@@ -21,12 +21,11 @@ from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab.comparison import Results, three
-from dynmoe.lab.experiment import At, Experiment, Session
+from dynmoe.lab.experiment import At, Experiment, Results, Session
 from dynmoe.lab.figures import band, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
-from dynmoe.lab.statistics import confidence_interval, iqm
+from dynmoe.lab.statistics import confidence_interval, iqm, three
 from dynmoe.plasticity.tasks import plasticity_summary
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ begin("sweep", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
-from dynmoe.lab.comparison import Results  # noqa: E402
+from dynmoe.lab.experiment import Results  # noqa: E402
 from dynmoe.lab.study import Command, Preset, Study, run_study  # noqa: E402
 
 

@@ -1,15 +1,18 @@
 """What a command does: the contract that cl, rl, tta and dg keep.
 
 An `Experiment` knows the settings and the figures of its runs, and prepares each as a `Session`.
-`runner.py` carries runs out, `comparison.py` compares them, `report.py` writes them up.
+`runner.py` carries runs out, `Results` compares them, `report.py` writes them up. Shares are in
+0..1, and their differences are told in points (of 100).
 """
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -17,9 +20,13 @@ from dynmoe.errors import UserError
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
-
-if TYPE_CHECKING:
-    from dynmoe.lab.comparison import Results
+from dynmoe.lab.statistics import (
+    Interval,
+    confidence_interval,
+    paired_difference,
+    probability_of_improvement,
+    seeds_to_see,
+)
 
 At = Literal["first", "last", "mean", "worst", "slope"]
 """part of a run: its first task, its last one, all; experiments without tasks say what it means"""
@@ -157,3 +164,100 @@ class Experiment(ABC):
 
     def report_more(self, folder: Path, config: Any, shared: Any, results: Results) -> None:  # noqa: B027
         """Draw and print what only this command has; results.json and the table are there."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished runs. Where metric or part are not named, they are the experiment's."""
+
+    runs: dict[str, dict[str, list[dict[str, Any]]]]
+    """stream -> variant -> summaries, one per seed"""
+    folders: dict[str, dict[str, list[Path]]]
+    """stream -> variant -> run folders, one per seed"""
+    experiment: Experiment
+
+    @property
+    def streams(self) -> list[str]:
+        """Names, in order."""
+        return list(self.runs)
+
+    def values(
+        self, stream: str, variant: str, metric: str = "", at: At | None = None
+    ) -> list[float]:
+        """[S] one number per seed."""
+        runs = self.runs[stream][variant]
+        metric, at = metric or self.experiment.metric, at or self.experiment.at
+        return [self.experiment.value(run, metric, at) for run in runs]
+
+    def scalars(self, stream: str, variant: str, tag: str) -> list[list[float]]:
+        """[S][points] of a tag in the runs' logs, in order of time."""
+        return [logged(folder, tag) for folder in self.folders[stream][variant]]
+
+    def difference(
+        self,
+        stream: str,
+        a: str,
+        b: str,
+        metric: str = "",
+        at: At | None = None,
+    ) -> Interval:
+        """Mean of a - b over seeds, paired by seed, with its 95 % t interval."""
+        return paired_difference(
+            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
+        )
+
+    def says(
+        self,
+        stream: str,
+        a: str,
+        b: str,
+        metric: str = "",
+        at: At | None = None,
+    ) -> str:
+        """One sentence: is a above b on this stream? The interval decides."""
+        gap = self.difference(stream, a, b, metric, at)
+        ones, others = (self.values(stream, v, metric, at) for v in (a, b))
+        chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
+        metric, at = metric or self.experiment.metric, at or self.experiment.at
+        factor, unit, digits = self.experiment.unit(metric)
+        low, high = factor * gap.low, factor * gap.high
+        word = gap.verdict("higher", "lower", "no difference seen")
+        more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
+        about = self.experiment.describe(metric, at)
+        return (
+            f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
+            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({about}; "
+            f"better with probability {chance.point:.2f}{more})."
+        )
+
+    def kept(self, stream: str, variant: str, metric: str = "") -> str:
+        """One sentence: does a variant hold its first level to the end of the stream?"""
+        metric = metric or self.experiment.metric
+        first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
+        gap = paired_difference(last, first)
+        factor, unit, digits = self.experiment.unit(metric)
+        point, low, high = (factor * x for x in gap)
+        word = gap.verdict("gains", "loses", "no change seen")
+        return (
+            f"{stream}: {variant} from {self.experiment.span}: {point:+.{digits}f}{unit} "
+            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({metric.replace('_', ' ')})."
+        )
+
+    def interval(
+        self, stream: str, variant: str, metric: str = "", at: At | None = None
+    ) -> Interval:
+        """Mean over seeds with its 95 % t interval; nan where a run lacks the metric."""
+        values = self.values(stream, variant, metric, at)
+        if any(map(math.isnan, values)):
+            return Interval(math.nan, math.nan, math.nan)
+        return confidence_interval(values, "mean")
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    """All values of one tag in a run's log, in order; missing numbers are left out."""
+    found = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        value = json.loads(line).get(tag)
+        if isinstance(value, int | float):
+            found.append(float(value))
+    return found

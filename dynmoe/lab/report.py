@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from dynmoe.lab.comparison import Results
 from dynmoe.lab.config import identity
-from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_json
 from dynmoe.lab.results import Result, read_run
-from dynmoe.lab.runner import make_job, run_jobs, run_one
+from dynmoe.lab.runner import make_job, results_of, run_jobs, run_one
 from dynmoe.lab.statistics import Interval
 
 
@@ -46,7 +45,7 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
             model = done.model if job is flat[0] else model
     run_jobs(flat, config.jobs, experiment.command)
     folder = experiment.report_folder(preset, config, flat[0].folder)
-    report(folder, config, shared, Results.of(jobs, experiment))
+    report(folder, config, shared, results_of(jobs, experiment))
     return Result(folder, tuple(read_run(job.folder) for job in flat), model)
 
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import torch
 
-from dynmoe import __version__, own_parts, seeding
+from dynmoe import __version__, registry, seeding
 from dynmoe.errors import Interrupted, UserError
 from dynmoe.lab import checkpoint
 from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
@@ -236,7 +236,7 @@ class Run:
                 "device": _device_name(self.device),
                 "threads": self.config.threads or torch.get_num_threads(),
                 "packages": {name: _version(name) for name in PACKAGES},
-                "own_parts": own_parts.describe(),
+                "own_parts": registry.describe_own_parts(),
             }
         )
         write_json(path, {"sessions": sessions})

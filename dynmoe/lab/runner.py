@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 
 from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
-from dynmoe.lab.config import RunConfig, difference, identity
-from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
+from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.run import Run, check_settings
 
 
@@ -103,6 +103,41 @@ def make_job(experiment: Experiment, preset: str, config: Any, label: str, share
     part = "" if config.name else experiment.label(config, shared)
     run = Run(experiment.command, preset, config, part)
     return Job(f"{label}, seed {config.seed}", experiment, preset, config, run.folder)
+
+
+def plan(
+    experiment: Experiment,
+    presets: dict[str, Any],
+    argv: list[str],
+    seeds: list[int],
+    runs_dir: Path,
+    label: str,
+) -> list[Job]:
+    """One run of a command's flags per seed, in a folder named after their settings.
+
+    Studies and sweeps thus share what they have in common.
+
+    Raises:
+        UserError: flags that do not fit.
+    """
+    # Flags for all variants may have no effect in some, such as the dense reference.
+    argv = [*argv, "--allow-unused"]
+    preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
+    experiment.check(config)
+    config = experiment.settle(config)
+    name = f"studies/{config.method.part.name}-{digest(config)}"
+    own = {"name": name, "runs_dir": runs_dir, "resume": True, "compare": ()}
+    found = [replace(config, seed=seed, **own) for seed in seeds]
+    return [make_job(experiment, preset, one, label, None) for one in found]
+
+
+def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) -> Results:
+    """Those of finished jobs: stream -> variant -> one per seed."""
+    return Results(
+        {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
+        {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
+        experiment,
+    )
 
 
 def run_jobs(jobs: list[Job], processes: int, title: str) -> None:

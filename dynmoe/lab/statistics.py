@@ -278,3 +278,8 @@ def _first(values: Values) -> ArrayLike:
         return next(iter(values))  # type: ignore[arg-type]
     except (StopIteration, TypeError):
         raise ValueError("expected a non-empty row of seeds, or rows of them") from None
+
+
+def three(interval: Interval) -> list[float | None]:
+    """(point, low, high) for JSON; ends that are not known become null."""
+    return [None if x != x else round(float(x), 4) for x in interval]

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dynmoe.lab.comparison import Results, plan
-from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_atomic, write_json
 from dynmoe.lab.report import caption, entry, print_table, table
-from dynmoe.lab.runner import Job, run_jobs
+from dynmoe.lab.runner import Job, plan, results_of, run_jobs
 from dynmoe.registry import Part
 
 Preset = Literal["laptop", "paper"]
@@ -121,7 +120,7 @@ def run_study(
     }
     by_variant = [own for chosen in planned_jobs.values() for own in chosen.values()]
     run_jobs([job for turn in zip(*by_variant, strict=True) for job in turn], jobs, study.name)
-    _report(study, command, seeds, variants, Results.of(planned_jobs, experiment), out)
+    _report(study, command, seeds, variants, results_of(planned_jobs, experiment), out)
 
 
 def _search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.lab.comparison import Results
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.statistics import confidence_interval, paired_difference
 from dynmoe.lab.study import Command, Preset, Study
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import ClassVar
 
-from dynmoe.lab.comparison import Results
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.statistics import paired_difference
 from dynmoe.lab.study import Preset, Study
 

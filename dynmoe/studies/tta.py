@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.lab.comparison import Results
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.study import Command, Preset, Study
 
 METHODS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")

@@ -11,8 +11,8 @@ import pytest
 
 from dynmoe import commands, registry
 from dynmoe.errors import UserError
-from dynmoe.lab.comparison import Results, logged
 from dynmoe.lab.config import parse
+from dynmoe.lab.experiment import Results, logged
 from dynmoe.lab.report import cell
 from dynmoe.lab.statistics import Interval, seeds_to_see
 from dynmoe.lab.study import Preset, Study

@@ -13,8 +13,7 @@ from PIL import Image
 
 from dynmoe import commands, registry
 from dynmoe.experiments.tta.experiment import _gains
-from dynmoe.lab.comparison import Results
-from dynmoe.lab.experiment import At, Experiment
+from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.figures import dots
 from dynmoe.lab.statistics import Interval
 from dynmoe.lab.study import Command, Preset, Study

@@ -14,8 +14,8 @@ from cl_benchmarks.experiment import ContinualLearning, _print_tasks
 from dynmoe import sweep
 from dynmoe.errors import UserError
 from dynmoe.lab import figures
-from dynmoe.lab.comparison import Results
 from dynmoe.lab.config import run_command
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.report import print_table, table
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")

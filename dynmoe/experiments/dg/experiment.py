@@ -15,13 +15,12 @@ from dynmoe.experiments.dg.measure import method_figures
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
-from dynmoe.lab.comparison import Results, three
 from dynmoe.lab.config import RunConfig
-from dynmoe.lab.experiment import At, Experiment
+from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.figures import COLORS, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
-from dynmoe.lab.statistics import confidence_interval
+from dynmoe.lab.statistics import confidence_interval, three
 
 
 @dataclass(frozen=True)

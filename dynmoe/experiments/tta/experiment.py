@@ -22,15 +22,14 @@ from dynmoe.errors import UserError, unknown
 from dynmoe.experiments.tta.figures import experts_figure, print_domains, print_routings
 from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
-from dynmoe.lab.comparison import Results, three
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.device import make_deterministic, resolve
-from dynmoe.lab.experiment import At, Experiment, Session
+from dynmoe.lab.experiment import At, Experiment, Results, Session
 from dynmoe.lab.figures import band, dots, new_figure, save
 from dynmoe.lab.files import write_json
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
-from dynmoe.lab.statistics import confidence_interval
+from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.measures import Tally, alignment, expert_similarity, use_of_experts, usefulness
 from dynmoe.tta.options import for_classes

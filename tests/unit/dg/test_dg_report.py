@@ -12,7 +12,7 @@ import pytest
 
 from dynmoe.experiments.dg.experiment import DomainGeneralisation, domain_table, mean_error
 from dynmoe.experiments.dg.settings import Config
-from dynmoe.lab.comparison import Results
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.report import report
 
 
