@@ -61,7 +61,7 @@ def _stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "moment"), [("moe2", "_row"), *((case, "_train_step") for case in CASES)]
+    ("case", "moment"), [("moe2", "row"), *((case, "_train_step") for case in CASES)]
 )
 def test_stopped_and_resumed_at_every_step(
     case: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -73,7 +73,7 @@ def test_stopped_and_resumed_at_every_step(
         assert code == 143
         sessions += 1
     rows = summary(tmp_path / "whole")["tests"]
-    assert sessions == 1 + len(rows) * (1 if moment == "_row" else rows[0]["curve"][-1]["step"])
+    assert sessions == 1 + len(rows) * (1 if moment == "row" else rows[0]["curve"][-1]["step"])
     one, two = folder(tmp_path / "whole"), folder(tmp_path / "parts")
     for name in ("log.jsonl", "summary.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -116,15 +116,16 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert word in out
     report = tmp_path / "dg" / "y" / "report"
     assert {path.name for path in report.iterdir()} == {
-        "results.json", "accuracy_parameters.png", "routing_moe2.png",
+        "results.json", "comparison.png", "routing_moe2.png",
         *(f"{k}_{m}.png" for k in ("features", "landscape") for m in ("moe2", "linear-probe")),
     }  # fmt: skip
     results = json.loads((report / "results.json").read_text())
-    assert results["trials"] == 2 and list(results["methods"]) == ["moe2", "linear-probe"]
+    methods = results["streams"][""]
+    assert results["seeds"] == 2 and list(methods) == ["moe2", "linear-probe"]
     for seed in (0, 1):
         one = json.loads((tmp_path / "dg" / "y" / f"seed-{seed}" / "summary.json").read_text())
         for row in one["tests"]:
-            values = results["methods"]["moe2"]["values"][row["domain"]]
+            values = methods["moe2"]["domains"][row["domain"]]
             assert values[seed] == row["accuracy"]
             best = max(row["curve"], key=lambda p: p["validation"])
             assert row["accuracy"] == best["in"][row["domain"]]
@@ -209,8 +210,8 @@ def test_the_probe_is_held_out_and_of_the_sources_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Fold] = []
-    original = Fold._row
-    monkeypatch.setattr(Fold, "_row", lambda self: seen.append(self) or original(self))
+    original = Fold.row
+    monkeypatch.setattr(Fold, "row", lambda self: seen.append(self) or original(self))
     assert command(tmp_path, f"{GROWTH} --test-domains coloured") == 0
     (fold,) = seen
     images, labels = fold._probe()

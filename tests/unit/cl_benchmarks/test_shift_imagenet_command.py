@@ -50,7 +50,10 @@ def test_both_protocols(labels: str, root: Path, tmp_path: Path) -> None:
     )
     main(flags.split())
     results = json.loads((tmp_path / "tta" / "imagenet" / "results.json").read_text())
-    seeds = {name: by["rendition"]["seeds"][0] for name, by in results["methods"].items()}
+    seeds = {
+        name: json.loads((tmp_path / "tta" / entry["runs"] / "seed-0/summary.json").read_text())
+        for name, entry in results["streams"]["rendition"].items()
+    }
     assert seeds["noadapt"]["domains"].keys() == {"rendition"}
     assert (seeds["moetta"]["steps"], seeds["moetta"]["images"]) == (2, 16)
     model = timm.create_model(MODEL, checkpoint_path=str(root / "weights.pth")).eval()
