@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.actions import ActionDistribution, Categorical
-from agents.actor_critic import ActorCritic
-from agents.modes import learning
+from agents.actor_critic import ActorCritic, learning
 from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
@@ -184,7 +183,7 @@ def learn(
 ) -> UpdateStats:
     """One update: several epochs of minibatch steps on a rollout.
 
-    The policy that learns is the one that acted (see `agents.modes`): ratios start at 1.
+    The policy that learns is the one that acted (see `agents.actor_critic`): ratios start at 1.
 
     Raises:
         NumericError: the loss is not finite.

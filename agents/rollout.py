@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.actor_critic import ActorCritic
-from agents.modes import acting
+from agents.actor_critic import ActorCritic, acting
 from dynmoe.errors import NumericError
 from dynmoe.moe.layer import moe_layers
 from envs.vector import TorchVectorEnv

@@ -131,15 +131,3 @@ class Stages(TorchVectorEnv):
 
     def _observe(self) -> Tensor:
         return torch.stack([self.floor, self.symbol], dim=1).to(torch.uint8)
-
-
-def names() -> list[str]:
-    """Names of the environments of this file."""
-    return sorted(GAMES)
-
-
-def make_debug(
-    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu"
-) -> TorchVectorEnv:
-    """One of them."""
-    return Stages(name, num_envs, seed, device)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
-from envs.normalise import Normaliser
-from envs.observations import as_array, layout_of
 from envs.vector import Actions, Info, TorchVectorEnv
+from envs.wrappers import Normaliser, as_array, layout_of
 
 KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 """Action spaces that are arrays of numbers."""
@@ -33,7 +32,7 @@ class GymEnv(TorchVectorEnv):
         name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
         num_envs, seed, device: as for all environments.
         env_args: keyword arguments of the environment.
-        normalize_observations, normalize_rewards, gamma: see `envs.normalise`.
+        normalize_observations, normalize_rewards, gamma: see `envs.wrappers`.
 
     Raises:
         UserError: it cannot be made, or shows what is neither a vector nor an image.
@@ -186,13 +185,6 @@ class GymEnv(TorchVectorEnv):
                 f"environment {self.name}: {what} of number {i} (of {self.num_envs}) is {value} at "
                 f"step {self.steps}; rewards and observations must be finite"
             )
-
-
-def make_gym(
-    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu", **settings: Any
-) -> TorchVectorEnv:
-    """The environment of that gymnasium id; settings are those of `GymEnv`."""
-    return GymEnv(name, num_envs, seed, device, **settings)
 
 
 def _from_zero(space: spaces.Space) -> spaces.Space:

@@ -137,7 +137,7 @@ def test_no_import_points_backward(part: str) -> None:
         ("data", "from cl_benchmarks.method import Method"),
         ("data", "from envs import make"),
         ("agents", "from cl_benchmarks.replay import Replay"),
-        ("benchmarks", "from envs.make import make"),
+        ("benchmarks", "from envs.vector import Info"),
         ("envs", "from dynmoe import growth"),
     ],
 )
