@@ -1,6 +1,6 @@
 """A small vision transformer that is trained on the spot: the embedded stand-in for a real one.
 
-It learns to tell fractals apart, drawn in all styles of `domain_styles`, from classes that no
+It learns to tell fractals apart, drawn in all styles of `domains.embedded`, from classes that no
 embedded benchmark uses (100 to 199). Its weights are kept in the user's cache folder under a digest
 of all that decides them. The network is timm's, so that whatever works on it works on timm's
 pre-trained ones.
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_benchmarks import domain_styles, fractals
+from cl_benchmarks import fractals
+from cl_benchmarks.domains.embedded import STYLES, draw
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.lab import cache
@@ -116,12 +117,10 @@ def training_images(settings: SmallVit) -> tuple[Tensor, Tensor]:
     classes = range(FIRST_CLASS, FIRST_CLASS + CLASSES)
     gray = fractals.render(classes, settings.per_class, settings.size, VIEWS, 0, "train")[:, 0]
     images = torch.empty(len(gray), 3, settings.size, settings.size, dtype=torch.uint8)
-    names = list(domain_styles.STYLES)
+    names = list(STYLES)
     for number, style in enumerate(names):
         generator = seeding.generator(settings.seed, "backbone", style)
-        images[number :: len(names)] = domain_styles.draw(
-            gray[number :: len(names)], style, generator
-        )
+        images[number :: len(names)] = draw(gray[number :: len(names)], style, generator)
     labels = torch.arange(CLASSES).repeat_interleave(settings.per_class)
     return (images.float() / 255 - MEAN[0]) / STD[0], labels
 

@@ -14,8 +14,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_benchmarks.batches import Augment, Batches, Position
-from cl_benchmarks.stream import chunk_of
+from cl_benchmarks.stream import Augment, Batches, Position, chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.moe import collect_aux_losses, finish_step
 

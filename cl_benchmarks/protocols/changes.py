@@ -11,6 +11,7 @@ import torch
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.protocol import (
     Chunk,
+    ClassChunks,
     Protocol,
     balanced_parts,
     balanced_subset,
@@ -18,7 +19,6 @@ from cl_benchmarks.protocol import (
     generator,
     whole_test_set,
 )
-from cl_benchmarks.protocols.splits import ClassChunks
 from dynmoe.errors import UserError
 
 HARE_TORTOISE = (0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.0)

@@ -24,11 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cl_benchmarks import image_reader
-from cl_benchmarks.images import class_folders, image_files
-from cl_benchmarks.shifts.corruptions import GROUPS, Corrupted, check
-from cl_benchmarks.shifts.domain import Domain, Files
-from cl_benchmarks.shifts.source import OTHERS, ShiftSource
+from cl_benchmarks.images import READER_VERSION, class_folders, image_files
+from cl_benchmarks.shifts.domain import GROUPS, Corrupted, Domain, Files, check
+from cl_benchmarks.shifts.stream import OTHERS, ShiftSource
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
 
@@ -175,4 +173,4 @@ def _refuse(folder: Path, names: list[str], expected: list[str]) -> None:
 
 def _identity(domain: Files) -> str:
     """Changes with any of the files."""
-    return cache.digest({"reader": image_reader.VERSION, "files": cache.file_states(domain.files)})
+    return cache.digest({"reader": READER_VERSION, "files": cache.file_states(domain.files)})

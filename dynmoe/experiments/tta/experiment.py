@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
-from cl_benchmarks.shifts.source import STREAMS, ShiftSource, make_stream
-from cl_benchmarks.shifts.stream import Stream
+from cl_benchmarks.shifts.stream import STREAMS, ShiftSource, Stream, make_stream
 from dynmoe.errors import UserError, unknown
 from dynmoe.experiments.tta.report import report
 from dynmoe.experiments.tta.settings import Config

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.shifts.embedded import Embedded
-from cl_benchmarks.shifts.source import ShiftSource, make_stream
-from cl_benchmarks.shifts.stream import Stream
+from cl_benchmarks.shifts.stream import ShiftSource, Stream, make_stream
 from dynmoe import seeding
 from dynmoe.experiments.tta.settings import Config
 from dynmoe.experiments.tta.source_model import normalise

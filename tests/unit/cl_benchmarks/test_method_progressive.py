@@ -11,7 +11,7 @@ from expansion_helpers import at_task, batch, config, train, training_of
 
 from cl_benchmarks.experiment import run_method
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.methods.progressive import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
+from cl_benchmarks.methods.expanding import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.registry import get
