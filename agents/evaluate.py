@@ -7,6 +7,7 @@ rollout, L steps of an episode, A achievements.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def evaluation_summary(
     """
     returns = [episode.episode_return for episode in episodes]
     deepest = [episode.deepest for episode in episodes]
-    unknown = Interval(float("nan"), float("nan"), float("nan"))
+    unknown = Interval(math.nan, math.nan, math.nan)
     interval = confidence_interval(returns, "mean") if returns else unknown
     unlocked = [index for episode in episodes for index in episode.achievements]
     summary: dict[str, Any] = {
@@ -258,9 +259,8 @@ def _find(path: Path) -> tuple[Path, Config, dict[str, Any]]:
             f"--evaluate {path}: no run of this command there; give a folder such as "
             "runs/rl/NAME/seed-0, or a checkpoint in it"
         )
-    saved = (
-        checkpoint.load(path) if path.is_file() else checkpoint.load_latest(folder / "checkpoints")
-    )
+    one = path.is_file()
+    saved = checkpoint.load(path) if one else checkpoint.load_latest(folder / "checkpoints")
     if saved is None:
         raise UserError(f"--evaluate {path}: that run has saved no checkpoint yet")
     return folder, from_dict(Config, json.loads(settings.read_text())), saved["state"]

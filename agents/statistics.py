@@ -231,10 +231,8 @@ class Traces:
         self.best = None if state["best"] is None else Trace(**state["best"])
 
     def _better(self, episode: Episode) -> bool:
-        best = self.best
-        if best is None:
-            return True
-        return (episode.deepest, episode.length) > (best.deepest, len(best.floors))
+        rank = (self.best.deepest, len(self.best.floors)) if self.best else (-1, -1)
+        return (episode.deepest, episode.length) > rank
 
     def _cut(self, episode: Episode, end: int) -> Trace:
         """The steps [end - length, end) of the episode's environment."""
@@ -243,14 +241,10 @@ class Traces:
         def whole(parts: list[Tensor]) -> Tensor:
             return torch.cat([part[:, env] for part in parts])[start:end]
 
+        names = self.chunks[-1]["gates"]
+        gates = {name: whole([c["gates"][name] for c in self.chunks]).float() for name in names}
         seen = [c["observations"] for c in self.chunks]
         return Trace(
-            episode_return=episode.episode_return,
-            deepest=episode.deepest,
-            floors=whole([c["floors"] for c in self.chunks]),
-            gates={
-                name: whole([c["gates"][name] for c in self.chunks]).float()
-                for name in self.chunks[-1]["gates"]
-            },
-            observations=whole(seen) if self.with_observations else None,
-        )
+            episode.episode_return, episode.deepest, whole([c["floors"] for c in self.chunks]),
+            gates, whole(seen) if self.with_observations else None,
+        )  # fmt: skip

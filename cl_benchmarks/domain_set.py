@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,13 +103,13 @@ class DomainData(Part, ABC, kind="domains"):
     class Config(PartConfig):
         """Options of a set of domains."""
 
-    @abstractmethod
-    def __init__(self, config: Config) -> None:
-        """Check the options.
+    def __init__(self, config: Any) -> None:
+        """Check the options, where there are any.
 
         Raises:
             UserError: an option that cannot work.
         """
+        self.config = config
 
     @abstractmethod
     def load(self) -> DomainSet:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,19 @@ class ImageData:
         """Channels, rows and columns of one image."""
         c, h, w = self.train_images.shape[1:]
         return c, h, w
+
+
+def check_least(kind: str, options: Any, **least: int) -> None:
+    """Refuse options of a `kind` of part that are below `least`.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name, smallest in least.items():
+        if getattr(options, name) < smallest:
+            raise UserError(
+                f"{kind} {name} {getattr(options, name)} is too small; use {smallest} or more"
+            )
 
 
 def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,17 +178,28 @@ def class_tree_files(
     Raises:
         UserError: wrong number of classes, a class that is missing or empty.
     """
-    check_class_folders(root, split, expected)
-    order = list(names) if names else [p.name for p in class_folders(root / split)]
+    found = check_class_folders(root, split, expected)
+    order = list(names) if names else [p.name for p in found]
+    return *files_by_class([root / split / name for name in order], class_files), order
+
+
+def files_by_class(
+    folders: Sequence[Path], find: Callable[[Path], list[Path]], what: str = "data set"
+) -> tuple[list[Path], list[int]]:
+    """Images that `find` sees in the folders, one folder per class, and the folders' numbers.
+
+    Raises:
+        UserError: a class without images.
+    """
     files: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(order):
-        own = class_files(root / split / name)
+    for label, folder in enumerate(folders):
+        own = find(folder)
         if not own:
-            raise UserError(f"no images in {root / split / name}; unpack the data set again")
+            raise UserError(f"no images in {folder}; unpack the {what} again")
         files += own
         labels += [label] * len(own)
-    return files, labels, order
+    return files, labels
 
 
 def decode(files: Sequence[Path], size: int) -> Tensor:
@@ -303,13 +327,13 @@ class Dataset(Part, ABC, kind="dataset"):
     class Config(PartConfig):
         """Options of a data set."""
 
-    @abstractmethod
-    def __init__(self, config: Config) -> None:
-        """Check the options.
+    def __init__(self, config: Any) -> None:
+        """Check the options, where there are any.
 
         Raises:
             UserError: an option that cannot work.
         """
+        self.config = config
 
     @abstractmethod
     def load(self, seed: int) -> ImageData:

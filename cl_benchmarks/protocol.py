@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cl_benchmarks.images import ImageData
+from cl_benchmarks.images import ImageData, check_least
 from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 from dynmoe.seeding import derive
@@ -48,13 +48,13 @@ class Protocol(Part, ABC, kind="protocol"):
     class Config(PartConfig):
         """Options of a protocol."""
 
-    @abstractmethod
-    def __init__(self, config: Config) -> None:
-        """Check the options.
+    def __init__(self, config: Any) -> None:
+        """Check the options, where there are any.
 
         Raises:
             UserError: an option that cannot work.
         """
+        self.config = config
 
     @abstractmethod
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
@@ -64,9 +64,9 @@ class Protocol(Part, ABC, kind="protocol"):
             UserError: the data does not divide into that many; names numbers near it that work.
         """
 
-    @abstractmethod
     def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """Outputs of the head that all chunks share."""
+        """Outputs of the head that all chunks share; by default one for each class."""
+        return data.num_classes
 
     @abstractmethod
     def no_cumulative(self) -> str | None:
@@ -175,9 +175,6 @@ class ClassChunks(Protocol, name="class"):
         """shared: every chunk labels its c classes 0 .. c-1 for one head of c outputs (pure
         plasticity: old classes are overwritten). full: one output for each class of the data"""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Disjoint sets of equally many classes; images in order of their index."""
         check_divides(chunks, data.num_classes, "classes")
@@ -219,23 +216,12 @@ class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)
     Hare & Tortoise (2406.02596). Clean data of this kind shows little loss of plasticity.
     """
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Protocol.Config):
-        """The protocol has no options."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Parts of equal size; counts of a class in two parts differ by one at most."""
         check_divides(chunks, len(data.train_labels), "training images")
         parts = balanced_parts(data.train_labels, chunks, generator(seed, "iid"))
         test = whole_test_set(data)
         return [Chunk(index, data.train_labels[index], *test) for index in parts]
-
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """All classes."""
-        return data.num_classes
 
     def no_cumulative(self) -> str | None:
         """Chunks may be joined."""
@@ -264,11 +250,8 @@ class Shuffle(
         """labels to draw from; has nothing to do with the images' own classes"""
 
     def __init__(self, config: Config) -> None:
-        if config.images < 1:
-            raise UserError(f"protocol images {config.images} is too small; use 1 or more")
-        if config.classes < 2:
-            raise UserError(f"protocol classes {config.classes} is too small; use 2 or more")
-        self.config = config
+        check_least("protocol", config, images=1, classes=2)
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Chunks with the same indices and independent labels, uniform per image."""
@@ -330,9 +313,8 @@ class Permuted(
         """training images, drawn once from all of them; 0 for all"""
 
     def __init__(self, config: Config) -> None:
-        if config.images < 0:
-            raise UserError(f"protocol images {config.images} is too small; use 0 or more")
-        self.config = config
+        check_least("protocol", config, images=0)
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Chunks with the same images and independent orders of pixels."""
@@ -355,10 +337,6 @@ class Permuted(
             )
             for k in range(chunks)
         ]  # fmt: skip
-
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """All classes."""
-        return data.num_classes
 
     def no_cumulative(self) -> str | None:
         """A chunk has one order of pixels."""

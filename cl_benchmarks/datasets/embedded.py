@@ -11,7 +11,7 @@ import torch
 
 from cl_benchmarks import fractals
 from cl_benchmarks.datasets.photographs import find_tree, read_tree
-from cl_benchmarks.images import Dataset, ImageData
+from cl_benchmarks.images import Dataset, ImageData, check_least
 from dynmoe.errors import UserError
 from dynmoe.lab.cache import notice
 
@@ -41,15 +41,11 @@ class Fractal(
         15%: a small network memorises the training images but hardly generalises"""
 
     def __init__(self, config: Config) -> None:
-        for option in ("train_per_class", "test_per_class"):
-            if getattr(config, option) < 1:
-                raise UserError(
-                    f"dataset {option} {getattr(config, option)} is too small; use 1 or more"
-                )
+        check_least("dataset", config, train_per_class=1, test_per_class=1)
         if config.classes < 2:
             raise UserError(f"dataset classes {config.classes} is too small; use 2 to 200")
         fractals.check(range(config.classes), config.size, config.views, seed=0)
-        self.config = config
+        super().__init__(config)
 
     def load(self, seed: int) -> ImageData:
         """Render, or read from the cache; gray images `[N, 1, size, size]` in order of class."""
@@ -78,13 +74,6 @@ class Digits(
     Dataset, name="digits", source="Alpaydin and Kaynak 1998 (UCI), by way of scikit-learn"
 ):
     """8x8 gray handwritten digits that come with scikit-learn: 1,400 to train on, 340 to test."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Dataset.Config):
-        """The data set has no options."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def load(self, seed: int) -> ImageData:
         """The same split for every seed: 140 and 34 images of each digit; 57 are left out.
@@ -126,7 +115,7 @@ class Auto(Dataset, name="auto"):
     def __init__(self, config: Config) -> None:
         options = {f.name: getattr(config, f.name) for f in fields(Fractal.Config)}
         self.fractal = Fractal(Fractal.Config(**options))
-        self.config = config
+        super().__init__(config)
 
     def load(self, seed: int) -> ImageData:
         """One line on stderr tells when the fractal images are used.

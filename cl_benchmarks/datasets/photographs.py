@@ -40,9 +40,6 @@ class Cifar100(Dataset, name="cifar100", source="Krizhevsky 2009 (University of 
         download: bool = False
         """fetch it into data_dir (by default ./data) where it is missing, 170 MB"""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def load(self, seed: int) -> ImageData:
         """Images `[N, 3, 32, 32]` in the files' order, the 100 fine labels."""
         root, places = self._root()
@@ -99,9 +96,6 @@ class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stan
         folder are searched"""
         download: bool = False
         """fetch it into data_dir (by default ./data) where it is missing, 240 MB"""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def load(self, seed: int) -> ImageData:
         """Images `[N, 3, 64, 64]`; label = line of wnids.txt. The labelled validation set tests.

@@ -75,7 +75,7 @@ class CraftaxFloors(
             )
         if config.view not in (3, 5, 7):
             raise UserError(f"domains view {config.view} is out of range; use 3, 5 or 7")
-        self.config = config
+        super().__init__(config)
 
     def load(self) -> DomainSet:
         """Images in order of class; the same pixels at each call.

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from cl_benchmarks.domain_set import Domain, DomainData, DomainSet
-from cl_benchmarks.images import class_folders, is_system
+from cl_benchmarks.images import class_folders, files_by_class, is_system
 from dynmoe.errors import UserError
 
 
@@ -34,9 +34,6 @@ class _Tree(DomainData):
 
         data_dir: Path = Path("data")
         """the folder that holds the data set's folder, as DomainBed's --data_dir"""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def load(self) -> DomainSet:
         """Domains and classes in the order of their names; images are decoded when needed."""
@@ -110,9 +107,6 @@ class Folder(DomainData, name="folder", source="ours; DomainBed's layout"):
 
         data_dir: Path = Path("data")
         """the folder that holds the domains' folders"""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def load(self) -> DomainSet:
         """Whatever domains and classes are there, in the order of their names."""
@@ -209,14 +203,9 @@ def _check_same(root: Path, first: str, names: list[str], other: str, found: lis
 
 
 def _domain(root: Path, classes: list[str], drop: set[Path]) -> Domain:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        own = [path for path in _images(root / name) if path not in drop]
-        if not own:
-            raise UserError(f"no images in {root / name}; unpack the data set again")
-        files += own
-        labels += [label] * len(own)
+    files, labels = files_by_class(
+        [root / name for name in classes], lambda p: [f for f in _images(p) if f not in drop]
+    )
     return Domain(root.name, tuple(files), torch.tensor(labels))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cl_benchmarks import fractals
 from cl_benchmarks.domain_set import Domain, DomainData, DomainSet
+from cl_benchmarks.images import check_least
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 
@@ -152,8 +153,7 @@ class Embedded(DomainData, name="embedded", source="ours; fractal images after 2
         most = MOST[config.content]
         if not 2 <= config.classes <= most:
             raise UserError(f"domains classes {config.classes} is out of range; use 2 to {most}")
-        if config.per_class < 5:
-            raise UserError(f"domains per_class {config.per_class} is too small; use 5 or more")
+        check_least("domains", config, per_class=5)
         if config.content == "digits" and config.per_class * len(config.styles) > DIGITS_PER_CLASS:
             raise UserError(
                 f"domains per_class {config.per_class}: there are {DIGITS_PER_CLASS} images of a "
@@ -161,7 +161,7 @@ class Embedded(DomainData, name="embedded", source="ours; fractal images after 2
                 f"{DIGITS_PER_CLASS // len(config.styles)}"
             )
         fractals.check(range(config.classes), config.size, config.views, SEED)
-        self.config = config
+        super().__init__(config)
 
     def load(self) -> DomainSet:
         """Images in order of class; the same pixels at each call."""

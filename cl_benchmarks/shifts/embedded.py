@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cl_benchmarks import fractals
+from cl_benchmarks.images import check_least
 from cl_benchmarks.shifts.domain import Domain, Memory, check
 from cl_benchmarks.shifts.stream import OTHERS, ShiftSource
 from dynmoe import seeding
@@ -60,11 +61,7 @@ class Embedded(ShiftSource):
     """
 
     def __init__(self, config: EmbeddedConfig) -> None:
-        for option in ("train_per_class", "test_per_class"):
-            if getattr(config, option) < 1:
-                raise UserError(
-                    f"embedded {option} {getattr(config, option)} is too small; use 1 or more"
-                )
+        check_least("embedded", config, train_per_class=1, test_per_class=1)
         if config.classes < 2:
             raise UserError(f"embedded classes {config.classes} is too small; use 2 to 200")
         if config.size < 16:
