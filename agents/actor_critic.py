@@ -34,6 +34,12 @@ from dynmoe.moe.router import Router
 if TYPE_CHECKING:
     from gymnasium import spaces
 
+CHANGEABLE: tuple[type[nn.Module], ...] = (
+    Noise, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention, nn.RNNBase,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+)  # fmt: skip
+"""Modules whose outputs differ in training mode."""
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(input width, hidden units, output width) -> module"""
 PLACES = ("trunk", "actor", "critic")
@@ -133,14 +139,6 @@ def as_input(x: Tensor) -> Tensor:
     half = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if half else torch.float32
     return x.to(dtype) / 255
-
-
-CHANGEABLE: tuple[type[nn.Module], ...] = (
-    Noise, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention, nn.RNNBase,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-)  # fmt: skip
-"""Modules whose outputs differ in training mode."""
 
 
 @contextmanager

@@ -28,6 +28,16 @@ from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 
+HOLDOUT = 0.2
+CROP = (0.7, 1.0)
+"""area of the random crop, as a share"""
+RATIO = (3 / 4, 4 / 3)
+"""its sides, width over height"""
+JITTER = 0.3
+"""brightness, contrast and saturation by 1 - JITTER .. 1 + JITTER, hue by +- JITTER turns"""
+GRAY = 0.1
+"""probability of losing the colours"""
+
 
 @dataclass(frozen=True, eq=False)
 class Domain:
@@ -145,9 +155,6 @@ def check_domains(known: Sequence[str], chosen: Sequence[str]) -> list[int]:
     return [known.index(name) for name in chosen or known]
 
 
-HOLDOUT = 0.2
-
-
 def seed_hash(*values: int) -> int:
     """DomainBed's seed from integers: the MD5 of the tuple's text, modulo 2^31."""
     return int(hashlib.md5(str(values).encode()).hexdigest(), 16) % 2**31
@@ -179,16 +186,6 @@ def batch_indices(indices: Tensor, size: int, step: int, seed: int, domain: int)
     """
     generator = seeding.generator(seed, "batches", domain, step)
     return indices[torch.randint(len(indices), (size,), generator=generator)]
-
-
-CROP = (0.7, 1.0)
-"""area of the random crop, as a share"""
-RATIO = (3 / 4, 4 / 3)
-"""its sides, width over height"""
-JITTER = 0.3
-"""brightness, contrast and saturation by 1 - JITTER .. 1 + JITTER, hue by +- JITTER turns"""
-GRAY = 0.1
-"""probability of losing the colours"""
 
 
 @dataclass(frozen=True)

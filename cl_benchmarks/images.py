@@ -35,6 +35,14 @@ from dynmoe.registry import Part, PartConfig
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+READER_VERSION = 2
+"""Raise it when the same file gives other pixels: what is cached of decoded images is then made
+again."""
+SYSTEM_NAMES = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+                "thumbs.db", "desktop.ini"}  # fmt: skip
+"""In lower case; besides, every name that begins with a dot."""
+TIFF_BITS, TIFF_INK = 258, 262
+"""the TIFF tags BitsPerSample and PhotometricInterpretation; where the latter is 0, 0 is white"""
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 STATS_IMAGES = 10_000
 """Images that `channel_stats` looks at, at most."""
@@ -223,16 +231,6 @@ def decode(files: Sequence[Path], size: int) -> Tensor:
             pool.shutdown(cancel_futures=True)
             raise
     return out
-
-
-READER_VERSION = 2
-"""Raise it when the same file gives other pixels: what is cached of decoded images is then made
-again."""
-SYSTEM_NAMES = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
-                "thumbs.db", "desktop.ini"}  # fmt: skip
-"""In lower case; besides, every name that begins with a dot."""
-TIFF_BITS, TIFF_INK = 258, 262
-"""the TIFF tags BitsPerSample and PhotometricInterpretation; where the latter is 0, 0 is white"""
 
 
 def is_system(name: str) -> bool:

@@ -71,9 +71,9 @@ class Method(Part, ABC, kind="method"):
             UserError: the settings cannot work, found before any training.
         """
 
-    @abstractmethod
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """Avalanche plugins, in the order they act."""
+        """Avalanche plugins, in the order they act; by default none: plain training."""
+        return []
 
 
 class DenseMethod(Method):
@@ -119,10 +119,6 @@ class ConstantMoE(Method):
 class Dense(DenseMethod, name="dense"):
     """The same network with a dense block of as many hidden units; trained on without a break."""
 
-    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """None: plain training."""
-        return []
-
 
 class Wide(Method, name="wide"):
     """A dense block several times as wide, from the start: does more capacity alone help?"""
@@ -152,17 +148,9 @@ class Wide(Method, name="wide"):
 
         return make
 
-    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """None: plain training."""
-        return []
-
 
 class StaticMoE(ConstantMoE, name="moe-static"):
     """All experts from the start, as many as DynamicMoE ends with: is it growth that helps?"""
-
-    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """None: plain training."""
-        return []
 
 
 class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
@@ -177,17 +165,36 @@ class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
         return [RenewExperts(training)]
 
 
-class RenewExperts:
-    """Avalanche plugin: fresh experts and router rows at the start of each later task."""
+class TaskPlugin(ABC):
+    """Base of the Avalanche plugins that act as each later task starts, unless it is resumed."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
 
-    @torch.no_grad()
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """A task starts."""
+        task = strategy.clock.train_exp_counter
+        if task and not getattr(strategy, "resuming", False):
+            self.task_starts(strategy, task)
+
+    @abstractmethod
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Change the network; `task` counts from 0, and is 1 or more."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """By default nothing is to be kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore `state_dict()`."""
+
+
+class RenewExperts(TaskPlugin):
+    """Avalanche plugin: fresh experts and router rows at the start of each later task."""
+
+    @torch.no_grad()
+    def task_starts(self, strategy: Any, task: int) -> None:
         """Draw all experts, in place, with neutral optimizer state, as a growth would."""
-        if strategy.clock.train_exp_counter == 0 or getattr(strategy, "resuming", False):
-            return
         generator, optimizer = self.training.generator, self.training.optimizer
         for layer in dict(moe_layers(strategy.model)).values():
             every = torch.arange(layer.num_experts, device=layer.created.device)
@@ -230,28 +237,15 @@ class Fresh(DenseMethod, name="fresh"):
         return [RenewPlugin(training)]
 
 
-class RenewPlugin:
+class RenewPlugin(TaskPlugin):
     """Avalanche plugin: fresh weights and optimizer state at the start of each later task."""
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
-
     @torch.no_grad()
-    def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Renew everything, in place, unless this is the first task or a resumed one."""
-        task = strategy.clock.train_exp_counter
-        if task == 0 or getattr(strategy, "resuming", False):
-            return
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Renew everything, in place."""
         fresh = self.training.new_model(task).to(strategy.device)
         strategy.model.load_state_dict(fresh.state_dict())
         self.training.optimizer.state.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep: networks are drawn by task number."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"):

@@ -216,6 +216,10 @@ class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)
     Hare & Tortoise (2406.02596). Clean data of this kind shows little loss of plasticity.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Protocol.Config):
+        """The protocol has no options."""
+
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Parts of equal size; counts of a class in two parts differ by one at most."""
         check_divides(chunks, len(data.train_labels), "training images")
@@ -226,6 +230,18 @@ class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)
     def no_cumulative(self) -> str | None:
         """Chunks may be joined."""
         return None
+
+
+def _check_images(images: int, data: ImageData, chunks: int) -> None:
+    """Refuse more images than there are, and less than one chunk."""
+    available = len(data.train_labels)
+    if images > available:
+        raise UserError(
+            f"protocol images {images} is more than the {available} training images of "
+            f"{data.name}; use --protocol.images {available} or fewer"
+        )
+    if chunks < 1:
+        raise UserError(f"{chunks} chunks are too few; use --chunks 1 or more")
 
 
 class Shuffle(
@@ -255,15 +271,8 @@ class Shuffle(
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Chunks with the same indices and independent labels, uniform per image."""
-        available = len(data.train_labels)
-        if self.config.images > available:
-            raise UserError(
-                f"protocol images {self.config.images} is more than the {available} training "
-                f"images of {data.name}; use --protocol.images {available} or fewer"
-            )
-        if chunks < 1:
-            raise UserError(f"{chunks} chunks are too few; use --chunks 1 or more")
-        train = self._subset(available, seed, "train")
+        _check_images(self.config.images, data, chunks)
+        train = self._subset(len(data.train_labels), seed, "train")
         test = self._subset(len(data.test_labels), seed, "test")
         return [
             Chunk(
@@ -319,13 +328,7 @@ class Permuted(
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """Chunks with the same images and independent orders of pixels."""
         available, wanted = len(data.train_labels), self.config.images
-        if wanted > available:
-            raise UserError(
-                f"protocol images {wanted} is more than the {available} training images of "
-                f"{data.name}; use --protocol.images {available} or fewer"
-            )
-        if chunks < 1:
-            raise UserError(f"{chunks} chunks are too few; use --chunks 1 or more")
+        _check_images(wanted, data, chunks)
         order = generator(seed, "permuted", "images").permutation(available)
         index = torch.from_numpy(order[: wanted or available])
         labels, test = data.train_labels[index], whole_test_set(data)

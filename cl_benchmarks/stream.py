@@ -22,6 +22,10 @@ from cl_benchmarks.images import ImageData, channel_stats
 from cl_benchmarks.protocol import Chunk
 from dynmoe import seeding
 
+Augment = Literal["none", "crop-flip"]
+CROP_PADDING = 4
+"""pixels of zero padding around an image before a random crop of its own size"""
+
 
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 `[..., C, H, W]` to float32 with mean 0 and deviation 1 per channel (`[C]` each)."""
@@ -115,11 +119,6 @@ def make_benchmark(data: ImageData, chunks: list[Chunk]) -> Any:
 def chunk_of(experience: Any) -> ChunkDataset:
     """The images behind an experience of `make_benchmark`, for a loader that takes them at once."""
     return experience.chunk_dataset
-
-
-Augment = Literal["none", "crop-flip"]
-CROP_PADDING = 4
-"""pixels of zero padding around an image before a random crop of its own size"""
 
 
 @dataclass

@@ -17,6 +17,9 @@ from torch import Tensor
 from envs.craftax_code import fields, layout
 from envs.craftax_textures import Tables, tables
 
+CHUNK = 512
+"""frames drawn at a time, which bounds the memory for what lies between (about 1 GB)"""
+
 
 class Drawer(Protocol):
     """What a backend provides."""
@@ -81,10 +84,6 @@ class Renderer:
         if len(codes):
             self._draw(codes.contiguous(), out, scale, shift)
         return out
-
-
-CHUNK = 512
-"""frames drawn at a time, which bounds the memory for what lies between (about 1 GB)"""
 
 
 class TorchDrawer:

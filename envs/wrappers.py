@@ -32,6 +32,8 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 
+LIMIT = 10.0
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -107,9 +109,6 @@ def _bounds(space: spaces.Box) -> tuple[float, float] | None:
     low, high = float(space.low.min()), float(space.high.max())
     shared = bool((space.low == low).all() and (space.high == high).all())
     return (low, high) if shared and math.isfinite(high - low) and high > low else None
-
-
-LIMIT = 10.0
 
 
 class Normaliser:

@@ -24,6 +24,8 @@ from cl_benchmarks.images import (
 from dynmoe.errors import UserError
 from dynmoe.lab import cache
 
+TREE = "tiny-imagenet-200"
+CLASSES, SIZE = 200, 64
 CIFAR = "cifar-100-python"
 
 
@@ -78,10 +80,6 @@ class Cifar100(Dataset, name="cifar100", source="Krizhevsky 2009 (University of 
                 f"CIFAR-100 in {root / CIFAR} cannot be used: {reason}; "
                 f"delete that folder and use --dataset.download"
             ) from None
-
-
-TREE = "tiny-imagenet-200"
-CLASSES, SIZE = 200, 64
 
 
 class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stanford cs231n)"):

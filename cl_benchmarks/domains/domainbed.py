@@ -20,6 +20,9 @@ from cl_benchmarks.domain_set import Domain, DomainData, DomainSet
 from cl_benchmarks.images import class_folders, files_by_class, is_system
 from dynmoe.errors import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""What torchvision's ImageFolder takes for an image, so that the order is the same."""
+
 
 class _Tree(DomainData):
     """Base of the sets that are read from folders."""
@@ -112,10 +115,6 @@ class Folder(DomainData, name="folder", source="ours; DomainBed's layout"):
         """Whatever domains and classes are there, in the order of their names."""
         root = self.config.data_dir.expanduser()
         return read_tree(root.resolve().name, root)
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What torchvision's ImageFolder takes for an image, so that the order is the same."""
 
 
 def read_tree(

@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_benchmarks import fractals
+from cl_benchmarks.datasets.embedded import shuffled_digits
 from cl_benchmarks.domain_set import Domain, DomainData, DomainSet
 from cl_benchmarks.images import check_least
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 
+SEED = 0
+"""The set is one fixed data set, as a downloaded one is; a run's seed splits it."""
+MOST = {"fractals": 100, "digits": 10}
+"""Classes there are. Fractals from 100 on are those that the embedded backbone learns from."""
+DIGITS_PER_CLASS = 174
+"""Images of the rarest digit."""
 Style = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -116,14 +123,6 @@ def _grating(gray: Tensor, low: float, high: float, generator: torch.Generator) 
     return 0.5 + 0.5 * torch.sin(frequency * along + phase)
 
 
-SEED = 0
-"""The set is one fixed data set, as a downloaded one is; a run's seed splits it."""
-MOST = {"fractals": 100, "digits": 10}
-"""Classes there are. Fractals from 100 on are those that the embedded backbone learns from."""
-DIGITS_PER_CLASS = 174
-"""Images of the rarest digit."""
-
-
 class Embedded(DomainData, name="embedded", source="ours; fractal images after 2020's FractalDB"):
     """Fractals or handwritten digits, drawn in another style in each domain."""
 
@@ -190,12 +189,9 @@ class Embedded(DomainData, name="embedded", source="ours; fractal images after 2
 
 def _digits(classes: int, count: int, size: int) -> Tensor:
     """Scikit-learn's 8x8 digits, enlarged: uint8 [classes, count, size, size]."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(SEED).permutation(len(digits.images))
-    chosen = [order[digits.target[order] == label][:count] for label in range(classes)]
-    small = torch.from_numpy(digits.images[np.concatenate(chosen)] * (255 / 16)).float()
+    values, by_class = shuffled_digits()
+    chosen = np.concatenate([own[:count] for own in by_class[:classes]])
+    small = torch.from_numpy(values[chosen]).float()
     large = F.interpolate(small[:, None], size=(size, size), mode="bicubic", align_corners=False)
     pixels = large.round().clamp(0, 255).to(torch.uint8)
     return pixels.view(classes, count, size, size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_benchmarks.method import Horizon, Method, Training
+from cl_benchmarks.method import Horizon, Method, TaskPlugin, Training
 from cl_benchmarks.networks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
@@ -19,6 +19,9 @@ from dynmoe.growth.settings import PLAN, GrowthSettings
 from dynmoe.growth.surgery import append_entries
 from dynmoe.moe.bank import even_sizes
 from dynmoe.registry import PartConfig
+
+LARGEST_SCALE = 0.1
+"""Scales of old columns are drawn between 0 and this; the paper says "random small values"."""
 
 
 class Net2Wider(
@@ -150,7 +153,7 @@ def widen(
         parameter[new] += noise * spread * draw.to(parameter)
 
 
-class WidenPlugin:
+class WidenPlugin(TaskPlugin):
     """Avalanche plugin: widens each `WideningBlock` at the start of each later task.
 
     Args:
@@ -160,19 +163,16 @@ class WidenPlugin:
     """
 
     def __init__(self, training: Training, noise: float, moments: Moments) -> None:
-        self.training, self.noise, self.moments = training, noise, moments
+        super().__init__(training)
+        self.noise, self.moments = noise, moments
         blocks = training.model.named_modules()
         self.blocks = {name: m for name, m in blocks if isinstance(m, WideningBlock)}
 
-    def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Widen, unless this is the first task or a resumed one."""
-        task, training = strategy.clock.train_exp_counter, self.training
-        if task == 0 or getattr(strategy, "resuming", False):
-            return
-        before: dict[str, Tensor] = {}
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Widen."""
+        training, before = self.training, {}
         for name, block in self.blocks.items():
-            own = {f"{name}.{own}": p.detach().clone() for own, p in block.named_parameters()}
-            before |= own
+            before |= {f"{name}.{own}": p.detach().clone() for own, p in block.named_parameters()}
             hidden = block.widths[min(task, len(block.widths) - 1)]
             widen(block, hidden, self.noise, training.generator, training.optimizer, self.moments)
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
@@ -191,10 +191,6 @@ class WidenPlugin:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.training.generator.set_state(state["generator"].cpu())
-
-
-LARGEST_SCALE = 0.1
-"""Scales of old columns are drawn between 0 and this; the paper says "random small values"."""
 
 
 class Progressive(
@@ -311,17 +307,15 @@ class ProgressiveBlock(nn.Module):
         return column
 
 
-class ColumnPlugin:
+class ColumnPlugin(TaskPlugin):
     """Avalanche plugin: adds a column to each `ProgressiveBlock` as each later task starts."""
 
     def __init__(self, training: Training) -> None:
-        self.training = training
+        super().__init__(training)
         self.blocks = [m for m in training.model.modules() if isinstance(m, ProgressiveBlock)]
 
-    def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Add columns, unless this is the first task or a resumed one."""
-        if strategy.clock.train_exp_counter == 0 or getattr(strategy, "resuming", False):
-            return
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Add columns."""
         self._add()
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
         self.training.intervention.grown({})
@@ -334,9 +328,6 @@ class ColumnPlugin:
         """Add the saved columns, before weights and optimizer state are loaded."""
         while len(self.blocks[0].columns) < state["columns"]:
             self._add()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing but the columns, which are there already."""
 
     def _add(self) -> None:
         """A column for each block, and its parameters for the optimizer."""

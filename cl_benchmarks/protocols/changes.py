@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.protocol import (
@@ -59,10 +60,7 @@ class Noise(
         out = []
         for k, index in enumerate(parts):
             rng = generator(seed, "noise", k)
-            labels = data.train_labels[index].clone()
-            hit = torch.from_numpy(rng.permutation(len(index))[: round(shares[k] * len(index))])
-            labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
-            out.append(Chunk(index, labels, *test))
+            out.append(Chunk(index, _resampled(data, index, shares[k], rng), *test))
         return out
 
     def no_cumulative(self) -> str | None:
@@ -85,6 +83,14 @@ class Noise(
                 f"give {chunks} or leave it out"
             )
         return list(given)
+
+
+def _resampled(data: ImageData, index: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """The labels of some training images, exactly round(share n) of them drawn at random."""
+    labels = data.train_labels[index].clone()
+    hit = torch.from_numpy(rng.permutation(len(index))[: round(share * len(index))])
+    labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
+    return labels
 
 
 class WarmStart(
@@ -122,9 +128,7 @@ class WarmStart(
             raise UserError(f"{chunks} chunks are too few for a warm start; use --chunks 2 or more")
         rng, total = generator(seed, "warmstart"), len(data.train_labels)
         first = balanced_subset(data.train_labels, max(1, round(self.config.share * total)), rng)
-        labels = data.train_labels[first].clone()
-        hit = torch.from_numpy(rng.permutation(len(first))[: round(self.config.noise * len(first))])
-        labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
+        labels = _resampled(data, first, self.config.noise, rng)
         test = whole_test_set(data)
         whole = Chunk(torch.arange(total), data.train_labels, *test)
         return [Chunk(first, labels, *test)] + [whole] * (chunks - 1)

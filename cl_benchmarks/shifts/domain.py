@@ -24,6 +24,23 @@ from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
 
+GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)
+"""The 15 of Hendrycks and Dietterich 2019 (arXiv 1903.12261), in their order."""
+EXTRA = ("speckle_noise", "spatter", "gaussian_blur", "saturate")
+"""Their 4 further ones, kept for validation."""
+SEVERITIES = (1, 2, 3, 4, 5)
+SEEDED = ("impulse_noise", "glass_blur")
+"""Those that the package does not draw from numpy's global generator: they take a seed."""
+LEAST_SIZE = 32
+VERSION = 1
+"""Raise it when the same arguments give other pixels: cached images are then made again."""
+
 
 class Domain(ABC):
     """Images that are read when they are asked for, and their labels.
@@ -119,24 +136,6 @@ def read_image(path: Path, resize: int | None, size: int) -> Tensor:
         )
     left, top = round((width - size) / 2), round((height - size) / 2)
     return to_tensor(rgb.crop((left, top, left + size, top + size)))
-
-
-GROUPS = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
-CORRUPTIONS = tuple(name for names in GROUPS.values() for name in names)
-"""The 15 of Hendrycks and Dietterich 2019 (arXiv 1903.12261), in their order."""
-EXTRA = ("speckle_noise", "spatter", "gaussian_blur", "saturate")
-"""Their 4 further ones, kept for validation."""
-SEVERITIES = (1, 2, 3, 4, 5)
-SEEDED = ("impulse_noise", "glass_blur")
-"""Those that the package does not draw from numpy's global generator: they take a seed."""
-LEAST_SIZE = 32
-VERSION = 1
-"""Raise it when the same arguments give other pixels: cached images are then made again."""
 
 
 def check(corruption: str, severity: int) -> None:

@@ -32,6 +32,10 @@ from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
 
+BLOCK = 1000
+"""Images corrupted together; keeps the float copies small."""
+VERSION = 1
+"""Raise it when the same arguments give other pixels: cached images are then made again."""
 SEED = 0
 """The embedded images are one fixed data set, as a downloaded one is."""
 
@@ -138,12 +142,6 @@ def _sketch(images: Tensor) -> Tensor:
     edges = F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), kernel).norm(dim=1, keepdim=True)
     paper = 1 - 0.5 * edges.clamp(0, 1)
     return (paper * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-
-BLOCK = 1000
-"""Images corrupted together; keeps the float copies small."""
-VERSION = 1
-"""Raise it when the same arguments give other pixels: cached images are then made again."""
 
 
 def corrupt(images: Tensor, corruption: str, severity: int, seed: int) -> Tensor:

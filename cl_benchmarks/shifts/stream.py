@@ -17,6 +17,7 @@ from cl_benchmarks.shifts.domain import CORRUPTIONS, EXTRA, Domain
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 
+Order = Literal["mixed", "sequential", "gradual"]
 OTHERS = ("rendition", "sketch", "adversarial")
 """The shifts besides corruption: ImageNet-R, -Sketch and -A, or their embedded stand-ins."""
 STREAMS: dict[str, tuple[str, ...]] = {
@@ -106,9 +107,6 @@ def _choice(count: int, limit: int | None, seed: int, name: str) -> torch.Tensor
     """Which images, in random order: a class-sorted folder would else give its first classes."""
     permuted = torch.randperm(count, generator=seeding.generator(seed, "images", name))
     return permuted if limit is None else permuted[:limit]
-
-
-Order = Literal["mixed", "sequential", "gradual"]
 
 
 @dataclass(frozen=True, eq=False)
