@@ -205,7 +205,12 @@ def _mean(values: list[int]) -> float | None:
 
 
 def run_evaluation(config: Config) -> None:
-    """Play with a trained agent (`config.evaluate`); print a table, draw, and write the video."""
+    """Play with a trained agent (`config.evaluate`); print a table, draw, and write the video.
+
+    Raises:
+        UserError: there is no run, or nothing to film.
+        ResourceError: the checkpoint is damaged.
+    """
     assert config.evaluate is not None
     folder, trained, state = _find(config.evaluate)
     keep_freed_memory()
@@ -246,12 +251,7 @@ def run_evaluation(config: Config) -> None:
 
 
 def _find(path: Path) -> tuple[Path, Config, dict[str, Any]]:
-    """A run's folder, its settings, and the state in one of its checkpoints.
-
-    Raises:
-        UserError: there is no run.
-        ResourceError: the checkpoint is damaged.
-    """
+    """A run's folder, its settings, and the state in one of its checkpoints."""
     folder = path.parent.parent if path.is_file() else path
     settings = folder / "config.json"
     if not settings.is_file():

@@ -136,12 +136,9 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if _is_image(e.name) and e.is_file()]
-    return [folder / name for name in sorted(names)]
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_system(name)
+        names = [e.name for e in entries if not is_system(e.name) and e.is_file()]
+    suffixed = [name for name in sorted(names) if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return [folder / name for name in suffixed]
 
 
 def class_files(folder: Path) -> list[Path]:

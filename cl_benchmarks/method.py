@@ -76,20 +76,41 @@ class Method(Part, ABC, kind="method"):
         return []
 
 
-class DenseMethod(Method):
-    """Base of the methods on a dense network: its blocks are two-layer MLPs."""
+class Dense(Method, name="dense"):
+    """The same network with a dense block of as many hidden units; trained on without a break."""
 
     def reads(self) -> tuple[str, ...]:
         """None."""
         return ()
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """A dense block of the same size as the MoE layer."""
+        """A dense block of the same size as the MoE layer: a two-layer MLP."""
         return dense_block
 
 
-class ConstantMoE(Method):
-    """Base of the methods on a mixture that has all its experts from the start."""
+class Wide(Dense, name="wide"):
+    """A dense block several times as wide, from the start: does more capacity alone help?"""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the wide network."""
+
+        factor: int = 4
+        """hidden units, as a multiple of the other methods'"""
+
+    def __init__(self, config: Config) -> None:
+        if config.factor < 1:
+            raise UserError(f"method wide: factor={config.factor} must be at least 1")
+        super().__init__(config)
+        self.factor = config.factor
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """A dense block of `factor` times the hidden units."""
+        return lambda width, hidden: dense_block(width, hidden * self.factor)
+
+
+class StaticMoE(Method, name="moe-static"):
+    """All experts from the start, as many as DynamicMoE ends with: is it growth that helps?"""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -116,44 +137,7 @@ class ConstantMoE(Method):
         return make
 
 
-class Dense(DenseMethod, name="dense"):
-    """The same network with a dense block of as many hidden units; trained on without a break."""
-
-
-class Wide(Method, name="wide"):
-    """A dense block several times as wide, from the start: does more capacity alone help?"""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
-        """Options of the wide network."""
-
-        factor: int = 4
-        """hidden units, as a multiple of the other methods'"""
-
-    def __init__(self, config: Config) -> None:
-        if config.factor < 1:
-            raise UserError(f"method wide: factor={config.factor} must be at least 1")
-        super().__init__(config)
-        self.factor = config.factor
-
-    def reads(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """A dense block of `factor` times the hidden units."""
-
-        def make(width: int, hidden: int) -> nn.Module:
-            return dense_block(width, hidden * self.factor)
-
-        return make
-
-
-class StaticMoE(ConstantMoE, name="moe-static"):
-    """All experts from the start, as many as DynamicMoE ends with: is it growth that helps?"""
-
-
-class RenewedMoE(ConstantMoE, name="moe-renewed", source="ours"):
+class RenewedMoE(StaticMoE, name="moe-renewed", source="ours"):
     """A constant number of experts, all re-initialised at each task: is it growth, or renewal?
 
     With the pruning `reinit`, growth re-initialises every expert and router row, too; what is left
@@ -220,7 +204,7 @@ class RenewExperts(TaskPlugin):
         self.training.generator.set_state(state["generator"])
 
 
-class Fresh(DenseMethod, name="fresh"):
+class Fresh(Dense, name="fresh"):
     """The dense network and optimizer re-initialised at every task: full plasticity."""
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:

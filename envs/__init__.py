@@ -96,11 +96,7 @@ def _unknown(name: str, known: list[str]) -> UserError:
 
 
 def _in_gymnasium(name: str) -> bool:
-    """Whether gymnasium knows the name, once the module before a colon is imported.
-
-    Raises:
-        UserError: that module cannot be imported.
-    """
+    """Whether gymnasium knows the name, once the module before a colon is imported."""
     import gymnasium
 
     module, colon, short = name.rpartition(":")

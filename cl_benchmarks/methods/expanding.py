@@ -170,7 +170,7 @@ class WidenPlugin(TaskPlugin):
 
     def task_starts(self, strategy: Any, task: int) -> None:
         """Widen."""
-        training, before = self.training, {}
+        training, before = self.training, dict[str, Tensor]()
         for name, block in self.blocks.items():
             before |= {f"{name}.{own}": p.detach().clone() for own, p in block.named_parameters()}
             hidden = block.widths[min(task, len(block.widths) - 1)]

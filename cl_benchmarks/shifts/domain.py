@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -161,11 +160,17 @@ def corrupt(image: Tensor, corruption: str, severity: int, seed: int) -> Tensor:
             f"{LEAST_SIZE} or more"
         )
     with seeding.kept():  # around the import too
-        corruptions = _package()
+        try:
+            import imagecorruptions
+        except ImportError as error:
+            raise UserError(
+                f"on-the-fly corruptions need imagecorruptions-imaug ({error}); "
+                "pip install 'dynmoe[tta]'"
+            ) from None
         number = seeding.derive(seed, corruption, severity) % 2**32
         np.random.seed(number)
         options = {"seed": number} if corruption in SEEDED else {}
-        pixels = corruptions.corrupt(
+        pixels = imagecorruptions.corrupt(
             np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
             severity=severity,
             corruption_name=corruption,
@@ -209,14 +214,3 @@ class Corrupted(Domain):
 
         made = cache.load_or_make(f"{self._folder}/{index:08d}", make)
         return torch.from_numpy(made["image"])
-
-
-def _package() -> Any:
-    try:
-        import imagecorruptions
-    except ImportError as error:
-        raise UserError(
-            f"on-the-fly corruptions need imagecorruptions-imaug ({error}); "
-            "pip install 'dynmoe[tta]'"
-        ) from None
-    return imagecorruptions

@@ -93,7 +93,8 @@ def make_stream(
     for name in STREAMS[stream]:
         corruption = name in CORRUPTIONS + EXTRA
         domain = source.corrupted(name, severity) if corruption else source.other(name)
-        chosen = _choice(len(domain), limit, seed, name)
+        shuffled = torch.randperm(len(domain), generator=seeding.generator(seed, "images", name))
+        chosen = shuffled[:limit]  # unshuffled, a class-sorted folder would give its first classes
         if corruption and order == "gradual":
             steps = [source.corrupted(name, s) for s in GRADUAL]
             parts = torch.tensor_split(chosen, len(GRADUAL))
@@ -101,12 +102,6 @@ def make_stream(
         else:
             segments.append(Segment(domain, chosen))
     return Stream(segments, order, batch_size, seed)
-
-
-def _choice(count: int, limit: int | None, seed: int, name: str) -> torch.Tensor:
-    """Which images, in random order: a class-sorted folder would else give its first classes."""
-    permuted = torch.randperm(count, generator=seeding.generator(seed, "images", name))
-    return permuted if limit is None else permuted[:limit]
 
 
 @dataclass(frozen=True, eq=False)
