@@ -30,9 +30,8 @@ from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab import checkpoint
 from dynmoe.lab.config import from_dict
-from dynmoe.lab.device import resolve
+from dynmoe.lab.device import keep_freed_memory, resolve
 from dynmoe.lab.files import finite, write_json
-from dynmoe.lab.memory import keep_freed_memory
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import Interval, confidence_interval, iqm
 from dynmoe.moe.evaluation import undisturbed

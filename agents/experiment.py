@@ -1,17 +1,15 @@
-"""One reinforcement-learning run: environments, agent, training, and what is left of it."""
+"""Reinforcement learning: an agent, and those it is compared with, in one environment."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import envs
 from agents.actor_critic import ActorCritic
@@ -19,96 +17,228 @@ from agents.figures import learning_figure
 from agents.growth import policy_shock
 from agents.methods import Agent
 from agents.ppo import train
-from agents.recorder import Recorder
+from agents.recorder import UpdateRecorder
 from agents.settings import Config
 from agents.statistics import learning_curve
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.growth.controller import GrowthController
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab.memory import keep_freed_memory
-from dynmoe.lab.progress import ProgressLine
-from dynmoe.lab.results import Result, read_run
+from dynmoe.lab.comparison import Results, three
+from dynmoe.lab.device import keep_freed_memory
+from dynmoe.lab.experiment import At, Experiment, Session
+from dynmoe.lab.figures import band, new_figure, save
 from dynmoe.lab.run import Run
+from dynmoe.lab.statistics import confidence_interval
 from envs.vector import TorchVectorEnv
 
 
-def run_all(preset: str, config: Config) -> Result:
-    """Train `config.method`, then each of `config.compare`; print a table and draw the curves."""
-    names = [config.method.part.name, *config.compare]
-    if len(set(names)) < len(names):
-        raise UserError(f"--compare {' '.join(config.compare)}: name each method once, others only")
-    others = [registry.get("agent", name).Config() for name in config.compare]
-    summaries: dict[str, dict[str, Any]] = {}
-    folders: list[Path] = []
-    policy = None
-    for name, method in zip(names, (config.method, *others), strict=True):
-        own_name = f"{config.name}-{name}" if config.name and folders else config.name
-        one = replace(config, method=method, name=own_name)
-        folder, summary, trained = _run_one(preset, one)
-        policy = policy if folders else trained
-        folders.append(folder)
-        summaries[one.variant] = summary
-        learning_figure(
-            folder / "learning.png", {one.variant: learning_curve([summary])}, _title(config),
-            summary["max_return"],
-        )  # fmt: skip
-    if others:
-        curves = {name: learning_curve([summary]) for name, summary in summaries.items()}
-        most = summaries[config.variant]["max_return"]
-        learning_figure(folders[0] / "comparison.png", curves, _title(config), most)
-    print_agents(summaries, _title(config))
-    print(f"results: {folders[0]}")
-    return Result(folders[0], tuple(map(read_run, folders)), policy)
+@dataclass(frozen=True)
+class ReinforcementLearning(Experiment):
+    """What `dynmoe.rl` does. The metric is the mean return over the last tenth of training."""
 
-
-def run_training(preset: str, config: Config) -> tuple[Path, dict[str, Any]]:
-    """Train one agent, or read what an earlier run of the same settings found.
-
-    Returns:
-        the run's folder and its summary.
-    """
-    return _run_one(preset, config)[:2]
-
-
-def _run_one(preset: str, config: Config) -> tuple[Path, dict[str, Any], ActorCritic | None]:
-    """As `run_training`, and the network if it is trained now."""
-    check(config)
-    kept, policy = keep_freed_memory(), None
-    with Run("rl", preset, config, label=_label(config)) as run:
-        if run.summary is None:
-            if run.restored is None:
-                run.log.event(0, "memory", {"freed_memory_is_kept": kept})
-            with seeding.kept():
-                env = make_env(config, run.device)
-            try:
-                summary, policy = _train(run, config, env)
-                run.finish(summary)
-            finally:
-                env.close()
-        assert run.summary is not None  # finished just now, or earlier
-        return run.folder, run.summary, policy
-
-
-def check(config: Config) -> None:
-    """Refuse settings that cannot work before any work is done.
-
-    Raises:
-        UserError: names the setting.
-    """
-    config.check()
-    for name in ("probe_every", "probe_samples"):
-        if getattr(config, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(config, name)} is too small; use 1 or more")
-    intervention: Intervention = config.intervention.build()
-    reason = intervention.without_tasks()
-    if reason is not None:
-        raise UserError(reason)
-    agent: Agent = config.method.build()
-    agent.make_block(config, _growing_steps(config), config.seed)(
-        config.encoder.hidden, config.encoder.hidden, 1
+    command = "rl"
+    least: ClassVar[dict[str, float]] = {"probe_every": 1, "probe_samples": 1}
+    metric = "final_return"
+    columns = (
+        ("final return", "final_return", "last"),
+        ("of the most, %", "of_the_most", "last"),
+        ("growths", "growths", "last"),
+        ("parameters", "parameters", "last"),
     )
+    references = ("dense",)
+    missing = "no episode ended"
+
+    def check(self, config: Config) -> None:
+        """Also what the intervention and the method say of the settings."""
+        super().check(config)
+        config.check()
+        intervention: Intervention = config.intervention.build()
+        reason = intervention.without_tasks()
+        if reason is not None:
+            raise UserError(reason)
+        agent: Agent = config.method.build()
+        agent.make_block(config, _growing_steps(config), config.seed)(
+            config.encoder.hidden, config.encoder.hidden, 1
+        )
+
+    def variants(self, config: Config, shared: None) -> dict[str, dict[str, Config]]:
+        """The method of the settings, then each of `config.compare`."""
+        names = [config.method.part.name, *config.compare]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"--compare {' '.join(config.compare)}: name each method once, others only"
+            )
+        found = {config.variant: config}
+        for name in config.compare:
+            own_name = f"{config.name}-{name}" if config.name else None
+            one = replace(config, method=registry.get("agent", name).Config(), name=own_name)
+            self.check(one)
+            found[one.variant] = one
+        return {"": found}
+
+    def label(self, config: Config, shared: None) -> str:
+        """Method and environment: ids such as module:Space/Name-v0 hold what names should not."""
+        return f"{config.variant}-{config.env}".replace(":", "-").replace("/", "-")
+
+    def load(self, config: Config) -> None:
+        """Runs share nothing; each has environments of its own."""
+
+    def prepare(self, run: Run, config: Config, shared: None) -> AgentSession:
+        """Environments, network, optimizer and growth."""
+        kept = keep_freed_memory()
+        if run.restored is None:
+            run.log.event(0, "memory", {"freed_memory_is_kept": kept})
+        with seeding.kept():
+            env = make_env(config, run.device)
+        try:
+            return AgentSession(run, config, env)
+        except BaseException:
+            env.close()
+            raise
+
+    def finished(self, run: Run, config: Config, shared: None, now: bool) -> None:
+        """The run's learning curve."""
+        assert run.summary is not None
+        own = Results({"": {config.variant: [run.summary]}}, {}, self)
+        self.draw(run.folder / "learning.png", own, self.title(config, shared))
+
+    def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
+        """A number of the summary; there are no tasks."""
+        if metric == "growths":
+            return len(summary["growth"])
+        if metric == "of_the_most":
+            final, most = summary["final_return"], summary["max_return"]
+            return 100 * final / most if final is not None and most else math.nan
+        found = summary[metric]
+        return math.nan if found is None else float(found)
+
+    def unit(self, metric: str) -> tuple[float, str, int]:
+        """Returns are no shares."""
+        return 1.0, "", {"growths": 0, "parameters": 0, "of_the_most": 1}.get(metric, 2)
+
+    def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
+        """Every seed's return and learning curve, and intervals."""
+        runs = results.runs[stream][variant]
+        returns = [run["final_return"] for run in runs]
+        intervals = {}
+        if None not in returns:
+            for kind in ("mean", "iqm"):
+                intervals[f"final_return_{kind}"] = three(confidence_interval(returns, kind))
+        return {
+            "final_return": returns,
+            **intervals,
+            "parameters": runs[0]["parameters"],
+            "curves": [run["curve"] for run in runs],
+        }
+
+    def draw(self, path: Path, results: Results, title: str) -> None:
+        """Mean episodic return over the environment steps; of several streams a panel each."""
+        if len(results.streams) == 1:
+            (variants,) = results.runs.values()
+            most = {run["max_return"] for runs in variants.values() for run in runs}
+            curves = {name: learning_curve(runs) for name, runs in variants.items()}
+            learning_figure(path, curves, title, most.pop() if len(most) == 1 else None)
+            return
+        figure = new_figure(title, 4.2)
+        grid = figure.subplots(1, len(results.streams), squeeze=False)
+        for stream, axes in zip(results.streams, grid[0], strict=True):
+            for number, (variant, runs) in enumerate(results.runs[stream].items()):
+                steps = [step for step, _ in runs[0]["curve"]]
+                points = zip(*([value for _, value in r["curve"]] for r in runs), strict=True)
+                whole = [(s, p) for s, p in zip(steps, points, strict=True) if None not in p]
+                intervals = [confidence_interval(list(p), "mean") for _, p in whole]
+                band(axes, [s for s, _ in whole], intervals, number, variant, 1)
+            axes.set(title=stream, xlabel="environment steps", ylabel="episodic return")
+        save(figure, path)
+
+    def title(self, config: Config, shared: None) -> str:
+        """Environment and network."""
+        return f"{config.env}, {config.encoder.part.name}, {config.num_envs} environments"
+
+
+class AgentSession(Session):
+    """One agent at all its updates."""
+
+    def __init__(self, run: Run, config: Config, env: TorchVectorEnv) -> None:
+        self.config, self.env = config, env
+        self.agent: Agent = config.method.build()
+        self.intervention: Intervention = config.intervention.build()
+        self.model = self.policy = make_policy(config, env, run.device, self.intervention)
+        self.optimizer = torch.optim.Adam(
+            self.policy.parameters(), config.lr, eps=config.adam_eps, fused=True
+        )
+        self.intervention.attach(
+            self.policy, self.optimizer, seeding.generator(config.seed, "strategy")
+        )
+        self.controller = None
+        if self.agent.grows:
+            self.controller = config.make_controller(
+                self.policy, self.optimizer, seeding.generator(config.seed, "growth"),
+                functools.partial(policy_shock, distribution=self.policy.distribution),
+            )  # fmt: skip
+            self.controller.listeners.append(self.intervention.grown)
+        self.observations, info = env.reset(seed=config.seed)
+        self.floors, self.start = info["floor"], 0
+        self.recorder: UpdateRecorder = UpdateRecorder(
+            run, config, self.state, env, self.policy, self.controller
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after an update."""
+        self.start = state["update"]
+        self.intervention.rebuild_from(state["intervention"])
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.intervention.load_state_dict(state["intervention"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        self.recorder.load_state_dict(state["recorder"])
+        self.observations = self.env.load_state_dict(state["env"])
+        self.floors = state["floors"].to(self.observations.device)
+        self.recorder.progress.start_at(self.start * self.config.batch_size)
+
+    def work(self) -> None:
+        """All updates that are left."""
+        train(
+            self.env, self.policy, self.optimizer, self.config, self.config.seed, self.recorder,
+            self.observations, self.floors, self.start, self.agent.learns, self.agent.acts,
+            self.intervention,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """After the latest update."""
+        return {
+            "update": self.recorder.update,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict() if self.controller else None,
+            "intervention": self.intervention.state_dict(),
+            "env": self.env.state_dict(),
+            "floors": self.recorder.floors,
+            "recorder": self.recorder.state_dict(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The learning curve, and the mean return over its last tenth."""
+        config, curve = self.config, self.recorder.curve
+        known = [value for _, value in curve if value is not None]
+        tail = known[-max(1, math.ceil(len(known) / 10)) :]
+        events = self.controller.events if self.controller else []
+        return {
+            "method": config.variant,
+            "env": config.env,
+            "seed": config.seed,
+            "env_steps": config.updates * config.batch_size,
+            "max_return": self.env.max_return,
+            "parameters": sum(p.numel() for p in self.policy.parameters()),
+            "curve": curve,
+            "final_return": sum(tail) / len(tail) if tail else None,
+            "growth": [asdict(event) for event in events],
+        }
+
+    def close(self) -> None:
+        """The environments."""
+        self.env.close()
 
 
 def _growing_steps(config: Config) -> int:
@@ -165,85 +295,3 @@ def make_policy(
     if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
         policy.to(memory_format=torch.channels_last)
     return policy.to(device)
-
-
-def _train(run: Run, config: Config, env: TorchVectorEnv) -> tuple[dict[str, Any], ActorCritic]:
-    """All updates, from the start or from the run's checkpoint; the summary and the network."""
-    agent: Agent = config.method.build()
-    intervention: Intervention = config.intervention.build()
-    policy = make_policy(config, env, run.device, intervention)
-    optimizer = torch.optim.Adam(policy.parameters(), config.lr, eps=config.adam_eps, fused=True)
-    intervention.attach(policy, optimizer, seeding.generator(config.seed, "strategy"))
-    controller = None
-    if agent.grows:
-        generator = seeding.generator(config.seed, "growth")
-        controller = config.make_controller(
-            policy, optimizer, generator,
-            functools.partial(policy_shock, distribution=policy.distribution),
-        )  # fmt: skip
-        controller.listeners.append(intervention.grown)
-    observations, info = env.reset(seed=config.seed)
-    floors, start = info["floor"], 0
-    with ProgressLine(config.env, config.updates * config.batch_size) as progress:
-        recorder = Recorder(run, config, env, policy, optimizer, controller, progress, intervention)
-        if run.restored is not None:
-            state, start = run.restored, run.restored["update"]
-            intervention.rebuild_from(state["intervention"])
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-            intervention.load_state_dict(state["intervention"])
-            if controller is not None:
-                controller.load_state_dict(state["controller"])
-            recorder.load_state_dict(state["recorder"])
-            observations = env.load_state_dict(state["env"])
-            floors = state["floors"].to(run.device)
-            progress.start_at(start * config.batch_size)
-        train(env, policy, optimizer, config, config.seed, recorder, observations, floors,
-              start, agent.learns, agent.acts, intervention)  # fmt: skip
-    return _summary(config, env, policy, recorder, controller), policy
-
-
-def print_agents(summaries: dict[str, dict[str, Any]], title: str) -> None:
-    """One row per method of finished runs."""
-    table = Table(title=title, caption="mean return over the last tenth of training; one seed")
-    for column in ("method", "return", "of the most", "growths", "parameters"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, summary in summaries.items():
-        final, most = summary["final_return"], summary["max_return"]
-        share = f"{100 * final / most:.1f} %" if final is not None and most else ""
-        shown = "no episode ended" if final is None else f"{final:.2f}"
-        growths, parameters = str(len(summary["growth"])), f"{summary['parameters']:,}"
-        table.add_row(name, shown, share, growths, parameters)
-    Console().print(table)
-
-
-def _label(config: Config) -> str:
-    """Part of a folder's name: ids such as module:Space/Name-v0 hold what names should not."""
-    return f"{config.variant}-{config.env}".replace(":", "-").replace("/", "-")
-
-
-def _title(config: Config) -> str:
-    return f"{config.env}, {config.encoder.part.name}, {config.num_envs} environments"
-
-
-def _summary(
-    config: Config,
-    env: TorchVectorEnv,
-    policy: ActorCritic,
-    recorder: Recorder,
-    controller: GrowthController | None,
-) -> dict[str, Any]:
-    """What summary.json holds: figures of the whole run, nothing that changes from run to run."""
-    known = [value for _, value in recorder.curve if value is not None]
-    tail = known[-max(1, math.ceil(len(known) / 10)) :]
-    return {
-        "method": config.variant,
-        "env": config.env,
-        "seed": config.seed,
-        "env_steps": config.updates * config.batch_size,
-        "max_return": env.max_return,
-        "parameters": sum(p.numel() for p in policy.parameters()),
-        "curve": recorder.curve,
-        "final_return": sum(tail) / len(tail) if tail else None,
-        "growth": [asdict(event) for event in controller.events] if controller else [],
-    }

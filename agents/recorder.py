@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
 
 from agents.actor_critic import ActorCritic, as_input
 from agents.figures import layout, router_figure, write_figure
@@ -18,54 +18,51 @@ from agents.ppo import UpdateStats, estimate_advantages
 from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting, Traces
-from dynmoe.errors import NumericError
 from dynmoe.growth.controller import GrowthController
-from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab.figures import as_image
-from dynmoe.lab.heat_map import heat_map
-from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.figures import as_image, heat_map
+from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
-from dynmoe.moe.layer import moe_layers
-from dynmoe.moe.stats import routing_stats
+from dynmoe.moe.stats import most_experts, routing_stats
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.probes import copy_parameters, take_probe
+from dynmoe.plasticity.probes import outside_experts, take_probe
 from envs.vector import TorchVectorEnv
 
 
-class Recorder:
+class UpdateRecorder(Recorder):
     """The observer of one training run.
 
     Attributes:
         curve: (environment steps, mean return since the point before or None), one per look.
+        update: how many are done.
+        floors: where the agents stand after the latest one.
     """
 
     def __init__(
         self,
         run: Run,
         config: Config,
+        state: Callable[[], dict[str, Any]],
         env: TorchVectorEnv,
         policy: ActorCritic,
-        optimizer: Optimizer,
         controller: GrowthController | None,
-        progress: ProgressLine,
-        intervention: Intervention,
     ) -> None:
-        self.run, self.config, self.env = run, config, env
-        self.policy, self.optimizer, self.controller = policy, optimizer, controller
-        self.progress, self.intervention = progress, intervention
-        self.initial = _outside_experts(policy)
+        super().__init__(run, config.env, config.updates * config.batch_size, state)
+        self.config, self.env, self.policy, self.controller = config, env, policy, controller
+        self.initial = outside_experts(policy)
         self.episodes = EpisodeStats(env)
         self.routing = FloorRouting(env.num_floors)
         self.traces = Traces()
         self.curve: list[list[float | None]] = []
         self.began = (time.monotonic(), 0)
         self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
+        self.update, self.floors = 0, torch.empty(0)
         run.log.tensorboard.add_custom_scalars(layout())
 
     def update_done(self, update: int, rollout: Rollout, stats: UpdateStats | None) -> None:
         """Count, log, grow, save."""
         config, steps = self.config, update * self.config.batch_size
         last = update == config.updates
+        self.update, self.floors = update, rollout.next_floors
         self.episodes.add(rollout)
         self.routing.add(rollout)
         self.traces.add(rollout)
@@ -79,11 +76,21 @@ class Recorder:
         if self.progress.due(steps) or last:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
         if last or self.run.checkpoint_due():
-            self._check_weights(steps)
-            self.run.checkpoint(update, self._checkpoint(update, rollout), logged=steps)
+            check_finite(self.policy, steps, "a smaller --lr may help")
+            self.save(update, logged=steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted and kept so far."""
+        return {
+            "steps": self.update * self.config.batch_size,
+            "curve": self.curve,
+            "episodes": self.episodes.state_dict(),
+            "routing": self.routing.state_dict(),
+            "traces": self.traces.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `_checkpoint` saved of this recorder."""
+        """Restore `state_dict()`."""
         self.curve = state["curve"]
         self.began = (time.monotonic(), state["steps"])
         for part in ("episodes", "routing", "traces"):
@@ -157,47 +164,7 @@ class Recorder:
         index = sample(rollout, self.config.probe_samples)
         event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:
-            self.run.log.event(steps, "growth", asdict(event))
-            shock = {f"growth/{name}": value for name, value in event.shock.items()}
-            self.run.log.scalars(steps, shock | {"growth/experts": float(event.experts)})
-
-    def _checkpoint(self, update: int, rollout: Rollout) -> dict[str, Any]:
-        """Everything to go on from."""
-        return {
-            "update": update,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "controller": self.controller.state_dict() if self.controller else None,
-            "intervention": self.intervention.state_dict(),
-            "env": self.env.state_dict(),
-            "floors": rollout.next_floors,
-            "recorder": {
-                "steps": update * self.config.batch_size,
-                "curve": self.curve,
-                "episodes": self.episodes.state_dict(),
-                "routing": self.routing.state_dict(),
-                "traces": self.traces.state_dict(),
-            },
-        }
-
-    def _check_weights(self, steps: int) -> None:
-        """Never save what cannot be gone on from.
-
-        Raises:
-            NumericError: a weight is not finite; the checkpoints before are good.
-        """
-        for name, parameter in self.policy.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NumericError(
-                    f"{name} is no longer finite at step {steps}; earlier checkpoints are kept; a "
-                    "smaller --lr may help"
-                )
+            self.log_growth(steps, asdict(event))
 
     def _experts(self) -> int:
-        return max((layer.num_experts for _, layer in moe_layers(self.policy)), default=1)
-
-
-def _outside_experts(policy: ActorCritic) -> dict[str, Tensor]:
-    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
-    layers = tuple(f"{name}." for name, _ in moe_layers(policy))
-    return {n: p for n, p in copy_parameters(policy).items() if not n.startswith(layers)}
+        return most_experts(self.policy)

@@ -28,7 +28,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "What to run": (
-            "env", "method", "intervention", "compare", "encoder", "total_steps", "seed",
+            "env", "method", "intervention", "compare", "encoder", "total_steps", "seed", "seeds",
         ),
         "Play with a trained agent": ("evaluate", "video", "max_steps"),
         "MoE layers": LAYER,
@@ -37,21 +37,19 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
             "num_envs", "rollout_steps", "minibatches", "epochs", "lr", "anneal_lr", "gamma",
             "entropy", "autocast",
         ),
-        "PPO, more": (
+        "More of PPO, and measurements": (
             "gae_lambda", "clip", "clip_value", "value_weight", "max_grad_norm",
-            "normalise_advantage", "adam_eps",
+            "normalise_advantage", "adam_eps", "probe_every", "probe_samples",
         ),
-        "Environment and measurements": (
-            "env_args", "normalize_observations", "normalize_rewards", "renderer", "probe_every",
-            "probe_samples",
+        "Environment": (
+            "env_args", "normalize_observations", "normalize_rewards", "renderer",
         ),
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
-    BRIEF: ClassVar[tuple[str, ...]] = ("PPO, more",)
+    BRIEF: ClassVar[tuple[str, ...]] = ("More of PPO, and measurements",)
 
     env: str = "Craftax-Classic-Pixels-v1"
-    """Craftax[-Classic]-{Pixels,Symbolic}-v1, Identity-v0, Stages-v0, gymnasium's, or
-    module:Name-v0 of a module"""
+    """Craftax-Pixels-v1, CartPole-v1, ... (docs/rl.md)"""
     env_args: str = ""
     """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
     normalize_observations: bool = False

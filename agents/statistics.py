@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agents.rollout import Episode, Rollout
 from dynmoe.moe.stats import gate_shares
-from dynmoe.plasticity.routing import expert_task_information, information_by_expert
+from dynmoe.plasticity.tasks import expert_task_information, information_by_expert
 from envs.vector import TorchVectorEnv
 
 RECENT = 100

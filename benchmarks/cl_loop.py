@@ -25,12 +25,11 @@ from cl_benchmarks.experiment import DATA_SEED, make_trainer, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Training
 from cl_benchmarks.protocol import Chunk
-from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
 from dynmoe import registry
 from dynmoe.cl import presets
-from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
 
 
@@ -51,8 +50,8 @@ def bare_task(training: Training, chunk: ChunkDataset, config: Config) -> None:
 class StepsOnly:
     """An observer that leaves out what happens once per epoch and task."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.step_done = recorder.step_done
+    def __init__(self, recorder: TaskRecorder) -> None:
+        self.batch_done = recorder.batch_done
 
     def epoch_done(self, trainer: object) -> None:
         """Nothing."""
@@ -68,8 +67,7 @@ def command_task(
     training = prepare(config, data, 20, Horizon(10, len(chunks)), run.device)
     plugins = config.method.build().plugins(config, training)
     train, test = chunk_datasets(data, chunks)
-    progress = ProgressLine("", 10**9)
-    recorder = Recorder(run, config, data.name, train, test, training.model, plugins[0], progress)
+    recorder = TaskRecorder(run, config, 10**9, dict, train, test, training.model, plugins[0])
     trainer = make_trainer(config, training, plugins, recorder, run.device)
     if not whole:
         trainer.observer = StepsOnly(recorder)

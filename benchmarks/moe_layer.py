@@ -28,7 +28,7 @@ from benchmarks.moe_peers import GROUP, PEERS, LoopMoE, dense, installed
 from benchmarks.timing import alternate, ratio
 from dynmoe.growth import GrowthController
 from dynmoe.growth.pruning import FirstUnits
-from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.device import keep_freed_memory
 from dynmoe.moe import MoELayer
 from dynmoe.moe.routers.slots import SlotRouter
 from dynmoe.moe.routers.topk import TopKRouter

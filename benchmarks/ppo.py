@@ -24,7 +24,7 @@ from agents.actor_critic import ActorCritic
 from agents.ppo import PPOSettings, autocast, train
 from agents.rollout import Rollout
 from benchmarks.timing import alternate, ratio
-from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.device import keep_freed_memory
 from dynmoe.registry import get
 from envs.vector import TorchVectorEnv
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import dynmoe.tta
 from benchmarks.timing import alternate, ratio
-from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.device import keep_freed_memory
 from dynmoe.tta import Adapter
 
 VARIANTS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")

@@ -1,11 +1,11 @@
-"""One continual-learning experiment: a method, and those it is compared with, on one stream."""
+"""Continual learning: a method, and those it is compared with, on one stream of tasks."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,103 +15,188 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.networks import Network, build_network
-from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab.figures import plasticity_figure
-from dynmoe.lab.progress import ProgressLine
-from dynmoe.lab.results import Result, read_run
+from dynmoe.lab.comparison import Results, three
+from dynmoe.lab.experiment import At, Experiment, Session
+from dynmoe.lab.figures import band, dots, new_figure, save
+from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
-from dynmoe.lab.tables import print_methods, print_tasks
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.lab.statistics import confidence_interval, iqm
+from dynmoe.plasticity.tasks import plasticity_summary
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
-LEAST = {"epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "threads": 0, "lr": 0,
-         "momentum": 0, "weight_decay": 0, "clip": 0}  # fmt: skip
-"""Setting -> the smallest value that can work. Parts check their own options."""
+PANELS = (("train_accuracy", "train accuracy at task end"), ("online_accuracy", "online accuracy"),
+          ("test_accuracy", "test accuracy at task end"))  # fmt: skip
+MOST_CURVES = 12
+"""Variants that one panel shows as curves."""
 
 
-def run_all(preset: str, config: Config) -> Result:
-    """Run `config.method`, then each of `config.compare`; print a table and draw one figure."""
-    _check(config)
-    configs = [config] + [_compared(config, name) for name in _others(config)]
-    data = config.dataset.build().load(DATA_SEED)
-    summaries: dict[str, dict[str, Any]] = {}
-    folders: list[Path] = []
-    model = None
-    for one in configs:
-        folder, summaries[one.variant], trained = _run_one(preset, one, data)
-        folders.append(folder)
-        model = trained if one is config else model
-    main_folder = folders[0]
-    if len(summaries) > 1:
-        curves = {name: summary["tasks"] for name, summary in summaries.items()}
-        plasticity_figure(main_folder / "comparison.png", curves, _title(config, data))
-        print_methods(summaries, _title(config, data))
-    print(f"results: {main_folder}")
-    return Result(main_folder, tuple(map(read_run, folders)), model)
+@dataclass(frozen=True)
+class ContinualLearning(Experiment):
+    """What `dynmoe.cl` does. Metrics are fields of a summary's task rows."""
+
+    command = "cl"
+    least: ClassVar[dict[str, float]] = {
+        "epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "lr": 0,
+        "momentum": 0, "weight_decay": 0, "clip": 0,
+    }  # fmt: skip
+    metric = "train_accuracy"
+    columns = (
+        ("first task", "train_accuracy", "first"),
+        ("last task", "train_accuracy", "last"),
+        ("mean", "train_accuracy", "mean"),
+        ("worst", "train_accuracy", "worst"),
+        ("per task", "train_accuracy", "slope"),
+        ("online, mean", "online_accuracy", "mean"),
+        ("test, mean", "test_accuracy", "mean"),
+    )
+    references = ("dense", "fresh")
+
+    def variants(self, config: Config, shared: ImageData) -> dict[str, dict[str, Config]]:
+        """The method of the settings, then each of `config.compare`."""
+        # Those compared with by default leave out the method itself.
+        own = config.variant if config.compare == type(config).compare else None
+        others = [_compared(config, name) for name in config.compare if name != own]
+        return {"": {one.variant: one for one in (config, *others)}}
+
+    def label(self, config: Config, shared: ImageData) -> str:
+        """Method and data set."""
+        return f"{config.variant}-{shared.name}"
+
+    def load(self, config: Config) -> ImageData:
+        """The data set."""
+        return config.dataset.build().load(DATA_SEED)
+
+    def prepare(self, run: Run, config: Config, shared: ImageData) -> StreamSession:
+        """Network, optimizer, trainer and stream."""
+        _check_data(run, run.restored, shared)
+        return StreamSession(run, config, shared)
+
+    def finished(self, run: Run, config: Config, shared: ImageData, now: bool) -> None:
+        """The curves of the run, and of one that was trained now a table of its tasks."""
+        assert run.summary is not None
+        _check_data(run, run.summary, shared)
+        title, label = self.title(config, shared), config.variant
+        if now:
+            _print_tasks(run.summary, f"{label}: {title}")
+        own = Results({"": {label: [run.summary]}}, {}, self)
+        self.draw(run.folder / "plasticity.png", own, title)
+
+    def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
+        """Of one task, or over all; the slope is the change per task, of a straight line."""
+        values = [task[metric] for task in summary["tasks"]]
+        if at in ("first", "last"):
+            return values[0 if at == "first" else -1]
+        found = plasticity_summary(values)
+        return found[{"mean": "mean", "worst": "min", "slope": "slope"}[at]]
+
+    def describe(self, metric: str, at: At) -> str:
+        """Such as "train accuracy, last task"."""
+        where = {"mean": "mean over tasks", "worst": "worst task", "slope": "change per task"}
+        return f"{metric.replace('_', ' ')}, {where.get(at, f'{at} task')}"
+
+    def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
+        """Every seed and task, and intervals at the stream's ends and over all."""
+        last = results.runs[stream][variant][0]["tasks"][-1]
+        entry: dict[str, Any] = {"parameters": last["parameters"]}
+        for metric, _ in PANELS:
+            tasks = _tasks(results, stream, variant, metric)
+            entry[metric] = [[round(x, 4) for x in seed] for seed in tasks]
+            # The tasks of a run are not independent: its own IQM is one value.
+            entry[f"{metric}_iqm"] = three(confidence_interval([iqm(t) for t in tasks], "mean"))
+            for at in ("first", "last", "mean"):
+                entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
+        return entry
+
+    def draw(self, path: Path, results: Results, title: str) -> None:
+        """A row of panels per stream: train, online and test accuracy over the tasks.
+
+        With more variants than curves can be told apart: their means over the tasks, and lines at
+        the reference networks.
+        """
+        most = max(map(len, results.runs.values()))
+        curves = most <= MOST_CURVES
+        figure = new_figure(title, (3.6 if curves else 1 + 0.2 * most) * len(results.streams))
+        grid = figure.subplots(len(results.streams), len(PANELS), squeeze=False)
+        for stream, row in zip(results.streams, grid, strict=True):
+            for axes, (metric, label) in zip(row, PANELS, strict=True):
+                axes.set_title(stream)
+                (_draw_curves if curves else _draw_means)(axes, results, stream, metric, label)
+        save(figure, path)
+
+    def title(self, config: Config, shared: ImageData) -> str:
+        """Data set, protocol and network."""
+        access = "" if config.access == "limited" else f", {config.access}"
+        protocol, network = config.protocol.part.name, config.network.part.name
+        return f"{shared.name}, {protocol} stream{access}, {network}"
 
 
-def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict[str, Any]]:
-    """Train one method on the stream, or read what an earlier run of the same settings found.
+class StreamSession(Session):
+    """One method on all tasks."""
 
-    Returns:
-        the run's folder and its summary.
-    """
-    return _run_one(preset, config, data)[:2]
+    def __init__(self, run: Run, config: Config, data: ImageData) -> None:
+        self.config, self.data = config, data
+        protocol = config.protocol.build()
+        self.chunks = protocol.stream(data, config.chunks, config.access, config.seed)
+        train, test = chunk_datasets(data, self.chunks)
+        steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
+        outputs = protocol.num_outputs(data, config.chunks)
+        training = prepare(config, data, outputs, Horizon(steps, len(self.chunks)), run.device)
+        _check_batches(config, training.model, [len(chunk) for chunk in train])
+        plugins = config.method.build().plugins(config, training)
+        self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
+        plugins.append(attach_intervention(config, training, self.growth))
+        self.model = training.model
+        self.recorder: TaskRecorder = TaskRecorder(
+            run, config, steps, self.state, train, test, training.model, self.growth
+        )
+        self.trainer = make_trainer(config, training, plugins, self.recorder, run.device)
 
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on within a task."""
+        self.recorder.load_state_dict(state["recorder"])
+        self.trainer.resume(state["trainer"])
+        self.recorder.progress.start_at(state["trainer"]["clock"]["train_iterations"])
 
-def _run_one(
-    preset: str, config: Config, data: ImageData
-) -> tuple[Path, dict[str, Any], nn.Module | None]:
-    """As `run_method`, and the network if it is trained now."""
-    model = None
-    with Run("cl", preset, config, label=f"{config.variant}-{data.name}") as run:
-        method, summary = config.variant, run.summary
-        known = (summary or run.restored or {}).get("dataset", data.name)
-        if known != data.name:  # `auto` may find another data set than it did before
-            raise UserError(
-                f"{run.folder} holds a run on {known}, and now the data set is {data.name}; use "
-                "another --name"
-            )
-        if summary is None:
-            summary, model = _train(run, config, data)
-            run.finish(summary)
-            print_tasks(summary, f"{method}: {_title(config, data)}")
-        curves = {method: summary["tasks"]}
-        plasticity_figure(run.folder / "plasticity.png", curves, _title(config, data))
-        return run.folder, summary, model
+    def work(self) -> None:
+        """All tasks that are left."""
+        experiences = make_benchmark(self.data, self.chunks).train_stream
+        for experience in list(experiences)[self.trainer.position.task :]:
+            self.trainer.train(experience, eval_streams=[])
 
+    def state(self) -> dict[str, Any]:
+        """Trainer and recorder, and the data set's name."""
+        return {
+            "dataset": self.data.name,
+            "trainer": self.trainer.state_dict(),
+            "recorder": self.recorder.state_dict(),
+        }
 
-def _train(run: Run, config: Config, data: ImageData) -> tuple[dict[str, Any], nn.Module]:
-    """All tasks, from the start or from the run's checkpoint; the summary and the network."""
-    protocol = config.protocol.build()
-    chunks = protocol.stream(data, config.chunks, config.access, config.seed)
-    train, test = chunk_datasets(data, chunks)
-    steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
-    outputs = protocol.num_outputs(data, config.chunks)
-    training = prepare(config, data, outputs, Horizon(steps, len(chunks)), run.device)
-    _check_batches(config, training.model, [len(chunk) for chunk in train])
-    plugins = config.method.build().plugins(config, training)
-    growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
-    plugins.append(attach_intervention(config, training, growth))
-    with ProgressLine(config.variant, steps) as progress:
-        recorder = Recorder(run, config, data.name, train, test, training.model, growth, progress)
-        trainer = make_trainer(config, training, plugins, recorder, run.device)
-        if run.restored is not None:
-            recorder.load_state_dict(run.restored["recorder"])
-            trainer.resume(run.restored["trainer"])
-            progress.start_at(run.restored["trainer"]["clock"]["train_iterations"])
-        for experience in list(make_benchmark(data, chunks).train_stream)[trainer.position.task :]:
-            trainer.train(experience, eval_streams=[])
-    return _summary(config, data, recorder), training.model
+    def summary(self) -> dict[str, Any]:
+        """Every task's row, and how the accuracies went over the stream."""
+        config, rows = self.config, [asdict(row) for row in self.recorder.rows]
+        return {
+            "method": config.variant,
+            "dataset": self.data.name,
+            "protocol": config.protocol.part.name,
+            "access": config.access,
+            "seed": config.seed,
+            "tasks": rows,
+            "plasticity": {
+                key: plasticity_summary([row[key] for row in rows])
+                for key in ("train_accuracy", "test_accuracy", "online_accuracy")
+            },
+            "growth": [asdict(e) for e in self.growth.controller.events] if self.growth else [],
+        }
 
 
 def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
@@ -183,7 +268,7 @@ def make_trainer(
     config: Config,
     training: Training,
     plugins: list[Any],
-    recorder: Recorder,
+    recorder: TaskRecorder,
     device: torch.device,
 ) -> StreamTrainer:
     """Avalanche's trainer over all that."""
@@ -207,38 +292,13 @@ def make_trainer(
         )
 
 
-def _summary(config: Config, data: ImageData, recorder: Recorder) -> dict[str, Any]:
-    """What summary.json holds: final figures, nothing that changes from run to run."""
-    rows = [asdict(row) for row in recorder.rows]
-    growth = recorder.growth
-    return {
-        "method": config.variant,
-        "dataset": data.name,
-        "protocol": config.protocol.part.name,
-        "access": config.access,
-        "seed": config.seed,
-        "tasks": rows,
-        "plasticity": {
-            key: plasticity_summary([row[key] for row in rows])
-            for key in ("train_accuracy", "test_accuracy", "online_accuracy")
-        },
-        "growth": [asdict(event) for event in growth.controller.events] if growth else [],
-    }
-
-
-def _check(config: Config) -> None:
-    """Refuse numbers that cannot work before any work is done."""
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if not value >= least:  # also refuses nan
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value} is too small; use {least} or more")
-
-
-def _others(config: Config) -> list[str]:
-    """Methods to compare with. Those by default leave out the method itself."""
-    own = config.variant if config.compare == type(config).compare else None
-    return [name for name in config.compare if name != own]
+def _check_data(run: Run, known: dict[str, Any] | None, data: ImageData) -> None:
+    """Refuse a run on other data: `auto` may find another data set than it did before."""
+    if known is not None and known.get("dataset", data.name) != data.name:
+        raise UserError(
+            f"{run.folder} holds a run on {known['dataset']}, and now the data set is "
+            f"{data.name}; use another --name"
+        )
 
 
 def _compared(config: Config, name: str) -> Config:
@@ -257,6 +317,34 @@ def _compared(config: Config, name: str) -> Config:
     )
 
 
-def _title(config: Config, data: ImageData) -> str:
-    access = "" if config.access == "limited" else f", {config.access}"
-    return f"{data.name}, {config.protocol.part.name} stream{access}, {config.network.part.name}"
+def _tasks(results: Results, stream: str, variant: str, metric: str) -> list[list[float]]:
+    """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
+    return [[task[metric] for task in run["tasks"]] for run in results.runs[stream][variant]]
+
+
+def _draw_curves(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
+    """A curve over the tasks per variant."""
+    for number, variant in enumerate(results.runs[stream]):
+        by_task = list(zip(*_tasks(results, stream, variant, metric), strict=True))
+        intervals = [confidence_interval(list(task), "mean") for task in by_task]
+        band(axes, range(1, len(by_task) + 1), intervals, number, variant, 100)
+    axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
+
+
+def _draw_means(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
+    """A row per variant."""
+    rows = {v: results.interval(stream, v, metric, "mean") for v in results.runs[stream]}
+    dots(axes, rows, 100)
+    for reference in ContinualLearning.references:
+        if reference in rows:
+            axes.axvline(100 * rows[reference].point, color="#8a8a8a", linestyle=":")
+    axes.set(xlabel=f"{label}, mean (%)")
+
+
+def _print_tasks(summary: dict[str, Any], title: str) -> None:
+    """One row per task of a finished run."""
+    rows = [["task", "train", "test", "online", "experts", "parameters"]]
+    for number, task in enumerate(summary["tasks"], start=1):
+        shares = [f"{100 * task[f'{key}_accuracy']:.1f} %" for key in ("train", "test", "online")]
+        rows.append([str(number), *shares, str(task["num_experts"]), f"{task['parameters']:,}"])
+    print_table(title, rows)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.probe import Probe
 from dynmoe.growth.trigger import Signals
-from dynmoe.plasticity.metrics.dormant import mean_activity, redo_scores
-from dynmoe.plasticity.metrics.rank import effective_rank, singular_values
+from dynmoe.plasticity.metrics import effective_rank, mean_activity, redo_scores, singular_values
 from dynmoe.plasticity.probes import take_probe
 
 PROBE_SAMPLES = 512

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.stream import ChunkDataset, standardise
-from dynmoe.lab.heat_map import heat_map
+from dynmoe.lab.figures import heat_map
 from dynmoe.moe import moe_layers
 from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.inspection import layer_inputs, output_similarity, routing_table, weight_similarity

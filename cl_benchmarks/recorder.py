@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,15 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
-from dynmoe.errors import NumericError
-from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
 from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.stats import gate_shares
-from dynmoe.plasticity.entk import entk_effective_rank
+from dynmoe.moe.stats import gate_shares, most_experts
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.probes import copy_parameters, take_probe
-from dynmoe.plasticity.routing import (
+from dynmoe.plasticity.metrics import entk_effective_rank
+from dynmoe.plasticity.probes import outside_experts, take_probe
+from dynmoe.plasticity.tasks import (
     expert_task_information,
     information_by_expert,
     routing_drift,
@@ -49,35 +49,35 @@ class TaskRow:
     """optimizer steps taken by the end of this task"""
 
 
-class Recorder:
+class TaskRecorder(Recorder):
     """Observer of a `StreamTrainer`.
 
     Args:
         run: where metrics, events and checkpoints go.
         config: how many images the per-epoch accuracies and metrics look at.
-        dataset: its name.
+        steps: of the whole stream.
+        state: everything to go on from.
         train, test: the chunks of the stream.
         model: the network at its start, for the distance from there.
         growth: the growth plugin, whose events are logged; None without growth.
-        progress: shown to the user.
     """
 
     def __init__(
         self,
         run: Run,
         config: Config,
-        dataset: str,
+        steps: int,
+        state: Callable[[], dict[str, Any]],
         train: list[ChunkDataset],
         test: list[ChunkDataset],
         model: nn.Module,
         growth: GrowthPlugin | None,
-        progress: ProgressLine,
     ) -> None:
-        self.run, self.dataset, self.train, self.test = run, dataset, train, test
-        self.growth, self.progress = growth, progress
+        super().__init__(run, config.variant, steps, state)
+        self.train, self.test, self.growth = train, test, growth
         self.eval_samples = config.eval_samples
         self.probes = [_probe(chunk, config.probe_samples, run.device) for chunk in train]
-        self.initial = _outside_experts(model)
+        self.initial = outside_experts(model)
         self.rows: list[TaskRow] = []
         self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
         self.events_logged = 0
@@ -87,19 +87,21 @@ class Recorder:
         self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
 
-    def step_done(self, trainer: StreamTrainer) -> None:
+    def batch_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
         right = (trainer.mb_output.argmax(dim=1) == trainer.mb_y).float().mean()
         self.online_sum = self.online_sum + right.detach()
         self.online_batches += 1
         self.loss = trainer.loss.detach()
-        step = trainer.clock.train_iterations
-        self._log_growth()
-        if self.progress.due(step):
-            experts = self._experts(trainer)
-            self.progress.update(step, task=trainer.position.task + 1, experts=experts)
+        if self.growth is not None:
+            for event in self.growth.controller.events[self.events_logged :]:
+                self.log_growth(event.step, asdict(event))
+                self.events_logged += 1
         if self.run.checkpoint_due():
-            self.run.checkpoint(step, self._checkpoint(trainer))
+            self._check(trainer)
+        self.step_done(trainer.clock.train_iterations, lambda: {
+            "task": trainer.position.task + 1, "experts": most_experts(trainer.model),
+        })  # fmt: skip
 
     def epoch_done(self, trainer: StreamTrainer) -> None:
         """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
@@ -117,7 +119,8 @@ class Recorder:
         step = trainer.clock.train_iterations
         self.run.log.scalars(step, values)
         if trainer.position.epoch == trainer.train_epochs:
-            self.run.checkpoint(step, self._checkpoint(trainer))
+            self._check(trainer)
+            self.save(step)
 
     def task_done(self, trainer: StreamTrainer) -> None:
         """Log and keep the task's row, and what its router and kernel look like."""
@@ -126,7 +129,7 @@ class Recorder:
             train_accuracy=accuracy(model, self.train[task], device),
             test_accuracy=accuracy(model, self.test[task], device),
             online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
-            num_experts=self._experts(trainer),
+            num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),
             steps=trainer.clock.train_iterations,
         )
@@ -142,7 +145,7 @@ class Recorder:
         self._restart_counts()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `_checkpoint` saved of this recorder."""
+        """Restore `state_dict()`."""
         self.rows = [TaskRow(**row) for row in state["rows"]]
         self.gates = state["gates"]
         self.events_logged = state["events_logged"]
@@ -150,20 +153,9 @@ class Recorder:
         self.online_batches = state["online_batches"]
         self.loss = state["loss"]
 
-    def _checkpoint(self, trainer: StreamTrainer) -> dict[str, Any]:
-        """Everything to go on from.
-
-        Raises:
-            NumericError: a weight is not finite (the loss will not be either, but only at the next
-                step); the checkpoints before are good.
-        """
-        for name, parameter in trainer.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NumericError(
-                    f"{name} is no longer finite at step {trainer.clock.train_iterations}; "
-                    "earlier checkpoints are kept; a smaller --lr or --clip 1 may help"
-                )
-        recorder = {
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted and kept so far."""
+        return {
             "rows": [asdict(row) for row in self.rows],
             "gates": self.gates,
             "events_logged": self.events_logged,
@@ -171,11 +163,10 @@ class Recorder:
             "online_batches": self.online_batches,
             "loss": self.loss,
         }
-        return {
-            "dataset": self.dataset,
-            "trainer": trainer.state_dict(),
-            "recorder": recorder,
-        }
+
+    def _check(self, trainer: StreamTrainer) -> None:
+        step = trainer.clock.train_iterations
+        check_finite(trainer.model, step, "a smaller --lr or --clip 1 may help")
 
     def _restart_counts(self) -> None:
         self.online_sum = torch.zeros((), device=self.run.device)
@@ -185,19 +176,6 @@ class Recorder:
         """The first values of the parameters that still have their first shape."""
         now = dict(trainer.model.named_parameters())
         return {n: p for n, p in self.initial.items() if n in now and now[n].shape == p.shape}
-
-    def _experts(self, trainer: StreamTrainer) -> int:
-        return max((layer.num_experts for _, layer in moe_layers(trainer.model)), default=1)
-
-    def _log_growth(self) -> None:
-        """Log the growths that happened since the last step."""
-        if self.growth is None:
-            return
-        for event in self.growth.controller.events[self.events_logged :]:
-            self.run.log.event(event.step, "growth", asdict(event))
-            shock = {f"growth/{name}": value for name, value in event.shock.items()}
-            self.run.log.scalars(event.step, shock | {"growth/experts": float(event.experts)})
-            self.events_logged += 1
 
     def _router_values(self, now: list[dict[str, Tensor]]) -> dict[str, float]:
         """Drift on past tasks' probes, and what experts tell of the task, over tasks so far.
@@ -224,12 +202,6 @@ def _probe(chunk: ChunkDataset, samples: int, device: torch.device) -> tuple[Ten
     index = torch.linspace(0, len(chunk) - 1, min(samples, len(chunk))).long()
     images, labels = chunk.take(index)
     return standardise(images, chunk.mean, chunk.std).to(device), labels.to(device)
-
-
-def _outside_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
-    layers = tuple(f"{name}." for name, _ in moe_layers(model))
-    return {n: p for n, p in copy_parameters(model).items() if not n.startswith(layers)}
 
 
 @torch.no_grad()

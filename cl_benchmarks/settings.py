@@ -18,7 +18,7 @@ class Config(RunConfig, GrowthSettings):
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "What to run": (
-            "method", "intervention", "compare", "dataset", "protocol", "network", "seed",
+            "method", "intervention", "compare", "dataset", "protocol", "network", "seed", "seeds",
         ),
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",

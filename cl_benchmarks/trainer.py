@@ -25,7 +25,7 @@ CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp
 class Observer(Protocol):
     """Looks on and writes down; sees the trainer after plugins and clock have moved on."""
 
-    def step_done(self, trainer: StreamTrainer) -> None:
+    def batch_done(self, trainer: StreamTrainer) -> None:
         """An optimizer step is done."""
 
     def epoch_done(self, trainer: StreamTrainer) -> None:
@@ -167,7 +167,7 @@ class StreamTrainer(SupervisedTemplate):
     def _after_training_iteration(self, **kwargs: Any) -> None:
         super()._after_training_iteration(**kwargs)
         if self.observer is not None:
-            self.observer.step_done(self)
+            self.observer.batch_done(self)
 
     def _after_training_epoch(self, **kwargs: Any) -> None:
         super()._after_training_epoch(**kwargs)

@@ -7,6 +7,7 @@ This file holds the presets; the settings are in `cl_benchmarks.settings`, the w
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
@@ -17,7 +18,10 @@ begin("cl", __name__)  # before imports that may fail
 
 from cl_benchmarks.settings import Config  # noqa: E402
 
-__all__ = ["Config", "main", "presets", "run"]
+if TYPE_CHECKING:
+    from dynmoe.lab.experiment import Experiment
+
+__all__ = ["Config", "experiment", "main", "presets", "run"]
 
 DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
 watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
@@ -64,6 +68,13 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper}
 
 
+def experiment() -> Experiment:
+    """What this command does."""
+    from cl_benchmarks.experiment import ContinualLearning
+
+    return ContinualLearning()
+
+
 def run(config: Config, preset: str = "own") -> Result:
     """Run these settings from Python: the method and its comparisons.
 
@@ -71,9 +82,9 @@ def run(config: Config, preset: str = "own") -> Result:
         config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
         preset: begins the names of run folders where `config.name` is None.
     """
-    from cl_benchmarks.experiment import run_all
+    from dynmoe.lab.report import run_all
 
-    return run_all(preset, config)
+    return run_all(experiment(), preset, config)
 
 
 def main(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab.config import run_command
@@ -159,10 +160,18 @@ def dispatch(argv: list[str]) -> None:
     name = argv[0]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    load(name).main(argv[1:])
+
+
+def load(name: str) -> Any:
+    """The module of a command. Of cl, rl, tta and dg it has `presets()` and `experiment()`.
+
+    Raises:
+        UserError: the command cannot run here.
+    """
     check(name)
-    place = f"dynmoe.{name}"
     package = Path(__file__).with_name(name).is_dir()
-    import_module(f"{place}.__main__" if package else place).main(argv[1:])
+    return import_module(f"dynmoe.{name}.__main__" if package else f"dynmoe.{name}")
 
 
 def main() -> None:

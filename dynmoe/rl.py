@@ -7,6 +7,7 @@ This file holds the presets; the settings are in `agents.settings`, the work is 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dynmoe.commands import begin
 from dynmoe.errors import UserError
@@ -18,15 +19,18 @@ begin("rl", __name__)  # before imports that may fail
 
 from agents.settings import Config  # noqa: E402
 
-__all__ = ["Config", "main", "presets", "run"]
+if TYPE_CHECKING:
+    from dynmoe.lab.experiment import Experiment
+
+__all__ = ["Config", "experiment", "main", "presets", "run"]
 
 DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow experts, on the
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on one CPU core, and the first time a
-minute of compilation; smoke, seconds; craftax (full Craftax, a million steps), an hour by
-estimate; paper (1e9 steps, 1024 environments), 130 days of one core: meant for a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke,
+seconds; craftax (a million steps), an hour by estimate; paper (1e9 steps), 130 days of a core:
+meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
@@ -73,6 +77,13 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "craftax": craftax, "paper": paper}
 
 
+def experiment() -> Experiment:
+    """What this command does."""
+    from agents.experiment import ReinforcementLearning
+
+    return ReinforcementLearning()
+
+
 def run(config: Config, preset: str = "own") -> Result:
     """Run these settings from Python: the method and its comparisons.
 
@@ -85,9 +96,9 @@ def run(config: Config, preset: str = "own") -> Result:
     """
     if config.evaluate is not None:
         raise UserError("evaluate plays with a trained agent: use agents.evaluate.run_evaluation")
-    from agents.experiment import run_all
+    from dynmoe.lab.report import run_all
 
-    return run_all(preset, config)
+    return run_all(experiment(), preset, config)
 
 
 def main(argv: list[str]) -> None:

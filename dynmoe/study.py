@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dynmoe import registry
-from dynmoe.commands import begin
+from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
 
@@ -25,11 +25,7 @@ begin("study", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
-from dynmoe.lab.jobs import Job, run_jobs  # noqa: E402
-from dynmoe.studies.design import VIEWS, Preset, Results, Study  # noqa: E402
-
-SEARCH_SEED = 1000
-"""Searches use a seed that no reported run has."""
+from dynmoe.lab.study import Preset, Study, run_study  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,6 @@ class Config:
     """laptop: embedded data, minutes on two cores; paper: the papers' data and length, for GPUs"""
     seeds: int = 0
     """seeds 0 .. N-1 of each variant; 0 for the preset's number"""
-    flags: tyro.conf.Suppress[tuple[str, ...]] = ()
     jobs: int = os.cpu_count() or 1
     """runs at a time, each a process"""
     runs_dir: Path = Path("runs")
@@ -71,62 +66,24 @@ def main(argv: list[str]) -> None:
     if config.jobs < 1:
         raise UserError(f"--jobs {config.jobs} is too small; use 1 or more")
     study: Study = registry.get("study", config.study)()
-    run_study(study, config, argv[cut + 1 :])
+    carry_out(study, config, argv[cut + 1 :])
 
 
-def run_study(study: Study, config: Config, flags: list[str]) -> None:
-    """Choose settings where the study searches, run all seeds, and report.
+def carry_out(study: Study, config: Config, flags: list[str]) -> None:
+    """Run a study.
 
     Args:
         flags: more flags for every run, for instance to shorten it.
     """
-    from dynmoe.studies.report import report
-
-    view = VIEWS[study.command]
     seeds = config.seeds or study.seeds[config.preset]
-    variants = dict(study.variants(config.preset))
-    streams = study.streams(config.preset)
-    bases = {stream: [*shlex.split(common), *flags] for stream, common in streams.items()}
-    chosen: dict[str, dict[str, str]] = {}
-    for stream, base in bases.items():
-        found = variants | _search(study, config, stream, base)
-        chosen[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
-    jobs = {
-        stream: {
-            label: view.jobs([*shlex.split(own), *base], list(range(seeds)), config.runs_dir,
-                             f"{stream}, {label}")
-            for label, own in chosen[stream].items()
-        }
-        for stream, base in bases.items()
-    }  # fmt: skip
-    flat = [job for labels in jobs.values() for seeds_ in labels.values() for job in seeds_]
-    run_jobs(flat, config.jobs, study.name)
-    results = Results(
-        {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
-        {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
-        view,
-    )
+    command = f"python -m dynmoe.study {study.name} --preset {config.preset} --seeds {seeds}"
+    command += f" -- {shlex.join(flags)}" if flags else ""
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"
-    report(study, config.preset, seeds, flags, chosen, results, out)
-
-
-def _search(study: Study, config: Config, stream: str, base: list[str]) -> dict[str, str]:
-    """The best flags of each variant that is searched, by the mean metric on a seed apart."""
-    view = VIEWS[study.command]
-    trials = {
-        label: {
-            own: view.jobs([*shlex.split(own), *base], [SEARCH_SEED], config.runs_dir,
-                           f"{stream}, {label} of {own}")[0]
-            for own in choices
-        }
-        for label, choices in study.searches(config.preset).items()
-    }  # fmt: skip
-    run_jobs([job for t in trials.values() for job in t.values()], config.jobs, "search")
-
-    def score(job: Job) -> float:
-        return view.value(job.summary(), view.metric, "mean")
-
-    return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
+    module = load(study.command)
+    run_study(
+        study, module.experiment(), module.presets(), flags, seeds, config.jobs, config.runs_dir,
+        out, command, config.preset,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

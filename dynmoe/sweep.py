@@ -1,22 +1,23 @@
 """`python -m dynmoe.sweep`: a command over variants and seeds, compared with intervals.
 
-    python -m dynmoe.sweep cl --name class --seeds 5
+    python -m dynmoe.sweep cl --seeds 5
         --variants "dense: --method dense" "g2: --granularity 2" -- --protocol class
 
-What follows `--` are flags of every run. Each run is a run of the command itself, in a folder of
-its own; finished ones are read, unfinished ones resumed, so a sweep can be stopped and started
-again at will. A sweep with other flags under the same name is refused: it takes another --name.
+What follows `--` are flags of every run. A sweep is a study without a question of its own: its runs
+are in folders named after their settings, finished ones are read, unfinished ones resumed. Results
+go to runs/sweep/NAME.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from dynmoe.commands import begin
+from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
 
@@ -24,21 +25,20 @@ begin("sweep", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
-from dynmoe.lab.jobs import make_jobs, run_jobs  # noqa: E402
-from dynmoe.studies.sweep_report import report  # noqa: E402
+from dynmoe.lab.comparison import Results  # noqa: E402
+from dynmoe.lab.study import Command, Preset, Study, run_study  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Settings of a sweep."""
 
-    command: Annotated[Literal["cl", "rl"], tyro.conf.Positional] = "cl"
+    command: Annotated[Command, tyro.conf.Positional] = "cl"
     """the command to run"""
     variants: tuple[str, ...] = ("dense: --method dense", "g2: --granularity 2")
-    """what is compared, each as "label: flags" """
-    flags: tyro.conf.Suppress[tuple[str, ...]] = ()
-    name: str = "sweep"
-    """names the sweep's folder and its runs"""
+    """what is compared, each as "label: flags"; the others are told against the first"""
+    name: str | None = None
+    """names the folder of the results; none: the command and a hash of what is swept"""
     seeds: int = 5
     """seeds 0 .. N-1 of each variant"""
     jobs: int = os.cpu_count() or 1
@@ -49,49 +49,64 @@ class Config:
     """show the traceback of an error"""
 
 
+class Sweep(Study):  # not registered: it is made of a command line
+    """What a command finds with each of several sets of flags."""
+
+    def __init__(self, name: str, chosen: dict[str, str]) -> None:
+        self.name, self.chosen = name, chosen  # type: ignore[misc]
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """One, without a name; the flags of all runs are added to it."""
+        return {"": ""}
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Those of the command line."""
+        return self.chosen
+
+    def verdict(self, results: Results) -> list[str]:
+        """Each against the first."""
+        first, *others = self.chosen
+        return [results.says("", other, first) for other in others]
+
+
 def main(argv: list[str]) -> None:
-    """Run what is not finished yet, then write results.json and the figure, and print the table."""
+    """Run what is not finished yet; write the results, the figure and the page."""
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__)
-    config = replace(config, flags=tuple(argv[cut + 1 :]))
-    variants = _check(config)
-    jobs = {
-        label: make_jobs(config.command, f"{config.name}/{label}", [*config.flags, *flags],
-                         range(config.seeds), config.runs_dir, label)
-        for label, flags in variants.items()
-    }  # fmt: skip
-    in_turn = [job for seed_jobs in zip(*jobs.values(), strict=True) for job in seed_jobs]
-    run_jobs(in_turn, config.jobs, config.name)
-    runs = {label: [job.summary() for job in jobs[label]] for label in variants}
-    settings = {"flags": shlex.join(config.flags), "seeds": config.seeds}
-    flags = {label: shlex.join(chosen) for label, chosen in variants.items()}
-    report(config.command, config.runs_dir / "sweep" / config.name, settings, flags, runs)
+    flags, chosen = argv[cut + 1 :], read_variants(config.variants)
+    for setting in ("seeds", "jobs"):
+        if getattr(config, setting) < 1:
+            raise UserError(f"--{setting} {getattr(config, setting)} is too small; use 1 or more")
+    swept = shlex.join([config.command, "--variants", *config.variants, "--", *flags])
+    name = config.name or f"{config.command}-{hashlib.sha256(swept.encode()).hexdigest()[:8]}"
+    module = load(config.command)
+    run_study(
+        Sweep(name, chosen), module.experiment(), module.presets(), flags, config.seeds,
+        config.jobs, config.runs_dir, config.runs_dir / "sweep" / name,
+        f"python -m dynmoe.sweep --seeds {config.seeds} {swept}",
+    )  # fmt: skip
 
 
-def _check(config: Config) -> dict[str, list[str]]:
-    """Variant -> its flags.
+def read_variants(texts: tuple[str, ...]) -> dict[str, str]:
+    """Label -> flags.
 
     Raises:
-        UserError: numbers that cannot work, a variant that cannot be read or is named twice.
+        UserError: a variant that cannot be read or is named twice, or none at all.
     """
-    for name in ("seeds", "jobs"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} is too small; use 1 or more")
-    parsed = [_parse(text) for text in config.variants]
-    if not parsed:
-        raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
-    labels = [label for label, _ in parsed]
-    for label in labels:
-        if labels.count(label) > 1:
+    chosen: dict[str, str] = {}
+    for text in texts:
+        label, colon, flags = text.partition(":")
+        label = label.strip()
+        if not colon or not label:
+            raise UserError(
+                f'variant {text!r} must read "label: flags", such as "g2: --granularity 2"'
+            )
+        if label in chosen:
             raise UserError(f"variant {label!r} is named twice; name each once")
-    return dict(parsed)
-
-
-def _parse(text: str) -> tuple[str, list[str]]:
-    label, colon, flags = text.partition(":")
-    if not colon or not label.strip():
-        raise UserError(f'variant {text!r} must read "label: flags", such as "g2: --granularity 2"')
-    return label.strip(), shlex.split(flags)
+        chosen[label] = flags.strip()
+    if not chosen:
+        raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
+    return chosen
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ This file holds the presets; the settings are in `dynmoe.experiments.dg.settings
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
@@ -18,7 +19,10 @@ begin("dg", __name__)  # before imports that may fail
 from cl_benchmarks.backbone import SmallVit  # noqa: E402
 from dynmoe.experiments.dg.settings import Config  # noqa: E402
 
-__all__ = ["Config", "main", "presets", "run"]
+if TYPE_CHECKING:
+    from dynmoe.lab.experiment import Experiment
+
+__all__ = ["Config", "experiment", "main", "presets", "run"]
 
 DESCRIPTION = """Domain generalisation: adapt a pre-trained vision transformer to some domains and
 measure it on one it has not seen, each in turn (DomainBed's protocol). MoE2 mixes adapters per
@@ -65,6 +69,13 @@ def presets() -> dict[str, Config]:
     return {"laptop": laptop, "smoke": smoke, "paper": paper}
 
 
+def experiment() -> Experiment:
+    """What this command does."""
+    from dynmoe.experiments.dg.experiment import DomainGeneralisation
+
+    return DomainGeneralisation()
+
+
 def run(config: Config, preset: str = "own") -> Result:
     """Run these settings from Python: all methods and seeds.
 
@@ -72,9 +83,9 @@ def run(config: Config, preset: str = "own") -> Result:
         config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
         preset: begins the names of run folders where `config.name` is None.
     """
-    from dynmoe.experiments.dg.experiment import run_all
+    from dynmoe.lab.report import run_all
 
-    return run_all(preset, config)
+    return run_all(experiment(), preset, config)
 
 
 def main(argv: list[str]) -> None:

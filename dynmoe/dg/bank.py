@@ -17,8 +17,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dynmoe.dg.kadaptation import Factors, default_terms, draw_xavier
-from dynmoe.dg.moa import Adapter, MoAConfig, Theta, check_config
+from dynmoe.dg.adapters import Factors, default_terms, draw_xavier
+from dynmoe.dg.backbone import features
+from dynmoe.dg.moa import Adapter, MoAConfig, MoALinear, Theta, check_config
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.draws import home
@@ -102,8 +103,7 @@ class AdapterBank(ExpertBank):
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """[B, S] the mixed numbers of each sample; x [B, ...] has no say."""
-        gates, count = routing.gates * gate_scale, self.count(routing)
-        return self.mix(gates[:, :count])
+        return self.mix((routing.gates * gate_scale)[:, : self.count(routing)])
 
     def mix(self, gates: Tensor) -> Tensor:
         """[B, S] `sum_k gates[b, k] theta_k` over the first K experts, from gates [B, K]."""
@@ -139,14 +139,13 @@ class AdapterBank(ExpertBank):
             u, v = per_sample.get("u", one), per_sample.get("v", one)
             return [Factors(a, b, u, v) for a, b in zip(left, right, strict=True)], None
         count = gates.shape[1]  # the experts' terms stand in one row: T = K x their number
-        rows = {n: self.rows[n][:count] for n in ("left", "right", "u", "v") if n in self.rows}
+        rows = {name: tensor[:count] for name, tensor in self.rows.items()}
         left, right = rows["left"].unbind(1), rows["right"].unbind(1)
         one = left[0].new_ones(count, 1, 1)
-        u, v = rows.get("u", one).flatten(0, 1), rows.get("v", one).flatten(0, 1)
-        pairs = zip(left, right, strict=True)
+        u, v = rows.get("u", one), rows.get("v", one)
         updates = [
-            Factors(*(f.unsqueeze(0) for f in (a.flatten(0, 1), b.flatten(0, 1), u, v)))
-            for a, b in pairs
+            Factors(*(factor.flatten(0, 1).unsqueeze(0) for factor in (a, b, u, v)))
+            for a, b in zip(left, right, strict=True)
         ]
         return updates, gates.repeat_interleave(left[0].shape[1], dim=1)
 
@@ -207,13 +206,31 @@ class AdapterBank(ExpertBank):
 AdapterBank.Config.part = AdapterBank  # registered nowhere: it needs the sizes of a backbone
 
 
+def bank_for(
+    backbone: nn.Module,
+    options: MoAConfig,
+    adapter: Adapter,
+    synthesis: Synthesis = "factors",
+    init_noise: float = 0.0,
+) -> AdapterBank.Config:
+    """The bank that fits a backbone's attention."""
+    base: nn.Linear = backbone.blocks[0].attn.qkv  # type: ignore[index,union-attr]
+    return AdapterBank.Config(
+        options=options,
+        adapter=adapter,
+        synthesis=synthesis,
+        init_noise=init_noise,
+        layers=len(range(0, len(backbone.blocks), options.every)),  # type: ignore[arg-type]
+        width_in=base.in_features,
+        width_out=base.out_features,
+    )
+
+
 def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors of one outer expert."""
-    options, layers = config.options, config.layers
-    terms = 1
-    if config.adapter == "kadaptation":
-        terms = options.terms or default_terms(config.width_in)
-    ranks = sum(options.ranks)
+    options, layers, ranks = config.options, config.layers, sum(config.options.ranks)
+    kronecker = config.adapter == "kadaptation"
+    terms = (options.terms or default_terms(config.width_in)) if kronecker else 1
     shapes: dict[str, tuple[int, ...]] = {
         "left": (layers, terms, config.width_in // terms, ranks),
         "right": (layers, terms, ranks, config.width_out // terms),
@@ -223,6 +240,29 @@ def set_shapes(config: AdapterBank.Config) -> dict[str, tuple[int, ...]]:
         "anchors": (layers, len(options.ranks), options.gate_dim),
         "log_scale": (layers,),
     }
-    if config.adapter == "kadaptation":
-        shapes |= {"u": (terms, terms), "v": (terms, terms)}
-    return shapes
+    return shapes | ({"u": (terms, terms), "v": (terms, terms)} if kronecker else {})
+
+
+def adapted_features(
+    backbone: nn.Module, layers: list[MoALinear], thetas: list[Theta], images: Tensor
+) -> Tensor:
+    """[B, D] features of images [B, C, H, W] with the layers' parameters for this pass."""
+    for layer, theta in zip(layers, thetas, strict=True):
+        layer.theta = theta
+    try:
+        return features(backbone, images)
+    finally:
+        for layer in layers:
+            layer.theta = None
+
+
+def whole_set(bank: AdapterBank) -> list[Theta]:
+    """The Theta of each layer from a bank of one set, shared by all samples."""
+    alone = bank.rows["bias"].new_ones(1, 1)
+    return bank.thetas(bank.mix(alone), alone)
+
+
+def balance(layers: list[MoALinear], weight: float) -> dict[str, Tensor]:
+    """The layers' load-balancing losses, weighted and summed, by name; none outside training."""
+    losses = [layer.last_balance for layer in layers if layer.last_balance is not None]
+    return {"balance": weight * torch.stack(losses).sum()} if losses else {}

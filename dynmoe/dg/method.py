@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from dynmoe.registry import Part, PartConfig
 
 
 class DGMethod(nn.Module, Part, kind="dg"):
-    """Base of all methods. Subclasses define `outputs`.
+    """Base of all methods. Subclasses define `prepare` and, where they do more, `outputs`.
 
     Args:
         config: the method's options.
@@ -52,14 +51,22 @@ class DGMethod(nn.Module, Part, kind="dg"):
         self.classes = classes
         self.head = seeded_linear(self.dim, classes, generator)
         self.smoothing = 0.0
+        self.prepare(config, generator)
 
-    @abstractmethod
+    def prepare(self, config: Any, generator: torch.Generator | None) -> None:
+        """Put into the backbone what is the method's own, and freeze what is not to learn.
+
+        Raises:
+            UserError: an option, or the backbone, is unfit.
+        """
+
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [S, B, C] of the S members (1 but for ensembles), and weighted penalties by name.
 
         `embedding` is what `embed` gave for the images, or None. Penalties are scalars, and there
-        need be none outside training mode.
+        need be none outside training mode. Here: the head's on the backbone's features, and none.
         """
+        return self.head(features(self.backbone, images)).unsqueeze(0), {}
 
     def forward(self, images: Tensor, embedding: Tensor | None = None) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]; an ensemble's are log mean probabilities."""

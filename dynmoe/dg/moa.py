@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe.dg.adapters import Factors, check_terms, default_terms, update
 from dynmoe.dg.backbone import beside
-from dynmoe.dg.kadaptation import Factors, check_terms, default_terms, update
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import owners
 from dynmoe.moe.losses.balance import cv_squared
@@ -107,8 +107,7 @@ class MoALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D_in] -> [B, N, D_out]."""
-        y = self.base(x)
-        theta = self.theta
+        y, theta = self.base(x), self.theta
         if theta is None:
             return y
         gates = self._route(gate_logits(x, theta))
@@ -128,21 +127,13 @@ class MoALinear(nn.Module):
     def _weighted_update(
         self, x: Tensor, factors: Factors, gates: Tensor, term_weights: Tensor
     ) -> Tensor:
-        """[B * N, D_out] where all samples share the terms and differ in the terms' weights.
-
-        There are K times as many terms as a set has, so each token pays for its own adapter only.
-
-        Args:
-            x: [B, N, D_in].
-            factors: of batch 1.
-            gates: [B, N, I], one adapter per token.
-            term_weights: [B, T].
-        """
+        """[B * N, D_out] of x [B, N, D_in] where samples share terms and weigh them [B, T] each."""
         rows, flat = x.flatten(0, 1), gates.flatten(0, 1)
         terms = term_weights.repeat_interleave(x.shape[1], dim=0).t()  # [T, B * N]
         if torch.compiler.is_compiling():  # no shape may depend on data: all ranks for all tokens
             ranks = terms.unsqueeze(2) * flat.index_select(1, self.owner)
             return update(rows.unsqueeze(0), factors, ranks.unsqueeze(0)).squeeze(0)
+        # Terms are K times as many as a set has: each token pays for its own adapter only.
         gate, chosen = flat.max(dim=1)
         order = chosen.argsort()
         counts = chosen.bincount(minlength=len(self.ranks)).tolist()
@@ -168,8 +159,7 @@ class MoALinear(nn.Module):
 
     def _route(self, logits: Tensor) -> Tensor:
         """Gates [B, N, I] of logits [B, N, I], 0 but for one adapter per token."""
-        count = logits.shape[2]
-        flat = logits.flatten(0, 1)
+        count, flat = logits.shape[2], logits.flatten(0, 1)
         probabilities = flat.softmax(dim=1)
         noisy, used, load = flat, probabilities, None
         self.last_balance = None
@@ -179,17 +169,15 @@ class MoALinear(nn.Module):
             load = torch.special.ndtr((probabilities - used.amax(dim=1, keepdim=True)) * count)
             self.last_balance = balance_loss(probabilities, load)
         chosen = F.one_hot(noisy.argmax(dim=1), count).bool()
-        gates = torch.where(chosen, used, 0.0)
-        active = torch.ones(count, dtype=torch.bool, device=logits.device)
         self.last_routing = Routing(
-            gates=gates,
+            gates=torch.where(chosen, used, 0.0),
             logits=flat,
             probabilities=probabilities,
-            active=active,
+            active=torch.ones(count, dtype=torch.bool, device=logits.device),
             chosen=chosen,
             load=load,
         )
-        return gates.view(logits.shape)
+        return self.last_routing.gates.view(logits.shape)
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave the last pass out: its tensors belong to a graph."""
@@ -256,7 +244,7 @@ def insert_moa(
     backbone.requires_grad_(False)
     count = len(backbone.blocks)  # type: ignore[arg-type]
 
-    def make(base: nn.Linear) -> MoALinear:
-        return MoALinear(base, config, generator)
-
-    return [beside(backbone, block, "qkv", make) for block in range(0, count, config.every)]
+    return [
+        beside(backbone, block, "qkv", lambda base: MoALinear(base, config, generator))
+        for block in range(0, count, config.every)
+    ]

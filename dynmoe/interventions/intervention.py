@@ -18,15 +18,33 @@ optimizer's own states, then `load_state_dict(saved)`.
 
 from __future__ import annotations
 
-from abc import ABC
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynmoe.errors import UserError
+from dynmoe.interventions.weights import Anchor
 from dynmoe.registry import Part, PartConfig
+
+
+class Limit(Enum):
+    """What values an option may have: words for the error message, and the test."""
+
+    AT_LEAST_0 = "at least 0", lambda value: value >= 0
+    AT_LEAST_1 = "at least 1", lambda value: value >= 1
+    ABOVE_0 = "above 0", lambda value: value > 0
+    FINITE = "at least 0", lambda value: 0 <= value < float("inf")
+    SHARE = "in 0 .. 1", lambda value: 0 <= value <= 1
+    BELOW_1 = "in 0 .. 1", lambda value: 0 <= value < 1
+    ABOVE_0_TO_1 = "above 0 and at most 1", lambda value: 0 < value <= 1
+    INSIDE_0_1 = "between 0 and 1", lambda value: 0 < value < 1
+
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Gives the next task's training batches: inputs [B, ...] and labels [B], on the model's device."""
@@ -39,9 +57,15 @@ class Intervention(Part, ABC, kind="intervention"):
         model, optimizer, generator: set by `attach`; the generator serves its own draws.
         steps: optimizer steps since then.
         reshapes: it changes what parameters there are in the midst of training.
+        limits: option -> what values it may have.
+
+    Raises:
+        UserError: an option has another value.
     """
 
     reshapes: ClassVar[bool] = False
+    limits: ClassVar[dict[str, Limit]] = {}
+    config: Any
     model: nn.Module
     optimizer: Optimizer
     generator: torch.Generator
@@ -49,9 +73,17 @@ class Intervention(Part, ABC, kind="intervention"):
     def __init__(self, config: PartConfig) -> None:
         self.config = config
         self.steps = 0
+        for option, limit in self.limits.items():
+            (words, holds), value = limit.value, getattr(config, option)
+            if not holds(value):
+                raise UserError(f"{self.name}: {option}={value} must be {words}")
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Change the network's make, in place, before training and before its optimizer exists."""
+        """Change the network's make, in place, before training and before its optimizer exists.
+
+        Raises:
+            UserError: the network is unfit; from `begin`, too.
+        """
 
     def attach(self, model: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> None:
         """Begin: the network has its first weights. Call once, with the network on its device."""
@@ -135,6 +167,9 @@ class InterventionPlugin:
 
     def __init__(self, intervention: Intervention) -> None:
         self.intervention = intervention
+        self.state_dict = intervention.state_dict
+        self.load_state_dict = intervention.load_state_dict
+        self.rebuild_from = intervention.rebuild_from
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts."""
@@ -165,19 +200,77 @@ class InterventionPlugin:
         self.intervention.step_done()
         self._record(strategy)
 
-    def rebuild_from(self, state: dict[str, Any]) -> None:
-        """Give network and optimizer the make of a `state_dict()`; their own states come next."""
-        self.intervention.rebuild_from(state)
-
     @staticmethod
     def _record(strategy: Any) -> None:
         """Keep Avalanche's record of the optimizer's parameters: some may have been replaced."""
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The intervention's state."""
-        return self.intervention.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.intervention.load_state_dict(state)
+class NoIntervention(Intervention, name="none", source="ours"):
+    """Plain training."""
+
+
+class Periodic(Intervention, ABC):
+    """Base of those that act at each task start, or every so many steps; `act` is what they do."""
+
+    limits: ClassVar = {"every": Limit.AT_LEAST_0}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of interventions that act now and then."""
+
+        every: int = 0
+        """optimizer steps between two actions, for loops without tasks; 0 for at each task start"""
+
+    @abstractmethod
+    def act(self) -> None:
+        """Change the network in place."""
+
+    def task_starts(self, task: int, batches: Batches | None) -> None:
+        """Act, unless steps are counted."""
+        if not self.config.every:
+            self.act()
+
+    def after_step(self) -> None:
+        """Act when it is time, if steps are counted."""
+        if self.config.every and self.steps % self.config.every == 0:
+            self.act()
+
+    def without_tasks(self) -> str | None:
+        """It must count steps there."""
+        if self.config.every:
+            return None
+        return (
+            f"intervention {self.name} acts at task starts, and there are none here; set its every"
+        )
+
+
+class Anchored(Intervention):
+    """Base of those that look back at the network's first weights.
+
+    What a growth draws, copies or rescales counts with the value that the growth gave it.
+    """
+
+    anchor: Anchor | None = None
+
+    def begin(self) -> None:
+        """Keep the first weights."""
+        self.anchor = Anchor(self.model)
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its value at the start), for all that learn."""
+        return self.anchor.pairs() if self.anchor else iter(())
+
+    def state(self) -> dict[str, Any]:
+        """The first weights, if kept."""
+        return {"first": self.anchor.first if self.anchor else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the first weights back."""
+        if self.anchor:
+            self.anchor.load(state["first"])
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """Give new units first weights, too."""
+        if self.anchor:
+            self.anchor.grown(before)

@@ -1,17 +1,15 @@
-"""Penalties on weights: towards 0, towards the start, on spectra."""
+"""Penalties on weights: towards 0, towards the start or earlier tasks' values, on spectra."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynmoe.errors import UserError
-from dynmoe.interventions.anchor import Anchor
-from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.intervention import Anchored, Intervention, Limit
 from dynmoe.interventions.units import NORMS, Slot
 from dynmoe.interventions.weights import weight_matrices
 from dynmoe.moe.layer import moe_layers
@@ -25,6 +23,8 @@ class L2(Intervention, name="l2", source="Krogh & Hertz 1991, Eq. 1"):
     come do not count. Unlike weight decay it goes through the optimizer's moments.
     """
 
+    limits: ClassVar = {"strength": Limit.AT_LEAST_0}
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of L2."""
@@ -32,37 +32,26 @@ class L2(Intervention, name="l2", source="Krogh & Hertz 1991, Eq. 1"):
         strength: float = 1e-4
         """factor of the squared norm (our choice; Dohare et al. 2024 search 1e-3 to 1e-6)"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not config.strength >= 0:
-            raise UserError(f"l2: strength={config.strength} must be at least 0")
-
     def penalty(self) -> Tensor:
         """The penalty at the present weights."""
-        active: dict[Tensor, Tensor] = {}
+        squares = {p: p.square() for p in self.model.parameters() if p.requires_grad}
         for _, layer in moe_layers(self.model):
             for rows in (*layer.router.expert_rows(), *layer.bank.expert_rows()):
-                active[rows] = layer.router.active.view(-1, *[1] * (rows.dim() - 1))
-        squares = []
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                square = parameter.square()
-                if parameter in active:
-                    square = torch.where(active[parameter], square, 0.0)
-                squares.append(square.sum())
-        return self.config.strength * torch.stack(squares).sum()
+                if rows in squares:
+                    active = layer.router.active.view(-1, *[1] * (rows.dim() - 1))
+                    squares[rows] = torch.where(active, squares[rows], 0.0)
+        sums = [square.sum() for square in squares.values()]
+        return self.config.strength * torch.stack(sums).sum()
 
 
-class L2Init(
-    Intervention, name="l2-init", source="Kumar et al. 2023 (arXiv 2308.11958), Section 4"
-):
+class L2Init(Anchored, name="l2-init", source="Kumar et al. 2023 (arXiv 2308.11958), Section 4"):
     """Penalises the squared distance of all parameters from their first values.
 
     `strength * ||theta - theta_0||^2`, summed over all parameters, biases too. What a growth draws
     or copies is measured from where it stood then.
     """
+
+    limits: ClassVar = {"strength": Limit.AT_LEAST_0}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -71,33 +60,10 @@ class L2Init(
         strength: float = 1e-3
         """factor of the squared distance"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not config.strength >= 0:
-            raise UserError(f"l2-init: strength={config.strength} must be at least 0")
-
-    def begin(self) -> None:
-        """Keep the first weights."""
-        self.anchor = Anchor(self.model)
-
     def penalty(self) -> Tensor:
         """The penalty at the present weights."""
-        distances = [(p - first).square().sum() for p, first in self.anchor.pairs()]
+        distances = [(p - first).square().sum() for p, first in self.pairs()]
         return self.config.strength * torch.stack(distances).sum()
-
-    def state(self) -> dict[str, Any]:
-        """The first weights."""
-        return {"first": self.anchor.first}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put the first weights back."""
-        self.anchor.load(state["first"])
-
-    def grown(self, before: dict[str, Tensor]) -> None:
-        """New units are measured from where they begin."""
-        self.anchor.grown(before)
 
 
 class Spectral(
@@ -112,6 +78,8 @@ class Spectral(
     output biases of an MoE layer's experts are left out.
     """
 
+    limits: ClassVar = {"strength": Limit.AT_LEAST_0, "power": Limit.AT_LEAST_1}
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of spectral regularisation."""
@@ -120,15 +88,6 @@ class Spectral(
         """factor of the penalty (our choice)"""
         power: int = 2
         """k"""
-
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not config.strength >= 0:
-            raise UserError(f"spectral: strength={config.strength} must be at least 0")
-        if config.power < 1:
-            raise UserError(f"spectral: power={config.power} must be at least 1")
 
     def begin(self) -> None:
         """Begin the power iterations with random vectors."""
@@ -145,7 +104,8 @@ class Spectral(
             terms.append((sigma**k - 1).square())
             if slot.bias is not None and slot.bias.dim() == 1:
                 terms.append(slot.bias.square().sum() ** k)
-        terms += [(scale.abs().max() ** k - 1).square() for scale in self._scales()]
+        norms = [m for m in self.model.modules() if isinstance(m, NORMS) and m.weight is not None]
+        terms += [(norm.weight.abs().max() ** k - 1).square() for norm in norms]
         return self.config.strength * torch.stack(terms).sum()
 
     def _sigma(self, number: int, slot: Slot) -> Tensor:
@@ -161,10 +121,6 @@ class Spectral(
     def _draw(self, slot: Slot) -> Tensor:
         weight = slot.parameter
         return F.normalize(torch.randn(len(weight), generator=self.generator), dim=0).to(weight)
-
-    def _scales(self) -> list[nn.Parameter]:
-        norms = [m for m in self.model.modules() if isinstance(m, NORMS)]
-        return [norm.weight for norm in norms if norm.weight is not None]
 
     def state(self) -> dict[str, Any]:
         """The power iterations' vectors."""
@@ -187,6 +143,8 @@ class Parseval(
     columns' penalty.
     """
 
+    limits: ClassVar = {"strength": Limit.AT_LEAST_0, "scale": Limit.ABOVE_0}
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of Parseval regularisation."""
@@ -196,15 +154,6 @@ class Parseval(
         scale: float = 1.0
         """squared length that rows should have"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not config.strength >= 0:
-            raise UserError(f"parseval: strength={config.strength} must be at least 0")
-        if not config.scale > 0:
-            raise UserError(f"parseval: scale={config.scale} must be above 0")
-
     def penalty(self) -> Tensor | float:
         """The penalty at the present weights."""
         terms = []
@@ -213,3 +162,88 @@ class Parseval(
             target = self.config.scale * torch.eye(len(weight)).to(weight)
             terms.append((weight @ weight.T - target).square().sum())
         return self.config.strength * torch.stack(terms).sum() if terms else 0.0
+
+
+class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.00796), Eq. 3"):
+    """Holds weights that mattered to earlier tasks near their old values (Avalanche's EWCPlugin).
+
+    The penalty is `strength * sum_i F_i (theta_i - theta*_i)^2`, one such sum per earlier task.
+    Avalanche's F is the mean over batches of the squared gradient of a batch's mean loss, in
+    evaluation mode at the task's end; the paper's strength is half of this one. It is against
+    forgetting rather than for plasticity. Weights that growth rewrites in place are held, too.
+    """
+
+    limits: ClassVar = {"strength": Limit.FINITE}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of EWC."""
+
+        strength: float = 100.0
+        """factor of the penalty (Avalanche's ewc_lambda)"""
+
+    def plugin(self) -> Any:
+        """Avalanche's plugin, made resumable."""
+        from avalanche.training.plugins import EWCPlugin
+
+        return ResumableEWC(EWCPlugin(self.config.strength))
+
+    def without_tasks(self) -> str | None:
+        """Its penalty begins with the second task."""
+        return "intervention ewc acts at the end of tasks, and there are none here; use l2-init"
+
+
+class ResumableEWC:
+    """Avalanche plugin around its EWCPlugin, with a state that can be saved.
+
+    Entries that a parameter has gained since a task do not count for it.
+    """
+
+    def __init__(self, plugin: Any) -> None:
+        self.plugin = plugin
+        self.after_training_exp = plugin.after_training_exp  # finds out what mattered to the task
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the penalty."""
+        parameters = dict(strategy.model.named_parameters())
+        for store in self._stores().values():
+            for kept in store.values():
+                for name, held in kept.items():
+                    kept[name] = _fitting(name, held, parameters[name])
+        self.plugin.before_backward(strategy, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Old values and importances: task -> parameter name -> tensor."""
+        return {
+            key: {task: {n: p.data for n, p in kept.items()} for task, kept in store.items()}
+            for key, store in self._stores().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        for key, store in self._stores().items():
+            store.clear()
+            for task, tensors in state[key].items():
+                store[task] = {name: _held(name, t.clone()) for name, t in tensors.items()}
+
+    def _stores(self) -> dict[str, Any]:
+        return {"values": self.plugin.saved_params, "importances": self.plugin.importances}
+
+
+def _held(name: str, tensor: Tensor) -> Any:
+    """A tensor as Avalanche's plugins keep it."""
+    from avalanche.training.utils import ParamData
+
+    return ParamData(name, init_tensor=tensor, device=tensor.device)
+
+
+def _fitting(name: str, held: Any, parameter: Tensor) -> Any:
+    """The same on the parameter's device, with zeros up to its shape.
+
+    Avalanche's own way of adding them warns that it will break.
+    """
+    if held.shape == parameter.shape and held.data.device == parameter.device:
+        return held
+    bigger = torch.zeros_like(parameter.detach())
+    bigger[tuple(slice(0, n) for n in held.shape)] = held.data.to(parameter)
+    return _held(name, bigger)

@@ -1,21 +1,20 @@
-"""Interventions that perturb or reset weights now and then."""
+"""Interventions that perturb, reset or average weights now and then."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.anchor import Anchor
-from dynmoe.interventions.intervention import Batches, Intervention
-from dynmoe.interventions.periodic import Periodic
-from dynmoe.interventions.weights import fresh_draw, linear_outputs, weight_matrices
+from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, Periodic
+from dynmoe.interventions.weights import Anchor, fresh_draw, linear_outputs, weight_matrices
 from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.layer import moe_layers
 from dynmoe.registry import PartConfig
 
 
@@ -35,14 +34,8 @@ class HeadReset(
         to: Literal["first", "zeros"] = "first"
         """what the output layer becomes"""
 
-    config: Config
-
     def begin(self) -> None:
-        """Keep the output layers' first weights.
-
-        Raises:
-            UserError: an output layer is not linear.
-        """
+        """Keep the first weights of the output layers, which must be linear."""
         layers = linear_outputs(self.model, self.name)
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.first = [p.detach().clone() for p in self.parameters]
@@ -65,7 +58,10 @@ class HeadReset(
 
 
 class ShrinkPerturb(
-    Periodic, name="shrink-perturb", source="Ash & Adams 2020 (arXiv 1910.08475), Section 4"
+    Periodic,
+    Anchored,
+    name="shrink-perturb",
+    source="Ash & Adams 2020 (arXiv 1910.08475), Section 4",
 ):
     """At each task start, shrinks all parameters towards zero and adds some of a new network.
 
@@ -74,6 +70,8 @@ class ShrinkPerturb(
     Lee et al. 2024 (arXiv 2406.02596); their coefficient is 1 - shrink. Optimizer state and
     running statistics are left alone.
     """
+
+    limits: ClassVar = Periodic.limits | {"shrink": Limit.SHARE, "sigma": Limit.AT_LEAST_0}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Periodic.Config):
@@ -88,54 +86,28 @@ class ShrinkPerturb(
         towards_init: bool = False
         """move towards the network's own first weights instead; sigma and noise do nothing"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not 0 <= config.shrink <= 1:
-            raise UserError(f"shrink-perturb: shrink={config.shrink} must be in 0 .. 1")
-        if not config.sigma >= 0:
-            raise UserError(f"shrink-perturb: sigma={config.sigma} must be at least 0")
-
     def begin(self) -> None:
         """Keep the first weights, if they are wanted."""
-        self.anchor = Anchor(self.model) if self.config.towards_init else None
+        if self.config.towards_init:
+            super().begin()
 
     @torch.no_grad()
     def act(self) -> None:
         """Shrink and perturb."""
         shrink, sigma = self.config.shrink, self.config.sigma
-        if self.anchor is not None:
-            for parameter, first in self.anchor.pairs():
+        if self.config.towards_init:
+            for parameter, first in self.pairs():
                 parameter.mul_(shrink).add_(first, alpha=1 - shrink)
             return
-        added = self._normal() if self.config.noise == "normal" else self._fresh()
-        for name, parameter in self.model.named_parameters():
+        parameters = dict(self.model.named_parameters())
+        if self.config.noise == "init":
+            added = fresh_draw(self.model, self.generator)
+        else:
+            draws = (torch.randn(p.shape, generator=self.generator) for p in parameters.values())
+            added = {n: draw.to(parameters[n]) for n, draw in zip(parameters, draws, strict=True)}
+        for name, parameter in parameters.items():
             if name in added and parameter.requires_grad:
                 parameter.mul_(shrink).add_(added[name], alpha=sigma)
-
-    def _fresh(self) -> dict[str, Tensor]:
-        return fresh_draw(self.model, self.generator)
-
-    def _normal(self) -> dict[str, Tensor]:
-        return {
-            name: torch.randn(p.shape, generator=self.generator).to(p)
-            for name, p in self.model.named_parameters()
-        }
-
-    def state(self) -> dict[str, Any]:
-        """The first weights, if kept."""
-        return {"first": self.anchor.first if self.anchor else None}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put the first weights back."""
-        if self.anchor is not None:
-            self.anchor.load(state["first"])
-
-    def grown(self, before: dict[str, Tensor]) -> None:
-        """New units' first weights are those they begin with."""
-        if self.anchor is not None:
-            self.anchor.grown(before)
 
 
 class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495), Algorithm 1"):
@@ -148,6 +120,8 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
     mode, so nothing else changes. Routers and normalisation layers are left alone.
     """
 
+    limits: ClassVar = {"alpha": Limit.ABOVE_0_TO_1, "least": Limit.SHARE}
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of DASH."""
@@ -156,15 +130,6 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
         """weight of the newest gradient in the average"""
         least: float = 0.3
         """smallest factor (the paper's lambda)"""
-
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not 0 < config.alpha <= 1:
-            raise UserError(f"dash: alpha={config.alpha} must be above 0 and at most 1")
-        if not 0 <= config.least <= 1:
-            raise UserError(f"dash: least={config.least} must be in 0 .. 1")
 
     def task_starts(self, task: int, batches: Batches | None) -> None:
         """Shrink for the task that comes."""
@@ -220,6 +185,8 @@ class FIRE(Periodic, name="fire", source="Han et al. 2026 (arXiv 2602.08040)"):
     factor, whose singular values are all 1.
     """
 
+    limits: ClassVar = Periodic.limits | {"iterations": Limit.AT_LEAST_1}
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Periodic.Config):
         """Options of FIRE."""
@@ -230,12 +197,8 @@ class FIRE(Periodic, name="fire", source="Han et al. 2026 (arXiv 2602.08040)"):
         """polar factor by the iterations, as the authors do, or exactly by the singular value
         decomposition"""
 
-    config: Config
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.iterations < 1:
-            raise UserError(f"fire: iterations={config.iterations} must be at least 1")
         if config.factor not in ("newton-schulz", "svd"):
             raise UserError(f"fire: factor={config.factor} must be newton-schulz or svd")
 
@@ -266,3 +229,66 @@ def exact_polar(matrices: Tensor) -> Tensor:
     """The orthogonal polar factors of `[..., n, m]`; zero matrices stay zero."""
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     return left @ right * matrices.any(dim=(-2, -1), keepdim=True)
+
+
+class HareTortoise(
+    Intervention, name="hare-tortoise", source="Lee et al. 2024 (arXiv 2406.02596), Section 4"
+):
+    """Keeps an exponential average of the weights, and restarts training from it now and then.
+
+    After each optimizer step `tortoise <- momentum * tortoise + (1 - momentum) * hare`, running
+    statistics of normalisation layers included; every `period` steps `hare <- tortoise`. The
+    network that learns, and is measured, is the hare. The optimizer's state stays. What a growth
+    draws or rescales starts its average again; buffers of MoE layers stay as they are.
+    """
+
+    limits: ClassVar = {"momentum": Limit.BELOW_1, "period": Limit.AT_LEAST_1}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of hare and tortoise."""
+
+        momentum: float = 0.999
+        """of the average, per optimizer step"""
+        period: int = 500
+        """optimizer steps between two restarts (our choice; the paper's is 10 epochs)"""
+
+    def begin(self) -> None:
+        """The tortoise starts where the hare does."""
+        self.tortoise = Anchor(self.model)
+        self.buffers = {name: b.clone() for name, b in self._averaged().items()}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The tortoise follows; now and then the hare goes back to it."""
+        weight, first = 1 - self.config.momentum, self.tortoise.first
+        back = self.steps % self.config.period == 0
+        buffers = self._averaged()
+        for slow, fast in ((first, dict(self.model.named_parameters())), (self.buffers, buffers)):
+            for name, value in fast.items():
+                slow[name] = slow[name].lerp(value, weight)
+                if back:
+                    value.copy_(slow[name])
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """Buffers that have an average: floating-point ones outside MoE layers."""
+        inside = tuple(f"{name}." if name else "" for name, _ in moe_layers(self.model))
+        return {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if buffer.is_floating_point() and not name.startswith(inside)
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The tortoise."""
+        return {"weights": dict(self.tortoise.first), "buffers": dict(self.buffers)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the tortoise back."""
+        self.tortoise.load(state["weights"])
+        now = self._averaged()
+        self.buffers = {name: state["buffers"][name].clone().to(b) for name, b in now.items()}
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """What is new starts its average again."""
+        self.tortoise.grown(before)

@@ -2,17 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.intervention import Intervention, Limit
 from dynmoe.interventions.units import Slot, UnitLayer, find_units, renewed, watch
 from dynmoe.moe.bank import UnitBank
 from dynmoe.registry import PartConfig
+
+
+class UnitReset(Intervention):
+    """Base: hidden units are looked at as training runs them, and re-initialised when due.
+
+    Attributes:
+        layers: of hidden units.
+        seen: number of a layer -> what `look` gave for it, since the latest `clear()`.
+    """
+
+    def begin(self) -> None:
+        """Find the units, and look on as they act."""
+        self.layers = find_units(self.model)
+        self.seen: dict[int, Any] = {}
+        for number, layer in enumerate(self.layers):
+            watch(layer, number, self._see, self.due)
+
+    @abstractmethod
+    def look(self, activations: Tensor) -> Any:
+        """What to keep of a pass's activations [rows, U]."""
+
+    def due(self) -> bool:
+        """Whether to look at the step that comes."""
+        return True
+
+    def reset(self, layer: UnitLayer, index: Tensor) -> None:
+        """Give the units `index` [n] fresh incoming weights, outgoing ones 0, and new moments."""
+        layer.draw_incoming(index, self.generator)
+        layer.silence(index)
+        layer.restart_moments(index, self.optimizer)
+
+    def _see(self, number: int, activations: Tensor) -> None:
+        self.seen[number] = self.look(activations)
+
+
+class RecordedReset(UnitReset):
+    """Base: a record is kept of each layer's units, a dataclass with tensors [U, ...]."""
+
+    def begin(self) -> None:
+        """Find the units, and begin their records."""
+        super().begin()
+        self.records = [self.new_record(layer) for layer in self.layers]
+
+    @abstractmethod
+    def new_record(self, layer: UnitLayer) -> Any:
+        """The record of units of which nothing is known."""
+
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """Units that a growth has drawn or copied start their record again."""
+        for layer, record in zip(self.layers, self.records, strict=True):
+            new = renewed(layer, self.model, before)
+            for name, fresh in vars(self.new_record(layer)).items():
+                if isinstance(fresh, Tensor):
+                    values = getattr(record, name)
+                    values = torch.cat([values, fresh[len(values) :]])
+                    where = new.view(-1, *[1] * (fresh.dim() - 1))
+                    setattr(record, name, torch.where(where, fresh, values))
+
+    def state(self) -> dict[str, Any]:
+        """The records."""
+        return {"records": [_copied(vars(record)) for record in self.records]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put the records back."""
+        for saved, layer, record in zip(state["records"], self.layers, self.records, strict=True):
+            vars(record).update(_copied(saved, layer.incoming[0].parameter.device))
+
+
+def _copied(record: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A record with copies of its tensors."""
+    return {
+        name: value.clone().to(device or value.device) if isinstance(value, Tensor) else value
+        for name, value in record.items()
+    }
 
 
 @dataclass
@@ -30,7 +104,7 @@ class UnitRecord:
 
 
 class CBP(
-    Intervention, name="cbp", source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1"
+    RecordedReset, name="cbp", source="Dohare et al. 2024 (Nature 632, 768-774), Algorithm 1, Eq. 1"
 ):
     """Continual backpropagation: all the time, re-initialises a few of the least useful units.
 
@@ -39,6 +113,8 @@ class CBP(
     lowest utility first: fresh incoming weights, outgoing weights 0. Optimizer moments of their
     weights restart; the step counts are the tensors' and go on, unlike in the authors' own Adam.
     """
+
+    limits: ClassVar = {"rate": Limit.SHARE, "maturity": Limit.AT_LEAST_0, "decay": Limit.BELOW_1}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -52,25 +128,6 @@ class CBP(
         """of the running averages"""
         compensate_bias: bool = True
         """hand a replaced unit's mean activation over to the biases of what read it"""
-
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not 0 <= config.rate <= 1:
-            raise UserError(f"cbp: rate={config.rate} must be in 0 .. 1")
-        if config.maturity < 0:
-            raise UserError(f"cbp: maturity={config.maturity} must be at least 0")
-        if not 0 <= config.decay < 1:
-            raise UserError(f"cbp: decay={config.decay} must be in 0 .. 1")
-
-    def begin(self) -> None:
-        """Find the units, and look on as they act."""
-        self.layers = find_units(self.model)
-        self.records = [_new_record(layer) for layer in self.layers]
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        for number, layer in enumerate(self.layers):
-            watch(layer, number, self._see)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -104,35 +161,18 @@ class CBP(
             mean = record.mean[index] / (1 - self.config.decay ** record.age[index])
             for slot in layer.outgoing:
                 move_to_bias(slot, index, mean)
-        layer.draw_incoming(index, self.generator)
-        layer.silence(index)
-        layer.restart_moments(index, self.optimizer)
+        self.reset(layer, index)
         for values in (record.age, record.mean, record.utility):
             values[index] = 0.0
 
-    def grown(self, before: dict[str, Tensor]) -> None:
-        """Units that a growth has drawn or copied start their record again."""
-        for layer, record in zip(self.layers, self.records, strict=True):
-            new = renewed(layer, self.model, before)
-            for name in ("age", "mean", "utility"):
-                values = getattr(record, name)
-                padded = torch.cat([values, values.new_zeros(len(new) - len(values))])
-                setattr(record, name, padded.masked_fill(new, 0.0))
+    def new_record(self, layer: UnitLayer) -> UnitRecord:
+        """All zeros."""
+        zeros = torch.zeros(layer.units).to(layer.incoming[0].parameter)
+        return UnitRecord(zeros, zeros.clone(), zeros.clone())
 
-    def state(self) -> dict[str, Any]:
-        """The records."""
-        return {"records": [_copied(asdict(record)) for record in self.records]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put the records back."""
-        pairs = zip(state["records"], self.layers, strict=True)
-        self.records = [
-            UnitRecord(**_copied(saved, layer.incoming[0].parameter.device))
-            for saved, layer in pairs
-        ]
-
-    def _see(self, number: int, activations: Tensor) -> None:
-        self.seen[number] = (activations.mean(dim=0), activations.abs().mean(dim=0))
+    def look(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean activation and mean |activation| [U]."""
+        return activations.mean(dim=0), activations.abs().mean(dim=0)
 
 
 def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
@@ -142,38 +182,26 @@ def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
         mean: [n] mean activations. Layers without biases are passed over: those in front of batch
             normalisation, which takes any shift away.
     """
+    if (bias := slot.bias) is None:
+        return
     weight = slot.parameter.index_select(slot.axis, slot.entries(index)).movedim(slot.axis, 0)
     weight = weight.flatten(2).sum(dim=2) if weight.dim() > 2 else weight  # [n * repeat, out]
     sent = weight * mean.to(weight).repeat_interleave(slot.repeat).unsqueeze(1)
-    bias = slot.bias
-    if bias is None:
-        return
     if bias.dim() == 1:
         bias.add_(sent.sum(dim=0))
     elif isinstance(slot.module, UnitBank):  # a row per expert, behind the same gate as its units
         bias.index_add_(0, slot.module.segment[index], sent)
 
 
-def _new_record(layer: UnitLayer) -> UnitRecord:
-    zeros = torch.zeros(layer.units).to(layer.incoming[0].parameter)
-    return UnitRecord(zeros, zeros.clone(), zeros.clone())
-
-
-def _copied(record: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """Copies of a record's tensors."""
-    return {
-        name: value.clone().to(device or value.device) if isinstance(value, Tensor) else value
-        for name, value in record.items()
-    }
-
-
-class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.12902), Algorithm 1"):
+class ReDo(UnitReset, name="redo", source="Sokar et al. 2023 (arXiv 2302.12902), Algorithm 1"):
     """Re-initialises dormant units, silent at first.
 
     A unit's score is its mean |activation| over the mean of its layer (Eq. 1), on the latest
     training batch; feature maps are averaged over their positions. Units with a score of at most
     tau get fresh incoming weights and outgoing weights 0, and restart their optimizer moments.
     """
+
+    limits: ClassVar = {"tau": Limit.BELOW_1, "period": Limit.AT_LEAST_1}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -184,28 +212,12 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
         period: int = 100
         """optimizer steps between two recyclings"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not 0 <= config.tau < 1:
-            raise UserError(f"redo: tau={config.tau} must be in 0 .. 1")
-        if config.period < 1:
-            raise UserError(f"redo: period={config.period} must be at least 1")
-
-    def begin(self) -> None:
-        """Find the units, and look on as they act."""
-        self.layers = find_units(self.model)
-        self.activity: dict[int, Tensor] = {}
-        for number, layer in enumerate(self.layers):
-            watch(layer, number, self._see, self._due)
-
     def after_step(self) -> None:
         """Recycle when it is time."""
-        if self.steps % self.config.period == 0:  # after the step that `_due` announced
-            for number, activity in self.activity.items():
+        if self.steps % self.config.period == 0:  # after the step that `due` announced
+            for number, activity in self.seen.items():
                 self.recycle(self.layers[number], activity)
-            self.activity.clear()
+            self.seen.clear()
 
     def recycle(self, layer: UnitLayer, activity: Tensor) -> Tensor:
         """Re-initialise the dormant units of a layer; returns their numbers [n].
@@ -216,17 +228,16 @@ class ReDo(Intervention, name="redo", source="Sokar et al. 2023 (arXiv 2302.1290
         score = activity / (activity.mean() + 1e-9)
         dormant = (score <= self.config.tau).nonzero().flatten()
         if len(dormant):
-            layer.draw_incoming(dormant, self.generator)
-            layer.silence(dormant)
-            layer.restart_moments(dormant, self.optimizer)
+            self.reset(layer, dormant)
         return dormant
 
-    def _due(self) -> bool:
-        """Whether the step that comes is one after which units are recycled."""
+    def due(self) -> bool:
+        """Whether units are recycled after the step that comes."""
         return (self.steps + 1) % self.config.period == 0
 
-    def _see(self, number: int, activations: Tensor) -> None:
-        self.activity[number] = activations.abs().mean(dim=0)
+    def look(self, activations: Tensor) -> Tensor:
+        """Mean |activation| [U]."""
+        return activations.abs().mean(dim=0)
 
 
 EXPANSION = 2
@@ -248,7 +259,7 @@ class FiringRecord:
 
 
 class SNR(
-    Intervention, name="snr", source="Farias & Jozefiak 2024 (arXiv 2410.20098), Algorithm 1"
+    RecordedReset, name="snr", source="Farias & Jozefiak 2024 (arXiv 2410.20098), Algorithm 1"
 ):
     """Self-normalised resets: re-initialises units that are silent for longer than they use to be.
 
@@ -259,6 +270,12 @@ class SNR(
     are counted over a unit's whole life, in bins that are exact up to 20 steps and 5 % wide beyond
     (our choice).
     """
+
+    limits: ClassVar = {
+        "quantile": Limit.INSIDE_0_1,
+        "period": Limit.AT_LEAST_1,
+        "limit": Limit.AT_LEAST_1,
+    }
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -271,30 +288,15 @@ class SNR(
         limit: int = 20_000
         """largest threshold, in steps; units that never fired are reset then"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if not 0 < config.quantile < 1:
-            raise UserError(f"snr: quantile={config.quantile} must be between 0 and 1")
-        if config.period < 1:
-            raise UserError(f"snr: period={config.period} must be at least 1")
-        if config.limit < 1:
-            raise UserError(f"snr: limit={config.limit} must be at least 1")
-
     def begin(self) -> None:
-        """Find the units, and look on as they act."""
-        self.layers = find_units(self.model)
+        """Lay out the histograms' bins, find the units, and begin their records."""
         self.edges = bin_edges(self.config.limit)
-        self.records = [self._new_record(layer) for layer in self.layers]
-        self.fired: dict[int, Tensor] = {}
-        for number, layer in enumerate(self.layers):
-            watch(layer, number, self._see)
+        super().begin()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Count, estimate when it is time, and reset."""
-        for number, fired in self.fired.items():
+        for number, fired in self.seen.items():
             layer, record = self.layers[number], self.records[number]
             self.count(record, fired, record.age + 1)
             if self.steps % self.config.period == 0:
@@ -303,10 +305,8 @@ class SNR(
             index = silent.nonzero().flatten()
             if len(index):
                 self.count(record, silent, record.age)
-                layer.draw_incoming(index, self.generator)
-                layer.silence(index)
-                layer.restart_moments(index, self.optimizer)
-        self.fired.clear()
+                self.reset(layer, index)
+        self.seen.clear()
 
     def count(self, record: FiringRecord, ends: Tensor, gap: Tensor) -> None:
         """Note the gaps [U] of the units where one ends [U] bool; the others grow older."""
@@ -322,36 +322,15 @@ class SNR(
         most = (EXPANSION * record.threshold).clamp(max=self.config.limit)
         record.threshold = torch.where(total[:, 0] > 0, torch.minimum(quantile, most), most)
 
-    def grown(self, before: dict[str, Tensor]) -> None:
-        """Units that a growth has drawn or copied start their record again."""
-        for layer, record in zip(self.layers, self.records, strict=True):
-            new, empty = renewed(layer, self.model, before), self._new_record(layer)
-            for name, start in vars(empty).items():
-                values = getattr(record, name)
-                start[: len(values)] = values
-                fresh = vars(self._new_record(layer))[name]
-                where = new.view(-1, *[1] * (start.dim() - 1))
-                setattr(record, name, torch.where(where, fresh, start))
-
-    def state(self) -> dict[str, Any]:
-        """The records."""
-        return {"records": [_copied_ages(asdict(record)) for record in self.records]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put the records back."""
-        pairs = zip(state["records"], self.layers, strict=True)
-        self.records = [
-            FiringRecord(**_copied_ages(saved, layer.incoming[0].parameter.device))
-            for saved, layer in pairs
-        ]
-
-    def _new_record(self, layer: UnitLayer) -> FiringRecord:
+    def new_record(self, layer: UnitLayer) -> FiringRecord:
+        """No gaps, and the largest threshold."""
         age = torch.zeros(layer.units, dtype=torch.long, device=layer.incoming[0].parameter.device)
         gaps = age.new_zeros(layer.units, len(self.edges))
         return FiringRecord(age, gaps, torch.full_like(age, self.config.limit))
 
-    def _see(self, number: int, activations: Tensor) -> None:
-        self.fired[number] = (activations > 0).any(dim=0)
+    def look(self, activations: Tensor) -> Tensor:
+        """[U] bool: units that fired."""
+        return (activations > 0).any(dim=0)
 
 
 def bin_edges(limit: int) -> Tensor:
@@ -360,10 +339,3 @@ def bin_edges(limit: int) -> Tensor:
     while edges[-1] < limit:
         edges.append(min(max(edges[-1] + 1, int(edges[-1] * FINE)), limit))
     return torch.tensor(edges)
-
-
-def _copied_ages(
-    record: dict[str, Tensor], device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Copies of a record's tensors."""
-    return {name: value.clone().to(device or value.device) for name, value in record.items()}

@@ -157,12 +157,9 @@ def find_units(model: nn.Module) -> list[UnitLayer]:
     modules = dict(model.named_modules())
     found = []
     for node in graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = modules[str(node.target)]
+        module = _called(node, modules)
         if isinstance(module, Producer):
-            layer = _behind(node, module, modules, graph)
-            found += [layer] if layer else []
+            found += _behind(node, module, modules, graph)
         elif isinstance(module, MoELayer):
             found += [_pool(str(node.target), module, bank) for bank in unit_banks(module)]
     if not found:
@@ -231,36 +228,40 @@ def renewed(layer: UnitLayer, model: nn.Module, before: dict[str, Tensor]) -> Te
     return new
 
 
+def _called(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The module that a node calls, if it calls one."""
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
 def _behind(
     node: fx.Node, producer: Producer, modules: dict[str, nn.Module], graph: fx.Graph
-) -> UnitLayer | None:
-    """The layer of units that a producer feeds; None where its outputs are no units."""
+) -> list[UnitLayer]:
+    """The layer of units that a producer feeds; none where its outputs are no units."""
     norms: list[nn.Module] = []
     step, before = node, node
     while len(step.users) == 1:
         before, step = step, next(iter(step.users))
-        module = modules.get(str(step.target)) if step.op == "call_module" else None
+        module = _called(step, modules)
         if isinstance(module, ACTIVATIONS):
             readers = _readers(step, producer.weight.shape[0], modules)
-            if not readers or _calls(graph, node) > 1 or _calls(graph, before) > 1:
-                return None
-            bias = [] if producer.bias is None else [Slot(producer, "bias", 0)]
-            incoming = [Slot(producer, "weight", 0), *bias]
-            source = modules[str(before.target)]
-            name = str(node.target)
-            return UnitLayer(name, source, module, None, incoming, readers, norms)
+            targets = [other.target for other in graph.nodes]
+            if not readers or targets.count(node.target) > 1 or targets.count(before.target) > 1:
+                break
+            names = ("weight",) if producer.bias is None else ("weight", "bias")
+            incoming, source = [Slot(producer, n, 0) for n in names], modules[str(before.target)]
+            return [UnitLayer(str(node.target), source, module, None, incoming, readers, norms)]
         if isinstance(module, NORMS):
             norms.append(module)
         elif not isinstance(module, PASSED) or isinstance(module, nn.Flatten):
-            return None
-    return None
+            break
+    return []
 
 
 def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[Slot]:
     """What reads a node's output; empty where anything but weights does."""
     slots: list[Slot] = []
     for user in node.users:
-        module = modules.get(str(user.target)) if user.op == "call_module" else None
+        module = _called(user, modules)
         if isinstance(module, nn.Linear) and module.in_features % units == 0:
             slots.append(Slot(module, "weight", 1, module.in_features // units))
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
@@ -270,8 +271,7 @@ def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[S
             matrices = [s for s in inner if s.parameter.dim() == 2]
             slots += [Slot(s.module, s.name, 1, s.parameter.shape[1] // units) for s in matrices]
         elif _keeps_units(user, module):
-            behind = _readers(user, units, modules)
-            if not behind:
+            if not (behind := _readers(user, units, modules)):
                 return []
             slots += behind
         else:
@@ -281,11 +281,10 @@ def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[S
 
 def _pool(name: str, layer: MoELayer, bank: UnitBank) -> UnitLayer:
     """The hidden units of an MoE layer."""
-    out = bank.output_weight()
-    axes = bank.unit_axes()
+    out, axes = bank.output_weight(), bank.unit_axes()
+    feeding = [Slot(bank, n, axis) for n, axis in axes if axis == 0]
     reading = [Slot(bank, n, axis) for n, axis in axes if getattr(bank, n) is out]
     name = name if bank is layer.bank else f"{name}.shared"
-    feeding = [Slot(bank, n, axis) for n, axis in axes if axis == 0]
     return UnitLayer(name, layer, None, bank, feeding, reading)
 
 
@@ -299,7 +298,3 @@ def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
         return False
     given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
     return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)
-
-
-def _calls(graph: fx.Graph, called: fx.Node) -> int:
-    return sum(node.target == called.target for node in graph.nodes)

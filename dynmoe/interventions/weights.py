@@ -7,6 +7,8 @@ left out: what they do is bounded by their softmax, and growth re-initialises th
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +45,11 @@ def weight_matrices(model: nn.Module, outputs: bool = True) -> list[Slot]:
             found.append(Slot(module, "weight", 0))
         elif isinstance(module, MoELayer):
             for bank in unit_banks(module):
-                names = [n for n, _ in bank.unit_axes() if getattr(bank, n).dim() >= 2]
-                out = bank.output_weight()
-                found += [
-                    Slot(bank, name, 0)
-                    for name in names
-                    if module not in last or getattr(bank, name) is not out
-                ]
+                left_out = bank.output_weight() if module in last else None
+                for name, _ in bank.unit_axes():
+                    weight = getattr(bank, name)
+                    if weight.dim() >= 2 and weight is not left_out:
+                        found.append(Slot(bank, name, 0))
     return [slot for slot in found if slot.parameter.requires_grad]
 
 
@@ -65,22 +65,25 @@ def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:
     Raises:
         UserError: one is not.
     """
-    found = []
-    for layer in output_layers(model):
+    layers = output_layers(model)
+    for layer in layers:
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"intervention {intervention} needs linear output layers, and here one is an "
                 f"{type(layer).__name__}; use a method or place with dense heads"
             )
-        found.append(layer)
-    return found
+    return cast(list[nn.Linear], layers)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` where `old` stands, wherever that is."""
+    """Put `new` wherever `old` stands below the model; also for a compiled `old`, uncompiled."""
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old:
+        for name, child in list(parent._modules.items()):
+            if child is not old:
+                continue
+            if name == "_orig_mod" and parent is not model:
+                replace_module(model, parent, new)  # it would go on calling what it compiled
+            else:
                 setattr(parent, name, new)
 
 
@@ -127,3 +130,44 @@ def _draw_bank(bank: ExpertBank, generator: torch.Generator) -> set[Tensor]:
     if bank.expert_rows():
         bank.draw_experts(torch.arange(len(bank.expert_rows()[0])), generator)
     return drawn
+
+
+class Anchor:
+    """Each parameter's value at the start.
+
+    What a growth draws, copies or rescales starts with the value that the growth gave it.
+
+    Args:
+        model: its present weights are the first ones.
+
+    Attributes:
+        first: parameter name -> its value at the start; this is the whole state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.first = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its value at the start), for all that learn."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield parameter, self.first[name]
+
+    def load(self, first: dict[str, Tensor]) -> None:
+        """Take copies of saved values at the start, to where the parameters are."""
+        parameters = dict(self.model.named_parameters())
+        self.first = {name: first[name].clone().to(p.device) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def grown(self, before: dict[str, Tensor]) -> None:
+        """The network has grown; `before` holds the parameters that growth may have changed."""
+        parameters = dict(self.model.named_parameters())
+        for name, old in before.items():
+            born = parameters[name].detach().clone()
+            kept = tuple(slice(0, n) for n in old.shape)
+            same = born[kept] == old
+            born[kept] = torch.where(same, self.first[name], born[kept])
+            self.first[name] = born
+        for name in parameters.keys() - self.first.keys():
+            self.first[name] = parameters[name].detach().clone()

@@ -35,7 +35,7 @@ def place(default: Any) -> Any:
 
 
 KEEPING = ("name", "runs_dir", "resume", "checkpoint_every_s")
-RUNNING = ("device", "threads", "allow_unused", "debug")
+RUNNING = ("jobs", "device", "threads", "allow_unused", "debug")
 """Settings that every command has, for the groups of its help: how a run is kept, how it runs."""
 
 
@@ -45,6 +45,10 @@ class RunConfig:
 
     seed: int = 0
     """every random number of the run flows from it"""
+    seeds: int = place(1)
+    """runs of each method, with seeds `seed`, `seed` + 1, ..."""
+    jobs: int = place(1)
+    """runs at a time, each a process; the results do not depend on it"""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N"""
     threads: int = 0

@@ -1,27 +1,27 @@
-"""Figures of finished runs, as PNG files. matplotlib is imported only when one is drawn."""
+"""Figures as PNG files and for TensorBoard. matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dynmoe.lab.files import write_atomic
+from dynmoe.lab.statistics import Interval
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#222222", "#8a8a8a", "#e29a2d", "#7fc8f8", "#1b6ca8", "#5b3a8c", "#f4a9a8", "#d1495b",
           "#7d1d3f", "#5c946e")  # fmt: skip
 """One per curve, in order; curves after these take them again, dashed."""
-PANELS = (
-    ("train_accuracy", "train accuracy at task end"),
-    ("online_accuracy", "online accuracy"),
-    ("test_accuracy", "test accuracy at task end"),
-)
 
 
 def as_image(figure: Figure) -> NDArray[np.uint8]:
@@ -33,56 +33,130 @@ def as_image(figure: Figure) -> NDArray[np.uint8]:
     return np.array(canvas.buffer_rgba())[..., :3].copy()
 
 
-def plasticity_figure(path: Path, curves: dict[str, list[dict[str, Any]]], title: str) -> None:
-    """Draw trainability, online and test accuracy over the tasks, one line per method.
-
-    Args:
-        path: the PNG file, written atomically.
-        curves: method name -> the `tasks` of its summary.
-        title: data set, protocol and network: what the numbers are about.
-    """
-    series = {
-        name: {key: [[task[key] for task in tasks]] for key, _ in PANELS}
-        for name, tasks in curves.items()
-    }
-    _draw(path, series, title)
-
-
-def band_figure(path: Path, results: dict[str, Any], title: str) -> None:
-    """The same over several seeds: the mean, and a band of its 95 % t interval.
-
-    Args:
-        path: the PNG file, written atomically.
-        results: what `dynmoe.sweep` writes; per variant and metric [seeds][tasks] shares in 0..1.
-        title: what the numbers are about.
-    """
-    _draw(path, results["variants"], f"{title} ({results['seeds']} seeds)")
-
-
-def _draw(path: Path, series: dict[str, dict[str, Any]], title: str) -> None:
-    """series: name -> metric -> [seeds][tasks] accuracies as shares."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(title: str, height: float, width: float = 13) -> Any:
+    """An empty matplotlib figure of these inches."""
     from matplotlib.figure import Figure
 
-    from dynmoe.lab.statistics import confidence_interval
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for axes, (key, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for number, (name, metrics) in enumerate(series.items()):
-            by_task = [[100 * x for x in task] for task in zip(*metrics[key], strict=True)]
-            color, x = COLORS[number % len(COLORS)], range(1, len(by_task) + 1)
-            line = "--" if number >= len(COLORS) else "-"
-            intervals = [confidence_interval(task, "mean") for task in by_task]
-            mean = [i.point for i in intervals]
-            axes.plot(x, mean, line, marker="o", markersize=3.5, color=color, label=name)
-            low, high = [i.low for i in intervals], [i.high for i in intervals]
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
+    return figure
+
+
+def band(
+    axes: Any, x: Sequence[float], intervals: list[Interval], number: int, label: str, factor: float
+) -> None:
+    """A line, and the band of its intervals; curves after the last color are dashed.
+
+    Args:
+        axes: to draw on.
+        x: one place per interval.
+        intervals: means with their ends.
+        number: of the curve; gives its color.
+        label: in the legend.
+        factor: multiplies the values.
+    """
+    color, style = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
+    point, low, high = (
+        [factor * getattr(i, end) for i in intervals] for end in ("point", "low", "high")
+    )
+    axes.plot(x, point, style, marker="o", markersize=3, color=color, label=label)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
+    """A row per variant: its mean, and a bar over its interval; first variant on top.
+
+    Args:
+        axes: to draw on.
+        rows: variant -> mean with its interval.
+        factor: multiplies the values.
+    """
+    for number, (place, interval) in enumerate(zip(range(len(rows), 0, -1), rows.values(),
+                                                   strict=True)):  # fmt: skip
+        point, low, high = (factor * x for x in interval)
+        color = COLORS[number % len(COLORS)]
+        if low == low:
+            axes.plot([low, high], [place, place], color=color, linewidth=2, alpha=0.5)
+        axes.plot([point], [place], "o", color=color)
+    axes.set_yticks(range(len(rows), 0, -1), list(rows))
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure atomically, with one legend for all panels if curves have labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=9,
-                  loc="outside right upper")  # fmt: skip
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.frombytes("RGBA", canvas.get_width_height(), canvas.buffer_rgba().tobytes())
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    # Few colors make a quarter of the size, for figures that are kept in a repository.
+    image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
+
+
+MOST_NUMBERS = 36
+"""Cells up to which a heat map shows their values."""
+MOST_TICKS = 10
+"""Labels along each side of a heat map; of more, every second or third is shown."""
+
+
+def heat_map(table: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Tensor:
+    """A picture of a table for TensorBoard's `add_image`: uint8 [3, H, W]. Drawn by matplotlib.
+
+    Up to 36 cells show their value; cells that are nan stay white. Colours go from 0, or the
+    least value if that is below, to the largest.
+
+    Args:
+        table: [R, C]. rows: R names. columns: C names.
+        title: stands above.
+    """
+    from matplotlib.figure import Figure
+
+    values = table.detach().double().cpu()
+    known = values[values.isfinite()]
+    low, high = (min(0.0, float(known.min())), float(known.max())) if len(known) else (0.0, 1.0)
+    high = high if high > low else low + 1.0
+    numbers = values.numel() <= MOST_NUMBERS
+    figure = Figure()
+    axes = _place(figure, rows, columns, title, 0.42 if numbers else 0.2)
+    image = axes.imshow(values.numpy(), cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
+        step = -(-len(names) // MOST_TICKS)
+        axis.set_ticks(range(0, len(names), step), list(names)[::step], fontsize=8)
+    if numbers:
+        middle = (low + high) / 2
+        for (i, j), value in zip(values.isfinite().nonzero().tolist(), known.tolist(), strict=True):
+            color = "white" if value < middle else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+    else:
+        figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
+    return torch.from_numpy(as_image(figure)).permute(2, 0, 1)
+
+
+def _place(
+    figure: Figure, rows: Sequence[str], columns: Sequence[str], title: str, cell: float
+) -> Axes:
+    """Axes with cells of `cell` inches, and room for the names; long column names stand upright.
+
+    By hand: matplotlib's own layout takes longer than the drawing.
+    """
+    letter = 0.075  # inches
+    longest = max(map(len, columns), default=0)
+    upright = longest > (5 if cell > 0.3 else 2)
+    left = 0.3 + letter * max(map(len, rows), default=0)
+    bottom = 0.25 + (letter * longest if upright else 0.1)
+    wide = min(max(cell * len(columns), letter * len(title)), 14.0)
+    high = min(cell * len(rows), 10.0)
+    width, height = left + wide + 0.3, bottom + high + 0.4
+    figure.set_size_inches(width, height)
+    axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(axis="x", rotation=90 if upright else 0)
+    return axes

@@ -147,3 +147,8 @@ def _label_values(gates: Tensor, labels: Tensor) -> dict[str, float]:
             values[f"label_entropy/expert_{expert}"] = uncertainty
             values[f"label_information/expert_{expert}"] = whole - uncertainty
     return values
+
+
+def most_experts(model: nn.Module) -> int:
+    """Experts of the largest MoE layer of a model; 1 for a model without."""
+    return max((layer.num_experts for _, layer in moe_layers(model)), default=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ class Metric(Part, ABC, kind="metric"):
 
     No metric is a verdict on its own: they disagree with each other and with accuracy.
     """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @abstractmethod
     def measure(self, probe: Probe) -> dict[str, float]:

@@ -6,9 +6,11 @@ A probe is taken on the same samples each time, so that its numbers compare acro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,17 +85,15 @@ class Probe:
     """MoE layer name -> its experts"""
 
 
-@dataclass(eq=False)
-class _Record:
-    """What the hooks saw during one forward pass."""
-
-    activations: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-
 def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters by name, to be kept as a probe's `initial`."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def outside_experts(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
+    layers = tuple(f"{name}." for name, _ in moe_layers(model))
+    return {n: p for n, p in copy_parameters(model).items() if not n.startswith(layers)}
 
 
 def take_probe(
@@ -128,23 +128,23 @@ def take_probe(
     if len(inputs) == 0:
         raise ValueError("the probe batch is empty")
     parameters = dict(model.named_parameters())
-    _check_initial(parameters, initial)
+    _check_initial(parameters, initial or {})
     classifier = last_linear(model) if classifier is None else classifier
     with undisturbed(model), torch.set_grad_enabled(labels is not None):
-        with _hooked(model, classifier) as record:
+        with _hooked(model, classifier) as (activations, seen):
             logits = model(inputs)
         if not isinstance(logits, Tensor):
             raise ValueError(f"a probe needs a model that gives a tensor, not {type(logits)}")
         value = None if labels is None else _loss(logits, labels, loss, len(inputs))
         gradients = {} if value is None else _gradients(value, parameters)
-        experts = _expert_probes(model, record, gradients)
-    if classifier not in record.inputs:
+        experts = _expert_probes(model, seen, gradients)
+    if classifier not in seen:
         raise ValueError("the classifier was not called in the model's forward pass")
     hidden = {f"{name}.hidden": e.hidden for name, e in experts.items()}
     living = _living_rows(model)
     return Probe(
-        activations={**record.activations, **hidden},
-        features=_rows(record.inputs[classifier], classifier),
+        activations={**activations, **hidden},
+        features=_rows(seen[classifier], classifier),
         logits=logits.detach(),
         loss=None if value is None else value.item(),
         gradients=_cut(gradients, living),
@@ -203,43 +203,37 @@ def _loss(
 
 
 @contextmanager
-def _hooked(model: nn.Module, classifier: nn.Module) -> Iterator[_Record]:
-    """Hooks on activations, MoE layers and the classifier; removed when the block ends, however."""
-    record = _Record()
+def _hooked(
+    model: nn.Module, classifier: nn.Module
+) -> Iterator[tuple[dict[str, Tensor], dict[nn.Module, Tensor]]]:
+    """Outputs of activation modules, by name, and inputs of MoE layers and the classifier.
+
+    All are clones: a later operation in place may overwrite them. Hooks are gone after the block.
+    """
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    calls: Counter[str] = Counter()
     inside = _inside_moe(model)
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
+
+    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        calls[name] += 1
+        outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = output.detach().clone()
+
     handles: list[Any] = []
     try:
         for name, module in model.named_modules():
             if module is classifier or (isinstance(module, MoELayer) and module not in inside):
-                handles.append(_on_input(module, record.inputs))
+                handles.append(module.register_forward_pre_hook(keep_input, with_kwargs=True))
             if isinstance(module, ACTIVATIONS) and module not in inside:
-                handles.append(_on_output(module, record.activations, name or "model"))
-        yield record
+                hook = partial(keep_output, name or "model")
+                handles.append(module.register_forward_hook(hook))
+        yield outputs, inputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _on_input(module: nn.Module, store: dict[nn.Module, Tensor]) -> Any:
-    """Keep the module's first argument; the last call wins."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Cloned: a later in-place operation may overwrite it.
-        store[module] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _on_output(module: nn.Module, store: dict[str, Tensor], name: str) -> Any:
-    """Keep the module's output under `name`, those of its further calls under `name#2`, ..."""
-    calls = 0
-
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        store[name if calls == 1 else f"{name}#{calls}"] = output.detach().clone()
-
-    return module.register_forward_hook(hook)
 
 
 def _inside_moe(model: nn.Module) -> set[nn.Module]:
@@ -259,19 +253,19 @@ def _gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, T
 
 @torch.no_grad()
 def _expert_probes(
-    model: nn.Module, record: _Record, gradients: dict[str, Tensor]
+    model: nn.Module, seen: dict[nn.Module, Tensor], gradients: dict[str, Tensor]
 ) -> dict[str, ExpertProbe]:
     """Read each MoE layer that ran, in module order."""
     names = {id(p): name for name, p in model.named_parameters()}
     probes = {}
     for name, layer in moe_layers(model):
-        if layer not in record.inputs:
+        if layer not in seen:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
         if not isinstance(bank, UnitBank) or bank.per_sample:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
-        rows = record.inputs[layer].flatten(0, -2)
+        rows = seen[layer].flatten(0, -2)
         if len(rows) != len(routing.gates):  # tokens of samples that were routed as a whole
             routing = routing.repeated(len(rows) // len(routing.gates))
         if not len(rows := routing.real(rows)):
@@ -305,8 +299,8 @@ def _cut(tensors: dict[str, Tensor], rows: dict[str, int]) -> dict[str, Tensor]:
     return {n: t[: rows[n]] if n in rows else t for n, t in tensors.items()}
 
 
-def _check_initial(parameters: dict[str, nn.Parameter], initial: dict[str, Tensor] | None) -> None:
-    for name, value in (initial or {}).items():
+def _check_initial(parameters: dict[str, nn.Parameter], initial: dict[str, Tensor]) -> None:
+    for name, value in initial.items():
         if name in parameters and parameters[name].shape != value.shape:
             raise ValueError(
                 f"initial value of {name!r} has shape {tuple(value.shape)}, the parameter "

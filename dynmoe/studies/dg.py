@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.studies.design import Command, Preset, Results, Study
+from dynmoe.lab.comparison import Results
+from dynmoe.lab.study import Command, Preset, Study
 
 METHODS = ("erm", "linear-probe", "attention-only", "lora", "compacter", "kadaptation", "moa",
            "moa-lora", "gmoe", "hmoe", "ensemble", "moe2")  # fmt: skip

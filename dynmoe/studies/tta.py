@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.studies.design import Command, Preset, Results, Study
+from dynmoe.lab.comparison import Results
+from dynmoe.lab.study import Command, Preset, Study
 
 METHODS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")
 RATES = ("1", "3", "10", "30")

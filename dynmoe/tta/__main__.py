@@ -7,12 +7,16 @@ This file holds the presets; the settings are in `dynmoe.experiments.tta.setting
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
 from dynmoe.lab.results import Result
 
-__all__ = ["Config", "main", "presets", "run"]
+if TYPE_CHECKING:
+    from dynmoe.lab.experiment import Experiment
+
+__all__ = ["Config", "experiment", "main", "presets", "run"]
 
 begin("tta", __name__)  # before imports that may fail
 
@@ -49,6 +53,13 @@ LAPTOP_LR = 10.0
 """Multiplies the published learning rates, which are meant for streams a hundred times as long."""
 
 
+def experiment() -> Experiment:
+    """What this command does."""
+    from dynmoe.experiments.tta.experiment import TestTimeAdaptation
+
+    return TestTimeAdaptation()
+
+
 def run(config: Config, preset: str = "own") -> Result:
     """Run these settings from Python: all methods, streams and seeds.
 
@@ -56,9 +67,9 @@ def run(config: Config, preset: str = "own") -> Result:
         config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
         preset: begins the names of run folders where `config.name` is None.
     """
-    from dynmoe.experiments.tta.experiment import run_all
+    from dynmoe.lab.report import run_all
 
-    return run_all(preset, config)
+    return run_all(experiment(), preset, config)
 
 
 def main(argv: list[str]) -> None:

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from dynmoe.errors import UserError
 from dynmoe.moe.step import finish_step
 from dynmoe.registry import Part, PartConfig
+from dynmoe.tta import params
 from dynmoe.tta.entropy import possible_classes, sound
 from dynmoe.tta.options import check_types, make_config
-from dynmoe.tta.params import tensors_to_keep, use_batch_statistics, work_alone
-from dynmoe.tta.precision import load_optimizer, move_state, moved, moved_generator, take_step
 
 
 class Adapter(nn.Module, Part, ABC, kind="tta"):
@@ -61,7 +60,7 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         check_types(config)
         self.config = config
         self.model = model.eval().requires_grad_(False)
-        self.by_batch = self.adapts and use_batch_statistics(model)
+        self.by_batch = self.adapts and params.use_batch_statistics(model)
         self.like = self._first_weight()
         device = torch.device("cpu") if self.draws_on_cpu else self.device
         self.generator = torch.Generator(device).manual_seed(getattr(config, "seed", 0))
@@ -69,10 +68,10 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         self.skipped = 0
         self.memory: dict[str, Any] = {}
         self.optimizer: Optimizer | None = None
-        work_alone(model)
+        params.work_alone(model)
         with torch.inference_mode(False), torch.enable_grad():
             self.prepare()
-            self.start = {k: v.detach().clone() for k, v in tensors_to_keep(model).items()}
+            self.start = {k: v.detach().clone() for k, v in params.tensors_to_keep(model).items()}
             self.mark_start()
 
     @property
@@ -201,7 +200,7 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
     def take_step(self) -> bool:
         """Step by the gradients that there are; where it cannot be done the batch is skipped."""
         assert self.optimizer is not None
-        done = take_step(self.optimizer)
+        done = params.take_step(self.optimizer)
         finish_step(self.model)
         self.steps += done
         self.skipped += not done
@@ -220,10 +219,10 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
     @torch.no_grad()
     def restore_weights(self) -> None:
         """Put the model's tensors and the optimizer back to the start, and nothing else."""
-        for name, tensor in tensors_to_keep(self.model).items():
+        for name, tensor in params.tensors_to_keep(self.model).items():
             tensor.copy_(self.start[name])
         if self.optimizer is not None:
-            load_optimizer(self.optimizer, copy.deepcopy(self._first["optimizer"]))
+            params.load_optimizer(self.optimizer, copy.deepcopy(self._first["optimizer"]))
 
     def get_extra_state(self) -> dict[str, Any]:
         """What `state_dict` holds beside the tensors of the model; plain values and tensors."""
@@ -240,10 +239,10 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         """Restore `get_extra_state()`."""
         state = copy.deepcopy(state)
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self.memory = moved(state["memory"], self.like)
+        self.memory = params.moved(state["memory"], self.like)
         self.generator.set_state(state["generator"].cpu())
         if self.optimizer is not None:
-            load_optimizer(self.optimizer, state["optimizer"])
+            params.load_optimizer(self.optimizer, state["optimizer"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
         """As of every module (`to`, `half`, `cuda`, ...), and all that is kept moves along."""
@@ -260,11 +259,11 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         self.like = like
         kept = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.start = {name: value.to(kept[name]) for name, value in self.start.items()}
-        self.memory = moved(self.memory, like)
+        self.memory = params.moved(self.memory, like)
         if self.optimizer is not None:
-            move_state(self.optimizer)
+            params.move_state(self.optimizer)
         if like.device != before.device and not self.draws_on_cpu:
-            self.generator = moved_generator(self.generator, like.device)
+            self.generator = params.moved_generator(self.generator, like.device)
             first = torch.Generator(like.device).manual_seed(getattr(self.config, "seed", 0))
             self._first["generator"] = first.get_state()
 

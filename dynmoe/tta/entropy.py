@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def entropy(logits: Tensor) -> Tensor:
+def softmax_entropy(logits: Tensor) -> Tensor:
     """[B] Shannon entropy of softmax(logits [B, classes]), in float32 or wider."""
     log_p = wide(logits).log_softmax(dim=1)
     return cross_entropy(log_p, log_p)

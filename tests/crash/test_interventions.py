@@ -78,15 +78,15 @@ def _stopped(
 @pytest.mark.parametrize("case", CL_CASES)
 def test_learning_of_a_stream(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{CL} {CL_CASES[case]}"
-    recorder = cl_benchmarks.recorder.Recorder
-    _, sessions = _stopped(cl.main, recorder, "step_done", 3, flags, tmp_path, monkeypatch)
+    recorder = cl_benchmarks.recorder.TaskRecorder
+    _, sessions = _stopped(cl.main, recorder, "batch_done", 3, flags, tmp_path, monkeypatch)
     assert sessions == 18 // 3 + 1
 
 
 @pytest.mark.parametrize("case", RL_CASES)
 def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{RL} {RL_CASES[case]}"
-    recorder = agents.recorder.Recorder
+    recorder = agents.recorder.UpdateRecorder
     folder, sessions = _stopped(rl.main, recorder, "update_done", 2, flags, tmp_path, monkeypatch)
     assert sessions == 8 // 2 + 1
     name = RL_CASES[case].split("--intervention ")[1].split()[0]

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from crash_helpers import assert_same, exit_code, last_checkpoint, stop_at
 
-from cl_benchmarks.recorder import Recorder
+from cl_benchmarks.recorder import TaskRecorder
 from dynmoe import cl
 from dynmoe.lab import checkpoint
 from dynmoe.lab.config import run_command
@@ -105,7 +105,7 @@ def test_stopped_after_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = uninterrupted(CASES[case])
-    stop_at(monkeypatch, Recorder, "step_done", every)
+    stop_at(monkeypatch, TaskRecorder, "batch_done", every)
     sessions = 1
     while (code := _exit_code(_argv(tmp_path, f"{CASES[case]} --resume"))) != 0:
         assert code == 143
@@ -125,7 +125,7 @@ def test_stopped_between_epochs_and_tasks(
 ) -> None:
     extra = CASES["growth within tasks"]
     whole = uninterrupted(extra)
-    stop_at(monkeypatch, Recorder, moment)
+    stop_at(monkeypatch, TaskRecorder, moment)
     codes = [_exit_code(_argv(tmp_path, f"{extra} --resume")) for _ in range(stops + 1)]
     assert codes == [143] * stops + [0]
     _assert_same_run(whole, _folder(tmp_path))
@@ -138,20 +138,20 @@ def test_second_interrupt_stops_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two Ctrl-C before the first epoch's end: nothing more is saved, and nothing is lost."""
-    original = Recorder.epoch_done
+    original = TaskRecorder.epoch_done
 
-    def interrupted(self: Recorder, trainer: Any) -> None:
+    def interrupted(self: TaskRecorder, trainer: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         original(self, trainer)
 
-    monkeypatch.setattr(Recorder, "epoch_done", interrupted)
+    monkeypatch.setattr(TaskRecorder, "epoch_done", interrupted)
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert _exit_code(_argv(tmp_path)) == 130
     assert "stopped at once" in capsys.readouterr().err
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert checkpoint.load_latest(_folder(tmp_path) / "checkpoints")["step"] == 3  # type: ignore[index]
-    monkeypatch.setattr(Recorder, "epoch_done", original)
+    monkeypatch.setattr(TaskRecorder, "epoch_done", original)
     assert _exit_code(_argv(tmp_path, "--resume")) == 0
     _assert_same_run(uninterrupted(""), _folder(tmp_path))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
-from agents.recorder import Recorder
+from agents.recorder import UpdateRecorder
 from dynmoe import rl
 from dynmoe.lab import checkpoint
 
@@ -79,7 +79,7 @@ def test_stopped_after_updates(
     case: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _exit_code(_argv(tmp_path / "whole", f"{CASES[case]} --checkpoint-every-s 999")) == 0
-    stop_at(monkeypatch, Recorder, "update_done", every)
+    stop_at(monkeypatch, UpdateRecorder, "update_done", every)
     sessions = 1
     while (code := _exit_code(_argv(tmp_path / "cut", f"{CASES[case]} --resume"))) != 0:
         assert code == 143
@@ -227,7 +227,7 @@ def test_a_gymnasium_run_keeps_its_statistics(
     """Through checkpoints and into evaluation, which only uses them."""
     scaled = "--env Pendulum-v1 --normalize-observations --normalize-rewards"
     argv = _argv(tmp_path, f"{scaled} --method moe-start --total-steps 1024")
-    stop_at(monkeypatch, Recorder, "update_done", 4)
+    stop_at(monkeypatch, UpdateRecorder, "update_done", 4)
     assert _exit_code([*argv, "--resume"]) == 143
     folder = _folder(tmp_path) / "checkpoints"
     before = checkpoint.load_latest(folder)

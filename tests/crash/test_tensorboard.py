@@ -19,7 +19,7 @@ COMMANDS = {
         cl.main,
         "--preset smoke --chunks 2 --epochs 2 --protocol.images 150 --network.hidden 16 "
         "--network.width 8 --eval-samples 50 --probe-samples 40 --compare",
-        cl_benchmarks.recorder.Recorder,
+        cl_benchmarks.recorder.TaskRecorder,
         "epoch_done",
         {"experts/class/blocks.0", "experts/task/blocks.0", "experts/similarity/blocks.0"},
     ),
@@ -27,7 +27,7 @@ COMMANDS = {
         rl.main,
         "--preset smoke --encoder.hidden 16 --encoder.widths 16 --num-envs 4 --rollout-steps 16 "
         "--total-steps 512 --minibatches 2 --epochs 2 --probe-every 3 --probe-samples 32",
-        agents.recorder.Recorder,
+        agents.recorder.UpdateRecorder,
         "update_done",
         {"router", "experts/floor/actor.0", "experts/floor/critic.0"},
     ),

@@ -9,7 +9,7 @@ import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
 from dynmoe.tta.__main__ import main
-from dynmoe.tta.tally import Tally
+from dynmoe.tta.measures import Tally
 
 SMALL = "--preset smoke --limit 4 --lr-scale 30 --window 2 --name x --allow-unused"
 """76 images of 19 domains: 5 batches."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_benchmarks.experiment import prepare, run_all, run_method
+from cl_benchmarks.experiment import ContinualLearning, prepare
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.measuring import accuracy
@@ -34,10 +34,17 @@ from dynmoe import cl
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.lab import checkpoint
+from dynmoe.lab.runner import run_one
 from dynmoe.moe import moe_layers
 from dynmoe.registry import get
 
 CPU = torch.device("cpu")
+
+
+def run_method(preset: str, config: Config, data: ImageData) -> tuple[Path, dict[str, Any]]:
+    """One run's folder and summary."""
+    done = run_one(ContinualLearning(), preset, config, data)
+    return done.folder, done.summary
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +207,7 @@ def test_same_seed_same_run(data: ImageData, tmp_path: Path) -> None:
 def test_comparison(data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each method in a run of its own; started again, nothing is trained twice."""
     config = _config(tmp_path, epochs=1, compare=("dense", "wide"), name="mine")
-    run_all("smoke", config)
+    cl.run(config, "smoke")
     folders = sorted(p.name for p in (tmp_path / "cl").iterdir())
     assert folders == ["mine", "mine-dense", "mine-wide"]
     for name in folders:
@@ -208,7 +215,7 @@ def test_comparison(data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "cl" / "mine" / "seed-0" / "comparison.png").stat().st_size > 10_000
     logs = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("log.jsonl")}
     first = capsys.readouterr().out
-    run_all("smoke", config)
+    cl.run(config, "smoke")
     again = capsys.readouterr().out
     assert logs == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("log.jsonl")}
     assert "task" in first and again in first  # the table of methods alone

@@ -129,7 +129,7 @@ def test_no_import_points_backward(part: str) -> None:
         ("core", "def f():\n    import jax.numpy as jnp"),
         ("core", "from dynmoe.tta import adapt"),
         ("lab", "from dynmoe import moe"),
-        ("lab", "import dynmoe.plasticity.trend"),
+        ("lab", "import dynmoe.plasticity.tasks"),
         ("lab", "if True:\n    import torch, envs"),
         ("data", "from dynmoe.moe.layer import MoELayer"),
         ("data", "from dynmoe.lab.run import Run"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import pickle
 from dataclasses import replace
@@ -11,24 +10,20 @@ from typing import Any
 
 import pytest
 
-from dynmoe import sweep
+from dynmoe import commands, sweep
 from dynmoe.errors import UserError
 from dynmoe.lab.config import identity, to_dict
-from dynmoe.lab.jobs import Job, make_jobs, run_jobs
+from dynmoe.lab.runner import Job, make_job, run_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
 
 
 def _job(command: str, runs: Path, **changes: Any) -> tuple[Job, Any]:
     """A job of a command's first preset, and its settings."""
-    module = {"tta": "tta.__main__", "dg": "dg.__main__"}.get(command, command)
-    preset, config = next(iter(importlib.import_module(f"dynmoe.{module}").presets().items()))
-    config = replace(config, runs_dir=runs, name="x", **changes)
-    if command in ("cl", "rl"):
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
-        return make_jobs(command, "x", flags, [config.seed], runs, "x")[0], config
-    job_of = importlib.import_module(f"dynmoe.experiments.{command}.experiment").job_of
-    return (job_of(preset, "x", config) if command == "tta" else job_of(preset, config)), config
+    module = commands.load(command)
+    preset, config = next(iter(module.presets().items()))
+    config = replace(config, runs_dir=runs, name="x", compare=(), **changes)
+    return make_job(module.experiment(), preset, config, "x", None), config
 
 
 def _finish(job: Job, config: Any) -> None:
@@ -41,8 +36,7 @@ def _finish(job: Job, config: Any) -> None:
 def test_a_finished_run_counts_for_its_own_settings_alone(command: str, tmp_path: Path) -> None:
     job, config = _job(command, tmp_path)
     assert not job.done and pickle.loads(pickle.dumps(job)) == job
-    config = replace(config, compare=()) if hasattr(config, "compare") else config
-    assert job.settings == identity(config)
+    assert identity(job.config) == identity(config)
     _finish(job, config)
     assert job.done
     run_jobs([job, job], 1, "nothing to do")

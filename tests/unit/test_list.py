@@ -84,7 +84,7 @@ def test_a_pipe_gets_whole_lines() -> None:
     done = command("metric", COLUMNS="40")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "metric (dynmoe/plasticity/metrics)"
+    assert lines[0] == "metric (dynmoe/plasticity/metrics.py)"
     for name in registry.names("metric"):
         at = lines.index(f"  metric {name}")
         assert lines[at + 1] == f"      {registry.summary('metric', name)}"

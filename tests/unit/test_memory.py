@@ -8,7 +8,7 @@ import sys
 
 SCRIPT = """
 import resource, torch
-from dynmoe.lab.memory import keep_freed_memory
+from dynmoe.lab.device import keep_freed_memory
 
 def use(times):
     for _ in range(times):

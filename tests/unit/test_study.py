@@ -6,22 +6,19 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dynmoe import cl, registry, rl
-from dynmoe.dg import __main__ as dg
+from dynmoe import commands, registry
 from dynmoe.errors import UserError
+from dynmoe.lab.comparison import Results, logged
 from dynmoe.lab.config import parse
+from dynmoe.lab.report import cell
 from dynmoe.lab.statistics import Interval, seeds_to_see
-from dynmoe.studies.design import VIEWS, Preset, Results, Study, logged
-from dynmoe.studies.report import _cell
-from dynmoe.study import Config, main, run_study
-from dynmoe.tta import __main__ as tta
+from dynmoe.lab.study import Preset, Study
+from dynmoe.study import Config, carry_out, main
 
 STUDIES = registry.names("study")
-PRESETS: Any = {"cl": cl.presets, "rl": rl.presets, "tta": tta.presets, "dg": dg.presets}
 
 
 def results(**variants: list[list[float]]) -> Results:
@@ -30,7 +27,7 @@ def results(**variants: list[list[float]]) -> Results:
         name: [{"tasks": [{"train_accuracy": x} for x in seed]} for seed in seeds]
         for name, seeds in variants.items()
     }
-    return Results({"s": runs}, {"s": {}})
+    return Results({"s": runs}, {"s": {}}, commands.load("cl").experiment())
 
 
 def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
@@ -77,8 +74,8 @@ def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:
     study: Study = registry.get("study", name)()
-    presets: Any = PRESETS[study.command]()
-    references = VIEWS[study.command].references
+    module = commands.load(study.command)
+    presets, references = module.presets(), module.experiment().references
     variants = study.variants(preset)
     searched = {f"{v}-{i}": own for v, all_ in study.searches(preset).items()
                 for i, own in enumerate(all_)}  # fmt: skip
@@ -120,7 +117,7 @@ def test_a_study_runs_searches_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Config(study="tiny-test", seeds=3, runs_dir=tmp_path, jobs=2)
-    run_study(Tiny(), config, ["--threads", "1"])
+    carry_out(Tiny(), config, ["--threads", "1"])
     out = tmp_path / "study" / "tiny-test-laptop"
     found = json.loads((out / "results.json").read_text())
     assert found["question"] == "Does a network learn more when it learns at all?"
@@ -151,7 +148,7 @@ def test_a_study_runs_searches_and_reports(
     assert found["commits"] == [commit]
 
     before = file.stat()
-    run_study(Tiny(), config, ["--threads", "1"])  # all is read, nothing run again
+    carry_out(Tiny(), config, ["--threads", "1"])  # all is read, nothing run again
     assert before == file.stat()
 
 
@@ -166,8 +163,8 @@ def test_the_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cells_of_a_table() -> None:
-    assert _cell(Interval(0.5, 0.4, 0.6), 100, 1) == "50.0 [40.0, 60.0]"
-    assert _cell(Interval(0.5, 0.5, 0.5), 100, 1) == "50.0 [50.0, 50.0]"
-    assert _cell(Interval(5258, 5258, 5258), 1, 0) == "5,258"
-    assert _cell(Interval(5258, math.nan, math.nan), 1, 0) == "5,258"
-    assert _cell(Interval(math.nan, math.nan, math.nan), 1, 0) == ""
+    assert cell(Interval(0.5, 0.4, 0.6), 100, 1) == "50.0 [40.0, 60.0]"
+    assert cell(Interval(0.5, 0.5, 0.5), 100, 1) == "50.0 [50.0, 50.0]"
+    assert cell(Interval(5258, 5258, 5258), 1, 0) == "5,258"
+    assert cell(Interval(5258, math.nan, math.nan), 1, 0) == "5,258"
+    assert cell(Interval(math.nan, math.nan, math.nan), 1, 0) == ""

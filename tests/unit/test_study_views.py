@@ -11,14 +11,18 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dynmoe import registry
+from dynmoe import commands, registry
+from dynmoe.experiments.tta.experiment import _gains
+from dynmoe.lab.comparison import Results
+from dynmoe.lab.experiment import At, Experiment
+from dynmoe.lab.figures import dots
 from dynmoe.lab.statistics import Interval
-from dynmoe.studies.design import VIEWS, Command, Preset, Results, Study
-from dynmoe.studies.views.drawing import dots
-from dynmoe.studies.views.shifts import _gains
-from dynmoe.studies.views.view import At
-from dynmoe.study import Config, run_study
+from dynmoe.lab.study import Command, Preset, Study
+from dynmoe.study import Config, carry_out
 
+EXPERIMENTS: dict[str, Experiment] = {
+    name: commands.load(name).experiment() for name in ("cl", "tta", "dg")
+}
 TTA: dict[str, Any] = {
     "accuracy": 0.5,
     "curve": [0.1, *[0.5] * 18, 0.8],
@@ -49,7 +53,7 @@ DG = {"tests": [{"accuracy": a, "trainable": 10, "measures": {"kl": a / 2, "spre
     ],
 )
 def test_numbers_of_a_run_of_adaptation(metric: str, at: At, expected: float) -> None:
-    view = VIEWS["tta"]
+    view = EXPERIMENTS["tta"]
     assert view.value(TTA, metric, at) == pytest.approx(expected)
     if metric != "accuracy":
         assert math.isnan(view.value(PLAIN, metric, at))
@@ -57,7 +61,7 @@ def test_numbers_of_a_run_of_adaptation(metric: str, at: At, expected: float) ->
 
 def test_sentences_about_a_stream() -> None:
     later = TTA | {"accuracy": 0.6}
-    r = Results({"s": {"a": [later, later], "b": [TTA, TTA]}}, {"s": {}}, VIEWS["tta"])
+    r = Results({"s": {"a": [later, later], "b": [TTA, TTA]}}, {"s": {}}, EXPERIMENTS["tta"])
     assert r.says("s", "a", "b").startswith(
         "s: a against b: +10.0 points [10.0, 10.0], higher (acc"
     )
@@ -68,7 +72,7 @@ def test_sentences_about_a_stream() -> None:
 
 
 def test_a_metric_that_runs_lack_has_no_interval() -> None:
-    r = Results({"s": {"a": [PLAIN, PLAIN]}}, {"s": {}}, VIEWS["tta"])
+    r = Results({"s": {"a": [PLAIN, PLAIN]}}, {"s": {}}, EXPERIMENTS["tta"])
     assert all(map(math.isnan, r.interval("s", "a", "clean")))
 
 
@@ -78,17 +82,17 @@ def test_gains_along_a_stream_are_against_another_run_on_the_same_images() -> No
 
 
 def test_numbers_of_a_trial_are_means_over_left_out_domains() -> None:
-    assert VIEWS["dg"].value(DG, "accuracy", "mean") == pytest.approx(0.7)
-    assert VIEWS["dg"].value(DG, "kl", "mean") == pytest.approx(0.35)
-    assert VIEWS["dg"].unit("trainable") == (1.0, "", 0)
-    r = Results({"s": {"a": [DG, DG], "b": [DG, DG]}}, {"s": {}}, VIEWS["dg"])
+    assert EXPERIMENTS["dg"].value(DG, "accuracy", "mean") == pytest.approx(0.7)
+    assert EXPERIMENTS["dg"].value(DG, "kl", "mean") == pytest.approx(0.35)
+    assert EXPERIMENTS["dg"].unit("trainable") == (1.0, "", 0)
+    r = Results({"s": {"a": [DG, DG], "b": [DG, DG]}}, {"s": {}}, EXPERIMENTS["dg"])
     assert "accuracy, mean over left-out domains" in r.says("s", "a", "b")
 
 
 def test_the_departure_of_mixed_parameters_is_told_in_nats() -> None:
     study = registry.get("study", "dg-experts")()
     runs = {variant: [DG, DG] for variant in study.variants("laptop")}
-    *_, sentence = study.verdict(Results({"s": runs}, {"s": {}}, VIEWS["dg"]))
+    *_, sentence = study.verdict(Results({"s": runs}, {"s": {}}, EXPERIMENTS["dg"]))
     assert sentence.startswith("s: 5 sets, deltas: predictions of mixed parameters are 0.3500 nats")
     assert "changes by -0.5000 nats [-0.5000, -0.5000]." in sentence
 
@@ -108,7 +112,8 @@ def test_many_variants_are_drawn_as_rows(tmp_path: Path, variants: int, height: 
     names = ["dense", "fresh", *(f"v{n}" for n in range(variants - 2))]
     row = {"train_accuracy": 0.5, "online_accuracy": 0.4, "test_accuracy": 0.3}
     runs = {name: [{"tasks": [row, row]}] * 2 for name in names}
-    VIEWS["cl"].draw(tmp_path / "figure.png", Results({"s": runs}, {}), "title")
+    results = Results({"s": runs}, {}, EXPERIMENTS["cl"])
+    results.experiment.draw(tmp_path / "figure.png", results, "title")
     with Image.open(tmp_path / "figure.png") as image:
         assert image.size == (1300, height)
 
@@ -150,7 +155,7 @@ def test_a_study_runs_and_reports(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Config(study=study.name, seeds=2, runs_dir=tmp_path, jobs=1)
-    run_study(study, config, ["--threads", "1"])
+    carry_out(study, config, ["--threads", "1"])
     out = tmp_path / "study" / f"{study.name}-laptop"
     found = json.loads((out / "results.json").read_text())
     (stream,) = found["streams"].values()
@@ -167,6 +172,6 @@ def test_a_study_runs_and_reports(
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert found["verdict"][0] in capsys.readouterr().out
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("summary.json")}
-    run_study(study, config, ["--threads", "1"])
+    carry_out(study, config, ["--threads", "1"])
     assert len(before) == 4
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("summary.json")}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cl_benchmarks.experiment import ContinualLearning, _print_tasks
 from dynmoe import sweep
 from dynmoe.errors import UserError
 from dynmoe.lab import figures
+from dynmoe.lab.comparison import Results
 from dynmoe.lab.config import run_command
-from dynmoe.lab.figures import band_figure, plasticity_figure
-from dynmoe.lab.tables import print_methods, print_tasks
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.lab.report import print_table, table
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""
@@ -36,13 +36,19 @@ def _tasks(*train: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _summary(*train: float) -> dict[str, Any]:
-    keys = ("train_accuracy", "test_accuracy", "online_accuracy")
-    tasks = _tasks(*train)
-    return {
-        "tasks": tasks,
-        "plasticity": {key: plasticity_summary([task[key] for task in tasks]) for key in keys},
-    }
+def _results(**variants: list[list[float]]) -> Results:
+    """Variants with the train accuracies [S][T] of their runs."""
+    runs = {name: [{"tasks": _tasks(*seed)} for seed in seeds] for name, seeds in variants.items()}
+    return Results({"": runs}, {}, ContinualLearning())
+
+
+def _draw(path: Path, **variants: list[list[float]]) -> None:
+    ContinualLearning().draw(path, _results(**variants), "digits")
+
+
+def _cells(printed: str) -> list[list[str]]:
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
 
 
 def _colors(path: Path) -> set[tuple[int, ...]]:
@@ -54,59 +60,60 @@ def _colors(path: Path) -> set[tuple[int, ...]]:
         ).tolist()}  # fmt: skip
 
 
+def _shows(path: Path, color: str | tuple[int, ...]) -> bool:
+    """Whether a figure has a colour, but for the rounding of its palette."""
+    wanted = _rgb(color) if isinstance(color, str) else color
+    return any(
+        all(abs(x - y) <= 3 for x, y in zip(own, wanted, strict=True)) for own in _colors(path)
+    )
+
+
 def _rgb(color: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(color[1:]))
 
 
 def test_figures_show_a_line_per_method(tmp_path: Path) -> None:
     one, two = tmp_path / "one.png", tmp_path / "two.png"
-    plasticity_figure(one, {"dense": _tasks(0.9, 0.5)}, "digits")
-    assert _rgb(COLORS[0]) in _colors(one) and _rgb(COLORS[1]) not in _colors(one)
-    plasticity_figure(two, {"dense": _tasks(0.9, 0.5), "fresh": _tasks(0.2, 0.4)}, "digits")
-    assert {_rgb(COLORS[0]), _rgb(COLORS[1])} <= _colors(two)
-    plasticity_figure(one, {"one task": _tasks(0.9)}, "digits")
-    assert _rgb(COLORS[0]) in _colors(one)
-    many = {f"method {i}": _tasks(0.1 * i, 0.05 * i) for i in range(len(COLORS) + 2)}
-    plasticity_figure(one, many, "more methods than colours")
-    assert {_rgb(color) for color in COLORS} <= _colors(one)
+    _draw(one, dense=[[0.9, 0.5]])
+    assert _shows(one, COLORS[0]) and not _shows(one, COLORS[1])
+    _draw(two, dense=[[0.9, 0.5]], fresh=[[0.2, 0.4]])
+    assert _shows(two, COLORS[0]) and _shows(two, COLORS[1])
+    _draw(one, one_task=[[0.9]])
+    assert _shows(one, COLORS[0])
+    _draw(one, **{f"method_{i}": [[0.1 * i, 0.05 * i]] for i in range(len(COLORS) + 2)})
+    assert all(_shows(one, color) for color in COLORS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.png", "two.png"]
 
 
-def test_band_figure(tmp_path: Path) -> None:
-    keys = ("train_accuracy", "test_accuracy", "online_accuracy")
-    wide = {key: [[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]] for key in keys}
-    none = {key: [[0.5, 0.5]] * 3 for key in keys}
-    band_figure(tmp_path / "wide.png", {"seeds": 3, "variants": {"a": wide}}, "title")
-    band_figure(tmp_path / "none.png", {"seeds": 3, "variants": {"a": none}}, "title")
-    light = {tuple(round(0.85 * 255 + 0.15 * x) for x in _rgb(COLORS[0]))}
-
-    def shows_band(path: Path) -> bool:
-        return any(
-            all(abs(x - y) <= 2 for x, y in zip(color, shade, strict=True))
-            for color in _colors(path)
-            for shade in light
-        )
-
-    assert shows_band(tmp_path / "wide.png") and not shows_band(tmp_path / "none.png")
+def test_seeds_are_shown_as_a_band(tmp_path: Path) -> None:
+    _draw(tmp_path / "wide.png", a=[[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
+    _draw(tmp_path / "none.png", a=[[0.5, 0.5]] * 3)
+    light = tuple(round(0.85 * 255 + 0.15 * x) for x in _rgb(COLORS[0]))
+    assert _shows(tmp_path / "wide.png", light) and not _shows(tmp_path / "none.png", light)
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    print_tasks(_summary(0.9, 0.505), "dense: digits")
+    _print_tasks({"tasks": _tasks(0.9, 0.505)}, "dense: digits")
     out = capsys.readouterr().out
     assert "dense: digits" in out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()
-            if line.startswith("│")]  # fmt: skip
-    assert rows == [
+    assert _cells(out) == [
         ["1", "90.0 %", "45.0 %", "22.5 %", "2", "12,345"],
         ["2", "50.5 %", "25.2 %", "12.6 %", "4", "12,345"],
     ]
-    print_methods({"dense": _summary(0.9, 0.5, 0.7), "fresh": _summary(0.6, 0.6, 0.6)}, "digits")
-    out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()
-            if line.startswith("│")]  # fmt: skip
-    assert rows[0][:5] == ["dense", "90.0 %", "70.0 %", "70.0 %", "50.0 %"]
-    assert rows[0][5:] == ["-10.0 points", "35.0 %"]
-    assert rows[1] == ["fresh", "60.0 %", "60.0 %", "60.0 %", "60.0 %", "+0.0 points", "30.0 %"]
+    rows = table(_results(dense=[[0.9, 0.5, 0.7]], fresh=[[0.6, 0.6, 0.6]]), "")
+    print_table("digits", rows)
+    assert _cells(capsys.readouterr().out) == rows[1:]
+    assert rows[0][1:6] == ["first task", "last task", "mean", "worst", "per task"]
+    assert rows[1] == ["dense", "90.0", "70.0", "70.0", "50.0", "-10.0", "17.5", "35.0"]
+    assert rows[2][:6] == ["fresh", "60.0", "60.0", "60.0", "60.0", "0.0"]
+
+
+def test_a_table_of_several_seeds_has_intervals_and_differences() -> None:
+    own, other = [[0.5, 0.9], [0.5, 0.7], [0.5, 0.8]], [[0.5, 0.8], [0.5, 0.6], [0.5, 0.7]]
+    rows = table(_results(own=own, other=other), "", difference=True)
+    assert rows[0][-1] == "train accuracy minus own"
+    assert rows[1][1:3] == ["50.0 [50.0, 50.0]", "80.0 [55.2, 104.8]"] and rows[1][-1] == ""
+    assert rows[2][-1] == "-10.0 [-10.0, -10.0]"  # the same for every seed
 
 
 FLAGS = "--preset smoke --chunks 2 --epochs 2 --eval-samples 60 --probe-samples 40"
@@ -118,51 +125,44 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             *FLAGS.split()]  # fmt: skip
     sweep.main(argv)
     out = capsys.readouterr().out
-    results = json.loads((tmp_path / "sweep" / "s" / "results.json").read_text())
-    assert results["flags"] == FLAGS and results["seeds"] == 2
-    assert list(results["variants"]) == ["plain", "g1"]
-    assert sorted(p.name for p in (tmp_path / "cl" / "s").iterdir()) == ["g1", "plain"]
-
+    folder = tmp_path / "sweep" / "s"
+    results = json.loads((folder / "results.json").read_text())
+    assert FLAGS in results["command"] and results["seeds"] == 2
+    variants = results["streams"][""]
+    assert list(variants) == ["plain", "g1"]
     summaries = {p: json.loads(p.read_text()) for p in tmp_path.rglob("summary.json")}
     assert len(summaries) == 4
-    for label, entry in results["variants"].items():
-        folder = tmp_path / "cl" / "s" / label
-        for metric in ("train_accuracy", "test_accuracy", "online_accuracy"):
-            runs = [
-                [task[metric] for task in summaries[folder / seed / "summary.json"]["tasks"]]
-                for seed in ("seed-0", "seed-1")
-            ]
-            assert entry[metric] == runs and runs[0] != runs[1]
-            shown = entry[f"{metric}_summary"]
-            for name, values in (
-                ("first task", [run[0] for run in runs]),
-                ("last task", [run[-1] for run in runs]),
-                ("mean over tasks", [sum(run) / len(run) for run in runs]),
-            ):
-                point, low, high = shown[name]
-                assert point == pytest.approx(sum(values) / 2)
-                reach = 12.7062 * abs(values[1] - values[0]) / 2  # t of one degree of freedom
-                assert [low, high] == pytest.approx([point - reach, point + reach], rel=1e-4)
-    assert (
-        f"{100 * results['variants']['plain']['train_accuracy_summary']['last task'][0]:.1f}"
-        in (out)
-    )
-    assert _colors(tmp_path / "sweep" / "s" / "plasticity.png")
+    for entry in variants.values():
+        runs = [summaries[tmp_path / "cl" / "studies" / entry["runs"] / f"seed-{s}/summary.json"]
+                for s in (0, 1)]  # fmt: skip
+        tasks = [[round(task["train_accuracy"], 4) for task in run["tasks"]] for run in runs]
+        assert entry["train_accuracy"] == tasks and tasks[0] != tasks[1]
+        for at, values in (
+            ("first", [t[0] for t in tasks]),
+            ("last", [t[-1] for t in tasks]),
+            ("mean", [sum(t) / len(t) for t in tasks]),
+        ):
+            point, low, high = entry[f"train_accuracy_{at}"]
+            assert point == pytest.approx(sum(values) / 2, abs=2e-4)
+            reach = 12.7062 * abs(values[1] - values[0]) / 2  # t of one degree of freedom
+            assert [low, high] == pytest.approx([point - reach, point + reach], abs=2e-3)
+    assert f"{100 * variants['plain']['train_accuracy_last'][0]:.1f}" in out
+    assert "g1 against plain" in out and "g1 against plain" in (folder / "study.md").read_text()
+    assert _colors(folder / "figure.png")
 
     times = {p: p.stat().st_mtime_ns for p in summaries}
     logs = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("log.jsonl")}
     sweep.main([*argv[:4], "1", *argv[5:]])  # of one seed now
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}
     assert logs == {p: p.stat().st_mtime_ns for p in logs}
-    kept = (tmp_path / "sweep" / "s" / "results.json").read_bytes()
-    for other in (["--protocol", "permuted"], ["--epochs", "1"]):
-        with pytest.raises(UserError, match=r"holds a run with other settings \(.*->.*--name"):
-            sweep.main([*argv, *other])
-    assert kept == (tmp_path / "sweep" / "s" / "results.json").read_bytes()
-    results = json.loads((tmp_path / "sweep" / "s" / "results.json").read_text())
-    point, low, high = results["variants"]["g1"]["train_accuracy_summary"]["first task"]
-    first = summaries[tmp_path / "cl" / "s" / "g1" / "seed-0" / "summary.json"]["tasks"][0]
-    assert (point, low, high) == (first["train_accuracy"], None, None)
+    results = json.loads((folder / "results.json").read_text())
+    entry = results["streams"][""]["g1"]
+    assert entry["train_accuracy_first"] == [entry["train_accuracy"][0][0], None, None]
+    sweep.main([*argv[:4], "1", *argv[5:], "--epochs", "1"])  # other settings are other runs
+    assert (
+        times.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("summary.json")}.items()
+    )
+    assert len(list(tmp_path.rglob("summary.json"))) == 6
 
 
 def test_sweep_reports_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynmoe.dg.adapted import adapted_features, balance
 from dynmoe.dg.backbone import features
-from dynmoe.dg.bank import AdapterBank, Synthesis
-from dynmoe.dg.identity import departure
+from dynmoe.dg.bank import AdapterBank, Synthesis, adapted_features, balance, bank_for
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
+from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.losses.diversity import Form, PrototypeDiversity
 from dynmoe.moe.routers.soft import CosineRouter
@@ -64,10 +63,8 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         smoothing: float = 0.1
         """label smoothing; the paper does not say how much"""
 
-    def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
-    ) -> None:
-        super().__init__(config, backbone, classes, generator)
+    def prepare(self, config: Config, generator: torch.Generator | None) -> None:
+        """Make the outer experts."""
         room = config.max_experts or config.experts
         if config.experts < 1 or room < config.experts:
             raise UserError(
@@ -77,17 +74,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
             raise UserError(f"moe2: smoothing={config.smoothing} must be at least 0 and below 1")
         self.smoothing = config.smoothing
         self.balance = config.balance
-        count = len(range(0, len(backbone.blocks), config.every))  # type: ignore[arg-type]
-        base: nn.Linear = backbone.blocks[0].attn.qkv  # type: ignore[index,union-attr]
-        bank = AdapterBank.Config(
-            options=config,
-            adapter=config.adapter,
-            synthesis=config.synthesis,
-            init_noise=config.init_noise,
-            layers=count,
-            width_in=base.in_features,
-            width_out=base.out_features,
-        )
+        bank = bank_for(self.backbone, config, config.adapter, config.synthesis, config.init_noise)
         losses = PrototypeDiversity.Config(weight=config.diversity, form=config.diversity_form)
         self.outer = MoELayer(
             self.dim,
@@ -104,7 +91,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         weight = self.outer.router.weight
         with torch.no_grad():
             weight.copy_(F.normalize(weight, dim=1))
-        self.layers = insert_moa(backbone, config, generator)
+        self.layers = insert_moa(self.backbone, config, generator)
 
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [1, B, C]; penalties "diversity" and "balance"."""
@@ -124,7 +111,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         return self.head(z).unsqueeze(0), penalties
 
     def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """How far mixed parameters are from mixed outputs: `dynmoe.dg.identity.departure`."""
+        """How far mixed parameters are from mixed outputs: `departure`."""
         return departure(self, images, labels)
 
     def forward_with(self, images: Tensor, gates: Tensor) -> Tensor:
@@ -140,3 +127,54 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         bank = self.outer.bank
         assert isinstance(bank, AdapterBank)
         return bank
+
+
+def router_identity(p: Tensor, w: Tensor, experts: Tensor, labels: Tensor) -> Tensor:
+    """[B] `log((p . S_y) / (w . S_y))`, the excess loss of routing by w where p is right (Eq. 6).
+
+    Args:
+        p, w: [B, K] weights that add up to 1.
+        experts: [B, K, C] class probabilities of each expert.
+        labels: [B] classes y.
+    """
+    own = experts.gather(2, labels.view(-1, 1, 1).expand(-1, experts.shape[1], 1)).squeeze(2)
+    return torch.log((p * own).sum(dim=1)) - torch.log((w * own).sum(dim=1))
+
+
+@torch.no_grad()
+def departure(method: MoE2, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """What mixing parameters gives against mixing the same experts' probabilities.
+
+    Lemma 1 (`router_identity`) is about mixed probabilities, `f_y = w . S_y`; MoE² mixes
+    parameters, for which it does not hold. This measures by how much, at the cost of a pass per
+    expert. All means are over the batch.
+
+    Args:
+        method: in any mode; it is left as it was.
+        images: [B, 3, H, W].
+        labels: [B].
+
+    Returns:
+        kl: mean KL(mixed outputs || mixed parameters), nats. loss_change: mean cross-entropy with
+        mixed parameters minus with mixed outputs, 0 where Lemma 1 would hold. loss_change_abs: mean
+        of its absolute value per sample. agreement: share of equal decisions. spread: mean KL of
+        an expert from the mixed outputs (weighted), to compare `kl` with: 0 where experts agree.
+    """
+    with undisturbed(method):
+        embedding = features(method.backbone, images)
+        gates = method.outer.router(embedding).gates[:, : method.outer.num_experts]
+        mixed = method(images, embedding).log_softmax(dim=1)
+        alone = torch.eye(gates.shape[1], dtype=gates.dtype, device=gates.device)
+        logits = [method.forward_with(images, row.expand(len(images), -1)) for row in alone]
+        each = torch.stack(logits, dim=1).log_softmax(dim=2)
+    oracle = torch.log((gates.unsqueeze(2) * each.exp()).sum(dim=1))
+    own = labels.unsqueeze(1)
+    change = (oracle.gather(1, own) - mixed.gather(1, own)).squeeze(1)
+    spread = (each.exp() * (each - oracle.unsqueeze(1))).sum(dim=2)
+    return {
+        "kl": float((oracle.exp() * (oracle - mixed)).sum(dim=1).mean()),
+        "loss_change": float(change.mean()),
+        "loss_change_abs": float(change.abs().mean()),
+        "agreement": float((oracle.argmax(1) == mixed.argmax(1)).float().mean()),
+        "spread": float((gates * spread).sum(dim=1).mean()),
+    }

@@ -1,119 +1,188 @@
-"""All runs of a comparison, each a process, and what they add up to."""
+"""Domain generalisation: methods with each domain left out in turn."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
-import torch
+import numpy as np
 
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.experiments.dg.measure import method_figures
 from dynmoe.experiments.dg.settings import Config
-from dynmoe.experiments.dg.source import load_source
-from dynmoe.lab.config import from_dict, identity, to_dict
-from dynmoe.lab.jobs import Job, run_jobs
-from dynmoe.lab.results import Result, read_run
+from dynmoe.experiments.dg.source import Source, load_source
+from dynmoe.experiments.dg.trial import Trial
+from dynmoe.lab.comparison import Results, three
+from dynmoe.lab.config import RunConfig
+from dynmoe.lab.experiment import At, Experiment
+from dynmoe.lab.figures import COLORS, dots, new_figure, save
+from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
-
-LEAST = {"seeds": 1, "jobs": 1, "steps": 1, "eval_every": 1, "batch_size": 1, "eval_batch": 1,
-         "threads": 0, "lr": 0, "weight_decay": 0, "granularity": 0, "features": 0,
-         "landscape": 0}  # fmt: skip
-"""Setting -> the smallest value that can work. Parts check their own options."""
+from dynmoe.lab.statistics import confidence_interval
 
 
-def run_all(preset: str, config: Config) -> Result:
-    """Train `config.method` and each of `config.compare` in all trials; print, write and draw.
+@dataclass(frozen=True)
+class DomainGeneralisation(Experiment):
+    """What `dynmoe.dg` does: one run is one method in one trial, every domain left out in turn.
 
-    Raises:
-        UserError: settings that cannot work, told before any work.
+    Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
+    `oracle_accuracy`, at the last one; `trainable`, the trainable parameters; and the method's own
+    `measures`, of MoE² those of `dynmoe.dg.methods.moe2.departure`.
     """
-    check(config)
-    methods = [config, *(_compared(config, name) for name in _others(config))]
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    load_source(config)  # fails early, and fills the caches that the runs then read
-    trials = {
-        one.method.part.name: [_trial(preset, one, config.seed + i) for i in range(config.seeds)]
-        for one in methods
-    }
-    jobs = {name: [job_of(preset, one) for one in own] for name, own in trials.items()}
-    flat = [job for own in jobs.values() for job in own]
-    alone = config.jobs == 1 or len(flat) == 1
-    for name, own in trials.items():
-        for one, job in zip(own, jobs[name], strict=True):
-            if alone or job.done:  # a finished run is opened too, to see that its settings are ours
-                run_method(preset, one)
-    run_jobs(flat, config.jobs, "dg")
-    from dynmoe.experiments.dg.report import report
 
-    summaries = {name: [job.summary() for job in own] for name, own in jobs.items()}
-    folders = {name: [job.folder for job in own] for name, own in jobs.items()}
-    first = folders[config.method.part.name][0]
-    report(first.parent / "report", config, summaries, folders)
-    return Result(first.parent / "report", tuple(read_run(job.folder) for job in flat))
-
-
-def main(argv: list[str]) -> None:
-    """One run in a process of its own: argv is the preset and the settings as JSON."""
-    preset, settings = argv
-    run_method(preset, from_dict(Config, json.loads(settings)))
-
-
-def run_method(preset: str, config: Config) -> None:
-    """Train one method in one trial, on all left-out domains, or see that it is done."""
-    with _run(preset, config) as run:
-        if run.summary is None:
-            from dynmoe.experiments.dg.trial import Trial
-
-            run.finish(Trial(run, config, load_source(config)).run_all())
-
-
-def check(config: Config) -> None:
-    """Refuse numbers that cannot work before any work is done.
-
-    Raises:
-        UserError: names the flag.
-    """
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if not value >= least:  # also refuses nan
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value} is too small; use {least} or more")
-
-
-def _run(preset: str, config: Config) -> Run:
-    return Run("dg", preset, config, label=f"{config.method.part.name}-{config.domains.part.name}")
-
-
-def job_of(preset: str, config: Config) -> Job:
-    """The run of these settings: one method in one trial."""
-    settings = json.dumps(to_dict(config))
-    label = f"{config.method.part.name}, seed {config.seed}"
-    return Job(
-        label,
-        "experiments.dg.experiment",
-        (preset, settings),
-        _run(preset, config).folder,
-        identity(config),
+    command = "dg"
+    least: ClassVar[dict[str, float]] = {
+        "steps": 1, "eval_every": 1, "batch_size": 1, "eval_batch": 1, "lr": 0, "weight_decay": 0,
+        "granularity": 0, "features": 0, "landscape": 0,
+    }  # fmt: skip
+    metric = "accuracy"
+    columns = (
+        ("accuracy", "accuracy", "mean"),
+        ("last evaluation", "oracle_accuracy", "mean"),
+        ("trainable parameters", "trainable", "mean"),
     )
+    references = ("linear-probe", "moa")
+    at = "mean"
+
+    def variants(self, config: Config, shared: Source) -> dict[str, dict[str, Config]]:
+        """The method of the settings, and each of `config.compare` with its defaults, not grown."""
+        own = config.method.part.name
+        for name in config.compare:
+            if config.compare.count(name) > 1:
+                raise UserError(f"--compare names {name} twice; name each once")
+        found = {own: replace(config, resume=True)}
+        for name in config.compare:
+            if name != own:
+                found[name] = replace(
+                    config,
+                    method=registry.get("dg", name).Config(),
+                    granularity=0,
+                    name=f"{config.name}-{name}" if config.name else None,
+                    resume=True,
+                )
+        return {"": found}
+
+    def label(self, config: Config, shared: Source) -> str:
+        """Method and data set."""
+        return f"{config.method.part.name}-{config.domains.part.name}"
+
+    def load(self, config: Config) -> Source:
+        """Domains and backbone."""
+        return load_source(config)
+
+    def prepare(self, run: Run, config: Config, shared: Source) -> Trial:
+        """The trial of the settings' seed."""
+        return Trial(run, config, shared)
+
+    def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
+        """Mean over the left-out domains."""
+        values = [{**row, **row["measures"]}[metric] for row in summary["tests"]]
+        return sum(values) / len(values)
+
+    def unit(self, metric: str) -> tuple[float, str, int]:
+        """Accuracies in points."""
+        return (1.0, "", 0) if metric == "trainable" else super().unit(metric)
+
+    def describe(self, metric: str, at: At) -> str:
+        """A mean over domains."""
+        return f"{metric.replace('_', ' ')}, mean over left-out domains"
+
+    def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
+        """Every seed's accuracy by left-out domain, the method's own figures, and intervals."""
+        runs = results.runs[stream][variant]
+        rows = [row for run in runs for row in run["tests"]]
+        entry: dict[str, Any] = {
+            "trainable": rows[0]["trainable"],
+            "parameters": rows[0]["parameters"],
+            "domains": by_domain(runs),
+            "measures": {n: float(np.mean([row["measures"][n] for row in rows]))
+                         for n in rows[0].get("measures", {})},
+            "growths": [sum(len(row["growth"]) for row in run["tests"]) for run in runs],
+        }  # fmt: skip
+        for metric in ("accuracy", "oracle_accuracy"):
+            values = results.values(stream, variant, metric)
+            entry[metric] = three(confidence_interval(values, "mean"))
+        return entry
+
+    def draw(self, path: Path, results: Results, title: str) -> None:
+        """Per stream: accuracy with its interval by variant, and against the trainable parameters.
+
+        The second is the shape of Figure 1 of MoE².
+        """
+        figure = new_figure(title, 4.0 * len(results.streams))
+        grid = figure.subplots(len(results.streams), 2, squeeze=False)
+        for stream, (left, right) in zip(results.streams, grid, strict=True):
+            rows = {v: results.interval(stream, v) for v in results.runs[stream]}
+            dots(left, rows, 100)
+            left.set(title=stream, xlabel="accuracy on left-out domains (%)")
+            for number, (variant, interval) in enumerate(rows.items()):
+                trainable = results.values(stream, variant, "trainable")[0]
+                color = COLORS[number % len(COLORS)]
+                right.plot([trainable], [100 * interval.point], "o", color=color)
+                right.annotate(variant, (trainable, 100 * interval.point), fontsize=8,
+                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
+            right.set(title=stream, xlabel="trainable parameters", xscale="log",
+                      ylabel="accuracy on left-out domains (%)")  # fmt: skip
+        save(figure, path)
+
+    def title(self, config: Config, shared: Source) -> str:
+        """Data set, backbone and selection."""
+        return f"{shared.data.name}, {config.model}, {config.selection} selection"
+
+    def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
+        """Beside the folders of the main method's trials."""
+        return first.parent / "report"
+
+    def report_more(self, folder: Path, config: Config, shared: Source, results: Results) -> None:
+        """DomainBed's table, the methods' own figures, and what the first trials have kept."""
+        (runs,), (folders,) = results.runs.values(), results.folders.values()
+        caption = f"test accuracy in %, mean ± standard error over {config.seeds} trial(s)"
+        print_table(self.title(config, shared), domain_table(runs), caption)
+        for name, own in runs.items():
+            measures = self.entry(results, "", name)["measures"]
+            if measures:
+                print(f"{name}: {', '.join(f'{key} {v:.4f}' for key, v in measures.items())}")
+            file = folders[name][0] / "figures.npz"
+            if file.is_file():
+                with np.load(file, allow_pickle=False) as loaded:
+                    arrays = {key: loaded[key] for key in loaded.files}
+                left_out = own[0]["tests"][0]["domain"]
+                method_figures(folder, name, arrays, own[0]["domains"], left_out)
 
 
-def _trial(preset: str, config: Config, seed: int) -> Config:
-    return replace(config, seed=seed, resume=True)  # as studies do: going on is never wrong
+def by_domain(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Left-out domain -> accuracy (a share) in each trial."""
+    names = [row["domain"] for row in runs[0]["tests"]]
+    return {n: [run["tests"][i]["accuracy"] for run in runs] for i, n in enumerate(names)}
 
 
-def _others(config: Config) -> list[str]:
-    """Methods to compare with; the main one is left out."""
-    own = config.method.part.name
-    twice = [n for n in config.compare if config.compare.count(n) > 1]
-    if twice:
-        raise UserError(f"--compare names {twice[0]} twice; name each once")
-    return [name for name in config.compare if name != own]
+def mean_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over trials, as DomainBed prints them; nan for a single trial.
+
+    The deviation is numpy's default, divided by n and not n - 1, as in DomainBed's tables.
+    """
+    error = float(np.std(values) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
 
 
-def _compared(config: Config, name: str) -> Config:
-    """The same settings with another method, at its defaults and without growth."""
-    own_name = f"{config.name}-{name}" if config.name else None
-    method = registry.get("dg", name).Config()
-    return replace(config, method=method, granularity=0, name=own_name)
+def domain_table(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Headings, then a row per method: each left-out domain, their average, and its size.
+
+    Errors of the average are over trials' means: the trials, not their domains, are independent.
+    """
+    domains = list(by_domain(next(iter(runs.values()))))
+    rows = [["method", *domains, "average", "trainable", "parameters"]]
+    for name, own in runs.items():
+        values = by_domain(own)
+        means = [float(np.mean(trial)) for trial in zip(*values.values(), strict=True)]
+        last = own[0]["tests"][-1]
+        cells = [_cell(*mean_error(trials)) for trials in (*values.values(), means)]
+        rows.append([name, *cells, f"{last['trainable']:,}", f"{last['parameters']:,}"])
+    return rows
+
+
+def _cell(mean: float, error: float) -> str:
+    return f"{100 * mean:.1f}" if math.isnan(error) else f"{100 * mean:.1f} ± {100 * error:.1f}"

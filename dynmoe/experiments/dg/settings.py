@@ -20,7 +20,7 @@ class Config(RunConfig):
     """Settings of a comparison of methods by leave-one-domain-out."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "What to run": ("method", "compare", "domains", "test_domains", "seeds", "seed", "jobs"),
+        "What to run": ("method", "compare", "domains", "test_domains", "seeds", "seed"),
         "Backbone": ("model", "pretrained", "weights", "vit"),
         "Training": (
             "steps", "eval_every", "batch_size", "eval_batch", "lr", "weight_decay", "augment",

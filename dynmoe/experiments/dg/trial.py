@@ -24,7 +24,8 @@ from dynmoe.growth.controller import GrowthController, GrowthEvent
 from dynmoe.growth.probe import Probe
 from dynmoe.growth.trigger import Signals
 from dynmoe.lab.cache import Arrays, write_npz
-from dynmoe.lab.progress import ProgressLine
+from dynmoe.lab.experiment import Session
+from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.moe.layer import moe_layers
 from dynmoe.moe.step import finish_step
@@ -33,7 +34,7 @@ PROBE = 64
 """Images of a domain on which the shock of a growth, and a method's own figures, are measured."""
 
 
-class Trial:
+class Trial(Session):
     """A run of `dynmoe.dg`.
 
     Args:
@@ -56,21 +57,41 @@ class Trial:
                 )
         self.embeddings: dict[int, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
+        self.fold: Fold | None = None  # under way
+        steps = config.steps * len(source.tests)
+        label = f"{config.method.part.name}, seed {config.seed}"
+        self.recorder = Recorder(run, label, steps, self.state)
 
-    def run_all(self) -> dict[str, Any]:
-        """Train for each left-out domain; returns the summary."""
-        config, tests = self.config, self.source.tests
-        state = self.run.restored or {}
-        self.rows = list(state.get("rows", []))
-        first = len(self.rows)
-        name = f"{config.method.part.name}, seed {config.seed}"
-        with ProgressLine(name, config.steps * len(tests)) as progress:
-            progress.start_at(first * config.steps + state.get("step", 0))
-            for place in range(first, len(tests)):
-                fold = Fold(self, tests[place], place)
-                if place == first and "fold" in state:
-                    fold.load_state_dict(state["fold"])
-                self.rows.append(fold.train(progress))
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on within a left-out domain, or at the start of one."""
+        self.rows = list(state["rows"])
+        place = len(self.rows)
+        if "fold" in state:
+            self.fold = Fold(self, self.source.tests[place], place)
+            self.fold.load_state_dict(state["fold"])
+        self.recorder.progress.start_at(place * self.config.steps + state["step"])
+
+    def work(self) -> None:
+        """Train for each left-out domain that is left."""
+        while (place := len(self.rows)) < len(self.source.tests):
+            self.fold = self.fold or Fold(self, self.source.tests[place], place)
+            self.fold.train()
+            row = self.fold.row()
+            self.fold.keep_figures()
+            self.rows.append(row)
+            self.fold = None
+            if self.run.checkpoint_due():
+                self.recorder.save((place + 1) * self.config.steps)
+
+    def state(self) -> dict[str, Any]:
+        """The finished domains' rows, and the state of the one under way."""
+        if self.fold is None:
+            return {"rows": self.rows, "step": 0}
+        return {"rows": self.rows, "step": self.fold.step, "fold": self.fold.state_dict()}
+
+    def summary(self) -> dict[str, Any]:
+        """A row per left-out domain."""
+        config = self.config
         return {
             "method": config.method.part.name,
             "dataset": self.source.data.name,
@@ -126,30 +147,24 @@ class Fold:
         )
         self.controller = self._controller()
 
-    def train(self, progress: ProgressLine) -> dict[str, Any]:
-        """All steps from where it is; returns the row of the summary.
+    def train(self) -> None:
+        """All steps from where it is.
 
         Raises:
             NumericError: the loss is no longer finite.
         """
-        run, config = self.trial.run, self.config
+        config, recorder = self.config, self.trial.recorder
         while self.step < config.steps:
             self._grow()
-            self.loss = loss = self._train_step()
+            self.loss = self._train_step()
             self.step += 1
             if self.step % config.eval_every == 0 or self.step == config.steps:
-                self._evaluate(loss)
+                self._evaluate(self.loss)
             step = self.place * config.steps + self.step
-            if progress.due(step):
-                progress.update(step, loss=loss)
-            if run.checkpoint_due() and self.step < config.steps:
-                run.checkpoint(step, self._state())
-        row = self._row()
-        self._keep_figures()
-        if run.checkpoint_due():
-            after = {"rows": [*self.trial.rows, row], "step": 0}
-            run.checkpoint((self.place + 1) * config.steps, after)
-        return row
+            if recorder.progress.due(step):
+                recorder.progress.update(step, loss=self.loss)
+            if self.trial.run.checkpoint_due() and self.step < config.steps:
+                recorder.save(step)
 
     def _train_step(self) -> float:
         config, prepare, device = self.config, self.trial.source.prepare, self.trial.run.device
@@ -209,7 +224,7 @@ class Fold:
             f"{test}/test": point["in"][test],
         })  # fmt: skip
 
-    def _row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """The figures of this left-out domain."""
         name = self.trial.source.data.names[self.test]
         best = max(self.curve, key=lambda point: point["validation"])  # the first of equals
@@ -227,7 +242,7 @@ class Fold:
             "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
         }
 
-    def _keep_figures(self) -> None:
+    def keep_figures(self) -> None:
         """Features, routing and loss plane of the last weights, for the first left-out domain."""
         if self.place > 0:
             return
@@ -274,11 +289,8 @@ class Fold:
         event = self.controller.step(signals, self._probe)
         if event is not None:
             step = self.place * self.config.steps + self.step
-            grown, log = self._grown(event), self.trial.run.log
-            log.event(step, "growth", grown)
-            figures = event.shock | {n: float(grown[n]) for n in ("experts_before", "experts")}
             name = self.trial.source.data.names[self.test]
-            log.scalars(step, {f"{name}/growth/{key}": value for key, value in figures.items()})
+            self.trial.recorder.log_growth(step, self._grown(event), f"{name}/")
 
     def _grown(self, event: GrowthEvent) -> dict[str, Any]:
         """A growth for the log: outer experts before and after, and the shock on the probe."""
@@ -298,8 +310,9 @@ class Fold:
         device = self.trial.run.device
         return torch.cat(images).to(device), torch.cat(labels).to(device)
 
-    def _state(self) -> dict[str, Any]:
-        fold = {
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from."""
+        return {
             "step": self.step,
             "loss": self.loss,
             "curve": self.curve,
@@ -308,7 +321,6 @@ class Fold:
             "growth": self.controller.state_dict() if self.controller else None,
             "random": seeding.global_state(),  # a fold begins by seeding it
         }
-        return {"rows": self.trial.rows, "step": self.step, "fold": fold}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from torch import nn
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
+from dynmoe.errors import UserError
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
+from dynmoe.tta.options import for_classes, make_config
 
 BASELINES = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta")
 
@@ -51,7 +58,7 @@ class Config(RunConfig):
     """Settings of a comparison of methods on shifted streams."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "What to run": ("method", "compare", "streams", "seeds", "seed", "jobs"),
+        "What to run": ("method", "compare", "streams", "seeds", "seed"),
         "Stream": ("order", "severity", "batch_size", "limit", "lr_scale"),
         "Data and source model": ("data", *REAL, "embedded", "vit"),
         "Measurements": ("window", "routing_batches", "alignment"),
@@ -128,3 +135,50 @@ class Config(RunConfig):
         if names <= {*BASELINES, "mgtta"}:
             reasons["routing_batches"] = "no method has experts; add moetta"
         return reasons
+
+
+def parse_variant(text: str, classes: int) -> PartConfig:
+    """The Config that `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE` stands for.
+
+    Args:
+        text: the variant; values are read as JSON (0.5, true, null) and else taken as they stand.
+        classes: of the data; decides the options that `text` leaves open, see `for_classes`.
+
+    Raises:
+        UserError: an unknown method or option, or an option without a value.
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        option, equals, value = pair.partition("=")
+        option = option.strip().replace("-", "_")
+        if not equals:
+            raise UserError(f"variant {text!r} must read NAME:OPTION=VALUE,OPTION=VALUE")
+        try:
+            options[option] = json.loads(value)
+        except json.JSONDecodeError:
+            options[option] = value.strip()
+    return for_classes(make_config(name, options), classes)
+
+
+def for_run(config: PartConfig, lr_scale: float, seed: int, model: nn.Module) -> PartConfig:
+    """The same options with the learning rate multiplied, and the method's draws from `seed`.
+
+    Args:
+        config: the method's options.
+        lr_scale: multiplies its learning rate, if it has one.
+        seed: is added to its seed, if it has one.
+        model: what it will adapt; a copy is asked for a rate that depends on other options.
+
+    Raises:
+        UserError: the method cannot adapt this model.
+    """
+    changes: dict[str, Any] = {}
+    if hasattr(config, "lr") and lr_scale != 1:
+        lr = config.lr
+        if lr is None:
+            lr = config.build(copy.deepcopy(model)).optimizer.param_groups[0]["lr"]
+        changes["lr"] = lr * lr_scale
+    if hasattr(config, "seed"):
+        changes["seed"] = config.seed + seed
+    return dataclasses.replace(config, **changes)

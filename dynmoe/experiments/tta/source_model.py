@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from cl_benchmarks import fractals
 from cl_benchmarks.backbone import train_classifier, trained_once, vision_transformer
 from cl_benchmarks.shifts.embedded import SEED, Embedded
+from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
+from cl_benchmarks.shifts.stream import ShiftSource
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from dynmoe.experiments.tta.settings import SmallVit
+from dynmoe.experiments.tta.settings import Config, SmallVit
 from dynmoe.lab import cache
 from dynmoe.lab.progress import ProgressLine
 
@@ -145,3 +147,37 @@ def keep_classes(model: nn.Module, indices: Tensor) -> None:
     if head.bias is not None:
         head.bias = nn.Parameter(head.bias.detach()[indices].clone())
     head.out_features = len(indices)
+
+
+class Shared(NamedTuple):
+    """What the runs of a comparison share, on the CPU."""
+
+    source: ShiftSource
+    model: nn.Module
+    """trained on the source; runs take copies"""
+
+
+def make_source(config: Config) -> Shared:
+    """The images and the trained model, on the CPU."""
+    if config.data == "embedded":
+        if config.labels != "all-1000" or config.on_the_fly:
+            raise UserError("--labels and --on-the-fly are options of --data imagenet")
+        data = Embedded(config.embedded)
+        return Shared(data, embedded_model(data, config.vit, config.threads))
+    Imagenet(config.data_dir)  # a wrong folder shows before a model is fetched
+    kept = None
+    if config.labels == "subset":
+        if len(config.streams) != 1:
+            raise UserError("--labels subset needs one stream: rendition or adversarial")
+        kept = subset(config.streams[0])
+    model, how = timm_model(config.model, config.pretrained, config.weights, 1000)
+    if how["input_size"][-1] != SIZE:
+        raise UserError(
+            f"model {config.model!r} takes images of {how['input_size'][-1]} pixels, and the "
+            f"streams have {SIZE}; use a model for {SIZE}"
+        )
+    if kept is not None:
+        keep_classes(model, kept)
+    mean, std = tuple(how["mean"]), tuple(how["std"])
+    images = Imagenet(config.data_dir, config.labels, config.on_the_fly, mean, std)
+    return Shared(images, model)

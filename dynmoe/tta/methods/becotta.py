@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.interventions.weights import replace_module
 from dynmoe.moe.noise import Noise
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy, mean_of
+from dynmoe.tta.entropy import mean_of, softmax_entropy
 from dynmoe.tta.options import sure_margin
-from dynmoe.tta.params import NORMS, plain_modules, replace_module
+from dynmoe.tta.params import NORMS, plain_modules
 
 
 class BlockExperts(nn.Module):
@@ -97,19 +98,13 @@ class Becotta(
         seed: int = 0
         """of the initial weights and the gates' noise"""
 
-    config: Config
-
     @staticmethod
     def by_classes(classes: int) -> dict[str, float]:
         """The margin."""
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Wrap the blocks.
-
-        Raises:
-            UserError: the model has no `blocks`.
-        """
+        """Wrap the blocks."""
         config = self.config
         if config.num_experts < 1 or not config.lr > 0 or not config.std >= 0:
             raise UserError(
@@ -130,7 +125,7 @@ class Becotta(
     def adapt(self, images: Tensor) -> Tensor:
         """One step down the entropy of the sure samples."""
         logits = self.model(images)
-        h = entropy(logits)
+        h = softmax_entropy(logits)
         self.learn(mean_of(h, h.detach() < self.option("margin", logits)), logits)
         return logits
 

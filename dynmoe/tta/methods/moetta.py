@@ -14,12 +14,13 @@ from dynmoe.growth.initialisation import RandomInit
 from dynmoe.growth.trigger import Signals
 from dynmoe.growth.triggers.clock import EveryTrigger
 from dynmoe.growth.triggers.drift import DriftTrigger
+from dynmoe.interventions.weights import replace_module
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy, mean_of
+from dynmoe.tta.entropy import mean_of, softmax_entropy
 from dynmoe.tta.norm import MoELayerNorm
 from dynmoe.tta.options import sure_margin
-from dynmoe.tta.params import channel_last_norms, replace_module
+from dynmoe.tta.params import channel_last_norms
 
 Setting = Literal["paper", "official"]
 
@@ -75,21 +76,24 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         seed: int = 0
         """of the routers' initial weights, and of those of experts to come"""
 
-    config: Config
-
     @staticmethod
     def by_classes(classes: int) -> dict[str, float]:
         """The margin."""
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Replace the LayerNorms.
-
-        Raises:
-            UserError: no LayerNorm is left to replace, or an option is out of range.
-        """
+        """Replace the LayerNorms."""
         config = self.config
-        check(config)
+        if config.num_experts < 1 or 0 < config.max_experts < config.num_experts or config.keep < 0:
+            raise UserError(
+                f"moetta: num_experts={config.num_experts} must be at least 1, max_experts="
+                f"{config.max_experts} no fewer (or 0), keep={config.keep} at least 0"
+            )
+        if not config.balance_weight >= 0 or config.grow_wait < 1 or config.granularity < 1:
+            raise UserError(
+                f"moetta: balance_weight={config.balance_weight} must be at least 0, grow_wait="
+                f"{config.grow_wait} and granularity={config.granularity} at least 1"
+            )
         norms = channel_last_norms(self.model)[config.keep :]
         if not norms:
             raise UserError(
@@ -138,7 +142,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
     def adapt(self, images: Tensor) -> Tensor:
         """One step, then growth if it is time."""
         logits = self.model(images)
-        h = entropy(logits)
+        h = softmax_entropy(logits)
         e0, fixed = self.option("margin", logits), h.detach()
         mean = fixed.mean()
         memory = next_threshold(self.memory, mean, self.config.setting)
@@ -176,26 +180,6 @@ def unmasked_shock(before: Tensor, after: Tensor, labels: Tensor | None) -> dict
     """How a growth changed logits [B, classes], masked ones (-inf) left out."""
     masked = before.isneginf() & after.isneginf()
     return classification_shock(before.masked_fill(masked, 0), after.masked_fill(masked, 0), labels)
-
-
-def check(config: Moetta.Config) -> None:
-    """Refuse options that are out of range.
-
-    Raises:
-        UserError: one is.
-    """
-    if config.num_experts < 1 or 0 < config.max_experts < config.num_experts or config.keep < 0:
-        raise UserError(
-            f"moetta: num_experts={config.num_experts} must be at least 1, max_experts="
-            f"{config.max_experts} no fewer (or 0), keep={config.keep} at least 0"
-        )
-    if config.setting not in ("paper", "official"):
-        raise UserError(f"moetta: setting={config.setting!r} is neither paper nor official")
-    if not config.balance_weight >= 0 or config.grow_wait < 1 or config.granularity < 1:
-        raise UserError(
-            f"moetta: balance_weight={config.balance_weight} must be at least 0, grow_wait="
-            f"{config.grow_wait} and granularity={config.granularity} at least 1"
-        )
 
 
 def next_threshold(memory: dict[str, Any], mean: Tensor, setting: Setting) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""Tent: minimise the entropy of every prediction."""
+"""Tent, no adaptation, and MGTTA, which cannot be had without its authors' file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import entropy
+from dynmoe.tta.entropy import softmax_entropy
 from dynmoe.tta.params import affine_parameters
 
 
@@ -25,8 +27,6 @@ class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Se
         momentum: float = 0.9
         """momentum of SGD; MoETTA's code, as upstream"""
 
-    config: Config
-
     def prepare(self) -> None:
         """All scales and shifts."""
         parameters = affine_parameters(self.model, self.name)
@@ -35,5 +35,39 @@ class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Se
     def adapt(self, images: Tensor) -> Tensor:
         """One step down the mean entropy."""
         logits = self.model(images)
-        self.learn(entropy(logits).mean(), logits)
+        self.learn(softmax_entropy(logits).mean(), logits)
         return logits
+
+
+class NoAdapt(Adapter, name="noadapt"):
+    """The source model as it is: the baseline of all baselines."""
+
+    adapts = False
+
+    def prepare(self) -> None:
+        """Nothing is trained."""
+
+    @torch.no_grad()
+    def adapt(self, images: Tensor) -> Tensor:
+        """The model's logits."""
+        return self.model(images)
+
+
+class Mgtta(Adapter, name="mgtta", source="a baseline of Fan et al. 2025 (arXiv 2511.13760)"):
+    """The affines of LayerNorms moved by a learned optimizer; says what it would need."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """MGTTA has no options here."""
+
+    def prepare(self) -> None:
+        """Refuse, always."""
+        raise UserError(
+            "mgtta moves weights by a learned optimizer: it needs its authors' checkpoint "
+            "(mgg_ckpt.pth), their code for it and statistics of the source, none of which comes "
+            "with dynmoe; use another method"
+        )
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """Never reached."""
+        return self.model(images)

@@ -14,11 +14,12 @@ import torch
 from common import Silent
 from gymnasium import spaces
 
-from agents.experiment import make_env, make_policy, run_training
+from agents.experiment import ReinforcementLearning, make_env, make_policy
 from agents.growth import policy_shock, signals
 from agents.ppo import train
 from agents.settings import Config
 from dynmoe import registry, seeding
+from dynmoe.lab.runner import run_one
 
 TARGETS: dict[str, tuple[spaces.Space, Any]] = {
     "box": (spaces.Box(-1, 1, (2,), np.float32), np.array([0.5, -0.5])),
@@ -100,7 +101,8 @@ def test_whole_runs(kind: str, method: str, tmp_path: Path) -> None:
         kind, total_steps=1024, method=registry.get("agent", method).Config(), probe_every=2,
         trigger=registry.get("trigger", "at").Config(steps=(512,)), runs_dir=tmp_path, name="x",
     )  # fmt: skip
-    folder, summary = run_training("", config)
+    done = run_one(ReinforcementLearning(), "", config)
+    folder, summary = done.folder, done.summary
     assert (folder / "log.jsonl").is_file() and summary["final_return"] < 0
     if method == "dynamicmoe":
         assert [event["experts"] for event in summary["growth"]] == [2]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from cl_benchmarks.method import Training
 from cl_benchmarks.settings import Config
 from dynmoe import cl
-from dynmoe.interventions.intervention import Intervention
-from dynmoe.interventions.none import NoIntervention
+from dynmoe.interventions.intervention import Intervention, NoIntervention
 from dynmoe.registry import get
 
 

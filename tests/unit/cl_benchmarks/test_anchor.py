@@ -8,7 +8,7 @@ from torch import nn
 
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
-from dynmoe.interventions.anchor import Anchor
+from dynmoe.interventions.weights import Anchor
 from dynmoe.registry import get
 
 

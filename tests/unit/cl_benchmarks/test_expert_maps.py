@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cl_benchmarks.measuring import expert_maps
-from dynmoe.lab.heat_map import heat_map
+from dynmoe.lab.figures import heat_map
 from dynmoe.moe import MoELayer
 from dynmoe.moe.inspection import output_similarity, weight_similarity
 

@@ -41,7 +41,7 @@ def test_activity_is_averaged_over_samples_and_positions() -> None:
     model = NETWORKS["conv"]()
     maps = model[:3](batch(0)[0])  # type: ignore[index]
     expected = [float(maps[:, c].abs().mean()) for c in range(6)]
-    assert loop.intervention.activity[0].tolist() == pytest.approx(expected, rel=1e-5)  # type: ignore[attr-defined]
+    assert loop.intervention.seen[0].tolist() == pytest.approx(expected, rel=1e-5)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -51,7 +51,7 @@ def test_a_dead_unit_comes_back_to_life_without_a_jolt(network: str) -> None:
     intervention, images = loop.intervention, batch(5)[0]
     layer = intervention.layers[0]  # type: ignore[attr-defined]
     loop.model.train()(images)
-    activity = intervention.activity[0]  # type: ignore[attr-defined]
+    activity = intervention.seen[0]  # type: ignore[attr-defined]
     assert activity[1] == 0
     with torch.no_grad():
         before = loop.model.eval()(images)
@@ -62,7 +62,7 @@ def test_a_dead_unit_comes_back_to_life_without_a_jolt(network: str) -> None:
         assert torch.allclose(before, after, atol=1e-6)
     assert all(not s.unit_major(s.parameter)[1].any() for s in layer.outgoing)
     loop.model.train()(images)
-    assert intervention.activity[0][1] > 0  # type: ignore[attr-defined]
+    assert intervention.seen[0][1] > 0  # type: ignore[attr-defined]
     loop.run(3)
     assert all(s.unit_major(s.parameter)[1].any() for s in layer.outgoing)
 

@@ -26,7 +26,7 @@ from cl_benchmarks.stream import (
     standardise,
 )
 from dynmoe.errors import UserError
-from dynmoe.interventions.ewc import ResumableEWC
+from dynmoe.interventions.penalties import ResumableEWC
 from dynmoe.registry import get
 
 CPU = torch.device("cpu")

@@ -37,7 +37,7 @@ def test_ages_gaps_thresholds_and_resets_are_the_algorithms() -> None:
     total = 0
     for step in range(1, 200):
         fired = torch.rand(units, generator=torch.Generator().manual_seed(step)) < rates
-        intervention.fired = {0: fired}
+        intervention.seen = {0: fired}
         reset.clear()
         intervention.step_done()
         expected = []
@@ -69,7 +69,7 @@ def test_firing_is_any_positive_activation_in_the_batch() -> None:
     loop.model.train()
     hidden = loop.model[:3](batch(0)[0])  # type: ignore[index]
     loop.model(batch(0)[0])
-    fired = loop.intervention.fired[0].tolist()  # type: ignore[attr-defined]
+    fired = loop.intervention.seen[0].tolist()  # type: ignore[attr-defined]
     assert fired == [any(v > 0 for v in column) for column in hidden.T.tolist()]
     assert not fired[2]
 
@@ -86,7 +86,7 @@ def test_a_dead_unit_comes_back_to_life(network: str) -> None:
         seen.append(float((out != 0).float().mean()))  # units behind may be new in the same step
     assert seen[0] == 1 and min(seen) < 0.3 and seen[-1] > 0.5
     loop.model.train()(batch(0)[0])
-    assert loop.intervention.fired[0][1]  # type: ignore[attr-defined]
+    assert loop.intervention.seen[0][1]  # type: ignore[attr-defined]
 
 
 def test_thresholds_at_most_double_and_shrink_at_once() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cl_benchmarks.method import RenewExperts, Training
-from dynmoe.interventions.none import NoIntervention
+from dynmoe.interventions.intervention import NoIntervention
 from dynmoe.moe import MoELayer
 
 

@@ -11,13 +11,14 @@ import torch
 from expansion_helpers import at_task, batch, config, train, training_of
 from torch import nn
 
-from cl_benchmarks.experiment import run_method
+from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.expanding import WideningBlock, WidenPlugin, widen
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
-from dynmoe.interventions.normalising import insert_norms
+from dynmoe.interventions.architecture import insert_norms
 from dynmoe.interventions.penalties import L2Init
+from dynmoe.lab.runner import run_one
 from dynmoe.registry import get
 
 
@@ -178,7 +179,7 @@ def test_widths_end_where_dynamicmoe_ends(
     options: dict, budget: Budget, widths: list[int], digits: ImageData, tmp_path: Path
 ) -> None:
     made = config(tmp_path, method=("net2wider", options), budget=budget, epochs=1)
-    _, summary = run_method("smoke", made, digits)
+    summary = run_one(ContinualLearning(), "smoke", made, digits).summary
     outside = 65 * 16 + 17 * 2
     expected = [outside + 17 * hidden + (hidden + 1) * 16 for hidden in widths]
     assert [task["parameters"] for task in summary["tasks"]] == expected
@@ -191,10 +192,10 @@ def test_bad_options_are_refused(digits: ImageData, tmp_path: Path) -> None:
     network = get("network", "mlp").Config(width=16, hidden=3)
     made = config(tmp_path, method="net2wider", granularity=1, network=network, budget=Budget())
     with pytest.raises(UserError, match="granularity 1 grows to 5 experts"):
-        run_method("smoke", made, digits)
+        run_one(ContinualLearning(), "smoke", made, digits)
     made = config(tmp_path, method=("net2wider", {"factor": 1.0}), network=network)
     with pytest.raises(UserError, match="3 hidden units in the end are too few"):
-        run_method("smoke", made, digits)
+        run_one(ContinualLearning(), "smoke", made, digits)
 
 
 def test_the_block_starts_as_a_dense_one_of_its_width() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from expansion_helpers import at_task, batch, config, train, training_of
 
-from cl_benchmarks.experiment import run_method
+from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.expanding import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
 from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
+from dynmoe.lab.runner import run_one
 from dynmoe.registry import get
 
 
@@ -148,7 +149,7 @@ def test_columns_share_what_dynamicmoe_ends_with(
     options: dict, budget: Budget, sizes: list[int], digits: ImageData, tmp_path: Path
 ) -> None:
     made = config(tmp_path, method=("progressive", options), budget=budget, epochs=1)
-    _, summary = run_method("smoke", made, digits)
+    summary = run_one(ContinualLearning(), "smoke", made, digits).summary
     expected, total = [], 65 * 16 + 17 * 2
     for k, units in enumerate(sizes):
         total += 17 * units + (units + 1) * 16
@@ -164,4 +165,4 @@ def test_bad_options_are_refused(digits: ImageData, tmp_path: Path) -> None:
     network = get("network", "mlp").Config(width=16, hidden=9)
     made = config(tmp_path, method="progressive", network=network)
     with pytest.raises(UserError, match="granularity 2 grows to 10 experts"):
-        run_method("smoke", made, digits)
+        run_one(ContinualLearning(), "smoke", made, digits)

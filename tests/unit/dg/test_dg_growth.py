@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from dynmoe import registry
-from dynmoe.dg.identity import departure, router_identity
+from dynmoe.dg.methods.moe2 import departure, router_identity
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.growth.initialisation import RandomInit, ZeroOutputInit

@@ -10,12 +10,11 @@ from dg_cases import CLASSES, METHODS, SMALL, tiny_vit
 from torch import Tensor, nn
 
 from dynmoe import registry
+from dynmoe.dg.adapters import KroneckerAdapter, LoRAAdapter, SharedFactors
 from dynmoe.dg.bank import AdapterBank
-from dynmoe.dg.kadaptation import KroneckerAdapter, SharedFactors
-from dynmoe.dg.lora import LoRAAdapter
 from dynmoe.dg.method import DGMethod
-from dynmoe.dg.methods.compacter import Bottleneck
-from dynmoe.dg.methods.hmoe import HyperBank
+from dynmoe.dg.methods.baselines import Bottleneck
+from dynmoe.dg.methods.experts import HyperBank
 from dynmoe.dg.moa import MoAConfig, MoALinear
 
 Make = Callable[[], nn.Module]

@@ -13,7 +13,7 @@ from torch import nn
 from dynmoe import registry
 from dynmoe.dg import make_backbone
 from dynmoe.dg.method import pooled
-from dynmoe.dg.methods.compacter import hypercomplex
+from dynmoe.dg.methods.baselines import hypercomplex
 from dynmoe.errors import UserError
 from dynmoe.moe import finish_step
 

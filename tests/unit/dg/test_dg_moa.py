@@ -11,7 +11,7 @@ import torch
 from dg_cases import images, make, scatter, tiny_vit
 from torch import Tensor, nn
 
-from dynmoe.dg.kadaptation import (
+from dynmoe.dg.adapters import (
     Factors,
     KroneckerAdapter,
     SharedFactors,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.lab.heat_map import heat_map
+from dynmoe.lab.figures import heat_map
 from dynmoe.moe import ExpertBank, MoELayer
 from dynmoe.moe.inspection import (
     layer_inputs,

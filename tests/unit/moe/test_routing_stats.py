@@ -17,8 +17,8 @@ from dynmoe.moe.inspection import routing_table
 from dynmoe.moe.stats import expert_use, label_uncertainty, row_labels
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import take_probe
-from dynmoe.plasticity.routing import expert_task_information, information_by_expert
-from dynmoe.tta.diagnostics import use_of_experts
+from dynmoe.plasticity.tasks import expert_task_information, information_by_expert
+from dynmoe.tta.measures import use_of_experts
 
 ALONE = [n for n in registry.names("router") if n not in ("expert-choice", "slots", "oracle")]
 

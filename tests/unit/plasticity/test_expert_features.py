@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe.growth import GrowthController
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics.rank import weighted_rank
+from dynmoe.plasticity.metrics import weighted_rank
 from dynmoe.plasticity.probes import ExpertProbe, Probe, take_probe
 
 TAG = "expert_features/effective_rank"

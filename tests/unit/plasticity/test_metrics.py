@@ -15,15 +15,15 @@ from torch import Tensor
 
 from dynmoe import registry
 from dynmoe.errors import NumericError, UserError
+from dynmoe.plasticity import metrics
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics import dormant, rank
 from dynmoe.plasticity.probes import ExpertProbe, Probe, copy_parameters, take_probe
 
 ranks = {
-    "srank99": rank.srank99,
-    "stable_rank_fro": rank.stable_rank_fro,
-    "effective_rank": rank.effective_rank,
-    "feature_rank": lambda s: rank.feature_rank(s, 40),
+    "srank99": metrics.srank99,
+    "stable_rank_fro": metrics.stable_rank_fro,
+    "effective_rank": metrics.effective_rank,
+    "feature_rank": lambda s: metrics.feature_rank(s, 40),
 }
 
 OF_EXPERTS = ("router", "expert-features")
@@ -89,7 +89,7 @@ def test_dormant_on_known_units():
     h = torch.tensor([[0.0, 1, -1, 4], [0, 1, 1, 0]])
     values = measure_all(bare_probe({"a": h}), ["dormant"])
     assert values["dormant/0"] == values["dormant/0.025"] == values["dormant/0.1/a"] == 0.25
-    config = dormant.Dormant.Config(taus=(0.99, 1.0))
+    config = metrics.Dormant.Config(taus=(0.99, 1.0))
     values = config.build().measure(bare_probe({"a": h, "b": torch.zeros(2, 4)}))
     assert values["dormant/0.99/a"] == 0.25 and values["dormant/1/a"] == 0.75
     assert values["dormant/1/b"] == 1.0  # a dead layer has score 0, not 0/0
@@ -105,7 +105,7 @@ def test_conv_units_are_channels_and_token_units_the_last_axis():
     assert values["dormant/0/t"] == values["inactive_share/t"] == 2 / 3
     assert values["dormant/0"] == 0.5
     torch.testing.assert_close(
-        dormant.mean_activity(conv), conv.double().abs().mean(dim=0).mean(dim=(1, 2))
+        metrics.mean_activity(conv), conv.double().abs().mean(dim=0).mean(dim=(1, 2))
     )
 
 
@@ -129,7 +129,7 @@ def test_dormant_matches_numpy_and_stays_in_range(seed, samples, units, tau):
     layers = [generator.standard_normal((samples, units)) for _ in range(2)]
     layers[0] *= generator.random(units) < 0.6
     probe = bare_probe({str(i): torch.tensor(h) for i, h in enumerate(layers)})
-    values = dormant.Dormant.Config(taus=(tau,)).build().measure(probe)
+    values = metrics.Dormant.Config(taus=(tau,)).build().measure(probe)
     assert values[f"dormant/{tau:g}"] == numpy_dormant(layers, tau)
     assert all(0 <= v <= 1 for v in values.values())
 
@@ -143,7 +143,7 @@ def test_routed_units_are_judged_on_their_own_samples():
     assert values["dormant/0"] == 0.0
     assert values["dormant_routed/0"] == values["dormant_routed/0/m"] == 1 / 3
     expected = torch.tensor([1.0, 0.0, 2.0], dtype=torch.double)
-    torch.testing.assert_close(dormant.routed_activity(expert), expected)
+    torch.testing.assert_close(metrics.routed_activity(expert), expected)
 
 
 @pytest.mark.parametrize("experts", [1, 3, 7])
@@ -151,7 +151,7 @@ def test_uniform_routing_judges_on_all_samples(experts):
     hidden = torch.randn(20, 14)
     gates = (1e-6 * torch.rand(20, experts)).softmax(dim=1)  # uniform up to rounding
     expert = bare_expert(gates, hidden, sorted(i % experts for i in range(14)))
-    torch.testing.assert_close(dormant.routed_activity(expert), dormant.mean_activity(hidden))
+    torch.testing.assert_close(metrics.routed_activity(expert), metrics.mean_activity(hidden))
 
 
 # rank ---------------------------------------------------------------------------------------------
@@ -198,20 +198,20 @@ def test_ranks_match_numpy_and_stay_in_range(seed, samples, width, log_scale):
     ],
 )
 def test_ranks_of_known_matrices(h, expected):
-    sigma = rank.singular_values(h)
+    sigma = metrics.singular_values(h)
     for (name, function), value in zip(ranks.items(), expected, strict=True):
         assert function(sigma) == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3, 0.7, 1.1])
 def test_srank_settles_ties_whatever_the_rounding(scale):
-    assert rank.srank99(torch.full((100,), scale, dtype=torch.double)) == 99
+    assert metrics.srank99(torch.full((100,), scale, dtype=torch.double)) == 99
 
 
 def test_ranks_take_half_precision_features():
     h = torch.randn(20, 6)
-    exact = rank.effective_rank(rank.singular_values(h.bfloat16().float()))
-    assert rank.effective_rank(rank.singular_values(h.bfloat16())) == pytest.approx(exact)
+    exact = metrics.effective_rank(metrics.singular_values(h.bfloat16().float()))
+    assert metrics.effective_rank(metrics.singular_values(h.bfloat16())) == pytest.approx(exact)
 
 
 def test_expert_ranks_use_the_experts_own_units():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynmoe.moe.stats import expert_use
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics import norms
+from dynmoe.plasticity.metrics import expert_norms
 from dynmoe.plasticity.probes import ExpertProbe, Probe, copy_parameters, take_probe
 
 
@@ -109,7 +109,7 @@ def test_frozen_bank_has_no_gradient_tags(moe_case):
 
 
 def test_expert_without_units_has_norm_zero():
-    found = norms.expert_norms(torch.ones(4, 3), torch.ones(2, 4), torch.tensor([0, 0, 2, 2]), 3)
+    found = expert_norms(torch.ones(4, 3), torch.ones(2, 4), torch.tensor([0, 0, 2, 2]), 3)
     assert found == pytest.approx([math.sqrt(10), 0.0, math.sqrt(10)])
 
 

@@ -13,9 +13,13 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from dynmoe.errors import NumericError
-from dynmoe.plasticity.entk import entk_effective_rank, entk_matrix
-from dynmoe.plasticity.routing import expert_task_information, gate_shares, routing_drift
-from dynmoe.plasticity.trend import plasticity_summary
+from dynmoe.plasticity.metrics import entk_effective_rank, entk_matrix
+from dynmoe.plasticity.tasks import (
+    expert_task_information,
+    gate_shares,
+    plasticity_summary,
+    routing_drift,
+)
 
 
 def random_gates(seed: int, rows: int, experts: int, sharpness: float) -> torch.Tensor:

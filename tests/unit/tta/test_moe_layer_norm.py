@@ -11,9 +11,10 @@ from tta_models import stream, vit
 
 from dynmoe.growth.triggers.clock import AtTrigger
 from dynmoe.growth.triggers.drift import DriftTrigger
+from dynmoe.interventions.weights import replace_module
 from dynmoe.moe import finish_step, moe_layers
 from dynmoe.tta import MoELayerNorm, adapt
-from dynmoe.tta.params import channel_last_norms, replace_module
+from dynmoe.tta.params import channel_last_norms
 
 
 def make(

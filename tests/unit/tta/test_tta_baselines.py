@@ -259,7 +259,7 @@ def test_deyo(setting):
 
 
 def test_deyo_s_constants_by_setting():
-    from dynmoe.tta.methods.deyo import CONSTANTS
+    from dynmoe.tta.methods.reliable import CONSTANTS
 
     for setting, (tau, e0, least, lr) in DEYO.items():
         assert CONSTANTS[setting] == {"lr": lr, "filter": tau, "margin": e0, "plpd": least}

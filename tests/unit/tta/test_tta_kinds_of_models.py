@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tta_models import CLASSES, convnext, resnet, stream, vit
 from tta_options import each_learner, each_method, make, same
 
+from dynmoe.interventions.weights import replace_module
 from dynmoe.tta import Adapter
-from dynmoe.tta.params import replace_module
-from dynmoe.tta.precision import moved_generator
+from dynmoe.tta.params import moved_generator
 
 
 class Normalised(nn.Module):

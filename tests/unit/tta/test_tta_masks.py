@@ -9,8 +9,8 @@ from tta_models import CLASSES, stream, vit
 from tta_options import each_learner, make, same
 
 from dynmoe.tta import Adapter, adapt
-from dynmoe.tta.alignment import accumulated_gradient
-from dynmoe.tta.entropy import cross_entropy, entropy, possible_classes, sound
+from dynmoe.tta.entropy import cross_entropy, possible_classes, softmax_entropy, sound
+from dynmoe.tta.measures import accumulated_gradient
 
 KEPT = (0, 2, 3, 6, 7, 9)
 INF = float("inf")
@@ -96,15 +96,15 @@ def test_entropy_of_masked_logits_and_its_gradient():
         kept = logits[row][logits[row].detach() > -INF].detach().requires_grad_()
         p = kept.softmax(0)
         want = -(p * p.log()).sum()
-        got = entropy(logits)[row]
+        got = softmax_entropy(logits)[row]
         torch.testing.assert_close(got, want)
         (gradient,) = torch.autograd.grad(got, logits)
         (due,) = torch.autograd.grad(want, kept)
         torch.testing.assert_close(gradient[row][logits[row].detach() > -INF], due)
         assert not gradient[row][logits[row].detach() == -INF].any()
     one = torch.tensor([[0.0, -INF, -INF]], requires_grad=True)
-    entropy(one).sum().backward()
-    assert entropy(one) == 0 and not one.grad.any()
+    softmax_entropy(one).sum().backward()
+    assert softmax_entropy(one) == 0 and not one.grad.any()
     other = torch.tensor([[-INF, 0.0, -INF]]).log_softmax(1)
     assert cross_entropy(one.detach().log_softmax(1), other) == INF  # p is not 0 there
 
@@ -113,7 +113,7 @@ def test_entropy_without_masks_is_what_it_was():
     for logits in (torch.randn(50, 20) * 40, torch.randn(9, 7).half()):
         logits.requires_grad_()
         log_p = logits.float().log_softmax(dim=1)
-        old, new = -(log_p.exp() * log_p).sum(dim=1), entropy(logits)
+        old, new = -(log_p.exp() * log_p).sum(dim=1), softmax_entropy(logits)
         same(new, old)
         pair = [torch.autograd.grad(value.sum(), logits, retain_graph=True) for value in (new, old)]
         same(*pair)

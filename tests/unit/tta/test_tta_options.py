@@ -13,8 +13,8 @@ from torch import nn
 from tta_options import METHODS, each_method, same
 
 from dynmoe.errors import UserError
-from dynmoe.experiments.tta.experiment import fitted
-from dynmoe.experiments.tta.variants import parse_variant
+from dynmoe.experiments.tta.experiment import _fitted
+from dynmoe.experiments.tta.settings import parse_variant
 from dynmoe.lab.config import parse
 from dynmoe.tta import adapt
 from dynmoe.tta.__main__ import presets
@@ -31,7 +31,7 @@ def sized(classes: int) -> nn.Module:
 def commanded(text: str, classes: int) -> object:
     """What the command makes of flags, as `--method NAME --method.OPTION VALUE`."""
     _, config = parse(presets(), text.split(), "tta", "")
-    return fitted(config, classes).method
+    return _fitted(config, classes).method
 
 
 @each_method

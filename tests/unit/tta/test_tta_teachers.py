@@ -12,9 +12,9 @@ from tta_models import NaiveSGD, shannon, stream, vit
 
 from dynmoe.errors import UserError
 from dynmoe.tta import adapt
-from dynmoe.tta.augment import augment
 from dynmoe.tta.methods.becotta import BlockExperts
-from dynmoe.tta.shuffle import occlude, shuffle_patches, shuffle_pixels
+from dynmoe.tta.methods.cotta import augment
+from dynmoe.tta.methods.reliable import occlude, shuffle_patches, shuffle_pixels
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 

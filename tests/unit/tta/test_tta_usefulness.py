@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tta_models import CLASSES, convnext, stream, vit
 
 from dynmoe.tta import Adapter, adapt
-from dynmoe.tta.usefulness import routed_by, usefulness
+from dynmoe.tta.measures import routed_by, usefulness
 
 
 def learnt(experts: int = 3, model: nn.Module | None = None) -> Adapter:

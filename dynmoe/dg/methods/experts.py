@@ -1,4 +1,4 @@
-"""HMOE."""
+"""GMoE and HMOE: mixtures of the core's experts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,60 @@ from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.draws import draw_normal
 from dynmoe.moe.layer import MoELayer, collect_aux_losses
 from dynmoe.moe.linear import draw_linear, seeded_linear
-from dynmoe.moe.losses.balance import ImportanceLoss
+from dynmoe.moe.losses.balance import ImportanceLoss, LoadLoss
 from dynmoe.moe.routers.soft import CosineRouter
+from dynmoe.moe.routers.top1 import TokenRouter
 from dynmoe.moe.routing import Routing
+from dynmoe.moe.upcycle import upcycle_vit
 from dynmoe.registry import PartConfig
+
+
+class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMoE"):
+    """The MLPs of two late blocks become six experts each; tokens pick one; everything learns.
+
+    The core's MoE layers with its `token` router: cosine in a space of width 256, top-1, noise of
+    1/E on the logits, importance and load losses. Every expert starts as a copy of the block's MLP
+    (Komatsuzaki et al. 2023). Blocks 8 and 10 of 12, as in the authors' code; in shallower
+    transformers the last block but one and the one two before it, where they exist. There is no
+    capacity limit and no dropout in the experts (our choice).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of GMoE."""
+
+        experts: int = 6
+        """experts per layer"""
+        gate_dim: int = 256
+        """width of the space in which tokens and experts are compared"""
+        balance: float = 0.01
+        """weight of the mean of the importance and load losses, summed over layers"""
+
+    def prepare(self, config: Config, generator: torch.Generator | None) -> None:
+        """Make the MLPs experts."""
+        if config.experts < 1:
+            raise UserError(f"gmoe: experts={config.experts} must be at least 1")
+        depth = len(self.backbone.blocks)  # type: ignore[arg-type]
+        weight = config.balance / 2
+        upcycle_vit(
+            self.backbone,
+            config.experts,
+            blocks=sorted({max(depth - 4, 0), max(depth - 2, 0)}),
+            how="copy",
+            router=TokenRouter.Config(dim=config.gate_dim),
+            losses=[ImportanceLoss.Config(weight=weight), LoadLoss.Config(weight=weight)],
+            generator=generator,
+        )
+
+    def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [1, B, C]; penalty "balance"."""
+        return super().outputs(images, embedding)[0], collected_balance(self)
+
+
+def collected_balance(method: DGMethod) -> dict[str, Tensor]:
+    """The losses of a method's MoE layers, summed, by name; none outside training mode."""
+    losses = list(collect_aux_losses(method).values())
+    return {"balance": torch.stack(losses).sum()} if losses else {}
 
 
 class HMOE(DGMethod, name="hmoe", source="after Qu et al. 2022 (arXiv 2211.08253), HMOE"):
@@ -47,17 +97,15 @@ class HMOE(DGMethod, name="hmoe", source="after Qu et al. 2022 (arXiv 2211.08253
         balance: float = 0.01
         """weight of the gates' importance loss"""
 
-    def __init__(
-        self, config: Config, backbone: nn.Module, classes: int, generator: torch.Generator | None
-    ) -> None:
+    def prepare(self, config: Config, generator: torch.Generator | None) -> None:
+        """Make the experts."""
         sizes = {"experts": config.experts, "code_dim": config.code_dim, "hidden": config.hidden}
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"hmoe: {name}={value} must be at least 1")
-        super().__init__(config, backbone, classes, generator)
         self.experts = MoELayer(
             self.dim,
-            classes,
+            self.classes,
             config.hidden,
             num_experts=config.experts,
             router=CosineRouter.Config(temperature=config.temperature),
@@ -71,8 +119,7 @@ class HMOE(DGMethod, name="hmoe", source="after Qu et al. 2022 (arXiv 2211.08253
         """Logits [1, B, C]; penalty "balance"."""
         z = features(self.backbone, images)
         logits = self.head(z) + self.experts(z)
-        losses = list(collect_aux_losses(self).values())
-        return logits.unsqueeze(0), {"balance": torch.stack(losses).sum()} if losses else {}
+        return logits.unsqueeze(0), collected_balance(self)
 
 
 class HyperBank(ExpertBank):

@@ -1,18 +1,23 @@
-"""Interventions that change the network: normalisation, and CReLU."""
+"""Interventions that change the network: normalisation, CReLU, plasticity injection."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.anchor import Anchor
-from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit
 from dynmoe.interventions.units import UnitLayer, find_units
-from dynmoe.interventions.weights import replace_module, weight_matrices
+from dynmoe.interventions.weights import (
+    linear_outputs,
+    replace_module,
+    swap_parameter,
+    weight_matrices,
+)
 from dynmoe.registry import PartConfig
 
 
@@ -54,11 +59,7 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
     """
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Halve and mirror; it draws nothing.
-
-        Raises:
-            UserError: there is no ReLU behind a layer, or a layer has an odd number of units.
-        """
+        """Halve and mirror, where ReLUs stand behind even numbers of units; it draws nothing."""
         layers = [u for u in find_units(model) if isinstance(u.activation, nn.ReLU)]
         if not layers:
             raise UserError("intervention crelu: the network has no ReLU behind a layer of its own")
@@ -102,13 +103,15 @@ def _halve(layer: UnitLayer) -> None:
             module.normalized_shape = (half, *module.normalized_shape[1:])
 
 
-class NaP(Intervention, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800), Section 4"):
+class NaP(Anchored, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800), Section 4"):
     """Normalises before activations, and keeps every weight matrix at its first norm.
 
     Layers are normalised as by `layernorm`. After optimizer steps each weight matrix is scaled back
     to the Frobenius norm that it began with (after a growth: that its units began with). Biases and
     the normalisation's scales learn freely.
     """
+
+    limits: ClassVar = {"every": Limit.AT_LEAST_1}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -119,40 +122,117 @@ class NaP(Intervention, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800),
         normalise: bool = True
         """insert the normalisation; without it only norms are kept"""
 
-    config: Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        if config.every < 1:
-            raise UserError(f"nap: every={config.every} must be at least 1")
-
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
         """Normalise before activations."""
         if self.config.normalise:
             insert_norms(model)
-
-    def begin(self) -> None:
-        """Keep the first weights, for their norms."""
-        self.anchor = Anchor(self.model)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Project when it is time."""
         if self.steps % self.config.every:
             return
-        first = {parameter: value for parameter, value in self.anchor.pairs()}
+        first = dict(self.pairs())
         for slot in weight_matrices(self.model):
             weight = slot.parameter
             weight.mul_(first[weight].norm() / weight.norm().clamp_min(1e-12))
 
+
+class Injection(
+    Intervention, name="injection", source="Nikishin et al. 2023 (arXiv 2305.15555), Section 4"
+):
+    """Once, freezes the output layer and lets a new one learn beside it.
+
+    The output becomes `h(z) + h_new(z) - h_copy(z)`, where h is the layer as it stands and h_copy
+    what h_new starts with; both stay as they are. The outputs do not change at that moment, and as
+    many parameters learn as before. The head is the last linear layer here; the paper's is deeper.
+    """
+
+    reshapes = True
+    limits: ClassVar = {"task": Limit.AT_LEAST_1, "step": Limit.AT_LEAST_0}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of plasticity injection."""
+
+        task: int = 2
+        """the task at whose start to inject; the first is 0, where nothing happens"""
+        step: int = 0
+        """the optimizer step after which to inject instead; 0 for at a task start"""
+
+    def begin(self) -> None:
+        """See that the output layers are linear."""
+        self.done = False
+        linear_outputs(self.model, self.name)
+
+    def task_starts(self, task: int, batches: Batches | None) -> None:
+        """Inject when it is time."""
+        if not self.config.step and task == self.config.task:
+            self.inject()
+
+    def after_step(self) -> None:
+        """Inject when it is time."""
+        if self.steps == self.config.step:
+            self.inject()
+
+    def inject(self) -> None:
+        """Freeze the output layers and put new ones beside them; the optimizer follows."""
+        for old in linear_outputs(self.model, self.name):
+            head = Injected(old, self.generator)
+            for name, parameter in old.named_parameters():
+                swap_parameter(self.optimizer, parameter, getattr(head.new, name))
+            replace_module(self.model, old, head)
+        self.done = True
+
+    def without_tasks(self) -> str | None:
+        """It must count steps there."""
+        if self.config.step:
+            return None
+        return "intervention injection acts at a task start, and there are none here; set its step"
+
     def state(self) -> dict[str, Any]:
-        """The first weights."""
-        return {"first": self.anchor.first}
+        """Whether it has happened."""
+        return {"done": self.done}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put the first weights back."""
-        self.anchor.load(state["first"])
+    def rebuild(self, state: dict[str, Any]) -> None:
+        """Let there be new output layers, if there were."""
+        if state["done"] and not self.done:
+            self.inject()
 
-    def grown(self, before: dict[str, Tensor]) -> None:
-        """New units count with the weights they begin with."""
-        self.anchor.grown(before)
+
+class Injected(nn.Module):
+    """A frozen linear layer with a new one beside it; [..., D_in] -> [..., D_out].
+
+    Args:
+        frozen: the layer so far.
+        generator: draws the new one, uniform in +-1/sqrt(D_in).
+
+    Attributes:
+        new: the layer that learns; all else is kept in buffers.
+    """
+
+    frozen_weight: Tensor
+    frozen_bias: Tensor | None
+    copy_weight: Tensor
+    copy_bias: Tensor | None
+
+    def __init__(self, frozen: nn.Linear, generator: torch.Generator) -> None:
+        super().__init__()
+        weight, bound = frozen.weight.detach(), frozen.in_features**-0.5
+        self.new = nn.utils.skip_init(  # which draws nothing from torch's global generator
+            nn.Linear, frozen.in_features, frozen.out_features, bias=frozen.bias is not None,
+            device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        for parameter in self.new.parameters():
+            fresh = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(fresh)
+        for name in ("weight", "bias"):
+            for kind, layer in (("frozen", frozen), ("copy", self.new)):
+                value = getattr(layer, name)
+                kept = None if value is None else value.detach().clone()
+                self.register_buffer(f"{kind}_{name}", kept)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The frozen outputs, plus what the new layer has learnt."""
+        frozen = F.linear(z, self.frozen_weight, self.frozen_bias)
+        return frozen + self.new(z) - F.linear(z, self.copy_weight, self.copy_bias)

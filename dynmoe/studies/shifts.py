@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from dynmoe.lab.comparison import Results
 from dynmoe.lab.statistics import paired_difference
-from dynmoe.studies.design import Preset, Results, Study
+from dynmoe.lab.study import Preset, Study
 
 GRID: dict[str, tuple[str, tuple[str, ...]]] = {
     "l2": ("strength", ("1e-5", "1e-4", "1e-3", "1e-2")),

@@ -1,17 +1,19 @@
-"""What a study is: variants on streams, and a verdict computed from their numbers.
+"""Runs side by side: their numbers, differences with intervals, and sentences about both.
 
-Shapes: S seeds, T tasks. Accuracies are shares in 0..1, differences are given in points (of 100).
+Shapes: S seeds, T tasks. Shares are in 0..1, and their differences are told in points (of 100).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
+from dynmoe.lab.config import digest, parse
+from dynmoe.lab.experiment import At, Experiment
+from dynmoe.lab.runner import Job, make_job
 from dynmoe.lab.statistics import (
     Interval,
     confidence_interval,
@@ -19,79 +21,39 @@ from dynmoe.lab.statistics import (
     probability_of_improvement,
     seeds_to_see,
 )
-from dynmoe.registry import Part
-from dynmoe.studies.views.domains import Domains
-from dynmoe.studies.views.returns import Returns
-from dynmoe.studies.views.shifts import Shifts
-from dynmoe.studies.views.tasks import Tasks
-from dynmoe.studies.views.view import At, View
-
-Preset = Literal["laptop", "paper"]
-Command = Literal["cl", "rl", "tta", "dg"]
-VIEWS: dict[Command, View] = {"cl": Tasks(), "rl": Returns(), "tta": Shifts(), "dg": Domains()}
-"""Command -> how its runs are made, read and drawn."""
-
-
-class Study(Part, ABC, kind="study"):
-    """Base of all studies. The first line of a study's docstring is its question.
-
-    Attributes:
-        command: whose runs are compared.
-        seeds: for each preset.
-        tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
-    """
-
-    command: ClassVar[Command] = "cl"
-    seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
-    tags: ClassVar[tuple[tuple[str, str], ...]] = ()
-
-    @abstractmethod
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Stream -> flags of all runs on it."""
-
-    @abstractmethod
-    def variants(self, preset: Preset) -> dict[str, str]:
-        """Variant -> its own flags."""
-
-    @abstractmethod
-    def verdict(self, results: Results) -> list[str]:
-        """Sentences that follow from the numbers, each with its interval."""
-
-    def flags_on(self, stream: str, flags: str) -> str:
-        """A variant's flags on one stream; as they are unless defined."""
-        return flags
-
-    def searches(self, preset: Preset) -> dict[str, list[str]]:
-        """Variant -> flags to choose among before the seeds are run; none unless defined."""
-        return {}
 
 
 @dataclass(frozen=True)
 class Results:
-    """All finished runs of a study. Where metric or tasks are not named, they are the view's."""
+    """Finished runs. Where metric or part are not named, they are the experiment's."""
 
     runs: dict[str, dict[str, list[dict[str, Any]]]]
     """stream -> variant -> summaries, one per seed"""
     folders: dict[str, dict[str, list[Path]]]
     """stream -> variant -> run folders, one per seed"""
-    view: View = VIEWS["cl"]
+    experiment: Experiment
+
+    @classmethod
+    def of(cls, jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) -> Results:
+        """Those of finished jobs."""
+        return cls(
+            {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
+            {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
+            experiment,
+        )
 
     @property
     def streams(self) -> list[str]:
         """Names, in order."""
         return list(self.runs)
 
-    def tasks(self, stream: str, variant: str, metric: str) -> list[list[float]]:
-        """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
-        return [[task[metric] for task in run["tasks"]] for run in self.runs[stream][variant]]
-
     def values(
         self, stream: str, variant: str, metric: str = "", at: At | None = None
     ) -> list[float]:
         """[S] one number per seed."""
         runs = self.runs[stream][variant]
-        metric, at = metric or self.view.metric, at or self.view.at
-        return [self.view.value(run, metric, at) for run in runs]
+        metric, at = metric or self.experiment.metric, at or self.experiment.at
+        return [self.experiment.value(run, metric, at) for run in runs]
 
     def scalars(self, stream: str, variant: str, tag: str) -> list[list[float]]:
         """[S][points] of a tag in the runs' logs, in order of time."""
@@ -122,27 +84,28 @@ class Results:
         gap = self.difference(stream, a, b, metric, at)
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
         chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
-        metric, at = metric or self.view.metric, at or self.view.at
-        factor, unit, digits = self.view.unit(metric)
+        metric, at = metric or self.experiment.metric, at or self.experiment.at
+        factor, unit, digits = self.experiment.unit(metric)
         low, high = factor * gap.low, factor * gap.high
         word = gap.verdict("higher", "lower", "no difference seen")
         more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
+        about = self.experiment.describe(metric, at)
         return (
             f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
-            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({self.view.describe(metric, at)}; "
+            f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({about}; "
             f"better with probability {chance.point:.2f}{more})."
         )
 
     def kept(self, stream: str, variant: str, metric: str = "") -> str:
         """One sentence: does a variant hold its first level to the end of the stream?"""
-        metric = metric or self.view.metric
+        metric = metric or self.experiment.metric
         first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
         gap = paired_difference(last, first)
-        factor, unit, digits = self.view.unit(metric)
+        factor, unit, digits = self.experiment.unit(metric)
         point, low, high = (factor * x for x in gap)
         word = gap.verdict("gains", "loses", "no change seen")
         return (
-            f"{stream}: {variant} from {self.view.span}: {point:+.{digits}f}{unit} "
+            f"{stream}: {variant} from {self.experiment.span}: {point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({metric.replace('_', ' ')})."
         )
 
@@ -164,3 +127,34 @@ def logged(folder: Path, tag: str) -> list[float]:
         if isinstance(value, int | float):
             found.append(float(value))
     return found
+
+
+def plan(
+    experiment: Experiment,
+    presets: dict[str, Any],
+    argv: list[str],
+    seeds: list[int],
+    runs_dir: Path,
+    label: str,
+) -> list[Job]:
+    """One run of a command's flags per seed, in a folder named after their settings.
+
+    Studies and sweeps thus share what they have in common.
+
+    Raises:
+        UserError: flags that do not fit.
+    """
+    # Flags for all variants may have no effect in some, such as the dense reference.
+    argv = [*argv, "--allow-unused"]
+    preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
+    experiment.check(config)
+    config = experiment.settle(config)
+    name = f"studies/{config.method.part.name}-{digest(config)}"
+    own = {"name": name, "runs_dir": runs_dir, "resume": True, "compare": ()}
+    found = [replace(config, seed=seed, **own) for seed in seeds]
+    return [make_job(experiment, preset, one, label, None) for one in found]
+
+
+def three(interval: Interval) -> list[float | None]:
+    """(point, low, high) for JSON; ends that are not known become null."""
+    return [None if x != x else round(float(x), 4) for x in interval]

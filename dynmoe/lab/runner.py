@@ -1,42 +1,87 @@
-"""Many runs of a command, several processes at a time: what sweeps and studies are made of."""
+"""Carries runs out: one here, or many, several processes at a time."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
-from dynmoe.lab.config import difference, identity, parse
-from dynmoe.lab.run import check_settings
+from dynmoe.lab.config import RunConfig, difference, identity
+from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.run import Run, check_settings
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished run."""
+
+    folder: Path
+    """the run's"""
+    summary: dict[str, Any]
+    """its figures"""
+    model: nn.Module | None
+    """the network, if it was trained by this call"""
+
+
+def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None) -> Done:
+    """Carry out one run, or read what an earlier run of the same settings found.
+
+    Args:
+        experiment: what the run does.
+        preset: begins the name of its folder where `config.name` is None.
+        config: its settings.
+        shared: what `experiment.load(config)` gives; None to load it here.
+
+    Raises:
+        DynmoeError: see `Run` and the experiment.
+    """
+    experiment.check(config)
+    if shared is None:
+        shared = experiment.load(config)
+    model = None
+    with Run(experiment.command, preset, config, experiment.label(config, shared)) as run:
+        now = run.summary is None
+        if now:
+            with closing(experiment.prepare(run, config, shared)) as session:
+                with session.recorder.progress:
+                    if run.restored is not None:
+                        session.restore(run.restored)
+                    session.work()
+                run.finish(session.summary())
+                model = session.model
+        experiment.finished(run, config, shared, now)
+        assert run.summary is not None
+        return Done(run.folder, run.summary, model)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a command, in a folder of its own."""
+    """One run, which may be carried out in a process of its own."""
 
     label: str
     """names it to the user"""
-    command: str
-    """`dynmoe.<command>`"""
-    argv: tuple[str, ...]
-    """its flags"""
+    experiment: Experiment
+    """what it does"""
+    preset: str
+    """begins its folder's name"""
+    config: RunConfig
+    """its settings"""
     folder: Path
     """where its summary.json will be"""
-    settings: dict[str, Any]
-    """those that decide its numbers, see `identity`"""
 
     @property
     def done(self) -> bool:
@@ -45,7 +90,7 @@ class Job:
         Raises:
             UserError: the folder holds a run with other settings.
         """
-        check_settings(self.folder, self.settings)
+        check_settings(self.folder, identity(self.config))
         return (self.folder / "summary.json").is_file()
 
     def summary(self) -> Any:
@@ -53,29 +98,11 @@ class Job:
         return json.loads((self.folder / "summary.json").read_text())
 
 
-def make_jobs(
-    command: str, name: str, flags: list[str], seeds: Iterable[int], runs_dir: Path, label: str
-) -> list[Job]:
-    """The runs of `command` with these flags, each in `runs_dir/command/name/seed-N`.
-
-    They resume what is unfinished, and compare with nothing unless the flags say so.
-
-    Raises:
-        UserError: flags that do not fit.
-    """
-    # Flags for all variants may have no effect in some, such as the dense reference.
-    argv = [*flags, "--allow-unused", *([] if "--compare" in flags else ["--compare"])]
-    presets = importlib.import_module(f"dynmoe.{command}").presets()
-    _, config = parse(presets, argv, f"python -m dynmoe.{command}", "")
-    jobs = []
-    for seed in seeds:
-        place = ["--name", name, "--runs-dir", str(runs_dir), "--seed", str(seed), "--resume"]
-        folder = runs_dir / command / name / f"seed-{seed}"
-        jobs.append(
-            Job(f"{label}, seed {seed}", command, (*argv, *place), folder,
-                identity(replace(config, seed=seed)))
-        )  # fmt: skip
-    return jobs
+def make_job(experiment: Experiment, preset: str, config: Any, label: str, shared: Any) -> Job:
+    """The run of these settings; touches nothing on disk."""
+    part = "" if config.name else experiment.label(config, shared)
+    run = Run(experiment.command, preset, config, part)
+    return Job(f"{label}, seed {config.seed}", experiment, preset, config, run.folder)
 
 
 def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
@@ -139,7 +166,7 @@ def _distinct(jobs: list[Job]) -> list[Job]:
     by_folder: dict[Path, Job] = {}
     for job in jobs:
         other = by_folder.setdefault(job.folder, job)
-        changed = difference(other.settings, job.settings)
+        changed = difference(identity(other.config), identity(job.config))
         if changed:
             raise UserError(
                 f"{other.label!r} and {job.label!r} have one folder, {job.folder}, and other "
@@ -183,7 +210,7 @@ def _end_with_parent() -> None:
 
 
 def _run_one(job: Job) -> tuple[str, int] | None:
-    """In a worker: run the command, its output into the run's folder.
+    """In a worker: carry the run out, its output into the run's folder.
 
     Returns:
         an error's text and exit code, or None.
@@ -193,10 +220,7 @@ def _run_one(job: Job) -> tuple[str, int] | None:
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
         try:
-            importlib.import_module(f"dynmoe.{job.command}").main(list(job.argv))
+            run_one(job.experiment, job.preset, job.config)
         except DynmoeError as error:
             return str(error), error.exit_code
-        except SystemExit as exit_:  # tyro, on a bad flag
-            code = int(exit_.code or 0)
-            return (f"exit {code}, see {job.folder / 'output.txt'}", code) if code else None
     return None

@@ -1,0 +1,159 @@
+"""What a command does: the contract that cl, rl, tta and dg keep.
+
+An `Experiment` knows the settings and the figures of its runs, and prepares each as a `Session`.
+`runner.py` carries runs out, `comparison.py` compares them, `report.py` writes them up.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
+
+from dynmoe.errors import UserError
+from dynmoe.lab.config import RunConfig
+from dynmoe.lab.recorder import Recorder
+from dynmoe.lab.run import Run
+
+if TYPE_CHECKING:
+    from dynmoe.lab.comparison import Results
+
+At = Literal["first", "last", "mean", "worst", "slope"]
+"""part of a run: its first task, its last one, all; experiments without tasks say what it means"""
+Column = tuple[str, str, At]
+"""heading, metric, part of the run"""
+
+
+class Session(ABC):
+    """One run at work.
+
+    Attributes:
+        recorder: writes the run down.
+        model: the network that is trained, or None.
+    """
+
+    recorder: Recorder
+    model: nn.Module | None = None
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` was when a checkpoint was written."""
+
+    @abstractmethod
+    def work(self) -> None:
+        """All steps that are left; tells the recorder of each."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything to go on from, as plain values and tensors."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """The figures of the whole run: nothing that changes when it is repeated."""
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
+        """Free what the run has opened."""
+
+
+@dataclass(frozen=True)  # without fields: two objects of a class are equal, and can be pickled
+class Experiment(ABC):
+    """Base of the experiments.
+
+    Attributes:
+        command: its name on the command line.
+        least: setting -> the smallest value that can work; parts check their own options.
+        metric: what a verdict is about, unless it names another.
+        at: the part of a run that it is about, unless it names another.
+        span: from where to where in a run gains and losses are told.
+        columns: of the tables.
+        references: variants that every study of the command must have.
+        missing: shown in tables for a number that a run does not have.
+    """
+
+    command: ClassVar[str]
+    least: ClassVar[dict[str, float]] = {}
+    metric: ClassVar[str]
+    at: ClassVar[At] = "last"
+    span: ClassVar[str] = "first to last task"
+    columns: ClassVar[tuple[Column, ...]]
+    references: ClassVar[tuple[str, ...]] = ()
+    missing: ClassVar[str] = ""
+
+    # -- settings
+
+    def check(self, config: Any) -> None:
+        """Refuse settings that cannot work before any work is done.
+
+        Raises:
+            UserError: names the flag.
+        """
+        for name, least in {"seeds": 1, "jobs": 1, "threads": 0, **self.least}.items():
+            value = getattr(config, name)
+            if not value >= least:  # also refuses nan
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} is too small; use {least} or more")
+
+    def settle(self, config: Any) -> Any:
+        """The settings with those filled in that follow from the data; as they are by default."""
+        return config
+
+    @abstractmethod
+    def variants(self, config: Any, shared: Any) -> dict[str, dict[str, Any]]:
+        """What a command line compares: stream -> label -> settings, the main run's first."""
+
+    @abstractmethod
+    def label(self, config: Any, shared: Any) -> str:
+        """A part of the run's default name, such as its method and data set."""
+
+    # -- one run
+
+    @abstractmethod
+    def load(self, config: Any) -> Any:
+        """Data and models that the runs of a comparison share; no run may change them.
+
+        Raises:
+            UserError: they cannot be had.
+        """
+
+    @abstractmethod
+    def prepare(self, run: Run, config: Any, shared: Any) -> Session:
+        """A run that is about to begin, or to go on."""
+
+    def finished(self, run: Run, config: Any, shared: Any, now: bool) -> None:  # noqa: B027
+        """A run is done: draw it. `now`: in this process; else its summary was read."""
+
+    # -- what runs add up to
+
+    @abstractmethod
+    def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
+        """A number of one run's summary; nan where it has none."""
+
+    def unit(self, metric: str) -> tuple[float, str, int]:
+        """Factor, name and digits that a metric is shown with; shares as points of 100."""
+        return 100.0, " points", 1
+
+    def describe(self, metric: str, at: At) -> str:
+        """A metric in words."""
+        return metric.replace("_", " ")
+
+    @abstractmethod
+    def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
+        """A variant's numbers for results.json: every seed, and intervals."""
+
+    @abstractmethod
+    def draw(self, path: Path, results: Results, title: str) -> None:
+        """The figure of a comparison, as a PNG file written atomically."""
+
+    @abstractmethod
+    def title(self, config: Any, shared: Any) -> str:
+        """What the numbers are about: data, order, network."""
+
+    def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
+        """Where the results of a command line go; `first` is the main run's folder."""
+        return first
+
+    def report_more(self, folder: Path, config: Any, shared: Any, results: Results) -> None:  # noqa: B027
+        """Draw and print what only this command has; results.json and the table are there."""

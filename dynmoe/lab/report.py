@@ -1,0 +1,138 @@
+"""A command line: all its runs, and what they leave: results.json, a figure, and tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynmoe.lab.comparison import Results
+from dynmoe.lab.config import identity
+from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.files import make_folder, write_json
+from dynmoe.lab.results import Result, read_run
+from dynmoe.lab.runner import make_job, run_jobs, run_one
+from dynmoe.lab.statistics import Interval
+
+
+def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
+    """Carry out a command line: all its methods, streams and seeds; then write and print results.
+
+    Raises:
+        UserError: settings that cannot work, told before any run begins.
+    """
+    experiment.check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    shared = experiment.load(config)
+    jobs = {
+        stream: {
+            label: [
+                make_job(experiment, preset, replace(one, seed=config.seed + number), label, shared)
+                for number in range(config.seeds)
+            ]
+            for label, one in variants.items()
+        }
+        for stream, variants in experiment.variants(config, shared).items()
+    }
+    flat = [job for variants in jobs.values() for own in variants.values() for job in own]
+    alone, model = config.jobs == 1 or len(flat) == 1, None
+    for job in flat:
+        if alone or job.done:  # a finished run is opened too, to see that its settings are ours
+            done = run_one(experiment, preset, job.config, shared)
+            model = done.model if job is flat[0] else model
+    run_jobs(flat, config.jobs, experiment.command)
+    folder = experiment.report_folder(preset, config, flat[0].folder)
+    report(folder, config, shared, Results.of(jobs, experiment))
+    return Result(folder, tuple(read_run(job.folder) for job in flat), model)
+
+
+def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
+    """Write up what a command line has run: results.json and comparison.png, and tables.
+
+    Args:
+        folder: made where it is missing.
+        config: the settings of the command line.
+        shared: data and models, see `Experiment.load`.
+        results: of all its runs.
+    """
+    experiment, title = results.experiment, results.experiment.title(config, shared)
+    make_folder(folder)
+    runs = sum(len(variants) for variants in results.runs.values()) * config.seeds
+    if runs > 1:
+        entries = {
+            stream: {v: entry(results, stream, v) for v in variants}
+            for stream, variants in results.runs.items()
+        }
+        found = {"title": title, "settings": identity(config), "seeds": config.seeds}
+        write_json(folder / "results.json", found | {"streams": entries})
+        experiment.draw(folder / "comparison.png", results, title)
+    for stream in results.streams:
+        heading = f"{title}: {stream}" if stream else title
+        rows = table(results, stream, difference=config.seeds > 1)
+        print_table(heading, rows, caption(experiment, config.seeds))
+    experiment.report_more(folder, config, shared, results)
+    print(f"results: {folder}")
+
+
+def entry(results: Results, stream: str, variant: str) -> dict[str, Any]:
+    """A variant's numbers, and the folder of its runs."""
+    runs = results.folders[stream][variant][0].parent.name
+    return {"runs": runs, **results.experiment.entry(results, stream, variant)}
+
+
+def table(results: Results, stream: str, difference: bool = False) -> list[list[str]]:
+    """Headings, then a row per variant: its name and its numbers.
+
+    Args:
+        difference: the last column is the difference to the first variant, paired by seed.
+    """
+    experiment, (first, *others) = results.experiment, results.runs[stream]
+    rows = [["method", *(heading for heading, _, _ in experiment.columns)]]
+    for variant in (first, *others):
+        cells = [variant]
+        for _, metric, at in experiment.columns:
+            factor, _, digits = experiment.unit(metric)
+            interval = results.interval(stream, variant, metric, at)
+            cells.append(cell(interval, factor, digits, experiment.missing))
+        rows.append(cells)
+    if difference and others:
+        factor, _, digits = experiment.unit(experiment.metric)
+        gaps = [cell(results.difference(stream, v, first), factor, digits) for v in others]
+        named = f"{experiment.metric.replace('_', ' ')} minus {first}"
+        for row, text in zip(rows, (named, "", *gaps), strict=True):
+            row.append(text)
+    return rows
+
+
+def caption(experiment: Experiment, seeds: int) -> str:
+    """What the numbers of a table are."""
+    unit = ", shares in %" if experiment.unit(experiment.metric)[0] == 100 else ""
+    return (f"mean over {seeds} seeds [95 % t interval]" if seeds > 1 else "one seed") + unit
+
+
+def cell(interval: Interval, factor: float, digits: int, missing: str = "") -> str:
+    """Point and ends; `missing` where the metric is not known."""
+    if math.isnan(interval.point):
+        return missing
+    point, low, high = (factor * x for x in interval)
+    known = low == low and (digits or low < high)  # a count that all seeds share has no interval
+    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if known else ""
+    return f"{point:,.{digits}f}{ends}"
+
+
+def print_table(title: str, rows: list[list[str]], caption: str = "") -> None:
+    """Print headings and rows on the terminal, the first column to the left."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, caption=caption)
+    for number, heading in enumerate(rows[0]):
+        shown.add_column(heading, justify="right" if number else "left")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    console = Console()
+    Console(width=max(console.width, 140)).print(shown)

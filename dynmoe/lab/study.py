@@ -1,0 +1,210 @@
+"""A study: variants of a command on streams, and a verdict computed from their numbers.
+
+A sweep is a study whose variants are given on the command line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from dynmoe.lab.comparison import Results, plan
+from dynmoe.lab.experiment import Experiment
+from dynmoe.lab.files import make_folder, write_atomic, write_json
+from dynmoe.lab.report import caption, entry, print_table, table
+from dynmoe.lab.runner import Job, run_jobs
+from dynmoe.registry import Part
+
+Preset = Literal["laptop", "paper"]
+Command = Literal["cl", "rl", "tta", "dg"]
+SEARCH_SEED = 1000
+"""Searches use a seed that no reported run has."""
+FEW_SEEDS = (
+    "Intervals are 95 % t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
+    "N seeds are said to see it, a difference of the size found would show at N with a chance of "
+    "80 %, as far as these seeds can tell."
+)
+TWO_SEEDS = (
+    "Of two seeds an interval reaches 12.7 standard errors to each side: it sees next to nothing."
+)
+
+
+class Study(Part, ABC, kind="study"):
+    """Base of all studies. The first line of a study's docstring is its question.
+
+    Attributes:
+        command: whose runs are compared.
+        seeds: for each preset.
+        tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
+    """
+
+    command: ClassVar[Command] = "cl"
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
+    tags: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    @abstractmethod
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """Stream -> flags of all runs on it."""
+
+    @abstractmethod
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Variant -> its own flags."""
+
+    @abstractmethod
+    def verdict(self, results: Results) -> list[str]:
+        """Sentences that follow from the numbers, each with its interval."""
+
+    def flags_on(self, stream: str, flags: str) -> str:
+        """A variant's flags on one stream; as they are unless defined."""
+        return flags
+
+    def searches(self, preset: Preset) -> dict[str, list[str]]:
+        """Variant -> flags to choose among before the seeds are run; none unless defined."""
+        return {}
+
+
+def run_study(
+    study: Study,
+    experiment: Experiment,
+    presets: dict[str, Any],
+    flags: list[str],
+    seeds: int,
+    jobs: int,
+    runs_dir: Path,
+    out: Path,
+    command: str,
+    preset: Preset = "laptop",
+) -> None:
+    """Choose settings where the study searches, run all seeds, and write the results.
+
+    Args:
+        study: the question.
+        experiment, presets: the command that it is about.
+        flags: more flags for every run, for instance to shorten it.
+        seeds: 0 .. seeds - 1 of each variant.
+        jobs: runs at a time.
+        runs_dir: where run folders are made.
+        out: where results, figure and page go.
+        command: the command line that makes all this again.
+        preset: of the study.
+
+    Raises:
+        UserError: flags that do not fit.
+    """
+
+    def planned(own: str, base: list[str], chosen: list[int], label: str) -> list[Job]:
+        argv = [*shlex.split(own), *base]
+        return plan(experiment, presets, argv, chosen, runs_dir, label)
+
+    bases = {s: [*shlex.split(own), *flags] for s, own in study.streams(preset).items()}
+    variants = {}
+    for stream, base in bases.items():
+        found = study.variants(preset) | _search(study, preset, planned, stream, base, jobs)
+        variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
+    planned_jobs = {
+        stream: {
+            label: planned(
+                own, bases[stream], list(range(seeds)), f"{stream}, {label}".lstrip(", ")
+            )
+            for label, own in chosen.items()
+        }
+        for stream, chosen in variants.items()
+    }
+    by_variant = [own for chosen in planned_jobs.values() for own in chosen.values()]
+    run_jobs([job for turn in zip(*by_variant, strict=True) for job in turn], jobs, study.name)
+    _report(study, command, seeds, variants, Results.of(planned_jobs, experiment), out)
+
+
+def _search(
+    study: Study,
+    preset: Preset,
+    planned: Callable[[str, list[str], list[int], str], list[Job]],
+    stream: str,
+    base: list[str],
+    jobs: int,
+) -> dict[str, str]:
+    """The best flags of each variant that is searched, by the mean metric on a seed apart."""
+    trials = {
+        label: {
+            own: planned(own, base, [SEARCH_SEED], f"{stream}, {label} of {own}")[0]
+            for own in choices
+        }
+        for label, choices in study.searches(preset).items()
+    }
+    run_jobs([job for t in trials.values() for job in t.values()], jobs, "search")
+
+    def score(job: Job) -> float:
+        return job.experiment.value(job.summary(), job.experiment.metric, "mean")
+
+    return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
+
+
+def _report(
+    study: Study,
+    command: str,
+    seeds: int,
+    variants: dict[str, dict[str, str]],
+    results: Results,
+    out: Path,
+) -> None:
+    """Write everything to `out`, and print the tables and the verdict."""
+    make_folder(out)
+    verdict, commits = study.verdict(results), _commits(results)
+    if seeds < 10:
+        verdict.append(FEW_SEEDS.format(seeds=seeds))
+    if seeds == 2:
+        verdict.append(TWO_SEEDS)
+    streams = {
+        stream: {
+            variant: {"flags": flags, **entry(results, stream, variant),
+                      **_logged(study, results, stream, variant)}
+            for variant, flags in chosen.items()
+        }
+        for stream, chosen in variants.items()
+    }  # fmt: skip
+    question = inspect.getdoc(study) or ""
+    write_json(out / "results.json", {
+        "study": study.name, "question": question, "command": command, "commits": commits,
+        "seeds": seeds, "verdict": verdict, "streams": streams,
+    })  # fmt: skip
+    results.experiment.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
+    lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
+    about = caption(results.experiment, seeds)
+    lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
+    for stream, chosen in variants.items():
+        rows = table(results, stream)
+        print_table(": ".join(filter(None, [study.name, stream])), rows, about)
+        marked = [f"`{flags}`" if flags else "" for flags in chosen.values()]
+        ends = ["flags", "---", *marked]
+        rows.insert(1, ["---"] * len(rows[0]))
+        lines += [f"## {stream}", ""] if stream else []
+        lines += [f"| {' | '.join([*r, end])} |" for r, end in zip(rows, ends, strict=True)] + [""]
+    lines += ["## Verdict", "", *(f"- {sentence}" for sentence in verdict), ""]
+    lines += [f"![{study.name}](figure.png)", ""]
+    write_atomic(out / "study.md", "\n".join(lines).encode())
+    for sentence in verdict:
+        print(f"- {sentence}")
+    print(f"results: {out}")
+
+
+def _logged(study: Study, results: Results, stream: str, variant: str) -> dict[str, Any]:
+    """What the runs have logged under the study's tags: [S][points] each."""
+    return {
+        title: [[round(x, 4) for x in seed] for seed in results.scalars(stream, variant, tag)]
+        for title, tag in study.tags
+    }
+
+
+def _commits(results: Results) -> list[str]:
+    """The commits that the runs were made on, sorted; of unknown ones "?"."""
+    found = set()
+    for variants in results.folders.values():
+        for folder in (f for folders in variants.values() for f in folders):
+            sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+            found |= {session["commit"] or "?" for session in sessions}
+    return sorted(found)

@@ -1,1 +1,0 @@
-"""How studies run each command, and read, tabulate and draw its runs: one file per command."""

@@ -1,0 +1,263 @@
+"""What adapted models do: right answers, use and likeness of experts, pulls of domains, routings.
+
+Shapes: B images in a batch, E experts of a layer, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.routing import Routing, hard_routing
+from dynmoe.moe.stats import entropy, routing_stats
+from dynmoe.tta.entropy import softmax_entropy, wide
+from dynmoe.tta.norm import MoELayerNorm
+from dynmoe.tta.params import affine_parameters
+
+
+class Tally:
+    """Counts.
+
+    Args:
+        names: the domains.
+        window: batches that make one point of the curve.
+    """
+
+    def __init__(self, names: list[str], window: int) -> None:
+        self.names, self.window = names, window
+        self.correct = torch.zeros(len(names), dtype=torch.int64)
+        self.seen = torch.zeros(len(names), dtype=torch.int64)
+        self.curve: list[float] = []
+        self._open = [0, 0, 0]  # right answers, images and batches of the window under way
+
+    def add(self, logits: Tensor, labels: Tensor, domains: Tensor) -> bool:
+        """Count a batch: logits [B, classes], labels [B], domains [B].
+
+        Returns:
+            whether it closed a window, whose accuracy then is the last of `curve`.
+        """
+        right = logits.argmax(dim=1).cpu() == labels
+        self.correct += torch.bincount(domains[right], minlength=len(self.names))
+        self.seen += torch.bincount(domains, minlength=len(self.names))
+        hits, images, batches = self._open
+        self._open = [hits + int(right.sum()), images + len(right), batches + 1]
+        if batches + 1 < self.window:
+            return False
+        self.curve.append(self._open[0] / self._open[1])
+        self._open = [0, 0, 0]
+        return True
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers among all images so far (micro average)."""
+        return int(self.correct.sum()) / max(int(self.seen.sum()), 1)
+
+    def domains(self) -> dict[str, dict[str, float]]:
+        """Per domain: images seen, and the share of right answers."""
+        counts = zip(self.names, self.seen.tolist(), self.correct.tolist(), strict=True)
+        return {name: {"images": n, "accuracy": c / n} for name, n, c in counts if n}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts; plain values."""
+        return {"correct": self.correct.tolist(), "seen": self.seen.tolist(),
+                "curve": list(self.curve), "open": list(self._open)}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.correct, self.seen = torch.tensor(state["correct"]), torch.tensor(state["seen"])
+        self.curve, self._open = list(state["curve"]), list(state["open"])
+
+
+def moe_norms(model: nn.Module) -> list[tuple[str, MoELayerNorm]]:
+    """(name, layer) of the MoELayerNorms, in module order: from shallow to deep."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, MoELayerNorm)]
+
+
+def use_of_experts(model: nn.Module) -> dict[str, float]:
+    """Means over the MoE layers of how the latest batch used the experts; empty without any.
+
+    Returns:
+        balance: entropy of the experts' loads over log E; 1 even, 0 one expert takes all.
+        largest_share: load of the most loaded expert.
+        used_experts: experts with more than a tenth of an even share.
+        router_entropy: entropy of each sample's router probabilities over log E; 1 undecided.
+    """
+    stats = list(routing_stats(model).values())
+    if not stats:
+        return {}
+    keys = {"balance": "balance", "largest_share": "load_max", "used_experts": "used_experts"}
+    use = {new: sum(s[old] for s in stats) / len(stats) for new, old in keys.items()}
+    routings = [layer.last_routing for _, layer in moe_layers(model) if layer.last_routing]
+    certainties = [
+        float(r.mean(entropy(r.probabilities.detach().double())) / r.active.sum().log())
+        for r in routings
+        if int(r.active.sum()) > 1 and (r.mask is None or bool(r.mask.any()))
+    ]
+    if certainties:
+        use["router_entropy"] = sum(certainties) / len(certainties)
+    return use
+
+
+def similarity(experts: Tensor) -> float | None:
+    """Mean cosine over all pairs of experts [E, D]; None while fewer than two have moved."""
+    moved = experts[experts.norm(dim=1) > 0]
+    if len(moved) < 2:
+        return None
+    unit = F.normalize(moved.double(), dim=1)
+    cosines = unit @ unit.T
+    pairs = torch.triu_indices(len(moved), len(moved), offset=1)
+    return float(cosines[pairs[0], pairs[1]].mean())
+
+
+@torch.no_grad()
+def expert_similarity(model: nn.Module) -> list[float | None]:
+    """`similarity` of each MoE layer's experts, scale and shift together, from shallow to deep."""
+    return [
+        similarity(torch.cat([m.experts_weight, m.experts_bias], dim=1)[: m.layer.num_experts])
+        for _, m in moe_norms(model)
+    ]
+
+
+def accumulated_gradient(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Sum over batches of the gradient of Tent's loss, the mean entropy; float64 [P].
+
+    The gradient is that of all scales and shifts of normalisation layers, P numbers, at the
+    weights as they are; the model is left unchanged.
+
+    Args:
+        model: images [B, C, H, W] -> logits [B, classes].
+        batches: images [B, C, H, W].
+
+    Raises:
+        UserError: the model has no such layers.
+    """
+    parameters = affine_parameters(model, "alignment")
+    learnt = [p.requires_grad for p in parameters]
+    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for images in batches:
+            loss = softmax_entropy(model(images)).mean()
+            gradients = torch.autograd.grad(loss, parameters)
+            total += torch.cat([g.flatten() for g in gradients]).double().cpu()
+    finally:
+        for parameter, was in zip(parameters, learnt, strict=True):
+            parameter.requires_grad_(was)
+    return total
+
+
+def alignment(model: nn.Module, domains: Mapping[str, Iterable[Tensor]]) -> Tensor:
+    """Cosines [K, K] between the accumulated gradients of K domains, float64.
+
+    MoETTA's reason for experts (Fan et al. 2025, arXiv 2511.13760): where the gradients of two
+    domains point apart, one set of weights cannot follow both.
+    """
+    gradients = [accumulated_gradient(model, batches) for batches in domains.values()]
+    unit = F.normalize(torch.stack(gradients), dim=1)
+    return unit @ unit.T
+
+
+Choice = Callable[[MoELayer, Routing], Tensor]
+"""A layer and its own routing -> the expert of each image instead, int64 [B]."""
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Gives batches again: images [B, C, H, W] and labels [B], both on the model's device."""
+
+
+@contextmanager
+def routed_by(model: nn.Module, choose: Choice) -> Iterator[None]:
+    """Let `choose` pick the expert of each image in every MoELayerNorm, within the block."""
+
+    def replace(layer: MoELayer, _: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
+        expert = choose(layer, own)
+        everywhere = torch.ones_like(expert, dtype=torch.bool)
+        return hard_routing(expert, everywhere, own.active, own.gates)
+
+    layers = [norm.layer for _, norm in moe_norms(model)]
+    handles = [at.router.register_forward_hook(partial(replace, at)) for at in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def usefulness(
+    model: nn.Module, batches: Batches, generator: torch.Generator
+) -> dict[str, dict[str, float]]:
+    """Loss and accuracy of a model with its own routing and with others; empty without experts.
+
+    The definition is ours. Weights stay as they are, and the model is left as it was.
+
+    Args:
+        model: with MoELayerNorms.
+        batches: called twice.
+        generator: on the CPU, draws the experts of `random`.
+
+    Returns:
+        Per routing `loss`, the mean cross-entropy in nats, and `accuracy`, a share:
+        learned: the model's own.
+        random: in every layer each image gets an expert drawn uniformly, independently.
+        most_loaded: in every layer all images get the one that most of them get when learned.
+        best: all images get one number e in every layer, that of least loss, chosen in hindsight
+            by the labels; `expert` is e. Numbers of different layers have nothing to do with each
+            other, so these are E of the many ways to use one expert per layer.
+    """
+    layers = [norm.layer for _, norm in moe_norms(model)]
+    if not layers:
+        return {}
+    loads = {layer: torch.zeros(layer.max_experts, dtype=torch.int64) for layer in layers}
+
+    def own(layer: MoELayer, routing: Routing) -> Tensor:
+        picks = routing.picks()
+        loads[layer] += picks.sum(dim=0).long().cpu()
+        return picks.argmax(dim=1)
+
+    def random(layer: MoELayer, routing: Routing) -> Tensor:
+        drawn = torch.randint(layer.num_experts, (len(routing.gates),), generator=generator)
+        return drawn.to(routing.gates.device)
+
+    def only(expert: int) -> Choice:
+        return lambda _, own: torch.full((len(own.gates),), expert, device=own.gates.device)
+
+    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor:
+        return only(int(loads[layer].argmax()))(layer, routing)
+
+    number = min(layer.num_experts for layer in layers)
+    choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
+    with undisturbed(model):
+        found = _score(model, batches, choices)
+        found |= _score(model, batches, {"most_loaded": most_loaded})  # as counted just now
+    singles = [found.pop(str(e)) for e in range(number)]
+    losses = [single["loss"] for single in singles]
+    best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))
+    return found | {"best": {**singles[best], "expert": best}}
+
+
+def _score(
+    model: nn.Module, batches: Batches, choices: dict[str, Choice]
+) -> dict[str, dict[str, float]]:
+    """Mean loss and accuracy under each choice."""
+    sums = {name: [0.0, 0] for name in choices}
+    images_seen = 0
+    for images, labels in batches():
+        images_seen += len(images)
+        for name, choose in choices.items():
+            with routed_by(model, choose):
+                logits = wide(model(images))
+            sums[name][0] += float(F.cross_entropy(logits, labels, reduction="sum"))
+            sums[name][1] += int((logits.argmax(dim=1) == labels).sum())
+    return {
+        name: {"loss": loss / images_seen, "accuracy": right / images_seen}
+        for name, (loss, right) in sums.items()
+    }
