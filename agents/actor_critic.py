@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from agents.actions import distribution_over
 from agents.encoders import Encoder, orthogonal
 from dynmoe.errors import UserError
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.router import Router
+from dynmoe.moe import Router
+from dynmoe.moe.draws import Noise
 
 if TYPE_CHECKING:
     from gymnasium import spaces

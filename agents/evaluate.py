@@ -34,7 +34,7 @@ from dynmoe.lab.device import keep_freed_memory, resolve
 from dynmoe.lab.files import finite, write_json
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import Interval, confidence_interval, iqm
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 from envs.vector import TorchVectorEnv
 
 CHUNK = 64

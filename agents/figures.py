@@ -19,7 +19,7 @@ from torch import Tensor
 from agents.statistics import Trace
 from dynmoe.lab.figures import COLORS
 from dynmoe.lab.files import write_atomic
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import gate_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from torch import Tensor
 from agents.actions import ActionDistribution, Categorical
 from agents.ppo import UpdateStats
 from agents.rollout import Rollout
-from dynmoe.growth.trigger import Signals
+from dynmoe.growth import Signals
 
 Outputs = tuple[Tensor, Tensor]
 """The distribution's parameters (logits [B, A] where actions are Discrete), and values [B]."""

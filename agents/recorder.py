@@ -22,7 +22,7 @@ from dynmoe.growth.controller import GrowthController
 from dynmoe.lab.figures import as_image, heat_map
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
-from dynmoe.moe.stats import most_experts, routing_stats
+from dynmoe.moe.diagnostics import most_experts, routing_stats
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import outside_experts, take_probe
 from envs.vector import TorchVectorEnv

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agents.actor_critic import ActorCritic, acting
 from dynmoe.errors import NumericError
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from envs.vector import TorchVectorEnv
 
 

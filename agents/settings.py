@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from agents.encoders import Encoder
 from agents.ppo import PPOSettings
 from dynmoe import registry
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot

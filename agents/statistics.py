@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agents.rollout import Episode, Rollout
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import gate_shares
 from dynmoe.plasticity.tasks import expert_task_information, information_by_expert
 from envs.vector import TorchVectorEnv
 

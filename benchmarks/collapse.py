@@ -37,7 +37,7 @@ from torch import Tensor
 from dynmoe import registry
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
-from dynmoe.moe.stats import expert_use
+from dynmoe.moe.diagnostics import expert_use
 
 DIM, EXPERTS, HIDDEN = 16, 8, 16  # width, experts, hidden units of each
 COMMON, SPREAD, NOISE = 2.0, 2.0, 1.0  # lengths of the mean and the centres; deviation per axis

@@ -30,7 +30,7 @@ from dynmoe.growth import GrowthController
 from dynmoe.growth.pruning import FirstUnits
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.moe import MoELayer
-from dynmoe.moe.routers.slots import SlotRouter
+from dynmoe.moe.routers.competing import SlotRouter
 from dynmoe.moe.routers.topk import TopKRouter
 
 SHAPES = ((2048, 512, 4), (2048, 512, 16), (2048, 768, 8), (8192, 512, 8))

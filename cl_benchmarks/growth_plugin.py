@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.probe import Probe
-from dynmoe.growth.trigger import Signals
 from dynmoe.plasticity.metrics import effective_rank, mean_activity, redo_scores, singular_values
 from dynmoe.plasticity.probes import take_probe
 

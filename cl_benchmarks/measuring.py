@@ -8,9 +8,14 @@ from torch import Tensor, nn
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.lab.figures import heat_map
 from dynmoe.moe import moe_layers
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.inspection import layer_inputs, output_similarity, routing_table, weight_similarity
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import (
+    gate_shares,
+    layer_inputs,
+    output_similarity,
+    routing_table,
+    weight_similarity,
+)
+from dynmoe.moe.model import undisturbed
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.stats import gate_shares, most_experts
+from dynmoe.moe.diagnostics import gate_shares, most_experts
+from dynmoe.moe.model import undisturbed
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.metrics import entk_effective_rank
 from dynmoe.plasticity.probes import outside_experts, take_probe

@@ -21,9 +21,8 @@ from dynmoe.dg.adapters import Factors, default_terms, draw_xavier
 from dynmoe.dg.backbone import features
 from dynmoe.dg.moa import Adapter, MoAConfig, MoALinear, Theta, check_config
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe import ExpertBank, Routing
 from dynmoe.moe.draws import home
-from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
 Synthesis = Literal["factors", "deltas"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.dg.backbone import check_backbone, features
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.draws import seeded_linear
 from dynmoe.registry import Part, PartConfig
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from dynmoe.dg.adapters import Factors, check_terms, default_terms, update
 from dynmoe.dg.backbone import beside
 from dynmoe.errors import UserError
+from dynmoe.moe import Routing
 from dynmoe.moe.bank import owners
+from dynmoe.moe.draws import Noise
 from dynmoe.moe.losses.balance import cv_squared
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.routing import Routing
 from dynmoe.registry import PartConfig
 
 Adapter = Literal["kadaptation", "lora"]

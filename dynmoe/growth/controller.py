@@ -14,19 +14,14 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth import distributed
-from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
-from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe, probe_labels
-from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
-from dynmoe.growth.surgery import Restart, check_room, grow_layer
-from dynmoe.growth.trigger import Signals, Trigger
-from dynmoe.growth.triggers.clock import TaskTrigger
-from dynmoe.growth.undo import Undo, rolled_back
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.step import register_step_hook
+from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
+from dynmoe.growth.pruning import Budget, PruningCriterion, ReinitUnits
+from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_back
+from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
+from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook
 from dynmoe.registry import PartConfig
 
 
@@ -68,7 +63,7 @@ class GrowthController:
     Args:
         model: a model with at least one MoELayer.
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
-            move what moves once per step (see `dynmoe.moe.step`).
+            move what moves once per step (see `dynmoe.moe.finish_step`).
         granularity: experts added per growth (the paper's g).
         trigger, pruning, init: Configs of registered parts; defaults: at tasks, reinit, random.
         budget: constant, or units per growth.
@@ -171,13 +166,14 @@ class GrowthController:
                 ]
             plans = distributed.from_first(plans)
             with distributed.all_or_none():
-                undo = self._undo(layers, copies, plans)
+                undo = [Undo(list(layers.values()), plans, self.optimizer)]
+                undo += [Undo(theirs, plans, None) for theirs in copies]
                 old = self._parameters() if self.listeners else {}
             with rolled_back(undo):
                 with distributed.all_or_none():
                     restarts = self._write(layers, copies, plans, generator)
                     after, _ = observe(self.model, probe, activations=False)
-                    labels = probe_labels(probe)
+                    labels = probe[1] if isinstance(probe, tuple) else None
                     shock = {} if probe is None else self.measure_shock(before, after, labels)
                     for listener in self.listeners:
                         listener(old)
@@ -220,13 +216,6 @@ class GrowthController:
                 grow_layer(layer, plan, count, again)
         self.warm_up.begin()
         return restarts
-
-    def _undo(
-        self, layers: dict[str, MoELayer], copies: list[list[MoELayer]], plans: list[Plan]
-    ) -> list[Undo]:
-        """What the plans overwrite, in the model and its copies."""
-        undo = [Undo(list(layers.values()), plans, self.optimizer)]
-        return undo + [Undo(theirs, plans, None) for theirs in copies]
 
     def _event(
         self, step: int, layers: dict[str, MoELayer], shock: dict[str, float]
@@ -298,21 +287,17 @@ class GrowthController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`; the layers themselves come back with the model's state."""
         self.events = [GrowthEvent(**event) for event in state["events"]]
-        self._load_generator(state["generator"])
+        if state["generator"] is None:
+            self.generator = None
+        else:
+            self.generator = self.generator or torch.Generator()
+            self.generator.set_state(state["generator"])
         self.trigger.load_state_dict(state["trigger"])
         self.warm_up.load_state_dict(state["warm_up"])
 
     def _drawing(self) -> torch.Generator:
         """The generator that growth draws from."""
         return torch.default_generator if self.generator is None else self.generator
-
-    def _load_generator(self, state: Tensor | None) -> None:
-        """Draw on as the controller that was saved: from its generator, or the global one."""
-        if state is None:
-            self.generator = None
-            return
-        self.generator = self.generator or torch.Generator()
-        self.generator.set_state(state)
 
 
 def _partition(layer: MoELayer) -> list[Any]:

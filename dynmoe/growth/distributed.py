@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynmoe.errors import UserError
-from dynmoe.growth.trigger import Signals
-from dynmoe.moe.bank import ExpertBank, UnitBank
+from dynmoe.growth.triggers.clock import Signals
+from dynmoe.moe import ExpertBank, UnitBank
+from dynmoe.moe.passes import several_processes
 
-
-def several_processes() -> bool:
-    """Whether torch.distributed runs with more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+WRAPPER_OPTIONS = (
+    "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+    "gradient_as_bucket_view", "static_graph", "mixed_precision",
+)  # fmt: skip
+"""Settings of a wrapper that its successor gets."""
 
 
 def gathered(value: Any) -> list[Any]:
@@ -140,23 +142,12 @@ def rewrap(wrapped: DistributedDataParallel) -> DistributedDataParallel:
     has noted. The old wrapper is of no more use. Communication hooks must be registered again.
     """
     wrapped._remove_autograd_hooks()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: getattr(wrapped, name) for name in WRAPPER_OPTIONS}
     if not wrapped.broadcast_buffers:
         options["broadcast_buffers"] = False
     if not wrapped.bucket_bytes_cap_default:
         options["bucket_cap_mb"] = wrapped.bucket_bytes_cap // 2**20
-    return DistributedDataParallel(
-        wrapped.module,
-        device_ids=wrapped.device_ids,
-        output_device=wrapped.output_device,
-        dim=wrapped.dim,
-        process_group=wrapped.process_group,
-        find_unused_parameters=wrapped.find_unused_parameters,
-        gradient_as_bucket_view=wrapped.gradient_as_bucket_view,
-        static_graph=wrapped.static_graph,
-        mixed_precision=wrapped.mixed_precision,
-        **options,
-    )
+    return DistributedDataParallel(wrapped.module, **options)
 
 
 def watch_wrapper(bank: ExpertBank) -> None:

@@ -256,11 +256,7 @@ class DuplicateInit(
 def _deal(
     owned: list[Tensor], parents: list[int], scores: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Deal each parent's units, best first, in turn to its family. Returns units and shares.
-
-    Raises:
-        UserError: a parent has fewer units than the experts that would share them.
-    """
+    """Deal each parent's units, best first, in turn to its family. Returns units and shares."""
     units = list(owned) + [torch.empty(0, dtype=torch.long) for _ in parents]
     for parent in sorted(set(parents)):
         family = [parent] + [len(owned) + c for c, p in enumerate(parents) if p == parent]

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.router import Router
+from dynmoe.moe import MoELayer, Router, UnitBank, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +50,10 @@ class NewExperts:
 
 
 class WarmUp:
-    """Carries out `NewExperts` on a model's MoE layers.
+    """Carries out `NewExperts` on a model's MoE layers, by hooks unless the options are plain.
 
     The new experts of a layer are those with its latest creation step; theirs are their hidden
     units, bank rows and router rows, whether drawn or copied.
-
-    Args:
-        options: what is special about them.
-        model, optimizer: where; hooks are set unless the options are plain.
     """
 
     def __init__(self, options: NewExperts, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -123,18 +117,14 @@ class WarmUp:
         left = max(0.0, 1 - self.age / self.options.logit_steps)
         if self.options.logit == 0 or self.age > self.options.logit_steps:
             return
-        for router, base, latest in zip(self._routers(), self.base, self._latest(), strict=True):
+        layers = {layer.router: layer for _, layer in moe_layers(self.model)}
+        for (router, layer), base in zip(layers.items(), self.base, strict=True):
             router.logit_shift.copy_(base)
-            router.logit_shift[latest] += left * self.options.logit
+            router.logit_shift[latest_experts(layer)] += left * self.options.logit
 
     def _routers(self) -> list[Router]:
         """Each router once: layers may share one."""
         return list(dict.fromkeys(layer.router for _, layer in moe_layers(self.model)))
-
-    def _latest(self) -> list[Tensor]:
-        """[n] the new experts of each router."""
-        layers = {layer.router: layer for _, layer in moe_layers(self.model)}
-        return [latest_experts(layer) for layer in layers.values()]
 
 
 def latest_experts(layer: MoELayer) -> Tensor:

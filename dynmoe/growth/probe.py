@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.model import undisturbed
 
 RunModel = Callable[[nn.Module], Any]
 """Runs the model and returns what it returns, as `lambda model: model(input_ids=ids, tasks=t)`."""
@@ -80,13 +80,12 @@ def observe(
     if probe is None:
         return None, {}
     run = probe[0] if isinstance(probe, tuple) else probe
-    watched = [(n, layer) for n, layer in moe_layers(model) if isinstance(layer.bank, UnitBank)]
-    calls: dict[str, list[Tensor]] = {name: [] for name, _ in watched if activations}
-    handles = [
-        layer.register_forward_pre_hook(_Watch(calls[name]), with_kwargs=True)
-        for name, layer in watched
-        if activations
-    ]
+    calls: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, layer in moe_layers(model) if activations else ():
+        if isinstance(layer.bank, UnitBank):
+            hook = partial(_note_activity, calls.setdefault(name, []))
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with undisturbed(model):
             outputs = model(run) if isinstance(run, Tensor) else run(model)
@@ -96,25 +95,17 @@ def observe(
     return outputs, {n: torch.stack(means).mean(dim=0) for n, means in calls.items() if means}
 
 
-class _Watch:
-    """A hook that notes the mean |activation| [H] of a layer's units in each of its calls."""
-
-    def __init__(self, means: list[Tensor]) -> None:
-        self.means = means
-
-    def __call__(self, layer: MoELayer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = dict(zip(("x", "mask"), args, strict=False)) | named
-        bank, x, mask = layer.bank, given["x"], given.get("mask")
-        mask = layer.routing_context[0] if mask is None else mask
-        assert isinstance(bank, UnitBank)
-        rows = x if bank.per_sample else x.reshape(-1, x.shape[-1])
-        if mask is not None:
-            real = (mask != 0).reshape(-1).to(rows.device)
-            rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
-        hidden = bank.hidden(rows).abs()
-        self.means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))
-
-
-def probe_labels(probe: Probe | None) -> Tensor | None:
-    """The labels of a probe, where it has some."""
-    return probe[1] if isinstance(probe, tuple) else None
+def _note_activity(
+    means: list[Tensor], layer: MoELayer, args: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    """Note the mean |activation| [H] of a layer's units in a call of it."""
+    given = dict(zip(("x", "mask"), args, strict=False)) | named
+    bank, x, mask = layer.bank, given["x"], given.get("mask")
+    mask = layer.routing_context[0] if mask is None else mask
+    assert isinstance(bank, UnitBank)
+    rows = x if bank.per_sample else x.reshape(-1, x.shape[-1])
+    if mask is not None:
+        real = (mask != 0).reshape(-1).to(rows.device)
+        rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
+    hidden = bank.hidden(rows).abs()
+    means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))

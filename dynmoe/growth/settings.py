@@ -10,15 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.new_experts import NewExperts
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
-from dynmoe.growth.trigger import Trigger
-from dynmoe.moe.bank import UnitBank, spread_sizes
-from dynmoe.moe.layer import GateScale, MoELayer, moe_layers
-from dynmoe.moe.share import share_router
+from dynmoe.growth.pruning import Budget
+from dynmoe.growth.triggers.clock import Trigger
+from dynmoe.moe import MoELayer, UnitBank, moe_layers, share_router
+from dynmoe.moe.bank import spread_sizes
+from dynmoe.moe.layer import GateScale
 from dynmoe.registry import PartConfig, slot
 
 LAYER = ("router", "bank", "gate_scale", "balance", "regularizer", "shared_hidden", "share_router")
@@ -100,7 +100,7 @@ class GrowthSettings:
         return sum(sizes)
 
     def check_budget(self, hidden: int, experts: int) -> None:
-        """Refuse, before any work, a plan that ends with experts without units.
+        """Refuse a plan that ends with experts without units.
 
         Raises:
             UserError: the constant budget of `hidden` units cannot feed `experts` experts.
@@ -153,16 +153,7 @@ class GrowthSettings:
         measure_shock: MeasureShock = classification_shock,
     ) -> GrowthController:
         """A controller that grows the model's MoE layers with these settings."""
+        how = {name: getattr(self, name) for name in GROWTH}
         return GrowthController(
-            model,
-            optimizer,
-            granularity=self.granularity,
-            trigger=self.trigger,
-            budget=self.budget,
-            pruning=self.pruning,
-            init=self.init,
-            moments=self.moments,
-            measure_shock=measure_shock,
-            new_experts=self.new_experts,
-            generator=generator,
+            model, optimizer, measure_shock=measure_shock, generator=generator, **how
         )

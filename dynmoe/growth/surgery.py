@@ -1,14 +1,18 @@
-"""The only code that rewrites a layer's parameters and their optimizer state.
+"""The only code that rewrites a layer's parameters and their optimizer state, and takes it back.
 
 At a constant budget everything happens in place: no Parameter is replaced and no unit that is kept
 moves, so optimizers, data parallel wrappers and compiled graphs stay valid, and the cost is that of
 the rows handed to new experts. Only a pool that gains units gets new Parameters, which take the old
-ones' place in the module and in the optimizer.
+ones' place in the module and in the optimizer. What a growth overwrites is kept until it has
+succeeded, so that one that fails leaves no trace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +27,11 @@ from dynmoe.growth.optimizer_state import (
     pad,
     replace_parameter,
 )
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.draws import as_runs, set_entries
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import ExpertBank, MoELayer, Router, UnitBank
+from dynmoe.moe.draws import as_runs, set_entries, take_entries
+
+Means = Callable[..., dict[str, Tensor]]
+"""`mean_moments` of an optimizer: (parameter, rows) -> second moments"""
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,7 @@ def grow_layer(
     records do that, once nothing can fail any more.
 
     Args:
-        layer: the layer to grow.
-        plan: where each unit and expert comes from.
         created: growth count, noted as the new experts' creation step.
-        generator: draws the fresh weights.
         optimizer: its state follows the parameters; may have no state yet.
         moments: second moments of fresh entries, see `mean_moments`.
 
@@ -82,20 +85,17 @@ def grow_layer(
     new = torch.arange(len(plan.sizes) - len(plan.parents), len(plan.sizes))
     new = new.to(layer.created.device)
     layer.created[new] = created
+    means = partial(mean_moments, optimizer, moments=moments)
     restarts = []
     if isinstance(layer.bank, UnitBank):
-        restarts += _place_units(layer.bank, plan, generator, optimizer, moments)
+        restarts += _place_units(layer.bank, plan, generator, optimizer, means)
     if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
-        restarts += _place_routes(layer, plan, new, generator, optimizer, moments)
-    return restarts + _place_experts(layer, plan, new, generator, optimizer, moments)
+        restarts += _place_routes(layer.router, plan, new, generator, means)
+    return restarts + _place_experts(layer.bank, plan, new, generator, means)
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
-    """Refuse more experts than the layer was made for.
-
-    Raises:
-        UserError: the layer cannot hold that many experts.
-    """
+    """Raise a UserError where the layer was made for fewer experts."""
     if experts > layer.max_experts:
         raise UserError(
             f"cannot grow to {experts} experts: the layer was made for at most "
@@ -108,13 +108,13 @@ def _place_units(
     plan: Plan,
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
-    moments: Moments,
+    means: Means,
 ) -> list[Restart]:
     """Hand units over where they stand, and copy or draw the others into what is left free."""
     place, stays = plan.places
     new = place[~stays]
     parameters = [getattr(bank, name) for name, _ in bank.unit_axes()]
-    means = [mean_moments(optimizer, p, moments) if len(new) else {} for p in parameters]
+    second = [means(p) if len(new) else {} for p in parameters]
     append_units(bank, len(plan.source) - len(bank.segment), optimizer)
     copied = ~stays & (plan.source != FRESH)
     owner = torch.arange(len(plan.sizes)).repeat_interleave(torch.tensor(plan.sizes))
@@ -134,22 +134,17 @@ def _place_units(
         weight.mul_(factor.to(weight).view(-1, *[1] * (weight.dim() - 2)))
     return [
         Restart(getattr(bank, name), axis, new, mean)
-        for (name, axis), mean in zip(bank.unit_axes(), means, strict=True)
+        for (name, axis), mean in zip(bank.unit_axes(), second, strict=True)
     ]
 
 
 def _place_routes(
-    layer: MoELayer,
-    plan: Plan,
-    new: Tensor,
-    generator: torch.Generator | None,
-    optimizer: Optimizer | None,
-    moments: Moments,
+    router: Router, plan: Plan, new: Tensor, generator: torch.Generator | None, means: Means
 ) -> list[Restart]:
     """Let the new experts live, with router rows of their own."""
-    router, experts = layer.router, len(plan.sizes)
+    experts = len(plan.sizes)
     reinit = torch.arange(experts, device=new.device) if plan.reinit_router else new
-    means = [mean_moments(optimizer, r, moments, experts - len(new)) for r in router.expert_rows()]
+    second = [means(rows, rows=experts - len(new)) for rows in router.expert_rows()]
     router.active[new] = True
     router.draw_rows(reinit, generator)
     _copy_parents(router.expert_rows(), plan, new)
@@ -157,30 +152,21 @@ def _place_routes(
         if parent != FRESH:
             router.logit_shift[expert] = router.logit_shift[parent]
     router.logit_shift[:experts] += plan.logit_shift.to(router.logit_shift)
-    return [
-        Restart(rows, 0, reinit, mean)
-        for rows, mean in zip(router.expert_rows(), means, strict=True)
-    ]
+    pairs = zip(router.expert_rows(), second, strict=True)
+    return [Restart(rows, 0, reinit, mean) for rows, mean in pairs]
 
 
 def _place_experts(
-    layer: MoELayer,
-    plan: Plan,
-    new: Tensor,
-    generator: torch.Generator | None,
-    optimizer: Optimizer | None,
-    moments: Moments,
+    bank: ExpertBank, plan: Plan, new: Tensor, generator: torch.Generator | None, means: Means
 ) -> list[Restart]:
     """Give the new experts their rows in the bank."""
-    bank, experts = layer.bank, len(plan.sizes)
+    experts = len(plan.sizes)
     bank.draw_experts(new, generator)
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
-    return [
-        Restart(rows, 0, new, mean_moments(optimizer, rows, moments, experts - len(new)))
-        for rows in bank.expert_rows()
-    ]
+    old = experts - len(new)
+    return [Restart(rows, 0, new, means(rows, rows=old)) for rows in bank.expert_rows()]
 
 
 def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:
@@ -192,10 +178,7 @@ def _copy_parents(tensors: list[nn.Parameter], plan: Plan, new: Tensor) -> None:
 
 
 def append_units(bank: UnitBank, count: int, optimizer: Optimizer | None) -> None:
-    """Add `count` zero units at the end of a bank's pool, with zero optimizer state.
-
-    The one case in which new Parameters take the old ones' place, in the bank and the optimizer.
-    """
+    """Add `count` zero units at the end of a bank's pool, with zero optimizer state."""
     if count <= 0:
         return
     for name, axis in bank.unit_axes():
@@ -213,11 +196,97 @@ def append_entries(
     """
     old: nn.Parameter = getattr(module, name)
     new = nn.Parameter(pad(old.detach(), axis, count), requires_grad=old.requires_grad)
-    if old.grad is not None:
-        dense = old.grad if old.grad.layout == torch.strided else old.grad.to_dense()
-        grad = pad(dense, axis, count)
-        strided = old.grad.layout == torch.strided
-        new.grad = grad if strided else grad.to_sparse(old.grad.sparse_dim())
+    grad = old.grad
+    if grad is not None and grad.layout == torch.strided:
+        new.grad = pad(grad, axis, count)
+    elif grad is not None:
+        new.grad = pad(grad.to_dense(), axis, count).to_sparse(grad.sparse_dim())
     setattr(module, name, new)
     if optimizer is not None:
         replace_parameter(optimizer, old, new, axis)
+
+
+class Undo:
+    """Copies of what surgery is about to write in some layers, and what the optimizer holds.
+
+    At a constant budget that is the weights of the units and rows that change; Parameters that will
+    be replaced, with their gradients and state, are kept as they are, without a copy.
+    """
+
+    def __init__(
+        self, layers: Sequence[MoELayer], plans: Sequence[Plan], optimizer: Optimizer | None
+    ) -> None:
+        self.optimizer = optimizer
+        self._objects: list[tuple[nn.Module, str, Tensor]] = []
+        self._values: dict[int, tuple[Tensor, int, Tensor | None, Tensor]] = {}
+        for layer, plan in zip(layers, plans, strict=True):
+            self._keep_objects(layer)
+            for parameter, axis, index in _written(layer, plan):
+                self._keep(parameter, axis, index)
+        if optimizer is not None:
+            self._groups = [list(group["params"]) for group in optimizer.param_groups]
+            self._state = dict(optimizer.state)
+
+    @torch.no_grad()
+    def roll_back(self) -> None:
+        """Put everything back, objects and values."""
+        for module, name, tensor in self._objects:
+            setattr(module, name, tensor)
+        for tensor, axis, index, before in self._values.values():
+            if index is None:
+                tensor.copy_(before)
+            else:
+                set_entries(tensor, axis, index, before)
+        if self.optimizer is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group["params"][:] = parameters
+            self.optimizer.state.clear()
+            self.optimizer.state.update(self._state)
+
+    def _keep_objects(self, layer: MoELayer) -> None:
+        """Note which tensors stand where, and copy the buffers, which are small."""
+        for module in (layer, *layer.router.modules(), *layer.bank.modules()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._objects.append((module, name, tensor))
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._keep(buffer, 0, None)
+
+    @torch.no_grad()
+    def _keep(self, tensor: Tensor, axis: int, index: Tensor | None) -> None:
+        """Copy some entries of a tensor, or all; once where layers share it."""
+        if id(tensor) in self._values:
+            return
+        before = tensor.clone() if index is None else take_entries(tensor, axis, index)
+        self._values[id(tensor)] = (tensor, axis, index, before)
+
+
+@contextmanager
+def rolled_back(undo: Sequence[Undo]) -> Iterator[None]:
+    """Roll back if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for one in undo:
+            one.roll_back()
+        raise
+
+
+def _written(layer: MoELayer, plan: Plan) -> Iterator[tuple[nn.Parameter, int, Tensor | None]]:
+    """(parameter, axis, index) of all weights that surgery writes; no index stands for all."""
+    bank, experts = layer.bank, len(plan.sizes)
+    for parameter in layer.router.parameters():
+        yield parameter, 0, None
+    new = torch.arange(experts - len(plan.parents), experts)
+    outputs = bank.output_rows() if bool((plan.bias_factor != 1).any()) else []
+    for rows in bank.expert_rows():
+        scaled = any(rows is output for output in outputs)
+        yield rows, 0, None if scaled else new
+    if isinstance(bank, UnitBank) and len(plan.source) == len(bank.segment):
+        place, stays = plan.places
+        scaled = bool((plan.factor != 1).any())
+        for name, axis in bank.unit_axes():
+            parameter = getattr(bank, name)
+            whole = scaled and parameter is bank.output_weight()
+            yield parameter, axis, None if whole else place[~stays]

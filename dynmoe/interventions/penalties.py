@@ -12,7 +12,7 @@ from torch import Tensor
 from dynmoe.interventions.intervention import Anchored, Intervention, Limit
 from dynmoe.interventions.units import NORMS, Slot
 from dynmoe.interventions.weights import weight_matrices
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from dynmoe.registry import PartConfig
 
 

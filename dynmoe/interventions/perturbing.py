@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, Periodic
 from dynmoe.interventions.weights import Anchor, fresh_draw, linear_outputs, weight_matrices
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe.model import moe_layers, undisturbed
 from dynmoe.registry import PartConfig
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynmoe.interventions.intervention import Intervention, Limit
 from dynmoe.interventions.units import Slot, UnitLayer, find_units, renewed, watch
-from dynmoe.moe.bank import UnitBank
+from dynmoe.moe import UnitBank
 from dynmoe.registry import PartConfig
 
 

@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import neutral_state
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer, UnitBank
 from dynmoe.plasticity.probes import ACTIVATIONS
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)

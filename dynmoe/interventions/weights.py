@@ -16,12 +16,8 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.interventions.units import Slot, unit_banks
-from dynmoe.moe.bank import ExpertBank, UnitBank
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.loss import AuxLoss
-from dynmoe.moe.multi_head import MultiHead
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.router import Router
+from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, MultiHead, Router, UnitBank, moe_layers
+from dynmoe.moe.draws import Noise
 from dynmoe.plasticity.probes import last_linear
 
 CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)

@@ -39,17 +39,21 @@ class Study(Part, ABC, kind="study"):
 
     Attributes:
         command: whose runs are compared.
+        start: preset -> flags of all its runs.
+        on: stream -> flags of all runs on it.
         seeds: for each preset.
         tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
     """
 
     command: ClassVar[Command] = "cl"
+    start: ClassVar[dict[Preset, str]] = {"laptop": "--dataset fractal", "paper": "--preset paper"}
+    on: ClassVar[dict[str, str]] = {"class": "--protocol class", "shuffle": "--protocol shuffle"}
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
     tags: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    @abstractmethod
     def streams(self, preset: Preset) -> dict[str, str]:
         """Stream -> flags of all runs on it."""
+        return {stream: f"{self.start[preset]} {own}".strip() for stream, own in self.on.items()}
 
     @abstractmethod
     def variants(self, preset: Preset) -> dict[str, str]:

@@ -12,8 +12,21 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import every
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.router import Routing
 from dynmoe.registry import Part, PartConfig
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+
+
+BankArguments = tuple[int, int, int, int, int, str, torch.Generator | None]
+"""What a layer gives its bank after the Config: D_in, D_out, hidden units of all experts, experts
+at the start, most experts, the name of the activation, and what draws the weights."""
 
 
 class ExpertBank(nn.Module, Part, kind="bank"):
@@ -55,10 +68,10 @@ class ExpertBank(nn.Module, Part, kind="bank"):
         """Re-initialise the per-expert rows `index` [n], as at initialisation."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to the start: all weights drawn again.
+        """Back to the start: weights as construction draws them.
 
-        Under equal generators it gives what construction gives. A bank that has more than rows of
-        experts and hidden units resets that, too, in the order in which it was constructed.
+        A bank that has more than rows of experts and hidden units resets that, too, in the order in
+        which it was constructed.
         """
         rows = self.expert_rows()
         if rows and not rows[0].is_meta:
@@ -122,11 +135,7 @@ class UnitBank(ExpertBank):
         super().reset_parameters(generator)
 
     def check_resettable(self) -> None:
-        """Refuse a pool that has gained units: a reset replaces no Parameter.
-
-        Raises:
-            UserError: the pool has another size than at the start.
-        """
+        """Raise the UserError of `reset_parameters`: a reset replaces no Parameter."""
         units, first = len(self.segment), sum(self.initial_sizes)
         if units != first:
             raise UserError(
@@ -147,10 +156,7 @@ class UnitBank(ExpertBank):
 
     @torch.no_grad()
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load, after the pool has taken on the size of the saved one, which growth may have moved.
-
-        Parameters stay the same objects, so that an optimizer that holds them still does.
-        """
+        """Take on the size of the saved pool, then load; Parameters stay the same objects."""
         saved = state.get(f"{prefix}segment")
         if saved is not None and len(saved) != len(self.segment):
             for name, axis in self.unit_axes():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.pool import HiddenPool
-from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.loss import AuxLoss, LossInput, PassLosses
 from dynmoe.moe.losses.balance import NoLoss
 from dynmoe.moe.padding import Padding, sample_means
-from dynmoe.moe.pass_losses import PassLosses
 from dynmoe.moe.passes import Passes, new_pass
-from dynmoe.moe.router import Router
+from dynmoe.moe.router import Router, Routing, Slots, hard_routing
 from dynmoe.moe.routers.soft import CosineRouter
-from dynmoe.moe.routing import Routing, Slots, hard_routing
 from dynmoe.registry import PartConfig, make_config
 
 GateScale = Literal["experts", "one"]
@@ -112,7 +109,10 @@ class MoELayer(nn.Module):
         if shared_hidden:
             self.shared = bank.build(*widths, shared_hidden, 1, 1, activation, generator)
         self.losses = nn.ModuleList(loss.build(max_experts) for loss in active)
-        _check_once([loss.part.name for loss in active])
+        names = [loss.part.name for loss in active]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"loss {name} is given twice; give it once, with another weight")
         self.register_buffer("created", torch.zeros(max_experts, dtype=torch.long))
         self.last_routing: Routing | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -127,11 +127,10 @@ class MoELayer(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to the start: the initial experts, all weights drawn again, all buffers reset.
+        """Back to the start: experts, weights and buffers as construction makes them.
 
-        Under equal generators it gives what construction gives, so that a layer that was made on
-        the meta device can be filled: `layer.to_empty(device=...)`, then this. A router that other
-        layers share is reset for them, too.
+        So a layer that was made on the meta device can be filled: `layer.to_empty(device=...)`,
+        then this. A router that other layers share is reset for them, too.
 
         Raises:
             UserError: a pool of hidden units has another size than at the start; nothing is reset.
@@ -188,7 +187,7 @@ class MoELayer(nn.Module):
             None if padding is None else padding.routed(by_sample),
             None if context is None else _per_row(context, len(routing_input), padding),
             max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
-            self._sizes() if self.router.uses_sizes else None,
+            self._sizes(),
         )
         self.last_routing = routing
         if by_sample and not self.bank.per_sample:
@@ -206,7 +205,7 @@ class MoELayer(nn.Module):
     def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
         """Outputs of the rows; the shared expert, if any, is added to the routed ones."""
         if routing.slots is None:
-            y = self.bank(rows, routing, self._scale(routing))
+            y = self.bank(rows, routing, self.scale(routing))
         else:
             y = mix_slots(self.bank, rows, routing.slots, routing.active)
         if self.shared is not None:
@@ -221,11 +220,7 @@ class MoELayer(nn.Module):
         return losses
 
     def _keep_losses(self, y: Tensor) -> Tensor:
-        """Keep the pass's losses until they are collected; y, through which they may reach back.
-
-        In the second pass of a reentrant checkpoint the losses have been collected already, without
-        a gradient; the gradient that then came back for them goes on from y.
-        """
+        """Keep the pass's losses until they are collected; y, through which they may reach back."""
         first = PassLosses(self.last_losses)
         kept = self._passes.recall(new_pass(), lambda: first)
         if kept is first:
@@ -234,10 +229,7 @@ class MoELayer(nn.Module):
         return kept.go_on_from(y, self.last_losses)
 
     def collect_losses(self) -> dict[str, Tensor]:
-        """Weighted losses by name, added up over the passes that were not collected yet; scalars.
-
-        Passes are those in training mode since the latest optimizer step.
-        """
+        """Weighted losses by name, added up over what is `uncollected`; scalars."""
         collected: dict[str, Tensor] = {}
         for losses in self.uncollected:
             for name, value in losses.values().items():
@@ -252,22 +244,22 @@ class MoELayer(nn.Module):
         self.uncollected = []
         self._passes.clear()
 
-    def _scale(self, routing: Routing) -> Tensor | float:
+    def scale(self, routing: Routing) -> Tensor | float:
+        """What gates are multiplied by: [N, 1], or one number for all samples."""
         if self.gate_scale == "one" or not self.router.normalised:
             return 1.0
         return routing.used()
 
     def _sizes(self) -> Tensor | None:
-        """[M] hidden units of each expert; None for banks without units."""
-        if not isinstance(self.bank, UnitBank):
-            return None
-        return F.one_hot(self.bank.segment, self.max_experts).sum(dim=0)
+        """[M] hidden units of each expert, for routers that ask; None for banks without units."""
+        if self.router.uses_sizes and isinstance(self.bank, UnitBank):
+            return F.one_hot(self.bank.segment, self.max_experts).sum(dim=0)
+        return None
 
     def gate_factor(self, experts: int) -> int:
         """What gates are multiplied by while that many experts exist."""
-        if self.gate_scale == "one" or not self.router.normalised:
-            return 1
-        return min(experts, self.router.k or experts)
+        plain = self.gate_scale == "one" or not self.router.normalised
+        return 1 if plain else min(experts, self.router.k or experts)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last pass out: its tensors belong to a graph."""
@@ -303,13 +295,6 @@ def _by_name(kind: str, part: Any, options: Mapping[str, Any] | None = None) -> 
             "Config stand in the Config"
         )
     return part
-
-
-def _check_once(names: list[str]) -> None:
-    """Refuse a loss that is given twice: losses are kept by name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"loss {name} is given twice; give it once, with another weight")
 
 
 def mix_slots(bank: ExpertBank, rows: Tensor, slots: Slots, active: Tensor) -> Tensor:
@@ -354,43 +339,3 @@ def _per_row(context: Tensor, rows: int, padding: Padding | None) -> Tensor:
         return context
     real = padding.samples if len(padding.samples) == rows else padding.positions.flatten()
     return torch.where(real.view(-1, *[1] * (context.dim() - 1)), context, 0.0)
-
-
-@contextmanager
-def routing_inputs(
-    model: nn.Module, mask: Tensor | None = None, context: Tensor | None = None
-) -> Iterator[None]:
-    """Hand every MoE layer of a model a padding mask or a context for passes in the block."""
-    layers = [layer for _, layer in moe_layers(model)]
-    before = [layer.routing_context for layer in layers]
-    for layer in layers:
-        layer.routing_context = (mask, context)
-    try:
-        yield
-    finally:
-        for layer, former in zip(layers, before, strict=True):
-            layer.routing_context = former
-
-
-def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
-    """(name, layer) of every MoE layer in a model, in module order."""
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            yield name, module
-
-
-def collect_aux_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Weighted auxiliary losses by `layer.loss` name, to be added to the objective; scalars.
-
-    Added up over all passes in training mode since they were collected last (or since the latest
-    optimizer step, see `dynmoe.moe.step`), so that a layer which is used twice counts twice.
-    Collecting hands them out once. Empty where no layer has a loss.
-
-    Under a reentrant checkpoint their gradient reaches the layers in the backward pass of the
-    objective: add them to it before that.
-    """
-    return {
-        f"{name}.{loss}": value
-        for name, layer in moe_layers(model)
-        for loss, value in layer.collect_losses().items()
-    }

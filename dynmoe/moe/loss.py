@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import Routing
+from dynmoe.moe.router import Router, Routing, check_option
 from dynmoe.registry import Part, PartConfig
 
 
@@ -42,8 +42,7 @@ class AuxLoss(nn.Module, Part, kind="loss"):
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__()
-        if config.weight < 0:
-            raise UserError(f"{self.name} loss: weight={config.weight} must be at least 0")
+        check_option(config, "weight", config.weight >= 0, "at least 0")
         self.weight = config.weight
 
     def reset_parameters(self) -> None:
@@ -59,3 +58,64 @@ class AuxLoss(nn.Module, Part, kind="loss"):
     @abstractmethod
     def forward(self, inputs: LossInput) -> Tensor:
         """The loss, not yet weighted; a scalar. Differentiable in the router, the bank or both."""
+
+
+class PassLosses:
+    """What one pass of a layer adds to the objective: weighted losses by name, scalars.
+
+    A reentrant checkpoint runs the first pass without gradients, so that losses which are collected
+    then are bare numbers. They are handed out with a way to hear what gradient comes back for them;
+    the second pass, in the backward pass, sends that gradient into the layer.
+    """
+
+    def __init__(self, losses: dict[str, Tensor]) -> None:
+        self._losses = losses
+        self._with_gradient = torch.is_grad_enabled()
+        self._returned: dict[str, Tensor] = {}
+
+    def values(self) -> dict[str, Tensor]:
+        """The losses by name, for the objective; hands them out."""
+        losses, self._losses = self._losses, {}
+        if self._with_gradient or not torch.is_grad_enabled():
+            return losses
+        anchor = torch.zeros((), requires_grad=True)
+        return {
+            name: _Listening.apply(value, anchor, name, self._returned)
+            for name, value in losses.items()
+        }
+
+    def go_on_from(self, y: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """y, the output of a recomputed pass, so that the returned gradient reaches its losses."""
+        for name, gradient in self._returned.items():
+            y = _Sending.apply(y, losses[name], gradient)
+        return y
+
+
+class _Listening(torch.autograd.Function):
+    """A number whose gradient is noted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, anchor: Tensor, name: str, returned: dict[str, Tensor]
+    ) -> Tensor:
+        ctx.name, ctx.returned = name, returned
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        before = ctx.returned.get(ctx.name)
+        ctx.returned[ctx.name] = gradient if before is None else before + gradient
+        return None, None, None, None
+
+
+class _Sending(torch.autograd.Function):
+    """An output whose backward pass also sends a given gradient to a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.gradient, None

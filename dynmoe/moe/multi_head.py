@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
+from dynmoe.moe.draws import draw_linear, seeded_linear
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.linear import draw_linear, seeded_linear
 from dynmoe.moe.padding import Padding
 
 MakeLayer = Callable[[int, int], MoELayer]
@@ -65,7 +65,6 @@ class MultiHead(nn.Module):
         """Split, route, mix and merge x [..., D_in] to [..., D_out].
 
         Args:
-            x: the input.
             mask: False for padding, one entry per position (or per sample, as the layer has it). A
                 sub-token is padding if its token is. Padding gets output 0.
             context: what the router may look at, one entry per position or per sample.

@@ -23,12 +23,10 @@ class Padding:
 
     @classmethod
     def of(cls, mask: Tensor, x: Tensor, axis: int, by_sample: bool) -> Padding:
-        """Check a mask against its input x.
+        """Check a mask against its layer's input x, which holds its channels at `axis`.
 
         Args:
             mask: False or 0 for padding; bool, whole numbers, or floats that are all 0 or 1.
-            x: the layer's input.
-            axis: where x holds its channels.
             by_sample: samples are routed as a whole, so that a mask [B] will do as well.
 
         Raises:
@@ -36,7 +34,13 @@ class Padding:
         """
         shape = list(x.shape)
         del shape[axis]
-        mask = _as_bool(mask).to(x.device)
+        unknown = mask.is_floating_point() and not torch.compiler.is_compiling()
+        if unknown and not bool(((mask == 0) | (mask == 1)).all()):
+            raise UserError(
+                "a mask of floats must hold 0 for padding and 1 for what is real; for a mask that "
+                "is added to attention scores give `mask == 0`"
+            )
+        mask = (mask != 0).to(x.device)
         if list(mask.shape) == shape:
             positions = mask
         elif by_sample and list(mask.shape) == shape[:1]:
@@ -62,28 +66,10 @@ class Padding:
         return self.samples if by_sample else self.positions.flatten()
 
 
-def _as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool.
-
-    Raises:
-        UserError: floats that are not 0 or 1, such as a mask that is added to scores.
-    """
-    if mask.is_floating_point():
-        known = torch.compiler.is_compiling() or bool(((mask == 0) | (mask == 1)).all())
-        if not known:
-            raise UserError(
-                "a mask of floats must hold 0 for padding and 1 for what is real; for a mask that "
-                "is added to attention scores give `mask == 0`"
-            )
-    return mask != 0
-
-
 def sample_means(x: Tensor, axis: int, padding: Padding | None) -> Tensor:
-    """[B, D] mean of each sample over its real positions; 0 where it has none.
+    """[B, D] mean of samples x over their real positions; 0 where there are none.
 
-    Args:
-        x: samples with their channels at `axis`, 0 at the padding; [B, D] have one position.
-        padding: None where all positions are real.
+    x holds its channels at `axis` and 0 at the padding (None: all is real); [B, D] stays as it is.
     """
     if x.dim() == 2:
         return x

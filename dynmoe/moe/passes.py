@@ -1,4 +1,4 @@
-"""Forward passes of one optimizer step, told apart so that none is counted twice.
+"""Forward passes of one optimizer step: each is counted once, and over all processes.
 
 Activation checkpointing runs a layer's forward pass again in the backward pass. Whoever draws noise
 or notes something in a pass therefore takes a number from torch's global CPU generator first. Both
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -46,7 +48,9 @@ class Passes:
             return make()
         if number not in self._memory:
             self._memory[number] = make()
-            self._bound()
+            if len(self._memory) > MOST_PASSES:
+                del self._memory[next(iter(self._memory))]
+                self._warn()
         return self._memory[number]
 
     def learns(self, number: int | None) -> bool:
@@ -67,10 +71,7 @@ class Passes:
         """An optimizer step is done."""
         self._memory.clear()
 
-    def _bound(self) -> None:
-        if len(self._memory) <= MOST_PASSES:
-            return
-        del self._memory[next(iter(self._memory))]
+    def _warn(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -83,3 +84,29 @@ class Passes:
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed runs with more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """Counts [M] without gradient, added up over all processes, which call it equally often."""
+    if not several_processes():
+        return counts
+    total = counts.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def join_processes(rows: Tensor) -> Tensor:
+    """Rows [R, ...] without gradient of all P processes, in order of rank: [P * R, ...].
+
+    All call it equally often, with equal shapes.
+    """
+    if not several_processes():
+        return rows
+    all_rows = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_rows, rows.contiguous())
+    return torch.cat(all_rows)

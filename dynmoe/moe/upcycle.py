@@ -1,30 +1,32 @@
-"""Upcycling: a trained dense MLP becomes a mixture of experts that computes the same.
+"""Upcycling: a trained dense network gets experts, and computes the same at first.
 
-"split" shares the MLP's units out (expert construction of MoEfication, Zhang et al. 2022, arXiv
-2110.01786). Gates are scaled by the number of experts used and start equal, so that the function is
-kept where all experts are used. For equal gates all router rows start as copies of the first (our
-choice): a row of zeros has no direction, and a cosine router's gradient there is unbounded.
+`upcycle` makes a mixture of experts of an MLP. "split" shares the MLP's units out (expert
+construction of MoEfication, Zhang et al. 2022, arXiv 2110.01786). Gates are scaled by the number of
+experts used and start equal, so that the function is kept where all experts are used. For equal
+gates all router rows start as copies of the first (our choice): a row of zeros has no direction,
+and a cosine router's gradient there is unbounded. "copy" makes every expert the whole MLP (sparse
+upcycling, Komatsuzaki et al. 2023, arXiv 2212.05055, Section 3), so that the function is kept by
+any router whose gates sum to 1; the layer has E times the MLP's units.
 
-"copy" makes every expert the whole MLP (sparse upcycling, Komatsuzaki et al. 2023, arXiv
-2212.05055, Section 3), so that the function is kept by any router whose gates sum to 1; the layer
-has E times the MLP's units.
+`adapt_linears` puts experts beside frozen linear layers.
 
 Shapes: H hidden units of the MLP, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dynmoe.errors import UserError
-from dynmoe.moe.bank import even_sizes
+from dynmoe.moe.bank import ACTIVATIONS, even_sizes
 from dynmoe.moe.experts.pool import HiddenPool
 from dynmoe.moe.layer import MoELayer, RoutePer
-from dynmoe.moe.mixing import ACTIVATIONS
 from dynmoe.moe.router import Router
 from dynmoe.registry import PartConfig
 
@@ -46,14 +48,13 @@ def upcycle(
 ) -> MoELayer:
     """An MoE layer with the weights, dtype, device and training mode of an MLP.
 
-    `function_change(mlp, layer, x)` tells how close the two are.
+    `diagnostics.function_change(mlp, layer, x)` tells how close the two are.
 
     Args:
         mlp: `nn.Sequential` of Linear, activation and Linear, or a module with these as `fc1`,
             `act` and `fc2` whose output is `fc2(act(fc1(x)))`, as timm's Mlp. Missing biases
             become zeros that can learn.
-        num_experts: E.
-        how: "split" or "copy", see above.
+        how: see above.
         cluster: split by balanced k-means of the units' input weights, not by their order.
         max_experts, router, losses, route_per: as in `MoELayer`.
         generator: draws the router and the clusters' start; None: torch's global one.
@@ -100,7 +101,6 @@ def upcycle_vit(
 
     Args:
         model: has `blocks`, each with an `mlp` that `upcycle` takes.
-        num_experts: experts of each layer.
         blocks: which blocks, by number, from the end if negative; all by default.
         options: of `upcycle`; one generator serves all blocks, so that their routers differ.
 
@@ -134,19 +134,13 @@ def _fill(layer: MoELayer, first: nn.Linear, second: nn.Linear, units: Tensor, s
     bank = layer.bank
     assert isinstance(bank, HiddenPool)
     bank.w_in.copy_(first.weight[units])
-    bank.b_in.copy_(first.bias[units] if first.bias is not None else torch.zeros_like(bank.b_in))
     bank.w_out.copy_(second.weight[:, units])
-    bank.b_out.copy_(
-        second.bias / shares if second.bias is not None else torch.zeros_like(bank.b_out)
-    )
+    bank.b_in.zero_() if first.bias is None else bank.b_in.copy_(first.bias[units])
+    bank.b_out.zero_() if second.bias is None else bank.b_out.copy_(second.bias / shares)
 
 
 def _parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
-    """First linear map, name of the activation, and second linear map of a two-layer MLP.
-
-    Raises:
-        UserError: it is no such thing.
-    """
+    """First linear map, name of the activation, and second linear map of a two-layer MLP."""
     known = isinstance(mlp, nn.Sequential) or all(hasattr(mlp, n) for n in ("fc1", "act", "fc2"))
     modules = [module for module in mlp.children() if not isinstance(module, nn.Identity)]
     for module in modules:
@@ -208,3 +202,97 @@ def _seats(distance: Tensor, sizes: list[int]) -> Tensor:
         room[cluster] -= 1
         owner[row] = cluster
     return owner
+
+
+MakeLayer = Callable[[int, int], MoELayer]
+"""(input width, output width) -> layer"""
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer and an MoE layer that learns to correct it, `y = base(x) + layer(x)`.
+
+    With the `lora` bank these are LoRA experts (Hu et al. 2021, arXiv 2106.09685); as its experts
+    start silent, the network starts as it was.
+
+    Args:
+        base: [..., D_in] -> [..., D_out]; its parameters stop to require gradients.
+        layer: of the same widths; moved to the device and dtype of `base`.
+    """
+
+    def __init__(self, base: nn.Linear, layer: MoELayer) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.layer = layer.to(base.weight)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, as `MoELayer.reset_parameters`; the base keeps its weights."""
+        self.layer.reset_parameters(generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D_in] -> [..., D_out]."""
+        return self.base(x) + self.layer(x)
+
+
+def adapt_linears(
+    model: nn.Module, match: str | Sequence[str], make_layer: MakeLayer
+) -> dict[str, Adapted]:
+    """Put an MoE layer beside linear layers of a model, in place.
+
+    Example: `adapt_linears(vit, "attn.qkv$", lambda d_in, d_out: MoELayer(d_in, d_out, 8,
+    num_experts=2, max_experts=4, bank=LoRAPool.Config()))`.
+
+    Only the layers that match are frozen; freeze the rest of the model yourself if it should not
+    learn either. Linear layers inside MoE layers, layers adapted before, and the output map of
+    torch's MultiheadAttention, which is never called, are passed over.
+
+    Args:
+        model: its linear layers are replaced by `Adapted`; it is not one itself.
+        match: a regular expression searched for in the layers' names, or their full names.
+        make_layer: called for each layer, in module order.
+
+    Returns:
+        The new modules by name, in module order.
+
+    Raises:
+        UserError: nothing matches, or a name in the list is not that of such a layer.
+    """
+    linears = _linears(model)
+    if isinstance(match, str):
+        names = [name for name in linears if re.search(match, name)]
+    else:
+        names = [name for name in linears if name in set(match)]
+        for name in match:
+            if name not in linears:
+                raise UserError(f"{name!r} is not a linear layer of the model; {_known(linears)}")
+    if not names:
+        raise UserError(f"{match!r} matches no linear layer of the model; {_known(linears)}")
+    adapted = {}
+    for name in names:
+        base = linears[name]
+        adapted[name] = Adapted(base, make_layer(base.in_features, base.out_features))
+        for parent in [m for m in model.modules() if not isinstance(m, Adapted)]:
+            for own, child in list(parent._modules.items()):  # each name, also of one module
+                if child is base:
+                    setattr(parent, own, adapted[name])
+    return adapted
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers by name that can be adapted; one with several names under the first."""
+    closed = [m for m in model.modules() if isinstance(m, (MoELayer, Adapted))]
+    inside = {part for module in closed for part in module.modules()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and module is not model
+        and module not in inside
+    }
+
+
+def _known(linears: dict[str, nn.Linear]) -> str:
+    """The end of an error message: which layers there are."""
+    names = list(linears)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"there are: {', '.join(names[:8])}{more}" if names else "it has none"

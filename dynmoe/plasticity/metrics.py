@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.stats import entropy, expert_use, gate_shares
+from dynmoe.moe.diagnostics import entropy, expert_use, gate_shares
+from dynmoe.moe.model import undisturbed
 from dynmoe.plasticity.metric import Metric
 from dynmoe.plasticity.probes import ExpertProbe, Probe
 from dynmoe.registry import PartConfig

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError, UserError
-from dynmoe.moe.bank import UnitBank
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.model import undisturbed
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,

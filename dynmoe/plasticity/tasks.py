@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynmoe.moe.stats import entropy, gate_shares, label_uncertainty
+from dynmoe.moe.diagnostics import entropy, gate_shares, label_uncertainty
 
 FLOOR = 1e-12
 """Smallest gate in the drift's denominator; bounds a sample's drift by log 1e12 = 27.6 nats."""

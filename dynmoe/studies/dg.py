@@ -12,16 +12,20 @@ METHODS = ("erm", "linear-probe", "attention-only", "lora", "compacter", "kadapt
 PAPER = "--preset paper --domains pacs --pretrained"
 
 
-class DGMethods(
-    Study, name="dg-methods", source="Radwan et al. 2026 (AAAI), MoE², Table 1 and Figure 1"
-):
-    """Does MoE² generalise better than other ways to adapt a backbone, at its size?"""
+class DGStudy(Study):
+    """On the laptop's embedded domains, or on PACS."""
 
     command: ClassVar[Command] = "dg"
 
     def streams(self, preset: Preset) -> dict[str, str]:
-        """The laptop's embedded domains, or PACS."""
+        """One."""
         return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
+
+
+class DGMethods(
+    DGStudy, name="dg-methods", source="Radwan et al. 2026 (AAAI), MoE², Table 1 and Figure 1"
+):
+    """Does MoE² generalise better than other ways to adapt a backbone, at its size?"""
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Every method with its defaults."""
@@ -37,17 +41,11 @@ SETS = (1, 2, 3, 5, 8)
 
 
 class DGExperts(
-    Study,
+    DGStudy,
     name="dg-experts",
     source="Radwan et al. 2026 (AAAI), MoE², ablations; the growth is our extension",
 ):
     """How many outer experts does MoE² need? Does growing do as well, or mixing updates better?"""
-
-    command: ClassVar[Command] = "dg"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The laptop's embedded domains, or PACS."""
-        return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Fixed numbers, 2 growing to 5, and the other way of synthesis."""
@@ -97,14 +95,10 @@ LARGER = {
 FEW_SETS = (2, 5, 10)
 
 
-class DGParameters(Study, name="dg-parameters", source="Radwan et al. 2026 (AAAI), MoE², Figure 1"):
+class DGParameters(
+    DGStudy, name="dg-parameters", source="Radwan et al. 2026 (AAAI), MoE², Figure 1"
+):
     """Is it the mixing of outer experts that helps, or only more parameters?"""
-
-    command: ClassVar[Command] = "dg"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The laptop's embedded domains, or PACS."""
-        return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """MoA with larger adapters or more of them, and MoE² with more outer experts."""
@@ -128,14 +122,8 @@ TEMPERATURES = ("0.1", "0.3", "0.5", "0.7", "1.0")
 NOISES = ("0", "1e-4", "1e-2", "0.1")
 
 
-class DGRouter(Study, name="dg-router", source="Radwan et al. 2026 (AAAI), MoE², Tables 3 and 4"):
+class DGRouter(DGStudy, name="dg-router", source="Radwan et al. 2026 (AAAI), MoE², Tables 3 and 4"):
     """How much do the temperature of the gates and the noise on the common start matter?"""
-
-    command: ClassVar[Command] = "dg"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The laptop's embedded domains, or PACS."""
-        return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Five temperatures, four noises; the defaults are 0.5 and 1e-4."""
@@ -159,15 +147,9 @@ WEIGHTS = ("0", "0.2", "1")
 
 
 class DGDiversity(
-    Study, name="dg-diversity", source="Radwan et al. 2026 (AAAI), MoE², Tables 5 and 6"
+    DGStudy, name="dg-diversity", source="Radwan et al. 2026 (AAAI), MoE², Tables 5 and 6"
 ):
     """Does keeping the prototypes apart help, and in which form?"""
-
-    command: ClassVar[Command] = "dg"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The laptop's embedded domains, or PACS."""
-        return {"embedded": ""} if preset == "laptop" else {"PACS": PAPER}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Three forms at the paper's weight, three weights of its form."""

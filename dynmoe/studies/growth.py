@@ -59,10 +59,7 @@ class GranularityCapacity(Study, name="granularity-capacity", source="ours"):
 
     tags = (("effective rank of the features", RANK),)
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The class stream."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {"class": f"{start}--protocol class"}
+    on: ClassVar[dict[str, str]] = {"class": "--protocol class"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Experts x width at one budget, and two other budgets."""
@@ -114,11 +111,6 @@ class GrowthTiming(Study, name="growth-timing", source="ours"):
     the middle of the tasks. All have the same budget.
     """
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Class and shuffle streams, whose tasks have equal lengths."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {name: f"{start}--protocol {name}" for name in STEPS}
-
     def variants(self, preset: Preset) -> dict[str, str]:
         """Schedules in tasks; the stream's own clock is filled in by `flags_on`."""
         return {
@@ -155,11 +147,6 @@ class Preservation(Study, name="preservation", source="ours; inits after arXiv 1
     The paper draws them at random. Each start is combined with cutting old experts by utility and,
     where it applies, with re-initialising them.
     """
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Class and shuffle streams."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {name: f"{start}--protocol {name}" for name in ("class", "shuffle")}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Random, silent and duplicated experts."""
@@ -198,11 +185,6 @@ class DynamicAgainstStatic(Study, name="dynamic-against-static", source="ours"):
     peers are matched in final parameters, and in multiplications averaged over the stream. The
     control `renewed` re-draws a constant number of experts at every task.
     """
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Class and shuffle streams."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {name: f"{start}--protocol {name}" for name in ("class", "shuffle")}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Growing and static networks, at both budgets."""
@@ -247,11 +229,6 @@ class RouterShift(Study, name="router-shift", source="Kim 2025 (arXiv 2511.18987
     """
 
     tags = (("share of the newest experts", NEWEST), ("router entropy", "router/entropy"))
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The class stream, and its labels shuffled."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {name: f"{start}--protocol {name}" for name in ("class", "shuffle")}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Our recipe; only new rows drawn; the plain form."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import ClassVar
 
 from dynmoe.lab.comparison import Results
 from dynmoe.lab.statistics import paired_difference
@@ -36,10 +37,7 @@ class Baselines(Study, name="baselines", source="ours; each baseline names its o
     main option, tuned over four values of it by mean train accuracy on one seed apart.
     """
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The class stream."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {"class": f"{start}--protocol class"}
+    on: ClassVar[dict[str, str]] = {"class": "--protocol class"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Reference networks, growth, expansions, and every intervention with its defaults."""
@@ -107,10 +105,7 @@ class UnknownShifts(Study, name="unknown-shifts", source="ours"):
     by a signal of the network.
     """
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Class chunks of random length."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {"unknown": f"{start}--protocol unknown"}
+    on: ClassVar[dict[str, str]] = {"unknown": "--protocol unknown"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Told, by the clock, by signals, and not at all."""
@@ -147,11 +142,6 @@ class AdaptiveGrowth(Study, name="adaptive-growth", source="ours"):
     Every trigger gets the same cap on growths as the schedule makes.
     """
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The class and shuffle streams."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {name: f"{start}--protocol {name}" for name in ("class", "shuffle")}
-
     def variants(self, preset: Preset) -> dict[str, str]:
         """The schedule that knows, one that does not, and the adaptive triggers."""
         return {
@@ -183,10 +173,9 @@ WIDTHS = (0.0, 0.5, 1.0)
 class BlurredBoundaries(Study, name="blurred-boundaries", source="ours"):
     """Does growth at boundaries still help when neighbouring tasks run into each other?"""
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The class stream with boundaries of growing width, in chunks."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {f"width {w:g}": f"{start}--protocol blurred --protocol.width {w}" for w in WIDTHS}
+    on: ClassVar[dict[str, str]] = {
+        f"width {w:g}": f"--protocol blurred --protocol.width {w}" for w in WIDTHS
+    }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Growth at the nominal boundary, or not at all."""
@@ -219,13 +208,9 @@ class RouterUncertainty(Study, name="router-uncertainty", source="ours"):
 
     tags = FIGURES
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """Sharp and blurred boundaries."""
-        start = "--preset paper " if preset == "paper" else "--dataset fractal "
-        return {
-            f"width {w:g}": f"{start}--protocol blurred --protocol.width {w}"
-            for w in SHARP_AND_BLURRED
-        }
+    on: ClassVar[dict[str, str]] = {
+        f"width {w:g}": f"--protocol blurred --protocol.width {w}" for w in SHARP_AND_BLURRED
+    }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Soft routers that grow, one that does not, and the reference networks."""

@@ -12,20 +12,31 @@ RATES = ("1", "3", "10", "30")
 """Multiples of the published learning rates; the laptop's default is 10."""
 
 
-class TTAMethods(Study, name="tta-methods", source="Fan et al. 2025 (arXiv 2511.13760), Table 1"):
+class TTAStudy(Study):
+    """On the laptop's embedded images, or on ImageNet's shifted sets."""
+
+    command: ClassVar[Command] = "tta"
+    start: ClassVar[dict[Preset, str]] = {"laptop": "", "paper": "--preset imagenet"}
+    on: ClassVar[dict[str, str]] = {
+        "mixed": "--streams potpourri+",
+        "sequential": "--streams potpourri+ --order sequential",
+    }
+
+
+class TTAMethods(
+    TTAStudy, name="tta-methods", source="Fan et al. 2025 (arXiv 2511.13760), Table 1"
+):
     """Does MoETTA gain more from mixed shifts than the methods before it?
 
     Every method with its defaults, and with its learning rate chosen among four by the accuracy on
     one seed apart: the same domains in another order, so an oracle's choice, for all methods alike.
     """
 
-    command: ClassVar[Command] = "tta"
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 3}
 
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The paper's three mixtures of domains."""
-        start = "--preset imagenet " if preset == "paper" else ""
-        return {s: f"{start}--streams {s}" for s in ("classical", "potpourri", "potpourri+")}
+    on: ClassVar[dict[str, str]] = {
+        s: f"--streams {s}" for s in ("classical", "potpourri", "potpourri+")
+    }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Every method with its defaults; EATA also without its Fisher penalty (ETA)."""
@@ -60,18 +71,15 @@ class TTAMethods(Study, name="tta-methods", source="Fan et al. 2025 (arXiv 2511.
 WEIGHTS = ("0", "0.05", "0.2", "0.5", "1")
 
 
-class TTABalance(Study, name="tta-balance", source="Fan et al. 2025 (arXiv 2511.13760), ablation"):
+class TTABalance(
+    TTAStudy, name="tta-balance", source="Fan et al. 2025 (arXiv 2511.13760), ablation"
+):
     """Does routing collapse without load balancing, and does it cost accuracy?"""
 
-    command: ClassVar[Command] = "tta"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """The largest mixture; and in smaller batches, for four times as many steps."""
-        start = "--preset imagenet " if preset == "paper" else ""
-        return {
-            "potpourri+": f"{start}--streams potpourri+",
-            "potpourri+, batches of 8": f"{start}--streams potpourri+ --batch-size 8",
-        }
+    on: ClassVar[dict[str, str]] = {  # in smaller batches four times as many steps
+        "potpourri+": "--streams potpourri+",
+        "potpourri+, batches of 8": "--streams potpourri+ --batch-size 8",
+    }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Five weights lambda."""
@@ -97,18 +105,8 @@ class TTABalance(Study, name="tta-balance", source="Fan et al. 2025 (arXiv 2511.
 COUNTS = (2, 3, 5, 9, 15)
 
 
-class TTAExperts(Study, name="tta-experts", source="ours; the growth is our extension"):
+class TTAExperts(TTAStudy, name="tta-experts", source="ours; the growth is our extension"):
     """How many experts does MoETTA need, and does growing them as the stream shifts do as well?"""
-
-    command: ClassVar[Command] = "tta"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """All domains mixed, and one domain after another, where shifts can be seen."""
-        start = "--preset imagenet " if preset == "paper" else ""
-        return {
-            "mixed": f"{start}--streams potpourri+",
-            "sequential": f"{start}--streams potpourri+ --order sequential",
-        }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Fixed numbers; from 2 to 9 at a rise of the entropy, and by the clock."""
@@ -131,15 +129,10 @@ class TTAExperts(Study, name="tta-experts", source="ours; the growth is our exte
         return [results.says(stream, a, b) for stream in results.streams for a, b in pairs]
 
 
-class TTALayers(Study, name="tta-layers", source="Fan et al. 2025 (arXiv 2511.13760), ablation"):
+class TTALayers(TTAStudy, name="tta-layers", source="Fan et al. 2025 (arXiv 2511.13760), ablation"):
     """How many of the first LayerNorms should stay without experts?"""
 
-    command: ClassVar[Command] = "tta"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """All domains mixed."""
-        start = "--preset imagenet " if preset == "paper" else ""
-        return {"potpourri+": f"{start}--streams potpourri+"}
+    on: ClassVar[dict[str, str]] = {"potpourri+": "--streams potpourri+"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """From none kept to all but one; the laptop's model has 9 LayerNorms, ViT-B has 25."""
@@ -158,13 +151,11 @@ class TTALayers(Study, name="tta-layers", source="Fan et al. 2025 (arXiv 2511.13
 SIZES = (1, 4, 16, 64)
 
 
-class TTABatchSize(Study, name="tta-batch-size", source="ours"):
+class TTABatchSize(TTAStudy, name="tta-batch-size", source="ours"):
     """Which methods survive small batches at learning rates made for large ones?
 
     The learning rates are scaled with the batch, so that all sizes learn at one pace per image.
     """
-
-    command: ClassVar[Command] = "tta"
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """A mixed stream in batches of four sizes, half its images."""
@@ -191,22 +182,12 @@ class TTABatchSize(Study, name="tta-batch-size", source="ours"):
         return [results.says(stream, a, b) for stream in results.streams for a, b in pairs]
 
 
-class TTARouter(Study, name="tta-router", source="ours; questions of Fan et al. 2025"):
+class TTARouter(TTAStudy, name="tta-router", source="ours; questions of Fan et al. 2025"):
     """Do routers become sure, experts different, and is the learned choice worth anything?
 
     Worth: accuracy on the stream's last batches under the learned routing minus that under experts
     drawn at random. Likeness: mean cosine of the experts' scales and shifts.
     """
-
-    command: ClassVar[Command] = "tta"
-
-    def streams(self, preset: Preset) -> dict[str, str]:
-        """All domains mixed, and one after another."""
-        start = "--preset imagenet " if preset == "paper" else ""
-        return {
-            "mixed": f"{start}--streams potpourri+",
-            "sequential": f"{start}--streams potpourri+ --order sequential",
-        }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """The default, thrice its learning rate, and no balance."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.moe.step import finish_step
+from dynmoe.moe import finish_step
 from dynmoe.registry import Part, PartConfig
 from dynmoe.tta import params
 from dynmoe.tta.entropy import possible_classes, sound

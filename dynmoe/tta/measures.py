@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer, moe_layers
-from dynmoe.moe.routing import Routing, hard_routing
-from dynmoe.moe.stats import entropy, routing_stats
+from dynmoe.moe.diagnostics import entropy, routing_stats
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.model import moe_layers, undisturbed
+from dynmoe.moe.router import Routing, hard_routing
 from dynmoe.tta.entropy import softmax_entropy, wide
 from dynmoe.tta.norm import MoELayerNorm
 from dynmoe.tta.params import affine_parameters

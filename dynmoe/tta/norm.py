@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.moe.experts.affine import AffineBank
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer, Router
+from dynmoe.moe.experts.rows import AffineBank
 from dynmoe.moe.losses.balance import SwitchLoss
-from dynmoe.moe.router import Router
 from dynmoe.moe.routers.top1 import StraightThroughRouter
 
 

@@ -32,7 +32,7 @@ from cl_benchmarks.stream import (
 )
 from dynmoe import cl
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.lab import checkpoint
 from dynmoe.lab.runner import run_one
 from dynmoe.moe import moe_layers

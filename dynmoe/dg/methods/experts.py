@@ -11,13 +11,13 @@ from dynmoe.dg.backbone import features
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank
-from dynmoe.moe.draws import draw_normal
-from dynmoe.moe.layer import MoELayer, collect_aux_losses
-from dynmoe.moe.linear import draw_linear, seeded_linear
+from dynmoe.moe.draws import draw_linear, draw_normal, seeded_linear
+from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.losses.balance import ImportanceLoss, LoadLoss
+from dynmoe.moe.model import collect_aux_losses
+from dynmoe.moe.router import Routing
 from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.moe.routers.top1 import TokenRouter
-from dynmoe.moe.routing import Routing
 from dynmoe.moe.upcycle import upcycle_vit
 from dynmoe.registry import PartConfig
 

@@ -12,7 +12,7 @@ from dynmoe.dg.bank import AdapterBank, adapted_features, balance, bank_for, who
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
-from dynmoe.moe.linear import seeded_linear
+from dynmoe.moe.draws import seeded_linear
 
 
 class MoASets(DGMethod):

@@ -13,9 +13,9 @@ from dynmoe.dg.bank import AdapterBank, Synthesis, adapted_features, balance, ba
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
 from dynmoe.errors import UserError
-from dynmoe.moe.evaluation import undisturbed
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.losses.diversity import Form, PrototypeDiversity
+from dynmoe.moe.model import undisturbed
 from dynmoe.moe.routers.soft import CosineRouter
 
 

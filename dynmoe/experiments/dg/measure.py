@@ -15,7 +15,8 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.experiments.dg.source import Source
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.figures import COLORS, new_figure, save
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.model import moe_layers
 
 Embeddings = Callable[[DGMethod, int], Tensor | None]
 """(method, number of a domain) -> frozen embeddings [N, D] of its images, or None"""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
-from dynmoe.growth.trigger import Trigger
+from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 

@@ -20,15 +20,13 @@ from dynmoe.errors import NumericError, UserError
 from dynmoe.experiments.dg.measure import accuracies, feature_arrays, landscape_array
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
-from dynmoe.growth.controller import GrowthController, GrowthEvent
+from dynmoe.growth import GrowthController, GrowthEvent, Signals
 from dynmoe.growth.probe import Probe
-from dynmoe.growth.trigger import Signals
 from dynmoe.lab.cache import Arrays, write_npz
 from dynmoe.lab.experiment import Session
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
-from dynmoe.moe.layer import moe_layers
-from dynmoe.moe.step import finish_step
+from dynmoe.moe import finish_step, moe_layers
 
 PROBE = 64
 """Images of a domain on which the shock of a growth, and a method's own figures, are measured."""

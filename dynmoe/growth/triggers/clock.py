@@ -1,13 +1,98 @@
-"""Growth by the clock: at given steps, every n steps, at tasks and at new stages."""
+"""When to grow: the trigger contract, the signals of a training loop, and growth by the clock."""
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dynmoe.errors import UserError
-from dynmoe.growth.trigger import ClockTrigger, Signals, Trigger
-from dynmoe.registry import PartConfig
+from dynmoe.registry import Part, PartConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What a trigger may look at.
+
+    A figure is None in loops that do not have it, and nan at asks where there is no new value.
+    """
+
+    step: int
+    """the loop's clock so far: optimizer steps in continual learning, environment steps in
+    reinforcement learning"""
+    task_starts: bool = False
+    """a new task (not the first) begins at this very moment"""
+    reached: tuple[float, ...] = ()
+    """share of environments that were in each stage (a Craftax floor) since the last ask; the first
+    is the stage where all begin; empty in loops without stages"""
+    score: float | None = None
+    """figure of merit of late, higher is better: mean episode return in reinforcement learning;
+    mean accuracy on the latest 100 minibatches, before they are learnt, in continual learning"""
+    loss: float | None = None
+    """of the latest training step: the whole training loss in continual learning, the mean value
+    loss of the update in reinforcement learning"""
+    grad_norm: float | None = None
+    """global gradient norm of the latest training step, before clipping"""
+    effective_rank: float | None = None
+    """of the features that enter the classifier (Roy & Vetterli 2007), on a probe batch"""
+    dormant: float | None = None
+    """share of dormant units: ReDo score at most 0.1 (arXiv 2302.12902, Eq. 1), on a probe batch"""
+
+
+class Trigger(Part, ABC, kind="trigger"):
+    """Base of all triggers. A loop asks `fires` at each task start and before each update.
+
+    Attributes:
+        needs: names of the figures in `Signals` that a loop has to measure for this trigger.
+        every: steps between two measurements of those that take a probe batch.
+        state: names of the attributes to resume from; plain values, or dicts of such.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    every: int = 1
+    state: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: PartConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def fires(self, signals: Signals) -> bool:
+        """Whether to grow now."""
+
+    @abstractmethod
+    def planned(self, steps: int, tasks: int) -> int:
+        """Most growths in a run of that many optimizer steps and tasks; sets the layers' size."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to resume from."""
+        return {name: copy.copy(getattr(self, name)) for name in self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        for name in self.state:
+            setattr(self, name, copy.copy(state[name]))
+
+
+class ClockTrigger(Trigger, ABC):
+    """Base of the triggers that go by the loop's clock, however far it moves between two asks."""
+
+    state = ("asked_at",)
+
+    def __init__(self, config: PartConfig) -> None:
+        super().__init__(config)
+        self.asked_at = 0
+
+    @abstractmethod
+    def due(self, before: int, now: int) -> bool:
+        """Whether a growth falls after step `before` and no later than step `now`."""
+
+    def fires(self, signals: Signals) -> bool:
+        """Whether a growth has fallen due since the last ask; task starts do not count as asks."""
+        if signals.task_starts:
+            return False
+        before, self.asked_at = self.asked_at, signals.step
+        return self.due(before, signals.step)
 
 
 class AtTrigger(ClockTrigger, name="at"):
@@ -88,6 +173,8 @@ class StageTrigger(Trigger, name="stage"):
         limit: int = 1
         """most growths"""
 
+    state = ("deepest", "growths")
+
     def __init__(self, config: Config) -> None:
         if not 0 <= config.share < 1 or config.limit < 1:
             raise UserError(
@@ -118,11 +205,3 @@ class StageTrigger(Trigger, name="stage"):
     def planned(self, steps: int, tasks: int) -> int:
         """As many as the limit allows."""
         return self.limit
-
-    def state_dict(self) -> dict[str, Any]:
-        """The deepest stage so far and the growths made."""
-        return {"deepest": self.deepest, "growths": self.growths}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.deepest, self.growths = state["deepest"], state["growths"]

@@ -1,4 +1,7 @@
-"""Losses that keep experts, their weights or their router rows different."""
+"""Losses that keep experts, their weights, features or router rows different.
+
+Shapes: M most experts, N samples, H hidden units, F features.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
-from dynmoe.moe.comparing import active_outputs, active_pairs, mean_over_pairs, unit_inputs
+from dynmoe.moe.experts.rows import NetworkBank
 from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.router import check_option
 
 
 class OrthogonalLoss(
@@ -40,7 +44,7 @@ class OrthogonalLoss(
 
 def row_overlaps(rows: Tensor) -> Tensor:
     """Squared cosines [M, M] of rows [M, F]; 0 where a row is 0."""
-    rows = rows / _norm(rows.square().sum(dim=1, keepdim=True))
+    rows = _unit(rows)
     return (rows @ rows.T).square()
 
 
@@ -56,6 +60,11 @@ def unit_overlaps(bank: UnitBank, experts: int) -> Tensor:
 def _norm(squares: Tensor) -> Tensor:
     """Square roots, with a finite gradient at 0."""
     return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors along the last axis divided by their length; 0 stays 0, with a finite gradient."""
+    return x / _norm(x.square().sum(dim=-1, keepdim=True))
 
 
 class ParsevalLoss(
@@ -79,8 +88,7 @@ class ParsevalLoss(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.scale <= 0:
-            raise UserError(f"parseval loss: scale={config.scale} must be above 0")
+        check_option(config, "scale", config.scale > 0, "above 0")
         self.scale = config.scale
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -120,9 +128,7 @@ class ParsevalLoss(
 
     def _target(self, products: Tensor) -> Tensor:
         """s I of the last two axes of `products`."""
-        return self.scale * torch.eye(
-            products.shape[-1], dtype=products.dtype, device=products.device
-        )
+        return torch.diag(products.new_full(products.shape[-1:], self.scale))
 
 
 Form = Literal["euclidean", "cosine", "kl"]
@@ -148,11 +154,8 @@ class PrototypeDiversity(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.form not in get_args(Form):
-            raise UserError(
-                f"prototype-diversity loss: form={config.form!r} must be one of "
-                f"{', '.join(get_args(Form))}"
-            )
+        forms = get_args(Form)
+        check_option(config, "form", config.form in forms, f"one of {', '.join(forms)}")
         self.form = config.form
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -216,12 +219,6 @@ def gram_schmidt(outputs: Tensor, active: Tensor) -> Tensor:
     return basis
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Vectors along the last axis divided by their length; 0 stays 0, with a finite gradient."""
-    square = x.square().sum(dim=-1, keepdim=True)
-    return x / square.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
-
-
 class DistillationLoss(
     AuxLoss, name="distillation", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 8"
 ):
@@ -244,8 +241,7 @@ class DistillationLoss(
 
     def __init__(self, config: Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        if config.temperature <= 0:
-            raise UserError(f"distillation loss: temperature={config.temperature} must be above 0")
+        check_option(config, "temperature", config.temperature > 0, "above 0")
         self.temperature, self.detach_target = config.temperature, config.detach_target
 
     def forward(self, inputs: LossInput) -> Tensor:
@@ -257,3 +253,105 @@ class DistillationLoss(
         own = (p * teacher).sum(dim=2).T  # [N, M]
         divergence = own.unsqueeze(2) - torch.einsum("inf,jnf->nij", p, log_p)
         return inputs.routing.mean(mean_over_pairs(divergence, active))
+
+
+def active_pairs(active: Tensor) -> Tensor:
+    """[M, M] bool: ordered pairs of two different active experts, from active [M]."""
+    same = torch.eye(len(active), dtype=torch.bool, device=active.device)
+    return active & active.unsqueeze(1) & ~same
+
+
+def mean_over_pairs(values: Tensor, active: Tensor) -> Tensor:
+    """Mean of values [..., M, M] over ordered pairs of active experts: `[...]`; 0 for one."""
+    pairs = active_pairs(active)
+    return torch.where(pairs, values, 0.0).sum(dim=(-2, -1)) / pairs.sum().clamp(min=1)
+
+
+def active_outputs(inputs: LossInput) -> tuple[Tensor, Tensor]:
+    """Outputs [M, N, F] of every expert for every sample, 0 for reserved ones; and active [M]."""
+    outputs = inputs.bank.expert_outputs(inputs.x).flatten(2)
+    active = inputs.routing.active[: len(outputs)]
+    return torch.where(active.view(-1, 1, 1), outputs, 0.0), active
+
+
+def unit_inputs(bank: UnitBank) -> list[Tensor]:
+    """Matrices [H, F] of the weights through which inputs reach hidden units; no biases."""
+    out = bank.output_weight()
+    entries = [(getattr(bank, name), axis) for name, axis in bank.unit_axes()]
+    return [p.movedim(axis, 0).flatten(1) for p, axis in entries if p is not out and p.dim() > 1]
+
+
+class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.04712), SPHERE"):
+    """Spread of the eigenvalues of the experts' router-weighted features; 0 if all are alike.
+
+    `A = Phi^T Phi / N` [m, m] is the Gram matrix of the features; row n of Phi [N, m] joins the
+    hidden units of every expert, each times the expert's gate for sample n. With c = tr(A) / m, the
+    mean of A's eigenvalues, the loss is
+        relative: `||A / c - I||_F^2 / m`, the eigenvalues' squared coefficient of variation, 0..m-1
+        paper:    `||A - c I||_F^2`
+
+    The paper's (known to us from its abstract and summaries of it): the second form; one penalty
+    for all experts together, so that two experts with the same features count as a loss; on the
+    last hidden layer of the experts only.
+
+    Our choices: the first form. The second goes with the fourth power of features and gates, by
+    orders of magnitude within a run and with each growth, so that no fixed weight serves it (the
+    authors' published scripts set its gradient to a share of the task's). The weight. Every
+    position of an image or sequence is a sample. Each MoE layer has a term of its own, so that
+    `--network.place all` gives as many as blocks. The loss needs every hidden unit for every
+    sample, also where the router is sparse, and m^2 numbers; with N < m it cannot reach 0.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AuxLoss.Config):
+        """Options of SPHERE."""
+
+        weight: float = 0.001
+        """factor of the loss in the training objective"""
+        form: Literal["relative", "paper"] = "relative"
+        """relative: whatever the scale of the features; paper: as it stands there"""
+
+    def __init__(self, config: Config, max_experts: int) -> None:
+        super().__init__(config, max_experts)
+        check_option(config, "form", config.form in ("relative", "paper"), "relative or paper")
+        self.form = config.form
+
+    def forward(self, inputs: LossInput) -> Tensor:
+        """The loss of the batch; a UserError for experts without hidden layer."""
+        features, living = router_weighted_features(inputs)
+        mask = inputs.routing.mask
+        samples = max(len(features), 1) if mask is None else mask.sum().clamp(min=1)
+        positions = max(features.shape[2], 1)
+        gram = torch.einsum("nmp,nkp->mk", features, features) / (samples * positions)
+        mean = gram.trace() / living.sum()
+        gaps = gram - torch.diag(mean * living)
+        if self.form == "paper":
+            return gaps.square().sum()
+        mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)  # features may all be 0
+        return (gaps / mean).square().sum() / living.sum()
+
+
+def router_weighted_features(inputs: LossInput) -> tuple[Tensor, Tensor]:
+    """Features [N, m, P] at each sample's P positions, and which of them [m] active experts own.
+
+    Features of reserved experts and of padding are 0.
+
+    Raises:
+        UserError: the bank's experts have no hidden layer.
+    """
+    bank, gates = inputs.bank, inputs.routing.gates
+    if isinstance(bank, UnitBank):
+        hidden = bank.hidden(inputs.x)
+        weights = gates[:, bank.segment]
+        living = torch.ones_like(bank.segment, dtype=torch.bool)
+    elif isinstance(bank, NetworkBank):
+        hidden = bank.last_hidden(inputs.x)  # [M, N, F]
+        hidden = torch.where(inputs.routing.active.view(-1, 1, 1), hidden, 0.0)
+        width = hidden.shape[2]
+        hidden = hidden.movedim(0, 1).flatten(1)
+        weights = gates.repeat_interleave(width, dim=1)
+        living = inputs.routing.active.repeat_interleave(width)
+    else:
+        raise UserError(f"sphere loss: experts of bank {bank.name!r} have no hidden layer")
+    hidden = hidden.flatten(2) if hidden.dim() > 2 else hidden.unsqueeze(2)
+    return hidden * weights.unsqueeze(2), living

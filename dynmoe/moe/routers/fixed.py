@@ -10,21 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.moe.draws import draw_normal, draw_seed, every
-from dynmoe.moe.noise import GOLDEN, scramble
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing, hard_routing
+from dynmoe.moe.draws import GOLDEN, draw_normal, draw_seed, every, scramble
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option, hard_routing
 from dynmoe.registry import PartConfig
 
 
 class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 15"):
     """The K best of random linear scores that are never trained, each with gate 1.
 
-    Zhang et al. 2025 (arXiv 2507.11181), Eq. 15: gates are 0 or 1, and a layer adds up the chosen
-    experts' outputs. `gate=share` divides them by the number of experts used, so that they sum to 1
-    as other routers' do; in layers with `gate_scale="experts"` the outputs are the same. The
-    scores' `weight` takes no gradient; growth draws rows for new experts as it does for every
-    router.
+    Gates are 0 or 1, and a layer adds up the chosen experts' outputs. `gate=share` divides them by
+    the number of experts used, so that they sum to 1 as other routers' do; in layers with
+    `gate_scale="experts"` the outputs are the same. The scores' `weight` takes no gradient; growth
+    draws rows for new experts as it does for every router.
     """
 
     k: int
@@ -39,19 +36,11 @@ class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.
         gate: Literal["one", "share"] = "one"
         """gate of each chosen expert: 1 (Eq. 15), or 1 / number of experts used"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.k <= max_experts:
-            raise UserError(f"random router: k={config.k} must be between 1 and {max_experts}")
-        if config.gate not in ("one", "share"):
-            raise UserError(f"random router: gate={config.gate!r} must be one or share")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        most = size[2]
+        check_option(config, "k", 1 <= config.k <= most, f"between 1 and {most}")
+        check_option(config, "gate", config.gate in ("one", "share"), "one or share")
+        super().__init__(*size)
         self.weight.requires_grad_(False)
         self.k = config.k
         self.normalised = config.gate == "share"
@@ -73,10 +62,10 @@ class RandomRouter(Router, name="random", source="Zhang et al. 2025 (arXiv 2507.
 class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.04426), Section 3"):
     """A fixed random hash of the token id, modulo the number of experts, with gate 1.
 
-    Roller et al. 2021 (arXiv 2106.04426), Section 3. The ids come as context. Without a context
-    (our choice) a sample's id are the signs of fixed random projections of it, so that near samples
-    share an expert. Nothing is learned: `weight` is not used and takes no gradient. Growth
-    changes the modulus, and with it nearly every token's expert.
+    The ids come as context. Without a context (our choice) a sample's id are the signs of fixed
+    random projections of it, so that near samples share an expert. Nothing is learned: `weight` is
+    not used and takes no gradient. Growth changes the modulus, and with it nearly every token's
+    expert.
 
     Attributes:
         seed: buffer [1] int64, of the hash.
@@ -94,17 +83,10 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
         bits: int = 8
         """random projections for samples without a token id; 2^bits ids can result"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.bits <= 62:
-            raise UserError(f"hash router: bits={config.bits} must be between 1 and 62")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, _, _, generator = size
+        check_option(config, "bits", 1 <= config.bits <= 62, "between 1 and 62")
+        super().__init__(*size)
         self.weight.requires_grad_(False)
         self.register_buffer("seed", torch.empty(1, dtype=torch.long))
         self.register_buffer("planes", torch.empty(config.bits, dim))
@@ -138,9 +120,7 @@ class HashRouter(Router, name="hash", source="Roller et al. 2021 (arXiv 2106.044
                 f"hash router: a context of shape {list(ids.shape)} and {ids.dtype} is no list of "
                 "token ids; give one int64 per token"
             )
-        code = scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1)
-        everywhere = torch.ones_like(code, dtype=torch.bool)
-        return hard_routing(code % self.active.sum(), everywhere, self.active, inputs.x)
+        return _modulo(scramble(self.seed + ids.long() * GOLDEN) & (2**63 - 1), self, inputs)
 
 
 class OracleRouter(Router, name="oracle", source="ours"):
@@ -152,15 +132,8 @@ class OracleRouter(Router, name="oracle", source="ours"):
 
     k = 1
 
-    def __init__(
-        self,
-        config: PartConfig,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: PartConfig, *size: *RouterSize) -> None:
+        super().__init__(*size)
         self.weight.requires_grad_(False)
 
     def route(self, inputs: RouterInput) -> Routing:
@@ -180,6 +153,10 @@ class OracleRouter(Router, name="oracle", source="ours"):
                 f"oracle router: a context of shape {list(label.shape)} and {label.dtype} is no "
                 "list of labels; give one int64 per sample"
             )
-        everywhere = torch.ones_like(label, dtype=torch.bool)
-        owner = label.long() % self.active.sum()
-        return hard_routing(owner, everywhere, self.active, inputs.x)
+        return _modulo(label.long(), self, inputs)
+
+
+def _modulo(number: Tensor, router: Router, inputs: RouterInput) -> Routing:
+    """Routing of each sample to its number [N] modulo the number of experts, with gate 1."""
+    everywhere = torch.ones_like(number, dtype=torch.bool)
+    return hard_routing(number % router.active.sum(), everywhere, router.active, inputs.x)

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.linear import distances
-from dynmoe.moe.passes import Passes, new_pass
-from dynmoe.moe.processes import join_processes, sum_over_processes
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.passes import Passes, join_processes, new_pass, sum_over_processes
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
+from dynmoe.moe.routers.soft import distances
 from dynmoe.registry import PartConfig
 
 
@@ -27,11 +25,10 @@ class PrototypeRouter(
 ):
     """The expert whose prototype is nearest, with gate 1; prototypes follow their samples.
 
-    Clustering in place of gradients, as MixER does (Nzoyem et al. 2025, arXiv 2502.05335; Eq. 19
-    of Zhang et al. 2025, arXiv 2507.11181). No gradient reaches prototypes or passes through
-    them. Our choices: features are x itself or the context given, without a learned map; after
-    each optimizer step each prototype moves to the running mean of its samples (online k-means) in
-    the step's training passes, over all processes.
+    Clustering in place of gradients, as MixER does. No gradient reaches prototypes or passes
+    through them. Our choices: features are x itself or the context given, without a learned map;
+    after each optimizer step each prototype moves to the running mean of its samples (online
+    k-means) in the step's training passes, over all processes.
 
     A prototype without samples stays where it is, also that of a new expert, which starts near 0.
     After `patience` steps without any it moves onto the sample that is farthest from its own
@@ -70,27 +67,27 @@ class PrototypeRouter(
         patience: int = 20
         """optimizer steps without samples after which a prototype restarts; 0: never"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        _check(config)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, num_experts, most, generator = size
+        check_option(config, "use", config.use in ("x", "context"), "x or context")
         self.by_context = config.use == "context"
         width = config.context_dim if self.by_context else dim
-        super().__init__(width, num_experts, max_experts, generator)
+        known = not self.by_context or width >= 1
+        check_option(config, "context_dim", known, "at least 1 with use=context")
+        check_option(config, "decay", 0 <= config.decay <= 1, "between 0 and 1")
+        check_option(config, "patience", config.patience >= 0, "at least 0")
+        super().__init__(width, num_experts, most, generator)
         self.weight.requires_grad_(False)
         self.decay = config.decay
         self.patience = config.patience
-        self.register_buffer("idle", torch.zeros(max_experts, dtype=torch.long))
-        for name, shape in {"sums": (max_experts, width), "far": (max_experts, width),
-                            "far_off": (max_experts,)}.items():  # fmt: skip
-            self.register_buffer(name, torch.zeros(shape), persistent=False)
-        counts = torch.zeros(max_experts, dtype=torch.long)
-        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("idle", torch.zeros(most, dtype=torch.long))
+        for name, noted in {
+            "sums": torch.zeros(most, width),
+            "far": torch.zeros(most, width),
+            "far_off": torch.zeros(most),
+            "counts": torch.zeros(most, dtype=torch.long),
+        }.items():
+            self.register_buffer(name, noted, persistent=False)
         self._passes = Passes()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -135,12 +132,7 @@ class PrototypeRouter(
 
     @torch.no_grad()
     def _note(self, features: Tensor, squared: Tensor, own: Tensor) -> None:
-        """Note the samples of a pass.
-
-        Args:
-            features: [N, D]. squared: [N, M] their squared distances.
-            own: [N, M] bool, the prototype of each real sample.
-        """
+        """Note features [N, D], their squared distances [N, M] and prototypes [N, M] of a pass."""
         with torch.autocast(features.device.type, enabled=False):
             self.sums += own.to(features.dtype).T @ features
         self.counts += own.sum(dim=0)
@@ -180,20 +172,6 @@ class PrototypeRouter(
         self._passes.clear()
 
 
-def _check(config: PrototypeRouter.Config) -> None:
-    if config.use not in ("x", "context"):
-        raise UserError(f"prototypes router: use={config.use!r} must be x or context")
-    if config.use == "context" and config.context_dim < 1:
-        raise UserError(
-            f"prototypes router: context_dim={config.context_dim} must be at least 1 with "
-            "use=context"
-        )
-    if not 0 <= config.decay <= 1:
-        raise UserError(f"prototypes router: decay={config.decay} must be between 0 and 1")
-    if config.patience < 0:
-        raise UserError(f"prototypes router: patience={config.patience} must be at least 0")
-
-
 class DomainRouter(
     Router, name="domain", source="after Hua et al. 2025 (arXiv 2510.16448); the mixture is ours"
 ):
@@ -226,25 +204,16 @@ class DomainRouter(
         floor: float = 1e-3
         """least variance; keeps a component from shrinking onto one sample"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 0 <= config.k <= max_experts:
-            raise UserError(f"domain router: k={config.k} must be between 0 and {max_experts}")
-        if config.likelihood < 0:
-            raise UserError(f"domain router: likelihood={config.likelihood} must be at least 0")
-        if config.floor <= 0:
-            raise UserError(f"domain router: floor={config.floor} must be above 0")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, _, most, generator = size
+        check_option(config, "k", 0 <= config.k <= most, f"between 0 and {most}")
+        check_option(config, "likelihood", config.likelihood >= 0, "at least 0")
+        check_option(config, "floor", config.floor > 0, "above 0")
+        super().__init__(*size)
         self.k = config.k or None
         self.likelihood, self.floor = config.likelihood, config.floor
-        self.log_variance = nn.Parameter(torch.empty(max_experts, dim))
-        self.prior = nn.Parameter(torch.empty(max_experts))
+        self.log_variance = nn.Parameter(torch.empty(most, dim))
+        self.prior = nn.Parameter(torch.empty(most))
         for rows in (self.log_variance, self.prior):
             draw_entries(rows, 0, every(rows), dim**-0.5, generator)
 

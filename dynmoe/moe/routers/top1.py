@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.errors import UserError
-from dynmoe.moe.draws import draw_normal
-from dynmoe.moe.linear import draw_linear, seeded_linear
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.draws import Noise, draw_linear, draw_normal, seeded_linear
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
 
@@ -23,8 +19,7 @@ class SwitchRouter(
 ):
     """The most probable expert, with its probability as gate; experts may have a capacity.
 
-    Fedus et al. 2021 (arXiv 2101.03961), Sections 2.1, 2.2 (capacity) and 2.4 (jitter). A sample
-    that finds its expert full is dropped: no expert, gate 0, output 0.
+    A sample that finds its expert full is dropped: no expert, gate 0, output 0.
     """
 
     k = 1
@@ -41,25 +36,13 @@ class SwitchRouter(
         batch; 0: no limit. The paper has 1 to 1.25, and a connection around the layer for the
         samples that are dropped"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 0 <= config.jitter < 1:
-            raise UserError(f"switch router: jitter={config.jitter} must be at least 0, below 1")
-        if config.capacity_factor < 0:
-            raise UserError(
-                f"switch router: capacity_factor={config.capacity_factor} must be at least 0 "
-                "(0: no limit)"
-            )
-        super().__init__(dim, num_experts, max_experts, generator)
-        self.jitter = config.jitter
-        self.capacity_factor = config.capacity_factor
-        self.noise = Noise(generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "jitter", 0 <= config.jitter < 1, "at least 0, below 1")
+        factor = config.capacity_factor
+        check_option(config, "capacity_factor", factor >= 0, "at least 0 (0: no limit)")
+        super().__init__(*size)
+        self.jitter, self.capacity_factor = config.jitter, factor
+        self.noise = Noise(size[3])
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start, the noise included."""
@@ -115,16 +98,9 @@ class TokenRouter(
         dim: int = 256
         """width of the space in which tokens and prototypes are compared"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.dim < 1:
-            raise UserError(f"token router: dim={config.dim} must be at least 1")
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, num_experts, max_experts, generator = size
+        check_option(config, "dim", config.dim >= 1, "at least 1")
         super().__init__(config.dim, num_experts, max_experts, generator)
         self.projection = seeded_linear(dim, config.dim, generator)
         self.log_scale = nn.Parameter(torch.tensor(math.log(2.0)))
@@ -172,20 +148,9 @@ class StraightThroughRouter(
     k = 1
     steerable = True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
-        """The straight-through router has no options."""
-
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__(dim, num_experts, max_experts, generator)
-        self.bias = nn.Parameter(torch.zeros(max_experts))
+    def __init__(self, config: PartConfig, *size: *RouterSize) -> None:
+        super().__init__(*size)
+        self.bias = nn.Parameter(torch.zeros(size[2]))
 
     def route(self, inputs: RouterInput) -> Routing:
         """Route x [N, D] to one expert each."""

@@ -1,4 +1,4 @@
-"""Sparse routers: each sample uses the few experts of largest score."""
+"""Sparse routers: each sample uses the few experts of largest score, or of positive score."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.router import Router
-from dynmoe.moe.routing import RouterInput, Routing
+from dynmoe.moe.draws import Noise, draw_entries, every
+from dynmoe.moe.passes import Passes, new_pass, sum_over_processes
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
 
 class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1"):
     """The K experts with the largest linear score, weighted by their softmax probability.
 
-    Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, without noise. Chosen probabilities are
-    renormalised for K >= 2 only: a renormalised single gate is 1 whatever the logits, and its
-    router gradient exactly zero.
+    Without noise. Chosen probabilities are renormalised for K >= 2 only: a renormalised single gate
+    is 1 whatever the logits, and its router gradient exactly zero.
     """
 
     k: int
@@ -35,17 +33,9 @@ class TopKRouter(Router, name="topk", source="Shazeer et al. 2017 (arXiv 1701.06
         k: int = 2
         """experts per sample; all of them while fewer exist"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.k <= max_experts:
-            raise UserError(f"topk router: k={config.k} must be between 1 and {max_experts}")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "k", 1 <= config.k <= size[2], f"between 1 and {size[2]}")
+        super().__init__(*size)
         self.k = config.k
 
     def route(self, inputs: RouterInput) -> Routing:
@@ -61,9 +51,8 @@ class NoisyTopKRouter(
 ):
     """The K experts of largest noisy score `x W^T + N(0, 1) softplus(x W_noise^T)`.
 
-    Shazeer et al. 2017 (arXiv 1701.06538), Section 2.1, Eqs. 3-5; Zhang et al. 2025 (arXiv
-    2507.11181), Eqs. 2-4. Noise is added in training mode only. As in the plain top-k router,
-    chosen probabilities are renormalised for K >= 2 only.
+    Eqs. 3-5; also Zhang et al. 2025 (arXiv 2507.11181), Eqs. 2-4. Noise is added in training mode
+    only. As in the plain top-k router, chosen probabilities are renormalised for K >= 2 only.
 
     Attributes:
         noise_weight: Parameter [M, D], zero at first (Shazeer et al., App. A), so that every score
@@ -85,26 +74,14 @@ class NoisyTopKRouter(
         sigma: float = 1.0
         """standard deviation of fixed noise"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.k <= max_experts:
-            raise UserError(f"noisy-topk router: k={config.k} must be between 1 and {max_experts}")
-        if config.sigma <= 0:
-            raise UserError(
-                f"noisy-topk router: sigma={config.sigma} must be above 0; topk has no noise"
-            )
-        super().__init__(dim, num_experts, max_experts, generator)
-        self.k = config.k
-        self.sigma = config.sigma
-        self.noise_weight = (
-            nn.Parameter(torch.zeros(max_experts, dim)) if config.noise == "learned" else None
-        )
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, _, most, generator = size
+        check_option(config, "k", 1 <= config.k <= most, f"between 1 and {most}")
+        check_option(config, "sigma", config.sigma > 0, "above 0; topk has no noise")
+        super().__init__(*size)
+        self.k, self.sigma = config.k, config.sigma
+        learned = config.noise == "learned"
+        self.noise_weight = nn.Parameter(torch.zeros(most, dim)) if learned else None
         self.noise = Noise(generator)
 
     @torch.no_grad()
@@ -135,14 +112,8 @@ class NoisyTopKRouter(
     def _load(self, clean: Tensor, scale: Tensor, noisy: Tensor, chosen: Tensor) -> Tensor:
         """[N, M] chance that an expert is chosen if its noise alone is drawn again.
 
-        Shazeer et al. 2017, App. A, Eqs. 8-10: `Phi((clean_i - kth_excluding(noisy, k, i)) /
-        scale_i)`. It is 1 while no more than K experts exist, which all are chosen then. The
-        selection bias counts as part of the scores, since they are compared with it.
-
-        Args:
-            clean, scale: [N, M] scores and standard deviations of their noise.
-            noisy: [N, M] scores as drawn, -inf for experts that do not exist yet.
-            chosen: [N, M] bool.
+        App. A, Eqs. 8-10: `Phi((clean_i - kth_excluding(noisy, k, i)) / scale_i)`, with the
+        selection bias. 1 while no more than K experts exist, which all are chosen then.
         """
         clean, noisy = clean + self.selection_bias, noisy + self.selection_bias
         best = noisy.topk(min(self.k + 1, noisy.shape[1]), dim=1).values
@@ -154,14 +125,34 @@ class NoisyTopKRouter(
         return torch.where(self.active, load, 0.0)
 
 
-class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.07652), Section 2"):
-    """The fewest experts whose probabilities add up to p, the most probable first.
-
-    Huang et al. 2024 (arXiv 2403.07652), Section 2: hard samples use more experts. At least one is
-    used; of equally probable experts the older one comes first.
-    """
+class VaryingRouter(Router):
+    """Base of the routers that use the best experts, as many as the sample asks for."""
 
     steerable = True
+
+    def ranking(self, logits: Tensor) -> Tensor:
+        """[N, M] experts by falling logit [N, M] plus selection bias, of equals the older first."""
+        biased = logits.detach() + self.selection_bias
+        return biased.argsort(dim=1, descending=True, stable=True)
+
+    def sparse_varying(
+        self, logits: Tensor, probabilities: Tensor, chosen: Tensor, renormalise: bool
+    ) -> Routing:
+        """As `sparse`, but an expert that is alone keeps its probability as gate."""
+        routing = self.sparse(logits, probabilities, chosen, renormalise)
+        alone = torch.where(chosen, probabilities, 0.0)
+        routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
+        return routing
+
+
+class TopPRouter(
+    VaryingRouter, name="top-p", source="Huang et al. 2024 (arXiv 2403.07652), Section 2"
+):
+    """The fewest experts whose probabilities add up to p, the most probable first.
+
+    Hard samples use more experts. At least one is used; of equally probable experts the older one
+    comes first.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -173,17 +164,9 @@ class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.076
         """divide the gates of a sample by their sum where it uses two experts or more; one alone
         keeps its probability, or the router would get no gradient there (our choice)"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 0 < config.p <= 1:
-            raise UserError(f"top-p router: p={config.p} must be above 0, at most 1")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "p", 0 < config.p <= 1, "above 0, at most 1")
+        super().__init__(*size)
         self.p = config.p
         self.renormalise = config.renormalise
 
@@ -191,27 +174,22 @@ class TopPRouter(Router, name="top-p", source="Huang et al. 2024 (arXiv 2403.076
         """Route x [N, D]; the selection bias counts in the order, not in the probabilities."""
         logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
-        order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
+        order = self.ranking(logits)
         ordered = probabilities.detach().gather(1, order)
         before = ordered.cumsum(dim=1) - ordered
         chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, before < self.p)
-        chosen = chosen & self.active
-        routing = self.sparse(logits, probabilities, chosen, self.renormalise)
-        alone = torch.where(chosen, probabilities, 0.0)
-        routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
-        return routing
+        return self.sparse_varying(logits, probabilities, chosen & self.active, self.renormalise)
 
 
-class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 17"):
+class NormRouter(VaryingRouter, name="norm", source="Zhang et al. 2025 (arXiv 2507.11181), Eq. 17"):
     """The k(x) best experts, `k(x) = min(k_max, floor(tau ||x||))`, at least one.
 
-    Zhang et al. 2025 (arXiv 2507.11181), Eq. 17; the least of one is our choice. Gates are softmax
-    probabilities, renormalised over the chosen where they are two or more: one gate alone would be
-    1 whatever the logits, and the router's gradient exactly zero.
+    The least of one is our choice. Gates are softmax probabilities, renormalised over the chosen
+    where they are two or more: one gate alone would be 1 whatever the logits, and the router's
+    gradient exactly zero.
     """
 
     k: int
-    steerable = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -222,21 +200,11 @@ class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.1118
         tau: float = 1.0
         """experts per unit of Euclidean length of the sample"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if not 1 <= config.k_max <= max_experts:
-            raise UserError(
-                f"norm router: k_max={config.k_max} must be between 1 and {max_experts}"
-            )
-        if config.tau <= 0:
-            raise UserError(f"norm router: tau={config.tau} must be above 0")
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        most = size[2]
+        check_option(config, "k_max", 1 <= config.k_max <= most, f"between 1 and {most}")
+        check_option(config, "tau", config.tau > 0, "above 0")
+        super().__init__(*size)
         self.k = config.k_max
         self.tau = config.tau
 
@@ -245,13 +213,8 @@ class NormRouter(Router, name="norm", source="Zhang et al. 2025 (arXiv 2507.1118
         logits = self.mask(F.linear(inputs.x, self.weight))
         probabilities = logits.softmax(dim=1)
         count = (self.tau * inputs.x.detach().norm(dim=1, keepdim=True)).floor().clamp(1, self.k)
-        order = (logits.detach() + self.selection_bias).argsort(dim=1, descending=True, stable=True)
-        rank = order.argsort(dim=1)
-        chosen = (rank < count) & self.active
-        routing = self.sparse(logits, probabilities, chosen, renormalise=True)
-        alone = torch.where(chosen, probabilities, 0.0)
-        routing.gates = torch.where(routing.used() == 1, alone, routing.gates)
-        return routing
+        chosen = (self.ranking(logits).argsort(dim=1) < count) & self.active
+        return self.sparse_varying(logits, probabilities, chosen, renormalise=True)
 
 
 class CostAwareRouter(
@@ -259,9 +222,9 @@ class CostAwareRouter(
 ):
     """The expert of largest score minus lambda times its cost, with its probability as gate.
 
-    Zhang et al. 2025 (arXiv 2507.11181), Eq. 11. Our choices: an expert's cost is its number of
-    hidden units relative to the mean of the active experts, and the gate is the softmax of the
-    scores alone. It differs from top-1 only where experts differ in size.
+    Our choices: an expert's cost is its number of hidden units relative to the mean of the active
+    experts, and the gate is the softmax of the scores alone. It differs from top-1 only where
+    experts differ in size.
     """
 
     k = 1
@@ -275,19 +238,9 @@ class CostAwareRouter(
         cost_weight: float = 0.1
         """lambda: what the score of an expert of mean size is lowered by"""
 
-    def __init__(
-        self,
-        config: Config,
-        dim: int,
-        num_experts: int,
-        max_experts: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        if config.cost_weight < 0:
-            raise UserError(
-                f"cost-aware router: cost_weight={config.cost_weight} must be at least 0"
-            )
-        super().__init__(dim, num_experts, max_experts, generator)
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "cost_weight", config.cost_weight >= 0, "at least 0")
+        super().__init__(*size)
         self.cost_weight = config.cost_weight
 
     def route(self, inputs: RouterInput) -> Routing:
@@ -306,3 +259,109 @@ class CostAwareRouter(
         cost = sizes * self.active.sum() / sizes.sum()
         chosen = self.choose(logits - self.cost_weight * cost, 1)
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=False)
+
+
+LOWEST, HIGHEST = 1e-12, 1e6
+"""bounds of the loss's weight: it multiplies, and could never leave 0 or infinity"""
+
+
+class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711), Section 3"):
+    """Gates `ReLU(x W^T)`: each sample uses the experts whose score is positive, few on average.
+
+    ReMoE. In training mode the router adds a loss `sparsity` of its own, `strength * mean_t sum_e
+    f_e gate_te`, where `f_e = E / k * (share of samples that use e)` has no gradient and balances
+    the load. After each optimizer step, strength is multiplied by `alpha ** sign((1 - k / E) - S)`,
+    S being the share of zero gates among the active experts in the step's passes, over all
+    processes: gates that are too dense raise it. The target follows E as the layer grows.
+
+    A sample may use no expert at all; its output then is that of the shared expert, or 0. Scores
+    that are never positive have no gradient. Ours: strength is kept between 1e-12 and 1e6, every
+    layer has its own, and a shift s of the logits multiplies the gate by exp(s), so that copies of
+    an expert share its gate.
+
+    Attributes:
+        strength: buffer, scalar, the present weight of the loss (the paper's lambda).
+        noted: buffer [2] int64, real samples of this optimizer step and the experts that they use;
+            not saved.
+    """
+
+    normalised = False
+    strength: Tensor
+    noted: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the ReLU router."""
+
+        k: float = 2.0
+        """experts that a sample shall use, on average; all of them while fewer exist"""
+        strength: float = 1e-8
+        """the loss's weight at the start (the paper's lambda_0)"""
+        alpha: float = 1.2
+        """factor of each change of that weight"""
+
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "k", config.k > 0, "above 0")
+        within = LOWEST <= config.strength <= HIGHEST
+        check_option(config, "strength", within, f"between {LOWEST} and {HIGHEST}")
+        check_option(config, "alpha", config.alpha >= 1, "at least 1")
+        super().__init__(*size)
+        self.mean_used, self.alpha = config.k, config.alpha
+        self.initial_strength = config.strength
+        self.register_buffer("strength", torch.tensor(config.strength))
+        self.register_buffer("noted", torch.zeros(2, dtype=torch.long), persistent=False)
+        self._passes = Passes()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start, the loss's weight included."""
+        super().reset_parameters(generator)
+        self.strength.fill_(self.initial_strength)
+        self._forget()
+
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route x [N, D]; probabilities are shares of the gates, uniform where all are 0."""
+        scores = F.linear(inputs.x, self.weight)
+        gates = torch.where(self.active, scores.relu(), 0.0) * self.logit_shift.exp()
+        total = gates.sum(dim=1, keepdim=True)
+        uniform = self.active.to(gates.dtype) / self.active.sum()
+        some = total > 0
+        routing = Routing(
+            gates=gates,
+            logits=self.mask(scores),
+            probabilities=torch.where(some, gates / torch.where(some, total, 1.0), uniform),
+            active=self.active,
+            chosen=gates > 0,
+        ).without_padding(inputs.mask)
+        if self.training:
+            routing.losses["sparsity"] = self._sparsity(routing)
+            if self._passes.learns(new_pass()):
+                self._note(routing)
+        return routing
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Adapt the strength to what the step's passes used."""
+        samples, used = sum_over_processes(self.noted)
+        experts = self.active.sum()
+        target = (1 - self.mean_used / experts).clamp(min=0.0)
+        zero = 1 - used / (samples * experts).clamp(min=1)
+        sign = torch.where(samples > 0, (target - zero).sign(), 0.0)
+        self.strength.copy_((self.strength * self.alpha**sign).clamp(LOWEST, HIGHEST))
+        self._forget()
+
+    def _forget(self) -> None:
+        self.noted.zero_()
+        self._passes.clear()
+
+    @torch.no_grad()
+    def _note(self, routing: Routing) -> None:
+        used = routing.picks() > 0
+        self.noted[0] += len(used) if routing.mask is None else routing.mask.sum()
+        self.noted[1] += used.sum()
+
+    def _sparsity(self, routing: Routing) -> Tensor:
+        """The batch's loss at the present strength."""
+        experts = self.active.sum()
+        use = routing.mean(routing.picks()).detach()  # [M]
+        loss = (experts / self.mean_used * use * routing.mean(routing.gates)).sum()
+        return self.strength.clone() * loss

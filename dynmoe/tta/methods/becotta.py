@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.interventions.weights import replace_module
-from dynmoe.moe.noise import Noise
+from dynmoe.moe.draws import Noise
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import mean_of, softmax_entropy

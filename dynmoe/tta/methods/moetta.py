@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.growth.controller import GrowthController, classification_shock
+from dynmoe.growth import GrowthController, Signals
+from dynmoe.growth.controller import classification_shock
 from dynmoe.growth.initialisation import RandomInit
-from dynmoe.growth.trigger import Signals
 from dynmoe.growth.triggers.clock import EveryTrigger
-from dynmoe.growth.triggers.drift import DriftTrigger
+from dynmoe.growth.triggers.figures import DriftTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter

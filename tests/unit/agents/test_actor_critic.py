@@ -14,7 +14,7 @@ from agents.actor_critic import PLACES, ActorCritic, as_input, dense_block
 from agents.encoders import MLP, Conv
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import MoELayer, moe_layers
+from dynmoe.moe import MoELayer, moe_layers
 
 SUBSETS = [places for count in range(4) for places in combinations(PLACES, count)]
 NAMES = {"trunk": "trunk.1", "actor": "actor.0", "critic": "critic.0"}

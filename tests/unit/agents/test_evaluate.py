@@ -16,7 +16,7 @@ from agents.rollout import Episode, collect
 from dynmoe import registry, seeding
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import confidence_interval
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from envs.debug import Stages
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv

@@ -33,7 +33,7 @@ from agents.figures import (
 from agents.statistics import Trace
 from dynmoe.lab.figures import COLORS, as_image
 from dynmoe.lab.statistics import confidence_interval
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import gate_shares
 from envs.debug import Stages
 
 MARK = "#222222"

@@ -19,9 +19,8 @@ from agents.growth import policy_shock, sample, signals
 from agents.ppo import UpdateStats, train
 from agents.rollout import Rollout
 from dynmoe import registry, seeding
-from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController
-from dynmoe.moe.layer import moe_layers
+from dynmoe.growth import Budget, GrowthController
+from dynmoe.moe import moe_layers
 
 PER_GROWTH = Budget(mode="per-growth")
 

@@ -16,9 +16,9 @@ from agents.growth import policy_shock
 from agents.methods import Agent
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 
 NAMES = registry.names("agent")
 MOE = ("dynamicmoe", "moe-start", "moe-static")

@@ -16,8 +16,8 @@ from agents.rollout import Rollout, collect
 from agents.settings import Config
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import collect_aux_losses
-from dynmoe.moe.noise import Noise
+from dynmoe.moe import collect_aux_losses
+from dynmoe.moe.draws import Noise
 from envs.vector import TorchVectorEnv
 
 CONTEXT = ("oracle",)

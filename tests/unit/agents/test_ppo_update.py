@@ -29,7 +29,7 @@ from agents.ppo import (
 )
 from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe.errors import NumericError
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from dynmoe.moe.losses.balance import SwitchLoss
 from envs.vector import TorchVectorEnv
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic
 from agents.encoders import MLP
 from agents.rollout import Rollout, collect, estimate_advantages
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 from envs.vector import TorchVectorEnv
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agents.rollout import Episode, Rollout
 from agents.statistics import RECENT, EpisodeStats, FloorRouting, learning_curve
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 
 
 def through_a_file(state: Any) -> Any:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agents.rollout import Episode, Rollout
 from agents.statistics import Trace, Traces
-from dynmoe.moe.layer import moe_layers
+from dynmoe.moe import moe_layers
 
 ENVS = 3
 

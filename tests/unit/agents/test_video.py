@@ -28,7 +28,7 @@ from agents.video import (
 )
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.moe.stats import gate_shares
+from dynmoe.moe.diagnostics import gate_shares
 from envs.debug import Stages
 from envs.vector import TorchVectorEnv
 

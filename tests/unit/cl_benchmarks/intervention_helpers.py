@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe import registry
-from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import Budget, GrowthController
 from dynmoe.growth.pruning import UtilityUnits
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.moe.layer import MoELayer, collect_aux_losses
+from dynmoe.moe import MoELayer, collect_aux_losses
 
 TASK = 4
 """optimizer steps per task"""

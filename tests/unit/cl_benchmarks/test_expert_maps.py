@@ -8,7 +8,7 @@ from torch import nn
 from cl_benchmarks.measuring import expert_maps
 from dynmoe.lab.figures import heat_map
 from dynmoe.moe import MoELayer
-from dynmoe.moe.inspection import output_similarity, weight_similarity
+from dynmoe.moe.diagnostics import output_similarity, weight_similarity
 
 
 def test_maps_show_classes_tasks_and_similarities() -> None:

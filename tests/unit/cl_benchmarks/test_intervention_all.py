@@ -10,7 +10,7 @@ from intervention_helpers import Loop, assert_equal, batch, make
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -7,7 +7,7 @@ import torch
 from intervention_helpers import NETWORKS, Loop, batch
 from torch import Tensor, nn
 
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.interventions.resetting import CBP
 
 

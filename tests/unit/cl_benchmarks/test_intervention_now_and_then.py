@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe.interventions.perturbing import exact_polar, polar
 from dynmoe.interventions.weights import fresh_draw
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 
 
 def acted(network: str, name: str, steps: int = 4, **options: Any) -> tuple[Loop, dict, dict]:

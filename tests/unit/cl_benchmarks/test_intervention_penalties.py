@@ -10,9 +10,9 @@ import torch
 from intervention_helpers import NETWORKS, Loop, batch, make, seeded, weights
 from torch import Tensor, nn
 
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.interventions.intervention import Intervention
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 
 
 def attached(network: str, name: str, **options: Any) -> tuple[nn.Module, Intervention]:

@@ -10,7 +10,7 @@ import torch
 from intervention_helpers import Loop, batch
 from test_intervention_redo import kill
 
-from dynmoe.growth.budget import Budget
+from dynmoe.growth import Budget
 from dynmoe.interventions.resetting import EXPANSION, SNR, FiringRecord, bin_edges
 
 

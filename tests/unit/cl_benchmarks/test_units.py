@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from cl_benchmarks.networks import build_network
 from dynmoe.errors import UserError
-from dynmoe.growth.budget import Budget
-from dynmoe.growth.controller import GrowthController
+from dynmoe.growth import Budget, GrowthController
 from dynmoe.interventions.units import UnitLayer, find_units, renewed, watch
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 from dynmoe.registry import get
 
 

@@ -18,7 +18,7 @@ from dynmoe.interventions.weights import (
     swap_parameter,
     weight_matrices,
 )
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 
 
 def names_of(model: nn.Module, outputs: bool = True) -> set[str]:

@@ -16,9 +16,8 @@ from torch._dynamo.testing import CompileCounter
 from dynmoe import registry
 from dynmoe.dg.methods.moe2 import departure, router_identity
 from dynmoe.errors import UserError
-from dynmoe.growth import GrowthController
+from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.initialisation import RandomInit, ZeroOutputInit
-from dynmoe.growth.trigger import Signals
 from dynmoe.growth.triggers.clock import EveryTrigger
 from dynmoe.moe import moe_layers, routing_stats
 

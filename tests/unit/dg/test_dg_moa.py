@@ -20,7 +20,7 @@ from dynmoe.dg.adapters import (
 )
 from dynmoe.dg.moa import MoAConfig, MoALinear, Theta, balance_loss, gate_logits
 from dynmoe.errors import UserError
-from dynmoe.moe.noise import Noise
+from dynmoe.moe.draws import Noise
 
 B, N, D, OUT, G, RANKS, T = 3, 5, 8, 12, 6, (1, 2, 4), 4
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynmoe import registry
 from dynmoe.growth import Budget, GrowthController, Signals
 from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.moe.evaluation import undisturbed
+from dynmoe.moe.model import undisturbed
 from dynmoe.registry import PartConfig
 
 CONSTANT, PER_GROWTH = Budget(), Budget(mode="per-growth", units=4)

@@ -15,8 +15,7 @@ from cl_benchmarks.growth_plugin import GrowthPlugin, probe_figures
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController, Signals
-from dynmoe.growth.trigger import FigureTrigger
-from dynmoe.growth.triggers.figures import PlateauTrigger
+from dynmoe.growth.triggers.figures import FigureTrigger, PlateauTrigger
 from dynmoe.moe import MoELayer
 
 FIGURE = {

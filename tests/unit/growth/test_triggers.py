@@ -16,7 +16,7 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Signals
-from dynmoe.growth.trigger import Trigger
+from dynmoe.growth.triggers.clock import Trigger
 
 
 def trigger(name: str, **options) -> Trigger:

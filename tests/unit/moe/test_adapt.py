@@ -12,8 +12,8 @@ from torch import nn
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
 from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.moe.adapt import Adapted, adapt_linears
-from dynmoe.moe.experts.lora import LoRAPool
+from dynmoe.moe.experts.pool import LoRAPool
+from dynmoe.moe.upcycle import Adapted, adapt_linears
 
 
 def make_lora(dim_in: int, dim_out: int) -> MoELayer:

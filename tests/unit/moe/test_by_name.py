@@ -10,7 +10,7 @@ import torch
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer
-from dynmoe.moe.experts.swiglu import GatedPool
+from dynmoe.moe.experts.pool import GatedPool
 from dynmoe.moe.losses import SwitchLoss, ZLoss
 from dynmoe.moe.routers import TopKRouter
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dynmoe import registry
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer
-from dynmoe.moe.routing import hard_routing
+from dynmoe.moe.router import hard_routing
 
 each_bank = pytest.mark.parametrize("name", BANKS)
 each_router = pytest.mark.parametrize("router", ROUTERS)

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
-from dynmoe.moe import MoELayer, moe_layers, share_router
-from dynmoe.moe.adapt import Adapted, adapt_linears
-from dynmoe.moe.downcycle import distil
-from dynmoe.moe.multi_head import MultiHead
-from dynmoe.moe.noise import Noise
-from dynmoe.moe.prune import without_experts
-from dynmoe.moe.upcycle import upcycle, upcycle_vit
+from dynmoe.moe import MoELayer, MultiHead, moe_layers, share_router
+from dynmoe.moe.downcycle import distil, without_experts
+from dynmoe.moe.draws import Noise
+from dynmoe.moe.upcycle import Adapted, adapt_linears, upcycle, upcycle_vit
 
 LOSSES = registry.names("loss")
 BANK_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

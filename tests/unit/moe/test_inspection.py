@@ -15,12 +15,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.lab.figures import heat_map
 from dynmoe.moe import ExpertBank, MoELayer
-from dynmoe.moe.inspection import (
-    layer_inputs,
-    output_similarity,
-    routing_table,
-    weight_similarity,
-)
+from dynmoe.moe.diagnostics import layer_inputs, output_similarity, routing_table, weight_similarity
 from dynmoe.registry import PartConfig
 
 VIRIDIS_ENDS = [torch.tensor(colormaps["viridis"](end, bytes=True)[:3]) for end in (0.0, 1.0)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe import LossInput, MoELayer, collect_aux_losses
-from dynmoe.moe.losses.sphere import SphereLoss
+from dynmoe.moe.losses.diversity import SphereLoss
 
 FORMS = ("relative", "paper")
 

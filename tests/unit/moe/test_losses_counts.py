@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, finish_step
-from dynmoe.moe.losses.counts import LossFree
+from dynmoe.moe.losses.balance import LossFree
 
 ROUTERS = ("cosine", "softmax", "topk")  # dense and sparse
 

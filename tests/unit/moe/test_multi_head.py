@@ -10,8 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
-from dynmoe.moe import MoELayer, moe_layers, routing_inputs
-from dynmoe.moe.multi_head import MultiHead
+from dynmoe.moe import MoELayer, MultiHead, moe_layers, routing_inputs
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

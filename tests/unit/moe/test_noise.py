@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmoe.moe.noise import GOLDEN, Noise, scramble
+from dynmoe.moe.draws import GOLDEN, Noise, scramble
 
 WORD = 2**64
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, MultiHead, collect_aux_losses, finish_step, routing_inputs
-from dynmoe.moe.experts.conv import ConvPool
-from dynmoe.moe.noise import Noise
+from dynmoe.moe.draws import Noise
+from dynmoe.moe.experts.pool import ConvPool
 
 DIM, TOKENS = 6, 4
 ROUTERS = registry.names("router")

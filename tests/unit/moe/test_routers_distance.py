@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe import finish_step
-from dynmoe.moe.linear import distances
+from dynmoe.moe.routers.soft import distances
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

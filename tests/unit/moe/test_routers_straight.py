@@ -6,7 +6,7 @@ import torch
 from router_cases import DIM, make_router, samples
 
 from dynmoe.moe import MoELayer
-from dynmoe.moe.experts.affine import AffineBank
+from dynmoe.moe.experts.rows import AffineBank
 from dynmoe.moe.routers.top1 import StraightThroughRouter
 
 

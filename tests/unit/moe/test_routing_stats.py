@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 import dynmoe.plasticity.metrics  # noqa: F401
 from dynmoe import registry
 from dynmoe.moe import MoELayer, routing_inputs, routing_stats
-from dynmoe.moe.inspection import routing_table
-from dynmoe.moe.stats import expert_use, label_uncertainty, row_labels
+from dynmoe.moe.diagnostics import expert_use, label_uncertainty, routing_table, row_labels
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import take_probe
 from dynmoe.plasticity.tasks import expert_task_information, information_by_expert

@@ -13,8 +13,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.growth.settings import GrowthSettings
-from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.moe.share import share_router
+from dynmoe.moe import MoELayer, moe_layers, share_router
 
 
 def layer(

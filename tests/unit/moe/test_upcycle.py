@@ -16,7 +16,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.moe.change import FunctionChange, function_change, output_change
+from dynmoe.moe.diagnostics import FunctionChange, function_change, output_change
 from dynmoe.moe.upcycle import balanced_clusters, upcycle, upcycle_vit
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
 
 Case = tuple[nn.Module, Tensor, Tensor]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynmoe.moe.stats import expert_use
+from dynmoe.moe.diagnostics import expert_use
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.metrics import expert_norms
 from dynmoe.plasticity.probes import ExpertProbe, Probe, copy_parameters, take_probe

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import NumericError
-from dynmoe.moe.evaluation import undisturbed
-from dynmoe.moe.layer import MoELayer
+from dynmoe.moe import MoELayer
+from dynmoe.moe.model import undisturbed
 from dynmoe.moe.routers.topk import TopKRouter
 from dynmoe.plasticity.probes import copy_parameters, last_linear, take_probe
 
