@@ -6,12 +6,19 @@
 With a trunk block, another block and a ReLU follow the encoder. A block maps its input through
 `hidden` units to its output: a dense two-layer MLP or an MoELayer of the same size. Which of the
 two is the method's choice.
+
+It has two modes: `acting`, as it is evaluated, and `learning`, so that it acts the same. What makes
+a policy act differently from one pass to the next (noise of routers, dropout, statistics of a
+batch) is off in both, so that before an update the policy that learns is the policy that acted: all
+probability ratios are 1. Everything else is in training mode while it learns: auxiliary losses are
+computed, and statistics of routers and interventions follow the minibatches.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,10 +29,17 @@ from agents.actions import distribution_over
 from agents.encoders import Encoder, orthogonal
 from dynmoe.errors import UserError
 from dynmoe.moe import Router
+from dynmoe.moe.draws import Noise
 
 if TYPE_CHECKING:
     from gymnasium import spaces
 
+CHANGEABLE: tuple[type[nn.Module], ...] = (
+    Noise, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention, nn.RNNBase,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+)  # fmt: skip
+"""Modules whose outputs differ in training mode."""
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(input width, hidden units, output width) -> module"""
 PLACES = ("trunk", "actor", "critic")
@@ -125,3 +139,33 @@ def as_input(x: Tensor) -> Tensor:
     half = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if half else torch.float32
     return x.to(dtype) / 255
+
+
+@contextmanager
+def acting(policy: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block: nothing of the policy moves."""
+    with _kept(policy):
+        policy.eval()
+        yield
+
+
+@contextmanager
+def learning(policy: nn.Module) -> Iterator[None]:
+    """Training mode inside the block, but for modules whose outputs would differ in it."""
+    with _kept(policy):
+        policy.train()
+        for module in policy.modules():
+            if isinstance(module, CHANGEABLE):
+                module.eval()
+        yield
+
+
+@contextmanager
+def _kept(policy: nn.Module) -> Iterator[None]:
+    """Put all training flags back after the block."""
+    before = [(module, module.training) for module in policy.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag

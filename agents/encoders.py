@@ -67,12 +67,6 @@ def orthogonal(layer: nn.Conv2d | nn.Linear, gain: float = math.sqrt(2)) -> nn.M
     return layer
 
 
-@torch.no_grad()
-def flat_features(layers: nn.Module, shape: tuple[int, ...]) -> int:
-    """Outputs per sample of `layers` for observations of `shape`."""
-    return layers(torch.zeros(1, *shape)).numel()
-
-
 def check_sizes(encoder: str, least: int = 1, **sizes: int | tuple[int, ...]) -> None:
     """Refuse options, numbers or tuples of them, that hold less than `least`.
 
@@ -84,7 +78,21 @@ def check_sizes(encoder: str, least: int = 1, **sizes: int | tuple[int, ...]) ->
             raise UserError(f"encoder {encoder}: {name}={value} must be at least {least}")
 
 
-class MLP(Encoder, name="mlp"):
+class Layered(Encoder):
+    """Base of the encoders that are layers in a row, for observations of `shape`."""
+
+    def __init__(self, layers: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = layers
+        with torch.no_grad():
+            self.out_features = layers(torch.zeros(1, *shape)).numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, F]."""
+        return self.layers(x)
+
+
+class MLP(Layered, name="mlp"):
     """Linear layers with tanh, for vector observations; images are flattened."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -95,27 +103,19 @@ class MLP(Encoder, name="mlp"):
         """width of each layer"""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
-        super().__init__()
         check_sizes("mlp", widths=config.widths)
-        widths = [math.prod(shape), *config.widths]
-        self.layers = nn.Sequential(nn.Flatten())
-        for before, after in pairwise(widths):
-            self.layers.append(orthogonal(nn.Linear(before, after)))
-            self.layers.append(nn.Tanh())
-        self.out_features = widths[-1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F]."""
-        return self.layers(x)
+        layers = nn.Sequential(nn.Flatten())
+        for before, after in pairwise([math.prod(shape), *config.widths]):
+            layers.extend([orthogonal(nn.Linear(before, after)), nn.Tanh()])
+        super().__init__(layers, shape)
 
 
-class Nature(Encoder, name="nature", source="Mnih et al. 2015 (Nature 518)"):
+class Nature(Layered, name="nature", source="Mnih et al. 2015 (Nature 518)"):
     """8x8, 4x4 and 3x3 strided convolutions (Mnih et al. 2015, "NatureCNN")."""
 
     def __init__(self, config: Encoder.Config, shape: tuple[int, ...]) -> None:
-        super().__init__()
         channels = image_shape("nature", shape, 36)[0]
-        self.layers = nn.Sequential(
+        layers = nn.Sequential(
             orthogonal(nn.Conv2d(channels, 32, 8, stride=4)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
@@ -124,21 +124,18 @@ class Nature(Encoder, name="nature", source="Mnih et al. 2015 (Nature 518)"):
             nn.ReLU(),
             nn.Flatten(),
         )
-        self.out_features = flat_features(self.layers, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F]."""
-        return self.layers(x)
+        super().__init__(layers, shape)
 
 
 class Conv(
-    Encoder,
+    Layered,
     name="conv",
     source="after Matthews et al. 2024 (arXiv 2402.16801), Craftax_Baselines' ActorCriticConv",
 ):
     """Three 5x5 convolutions with 3x3 pooling, shaped like Craftax_Baselines' ActorCriticConv.
 
-    Pooling stands before the ReLU: the two commute, and a ninth of the values is left to rectify.
+    F is 512 for Craftax, 128 for Craftax Classic. Pooling stands before the ReLU: the two commute,
+    and a ninth of the values is left to rectify.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -153,20 +150,12 @@ class Conv(
         """channels of each convolution"""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
-        super().__init__()
         check_sizes("conv", channels=config.channels)
-        widths = [image_shape("conv", shape, 27)[0], *[config.channels] * 3]
-        self.layers = nn.Sequential()
-        for before, after in pairwise(widths):
-            self.layers.append(orthogonal(nn.Conv2d(before, after, 5, padding=2)))
-            self.layers.append(nn.MaxPool2d(3))
-            self.layers.append(nn.ReLU())
-        self.layers.append(nn.Flatten())
-        self.out_features = flat_features(self.layers, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F]: F = 512 for Craftax, 128 for Craftax Classic."""
-        return self.layers(x)
+        layers = nn.Sequential()
+        for before, after in pairwise([image_shape("conv", shape, 27)[0], *[config.channels] * 3]):
+            convolution = orthogonal(nn.Conv2d(before, after, 5, padding=2))
+            layers.extend([convolution, nn.MaxPool2d(3), nn.ReLU()])
+        super().__init__(layers.append(nn.Flatten()), shape)
 
 
 class Residual(nn.Module):
@@ -186,7 +175,7 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
-class Impala(Encoder, name="impala", source="Espeholt et al. 2018 (arXiv 1802.01561)"):
+class Impala(Layered, name="impala", source="Espeholt et al. 2018 (arXiv 1802.01561)"):
     """Residual blocks behind 3x3 convolutions and pooling (Espeholt et al. 2018, 1802.01561)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -199,25 +188,17 @@ class Impala(Encoder, name="impala", source="Espeholt et al. 2018 (arXiv 1802.01
         """residual blocks per stage; the paper's large network has 2"""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
-        super().__init__()
         check_sizes("impala", channels=config.channels)
         check_sizes("impala", least=0, blocks=config.blocks)
-        widths = [image_shape("impala", shape, 8)[0], *config.channels]
-        self.layers = nn.Sequential()
-        for before, after in pairwise(widths):
-            self.layers.append(orthogonal(nn.Conv2d(before, after, 3, padding=1)))
-            self.layers.append(nn.MaxPool2d(3, stride=2, padding=1))
-            for _ in range(config.blocks):
-                self.layers.append(Residual(after))
-        self.layers.extend([nn.ReLU(), nn.Flatten()])
-        self.out_features = flat_features(self.layers, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F]."""
-        return self.layers(x)
+        layers = nn.Sequential()
+        for before, after in pairwise([image_shape("impala", shape, 8)[0], *config.channels]):
+            layers.append(orthogonal(nn.Conv2d(before, after, 3, padding=1)))
+            layers.append(nn.MaxPool2d(3, stride=2, padding=1))
+            layers.extend(Residual(after) for _ in range(config.blocks))
+        super().__init__(layers.extend([nn.ReLU(), nn.Flatten()]), shape)
 
 
-class Patch(Encoder, name="patch"):
+class Patch(Layered, name="patch"):
     """One convolution per tile, then 3x3 between tiles: the cheapest reader of a tiled screen."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -232,7 +213,6 @@ class Patch(Encoder, name="patch"):
         """channels of the 3x3 convolution between tiles"""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
-        super().__init__()
         check_sizes("patch", channels=config.channels, mixed=config.mixed)
         channels, height, width = image_shape("patch", shape, 7)
         tile = config.tile or next((t for t in (10, 7) if not (height % t or width % t)), 0)
@@ -241,15 +221,11 @@ class Patch(Encoder, name="patch"):
                 f"encoder patch: tile={config.tile} does not suit frames of {height}x{width}; set "
                 "--encoder.tile to a divisor of both"
             )
-        self.layers = nn.Sequential(
+        layers = nn.Sequential(
             orthogonal(nn.Conv2d(channels, config.channels, tile, stride=tile)),
             nn.ReLU(),
             orthogonal(nn.Conv2d(config.channels, config.mixed, 3, padding=1)),
             nn.ReLU(),
             nn.Flatten(),
         )
-        self.out_features = flat_features(self.layers, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F]."""
-        return self.layers(x)
+        super().__init__(layers, shape)

@@ -1,4 +1,4 @@
-"""Figures of agents: the router over one episode, and returns over training. Drawn by matplotlib.
+"""Figures of agents: the router over one episode, returns over training, TensorBoard's charts.
 
 Shapes: L steps of an episode, M experts a layer can hold, E experts that an episode used, K points
 of a learning curve.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.traces import Trace
+from agents.statistics import Trace
 from dynmoe.lab.figures import COLORS
 from dynmoe.lab.files import write_atomic
 from dynmoe.moe.diagnostics import gate_shares
@@ -245,3 +245,41 @@ def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int]) -> None:
                                va="bottom", rotation=90 if upright else 0, annotation_clip=False,
                                xycoords="data", textcoords="offset points")  # fmt: skip
             labelled = t
+
+
+def _chart(*tags: str) -> tuple[str, list[str]]:
+    """One chart with a line per tag; tags are regular expressions."""
+    return ("Multiline", [f"^{tag}$" for tag in tags])
+
+
+def layout() -> dict[str, Any]:
+    """Categories of charts."""
+    heads = ("actor", "critic")
+    return {
+        "1 Play": {
+            "episodic return": _chart("episode/return", "episode/return_recent"),
+            "% of the most possible": _chart("episode/return_percent"),
+            "success rate of each achievement": _chart("achievement/.*"),
+            "deepest floor": _chart("episode/deepest_floor", "episode/mean_deepest_floor"),
+            "environment steps per second": _chart("time/steps_per_s"),
+        },
+        "2 Experts": {
+            "number of experts": _chart("growth/experts"),
+            "load by floor": _chart(r"router/floor_\d+/.*"),
+            "what experts tell of the floor": _chart("router/floor_information_share/.*"),
+            "router: sharpness and balance": _chart("router/entropy/.*", "router/balance/.*"),
+            "growth shock": _chart("growth/policy_kl", "growth/value_change"),
+        },
+        "3 Indicators of plasticity loss": {
+            "dormant units": _chart(*(f"{h}/dormant/0.025" for h in heads)),
+            "rank of the features": _chart(*(f"{h}/rank/effective_rank" for h in heads)),
+            "weight norm": _chart(*(f"{h}/weight_norm/l2" for h in heads)),
+            "gradient norm": _chart(*(f"{h}/grad_norm/l2" for h in heads)),
+        },
+        "4 PPO": {
+            "losses": _chart("ppo/policy_loss", "ppo/value_loss"),
+            "entropy": _chart("ppo/entropy"),
+            "KL and clipping": _chart("ppo/approx_kl", "ppo/clip_share"),
+            "explained variance": _chart("ppo/explained_variance"),
+        },
+    }

@@ -64,11 +64,9 @@ class Wide(Agent, name="wide"):
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """A two-layer MLP of the final width."""
         most = growth.most_experts(steps, tasks=1)
-
-        def make(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
-            return dense_block(dim_in, growth.final_hidden(hidden, most), dim_out)
-
-        return make
+        return lambda dim_in, hidden, dim_out: dense_block(
+            dim_in, growth.final_hidden(hidden, most), dim_out
+        )
 
 
 class MoEStart(

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from agents.actions import ActionDistribution, Categorical
-from agents.actor_critic import ActorCritic
-from agents.modes import learning
+from agents.actor_critic import ActorCritic, learning
 from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
@@ -84,15 +83,11 @@ class PPOSettings:
                  "gamma": 0, "gae_lambda": 0, "clip": 0, "entropy": 0, "value_weight": 0,
                  "max_grad_norm": 0, "adam_eps": 0}  # fmt: skip
         for name, smallest in least.items():
-            value = getattr(self, name)
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if not value >= smallest:  # also refuses nan
-                raise UserError(
-                    f"--{name.replace('_', '-')} {value} is too small; use {smallest} or more"
-                )
-        for name in ("gamma", "gae_lambda"):
-            if getattr(self, name) > 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {getattr(self, name)} is too large; use 1 or less")
+                raise UserError(f"{flag} {value} is too small; use {smallest} or more")
+            if name in ("gamma", "gae_lambda") and value > 1:
+                raise UserError(f"{flag} {value} is too large; use 1 or less")
         if self.batch_size % self.minibatches:
             raise UserError(
                 f"--num-envs {self.num_envs} x --rollout-steps {self.rollout_steps} = "
@@ -184,21 +179,16 @@ def learn(
 ) -> UpdateStats:
     """One update: several epochs of minibatch steps on a rollout.
 
-    The policy that learns is the one that acted (see `agents.modes`): ratios start at 1.
+    The policy that learns is the one that acted (see `agents.actor_critic`): ratios start at 1.
 
     Raises:
         NumericError: the loss is not finite.
     """
     advantages = estimate_advantages(rollout, settings.gamma, settings.gae_lambda)
     returns = advantages + rollout.values
-    flat = {
-        "observations": rollout.observations.flatten(0, 1),
-        "actions": rollout.actions.flatten(0, 1),
-        "log_probs": rollout.log_probs.flatten(),
-        "values": rollout.values.flatten(),
-        "advantages": advantages.flatten(),
-        "returns": returns.flatten(),
-    }
+    kept = {n: getattr(rollout, n) for n in ("observations", "actions", "log_probs", "values")}
+    kept |= {"advantages": advantages, "returns": returns}
+    flat = {name: tensor.flatten(0, 1) for name, tensor in kept.items()}
     sums = torch.zeros(len(MEANS), device=env.device)
     for index in minibatches(settings, generator):
         batch = {name: tensor[index.to(env.device)] for name, tensor in flat.items()}
@@ -226,14 +216,9 @@ def learn(
             intervention.step_done()
         sums += torch.stack([*parts, norm.detach()])
     means = (sums / (settings.epochs * settings.minibatches)).tolist()
-    explained = _explained_variance(rollout.values, returns)
+    spread, left = float(returns.var()), float((returns - rollout.values).var())
+    explained = 1 - left / spread if spread > 0 else 0.0
     return UpdateStats(**dict(zip(MEANS, means, strict=True)), explained_variance=explained)
-
-
-def _explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns); 0 where returns do not vary."""
-    spread = float(returns.var())
-    return 1 - float((returns - values).var()) / spread if spread > 0 else 0.0
 
 
 def ppo_loss(

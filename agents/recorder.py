@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.actor_critic import ActorCritic, as_input
-from agents.charts import layout
-from agents.figures import router_figure, write_figure
+from agents.figures import layout, router_figure, write_figure
 from agents.growth import sample, signals
 from agents.ppo import UpdateStats, estimate_advantages
 from agents.rollout import Rollout
 from agents.settings import Config
-from agents.statistics import EpisodeStats, FloorRouting
-from agents.traces import Traces
+from agents.statistics import EpisodeStats, FloorRouting, Traces
 from dynmoe.growth.controller import GrowthController
 from dynmoe.lab.figures import as_image, heat_map
 from dynmoe.lab.recorder import Recorder, check_finite

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.actor_critic import ActorCritic
-from agents.modes import acting
+from agents.actor_critic import ActorCritic, acting
 from dynmoe.errors import NumericError
 from dynmoe.moe import moe_layers
 from envs.vector import TorchVectorEnv
@@ -88,52 +87,34 @@ def collect(
     Raises:
         NumericError: the policy's outputs are not finite, or what the environments give.
     """
-    with acting(policy):
-        return _collect(env, policy, observations, floors, steps, gamma, generator, uniform)
-
-
-def _collect(
-    env: TorchVectorEnv,
-    policy: ActorCritic,
-    observations: Tensor,
-    floors: Tensor,
-    steps: int,
-    gamma: float,
-    generator: torch.Generator,
-    uniform: bool,
-) -> Rollout:
     out = _empty(env, policy, observations, floors, steps)
     distribution = policy.distribution
-    for t in range(steps):
-        parameters, values = policy(env.unpack(observations))
-        _check_finite(parameters, values)
-        if uniform:
-            actions, log_probs = distribution.uniform(parameters, generator)
-        else:
-            actions = distribution.sample(parameters, generator)
-            log_probs, _ = distribution.evaluate(parameters, actions)
-        out.observations[t], out.floors[t] = observations, floors
-        out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
-        for name, layer in moe_layers(policy):
-            assert layer.last_routing is not None  # the policy ran just now
-            out.gates[name][t] = layer.last_routing.gates
-        observations, rewards, terminated, truncated, info = env.step(out.actions[t])
-        out.rewards[t], out.dones[t] = rewards, terminated | truncated
-        cut_off = truncated & ~terminated  # gymnasium's time limit may say both
-        if bool(cut_off.any()):
-            last = info["final_obs"][cut_off]
-            out.rewards[t, cut_off] += gamma * policy(env.unpack(last))[1]
-        out.episodes += _finished(info, t)
-        floors = info["floor"]
-    out.next_observations, out.next_floors = observations, floors
-    out.last_value = policy(env.unpack(observations))[1]
+    with acting(policy):
+        for t in range(steps):
+            parameters, values = policy(env.unpack(observations))
+            if not bool(torch.isfinite(parameters).all() & torch.isfinite(values).all()):
+                raise NumericError("the policy's outputs are not finite: a smaller --lr may help")
+            if uniform:
+                actions, log_probs = distribution.uniform(parameters, generator)
+            else:
+                actions = distribution.sample(parameters, generator)
+                log_probs, _ = distribution.evaluate(parameters, actions)
+            out.observations[t], out.floors[t] = observations, floors
+            out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
+            for name, layer in moe_layers(policy):
+                assert layer.last_routing is not None  # the policy ran just now
+                out.gates[name][t] = layer.last_routing.gates
+            observations, rewards, terminated, truncated, info = env.step(out.actions[t])
+            out.rewards[t], out.dones[t] = rewards, terminated | truncated
+            cut_off = truncated & ~terminated  # gymnasium's time limit may say both
+            if bool(cut_off.any()):
+                last = info["final_obs"][cut_off]
+                out.rewards[t, cut_off] += gamma * policy(env.unpack(last))[1]
+            out.episodes += _finished(info, t)
+            floors = info["floor"]
+        out.next_observations, out.next_floors = observations, floors
+        out.last_value = policy(env.unpack(observations))[1]
     return out
-
-
-def _check_finite(parameters: Tensor, values: Tensor) -> None:
-    """Stop before an action is drawn from what is no distribution."""
-    if not bool(torch.isfinite(parameters).all() & torch.isfinite(values).all()):
-        raise NumericError("the policy's outputs are not finite: a smaller --lr may help")
 
 
 def _empty(

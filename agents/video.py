@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.figures import FLOOR_COLORS, averaged, expert_color, floor_changes, used_shares
-from agents.traces import Trace
+from agents.statistics import Trace
 from dynmoe.errors import UserError
 from dynmoe.lab.files import write_atomic
 from envs.vector import TorchVectorEnv

@@ -1,6 +1,6 @@
 """A small vision transformer that is trained on the spot: the embedded stand-in for a real one.
 
-It learns to tell fractals apart, drawn in all styles of `domain_styles`, from classes that no
+It learns to tell fractals apart, drawn in all styles of `domains.embedded`, from classes that no
 embedded benchmark uses (100 to 199). Its weights are kept in the user's cache folder under a digest
 of all that decides them. The network is timm's, so that whatever works on it works on timm's
 pre-trained ones.
@@ -8,6 +8,7 @@ pre-trained ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_benchmarks import domain_styles, fractals
+from cl_benchmarks import fractals
+from cl_benchmarks.domains.embedded import STYLES, draw
+from cl_benchmarks.images import check_least
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.lab import cache
@@ -26,6 +29,8 @@ FIRST_CLASS, CLASSES = 100, 100
 """Fractal classes to learn from; benchmarks keep below them."""
 VIEWS: fractals.ViewName = "easy"
 """How much the images of a class differ."""
+BATCH = 128
+"""Images per optimizer step."""
 MEAN = STD = (0.5, 0.5, 0.5)
 """The input's normalisation, for values of 0 .. 1."""
 
@@ -61,38 +66,35 @@ class SmallVit:
             raise UserError(f"backbone patch {self.patch} does not divide its size {self.size}")
         if self.heads < 1 or self.dim % self.heads:
             raise UserError(f"backbone heads {self.heads} does not divide its dim {self.dim}")
-        for name in ("depth", "per_class"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"backbone {name} {getattr(self, name)} is too small; use 1 or more"
-                )
-        if self.epochs < 0:
-            raise UserError(f"backbone epochs {self.epochs} is too small; use 0 or more")
+        check_least("backbone", self, depth=1, per_class=1, epochs=0)
+
+
+def vision_transformer(
+    size: int, patch: int, width: int, depth: int, heads: int, classes: int
+) -> nn.Module:
+    """timm's, untrained, drawn from torch's generator; `classes` 0 gives features [B, width]."""
+    with seeding.kept():  # timm's import draws nothing today; it must not matter
+        from timm.models.vision_transformer import VisionTransformer
+    return VisionTransformer(
+        img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
+        num_classes=classes,
+    )  # fmt: skip
 
 
 def new_vit(settings: SmallVit, classes: int = 0) -> Any:
-    """timm's VisionTransformer of these settings, without training; `classes` 0 gives features."""
-    from timm.models.vision_transformer import VisionTransformer
-
+    """The vision transformer of these settings, without training; `classes` 0 gives features."""
     settings.check()
     with seeding.seeded(settings.seed, "backbone"):
-        return VisionTransformer(
-            img_size=settings.size,
-            patch_size=settings.patch,
-            embed_dim=settings.dim,
-            depth=settings.depth,
-            num_heads=settings.heads,
-            num_classes=classes,
+        return vision_transformer(
+            settings.size, settings.patch, settings.dim, settings.depth, settings.heads, classes
         )
 
 
 def embedded_vit(settings: SmallVit) -> Any:
     """The trained backbone, [B, 3, size, size] -> features [B, dim], from the cache if possible."""
-    settings.check()
     model = new_vit(settings)
-    key = cache.digest({"version": VERSION, **asdict(settings)})
 
-    def make() -> cache.Arrays:
+    def train() -> None:
         cache.notice(f"backbone: training the embedded one ({settings.epochs} epochs, once)")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sums over more threads would round otherwise
@@ -100,9 +102,19 @@ def embedded_vit(settings: SmallVit) -> Any:
             fit(model, *training_images(settings), settings)
         finally:
             torch.set_num_threads(threads)
+
+    key = cache.digest({"version": VERSION, **asdict(settings)})
+    return trained_once(model, f"small-vit-{key}", train)
+
+
+def trained_once(model: nn.Module, name: str, train: Callable[[], None]) -> nn.Module:
+    """The model in evaluation mode, with weights of the cache; where it has none, `train` runs."""
+
+    def make() -> cache.Arrays:
+        train()
         return {name: value.numpy() for name, value in model.state_dict().items()}
 
-    arrays = cache.load_or_make(f"small-vit-{key}", make)
+    arrays = cache.load_or_make(name, make)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
     return model.eval()
 
@@ -116,12 +128,10 @@ def training_images(settings: SmallVit) -> tuple[Tensor, Tensor]:
     classes = range(FIRST_CLASS, FIRST_CLASS + CLASSES)
     gray = fractals.render(classes, settings.per_class, settings.size, VIEWS, 0, "train")[:, 0]
     images = torch.empty(len(gray), 3, settings.size, settings.size, dtype=torch.uint8)
-    names = list(domain_styles.STYLES)
+    names = list(STYLES)
     for number, style in enumerate(names):
         generator = seeding.generator(settings.seed, "backbone", style)
-        images[number :: len(names)] = domain_styles.draw(
-            gray[number :: len(names)], style, generator
-        )
+        images[number :: len(names)] = draw(gray[number :: len(names)], style, generator)
     labels = torch.arange(CLASSES).repeat_interleave(settings.per_class)
     return (images.float() / 255 - MEAN[0]) / STD[0], labels
 
@@ -134,20 +144,54 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, settings: SmallVit) ->
         images: [N, 3, S, S], normalised.
         labels: [N].
     """
-    batch, steps = 128, settings.epochs * -(-len(images) // 128)
+    steps = settings.epochs * -(-len(images) // BATCH)
     with seeding.seeded(settings.seed, "backbone", "head"):
         head = nn.Linear(settings.dim, int(labels.max()) + 1)
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 1), pct_start=0.1)
     generator = seeding.generator(settings.seed, "backbone", "order")
+    train_classifier(
+        nn.Sequential(model, head), lambda chosen: images[chosen], labels, settings.epochs, BATCH,
+        2e-3, 0.05, 0.1, max(steps, 1), generator, clip=1.0,
+    )  # fmt: skip
+
+
+def train_classifier(
+    model: nn.Module,
+    inputs: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    smoothing: float,
+    cycle: int,
+    generator: torch.Generator,
+    clip: float = 0.0,
+    done: Callable[[Tensor], None] = lambda loss: None,
+) -> None:
+    """Train in place by AdamW on the cross entropy, under one cycle of the learning rate.
+
+    Args:
+        model: inputs [B, ...] -> logits [B, classes].
+        inputs: indices [B] -> inputs; they may draw from the generator.
+        labels: int64 [N].
+        smoothing: of the labels.
+        cycle: optimizer steps of the cycle.
+        generator: shuffles the images.
+        clip: largest gradient norm; 0 for none.
+        done: told the loss of each step, nats.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, cycle, pct_start=0.1)
     model.train()
-    for _ in range(settings.epochs):
-        for chosen in torch.randperm(len(images), generator=generator).split(batch):
-            loss = F.cross_entropy(head(model(images[chosen])), labels[chosen], label_smoothing=0.1)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(labels), generator=generator).split(batch_size):
+            logits = model(inputs(chosen))
+            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=smoothing)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             schedule.step()
+            done(loss.detach())
     model.eval()

@@ -1,6 +1,7 @@
-"""The kind of part that learns a stream: `--method NAME`.
+"""The kind of part that learns a stream, `--method NAME`, and the methods of dense or MoE layers.
 
-A method says what stands in the hidden blocks, and what happens to the network between tasks.
+A method says what stands in the hidden blocks, and what happens to the network between tasks. Those
+of dense networks that become wider are in `cl_benchmarks.methods.expanding`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.networks import MakeBlock, dense_block
 from dynmoe import seeding
+from dynmoe.errors import UserError
+from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.interventions.intervention import Intervention
+from dynmoe.moe import UnitBank, moe_layers
 from dynmoe.registry import Part, PartConfig
 
 
@@ -66,25 +71,46 @@ class Method(Part, ABC, kind="method"):
             UserError: the settings cannot work, found before any training.
         """
 
-    @abstractmethod
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
-        """Avalanche plugins, in the order they act."""
+        """Avalanche plugins, in the order they act; by default none: plain training."""
+        return []
 
 
-class DenseMethod(Method):
-    """Base of the methods on a dense network: its blocks are two-layer MLPs."""
+class Dense(Method, name="dense"):
+    """The same network with a dense block of as many hidden units; trained on without a break."""
 
     def reads(self) -> tuple[str, ...]:
         """None."""
         return ()
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """A dense block of the same size as the MoE layer."""
+        """A dense block of the same size as the MoE layer: a two-layer MLP."""
         return dense_block
 
 
-class ConstantMoE(Method):
-    """Base of the methods on a mixture that has all its experts from the start."""
+class Wide(Dense, name="wide"):
+    """A dense block several times as wide, from the start: does more capacity alone help?"""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the wide network."""
+
+        factor: int = 4
+        """hidden units, as a multiple of the other methods'"""
+
+    def __init__(self, config: Config) -> None:
+        if config.factor < 1:
+            raise UserError(f"method wide: factor={config.factor} must be at least 1")
+        super().__init__(config)
+        self.factor = config.factor
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """A dense block of `factor` times the hidden units."""
+        return lambda width, hidden: dense_block(width, hidden * self.factor)
+
+
+class StaticMoE(Method, name="moe-static"):
+    """All experts from the start, as many as DynamicMoE ends with: is it growth that helps?"""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -109,3 +135,128 @@ class ConstantMoE(Method):
             return growth.make_layer(width, width, hidden, experts, experts, generator)
 
         return make
+
+
+class RenewedMoE(StaticMoE, name="moe-renewed", source="ours"):
+    """A constant number of experts, all re-initialised at each task: is it growth, or renewal?
+
+    With the pruning `reinit`, growth re-initialises every expert and router row, too; what is left
+    between the two is that experts become more. The rest of the network learns on as it does there.
+    """
+
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """The plugin that draws the experts."""
+        return [RenewExperts(training)]
+
+
+class TaskPlugin(ABC):
+    """Base of the Avalanche plugins that act as each later task starts, unless it is resumed."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """A task starts."""
+        task = strategy.clock.train_exp_counter
+        if task and not getattr(strategy, "resuming", False):
+            self.task_starts(strategy, task)
+
+    @abstractmethod
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Change the network; `task` counts from 0, and is 1 or more."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """By default nothing is to be kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore `state_dict()`."""
+
+
+class RenewExperts(TaskPlugin):
+    """Avalanche plugin: fresh experts and router rows at the start of each later task."""
+
+    @torch.no_grad()
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Draw all experts, in place, with neutral optimizer state, as a growth would."""
+        generator, optimizer = self.training.generator, self.training.optimizer
+        for layer in dict(moe_layers(strategy.model)).values():
+            every = torch.arange(layer.num_experts, device=layer.created.device)
+            slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
+            slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
+            layer.router.draw_rows(every, generator)
+            layer.bank.draw_experts(every, generator)
+            if isinstance(layer.bank, UnitBank):
+                units = torch.arange(len(layer.bank.segment), device=every.device)
+                layer.bank.draw_units(units, generator)
+                axes = layer.bank.unit_axes()
+                slots += [(getattr(layer.bank, name), axis, units) for name, axis in axes]
+            for parameter, axis, index in slots:
+                means = mean_moments(optimizer, parameter, "mean")
+                neutral_state(optimizer, parameter, axis, index, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the generator stands."""
+        return {"generator": self.training.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.training.generator.set_state(state["generator"])
+
+
+class Fresh(Dense, name="fresh"):
+    """The dense network and optimizer re-initialised at every task: full plasticity."""
+
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """The plugin that renews the network.
+
+        Raises:
+            UserError: the intervention changes the network's make on the way.
+        """
+        if training.intervention.reshapes:
+            raise UserError(
+                f"method fresh draws a new network for each task, so intervention "
+                f"{training.intervention.name} has nothing to work on; use --method dense"
+            )
+        return [RenewPlugin(training)]
+
+
+class RenewPlugin(TaskPlugin):
+    """Avalanche plugin: fresh weights and optimizer state at the start of each later task."""
+
+    @torch.no_grad()
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Renew everything, in place."""
+        fresh = self.training.new_model(task).to(strategy.device)
+        strategy.model.load_state_dict(fresh.state_dict())
+        self.training.optimizer.state.clear()
+
+
+class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"):
+    """Grows by `--granularity` experts whenever `--trigger` fires (Kim, arXiv 2511.18987)."""
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """An MoE layer of g experts with room for all that will come.
+
+        Raises:
+            UserError: it would never grow, or the budget is too small.
+        """
+        most = growth.most_experts(horizon.steps, horizon.tasks)
+        if most == growth.granularity:
+            raise UserError(
+                f"trigger {growth.trigger.part.name} never fires in {horizon.steps} steps and "
+                f"{horizon.tasks} task(s); use another --trigger or its options "
+                "(--trigger.steps ...), more --chunks, or --method moe-static"
+            )
+        generator = seeding.generator(seed, "moe-layers")
+
+        def make(width: int, hidden: int) -> nn.Module:
+            growth.check_budget(hidden, most)
+            return growth.make_layer(width, width, hidden, growth.granularity, most, generator)
+
+        return make
+
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """The growth plugin."""
+        controller = growth.make_controller(training.model, training.optimizer, training.generator)
+        return [GrowthPlugin(controller)]

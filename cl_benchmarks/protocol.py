@@ -1,21 +1,22 @@
-"""The kind of part that cuts a data set into chunks: `--protocol NAME`.
+"""The kind of part that cuts a data set into chunks, `--protocol NAME`, and those that split it.
 
 A chunk is what the learner sees between two boundaries. Protocols deal in indices into the images
 of a data set, in labels, which a protocol may change, and in the order of pixels; they never copy
-an image.
+an image. Here: splits by class, at random, with new labels or pixels in each chunk. Those in which
+data change on the way are in `cl_benchmarks.protocols.changes`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cl_benchmarks.images import ImageData
+from cl_benchmarks.images import ImageData, check_least
 from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 from dynmoe.seeding import derive
@@ -47,13 +48,13 @@ class Protocol(Part, ABC, kind="protocol"):
     class Config(PartConfig):
         """Options of a protocol."""
 
-    @abstractmethod
-    def __init__(self, config: Config) -> None:
-        """Check the options.
+    def __init__(self, config: Any) -> None:
+        """Check the options, where there are any.
 
         Raises:
             UserError: an option that cannot work.
         """
+        self.config = config
 
     @abstractmethod
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
@@ -63,9 +64,9 @@ class Protocol(Part, ABC, kind="protocol"):
             UserError: the data does not divide into that many; names numbers near it that work.
         """
 
-    @abstractmethod
     def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """Outputs of the head that all chunks share."""
+        """Outputs of the head that all chunks share; by default one for each class."""
+        return data.num_classes
 
     @abstractmethod
     def no_cumulative(self) -> str | None:
@@ -161,3 +162,188 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
 def whole_test_set(data: ImageData) -> tuple[Tensor, Tensor]:
     """Index and labels of all test images."""
     return torch.arange(len(data.test_labels)), data.test_labels
+
+
+class ClassChunks(Protocol, name="class"):
+    """New classes in every chunk, in an order drawn from the seed; test on the same classes."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Protocol.Config):
+        """Options of the class protocol."""
+
+        head: Literal["shared", "full"] = "shared"
+        """shared: every chunk labels its c classes 0 .. c-1 for one head of c outputs (pure
+        plasticity: old classes are overwritten). full: one output for each class of the data"""
+
+    def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
+        """Disjoint sets of equally many classes; images in order of their index."""
+        check_divides(chunks, data.num_classes, "classes")
+        order = generator(seed, "class").permutation(data.num_classes)
+        return [
+            Chunk(
+                *self._select(data.train_labels, classes), *self._select(data.test_labels, classes)
+            )
+            for classes in torch.from_numpy(order).chunk(chunks)
+        ]
+
+    def num_outputs(self, data: ImageData, chunks: int) -> int:
+        """Classes of one chunk (shared) or of the data (full)."""
+        return data.num_classes // chunks if self.config.head == "shared" else data.num_classes
+
+    def no_cumulative(self) -> str | None:
+        """With the shared head, output 0 would stand for one class of every chunk."""
+        if self.config.head == "full":
+            return None
+        return (
+            "access cumulative with protocol class and head shared gives the same label to "
+            "different classes; use --protocol.head full or --access limited"
+        )
+
+    def _select(self, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and labels of the images of some classes."""
+        index = torch.isin(labels, classes).nonzero().squeeze(1)
+        if self.config.head == "full":
+            return index, labels[index]
+        position = torch.zeros(int(max(labels.max(), classes.max())) + 1, dtype=torch.int64)
+        position[classes] = torch.arange(len(classes))
+        return index, position[labels[index]]
+
+
+class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)"):
+    """Equal random parts of the training set, each with all classes; test on the whole test set.
+
+    With 10 chunks the reading nearest to DynamicMoE (2511.18987), after FIRE (2602.08040) and
+    Hare & Tortoise (2406.02596). Clean data of this kind shows little loss of plasticity.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Protocol.Config):
+        """The protocol has no options."""
+
+    def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
+        """Parts of equal size; counts of a class in two parts differ by one at most."""
+        check_divides(chunks, len(data.train_labels), "training images")
+        parts = balanced_parts(data.train_labels, chunks, generator(seed, "iid"))
+        test = whole_test_set(data)
+        return [Chunk(index, data.train_labels[index], *test) for index in parts]
+
+    def no_cumulative(self) -> str | None:
+        """Chunks may be joined."""
+        return None
+
+
+def _check_images(images: int, data: ImageData, chunks: int) -> None:
+    """Refuse more images than there are, and less than one chunk."""
+    available = len(data.train_labels)
+    if images > available:
+        raise UserError(
+            f"protocol images {images} is more than the {available} training images of "
+            f"{data.name}; use --protocol.images {available} or fewer"
+        )
+    if chunks < 1:
+        raise UserError(f"{chunks} chunks are too few; use --chunks 1 or more")
+
+
+class Shuffle(
+    Protocol,
+    name="shuffle",
+    source="after Lyle et al. 2023 (arXiv 2303.01486) and Kumar et al. 2023 (arXiv 2308.11958)",
+):
+    """A fixed set of images whose labels are resampled in every chunk: pure memorisation.
+
+    After the random-label tasks of Lyle et al. (2303.01486) and Kumar et al. (2308.11958), the
+    stream that shows loss of plasticity soonest. Test labels are random too, so test accuracy is at
+    chance, 1 / classes, by construction: only training accuracy means something.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Protocol.Config):
+        """Options of the shuffle protocol."""
+
+        images: int = 1000
+        """training images, drawn once from all of them; also the most test images used"""
+        classes: int = 10
+        """labels to draw from; has nothing to do with the images' own classes"""
+
+    def __init__(self, config: Config) -> None:
+        check_least("protocol", config, images=1, classes=2)
+        super().__init__(config)
+
+    def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
+        """Chunks with the same indices and independent labels, uniform per image."""
+        _check_images(self.config.images, data, chunks)
+        train = self._subset(len(data.train_labels), seed, "train")
+        test = self._subset(len(data.test_labels), seed, "test")
+        return [
+            Chunk(
+                train, self._labels(len(train), seed, "train", k),
+                test, self._labels(len(test), seed, "test", k),
+            )
+            for k in range(chunks)
+        ]  # fmt: skip
+
+    def num_outputs(self, data: ImageData, chunks: int) -> int:
+        """The labels there are to draw from."""
+        return self.config.classes
+
+    def no_cumulative(self) -> str | None:
+        """An image has another label in each chunk."""
+        return (
+            "access cumulative with protocol shuffle gives every image several labels; "
+            "use --access limited"
+        )
+
+    def _subset(self, available: int, seed: int, split: str) -> Tensor:
+        order = generator(seed, "shuffle", split).permutation(available)
+        return torch.from_numpy(order[: self.config.images])
+
+    def _labels(self, count: int, seed: int, split: str, chunk: int) -> Tensor:
+        rng = generator(seed, "shuffle", split, chunk)
+        return torch.from_numpy(rng.integers(self.config.classes, size=count))
+
+
+class Permuted(
+    Protocol,
+    name="permuted",
+    source="Dohare et al. 2024 (Nature 632), online permuted MNIST; Kumar et al. 2023 "
+    "(arXiv 2308.11958)",
+):
+    """A fixed set of images whose pixels get a new random order in every chunk; labels stay.
+
+    The order is one for all images of a chunk, its whole test set included, and for all channels;
+    the first chunk has one, too. Meant for --network mlp: a convolution finds nothing in it.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Protocol.Config):
+        """Options of the permuted protocol."""
+
+        images: int = 1000
+        """training images, drawn once from all of them; 0 for all"""
+
+    def __init__(self, config: Config) -> None:
+        check_least("protocol", config, images=0)
+        super().__init__(config)
+
+    def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
+        """Chunks with the same images and independent orders of pixels."""
+        available, wanted = len(data.train_labels), self.config.images
+        _check_images(wanted, data, chunks)
+        order = generator(seed, "permuted", "images").permutation(available)
+        index = torch.from_numpy(order[: wanted or available])
+        labels, test = data.train_labels[index], whole_test_set(data)
+        size = data.train_images[0, 0].numel()
+        return [
+            Chunk(
+                index, labels, *test,
+                torch.from_numpy(generator(seed, "permuted", k).permutation(size)),
+            )
+            for k in range(chunks)
+        ]  # fmt: skip
+
+    def no_cumulative(self) -> str | None:
+        """A chunk has one order of pixels."""
+        return (
+            "access cumulative with protocol permuted would give an image several orders of its "
+            "pixels; use --access limited"
+        )

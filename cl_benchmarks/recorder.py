@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cl_benchmarks.batches import accuracy
-from cl_benchmarks.charts import LAYOUT
-from cl_benchmarks.expert_maps import expert_maps
 from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.lab.recorder import Recorder, check_finite

@@ -14,8 +14,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_benchmarks.batches import Augment, Batches, Position
-from cl_benchmarks.stream import chunk_of
+from cl_benchmarks.stream import Augment, Batches, Position, chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.moe import collect_aux_losses, finish_step
 
@@ -135,8 +134,8 @@ class StreamTrainer(SupervisedTemplate):
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Our batches in place of Avalanche's loader."""
         self.position.task = self.clock.train_exp_counter
-        if self.resuming:
-            self.position.task = self._saved_state["position"][0]
+        if self._saved is not None:
+            self.position.task = self._saved["position"][0]
         self.dataloader = Batches(
             chunk_of(self.experience),
             self.train_mb_size,
@@ -155,8 +154,8 @@ class StreamTrainer(SupervisedTemplate):
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         """Epochs of one experience, from the position that training has reached."""
         self.position.epoch, self.position.batch = 0, 0
-        if self.resuming:
-            self._put_back(self._saved_state)
+        if self._saved is not None:
+            self._put_back(self._saved)
         while self.position.epoch < self.train_epochs:
             self._before_training_epoch(**kwargs)
             self.clock.train_epoch_iterations = self.position.batch  # not 0 in a resumed epoch
@@ -179,11 +178,6 @@ class StreamTrainer(SupervisedTemplate):
         if self.observer is not None:
             self.observer.task_done(self)
         super()._after_training_exp(**kwargs)
-
-    @property
-    def _saved_state(self) -> dict[str, Any]:
-        assert self._saved is not None
-        return self._saved
 
     def _put_back(self, state: dict[str, Any]) -> None:
         self._saved = None

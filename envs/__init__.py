@@ -3,6 +3,109 @@
 env = envs.make("Craftax-Classic-Pixels-v1", num_envs=64)
 """
 
-from envs.make import make
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from envs.vector import TorchVectorEnv
 
 __all__ = ["make"]
+CRAFTAX_USUAL = {
+    "observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None,
+}  # fmt: skip
+"""Settings that only Craftax has, and their defaults."""
+
+
+def make(
+    name: str,
+    num_envs: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    observation: str | None = None,
+    renderer: str = "fast",
+    env_device: str = "auto",
+    max_timesteps: int | None = None,
+    env_args: dict[str, Any] | None = None,
+    normalize_observations: bool = False,
+    normalize_rewards: bool = False,
+    gamma: float = 0.99,
+) -> TorchVectorEnv:
+    """N environments of that name.
+
+    Args:
+        name: a Craftax name (see envs.craftax), a debug one (see envs.debug) or a gymnasium id;
+            "module:Name-v0" imports the module that registers it.
+        num_envs: N.
+        seed: of all randomness.
+        device: of all tensors: auto, cpu, cuda or cuda:N.
+        observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
+            environments have no such choice.
+        env_args: keyword arguments of a gymnasium environment.
+        normalize_observations, normalize_rewards, gamma: see envs.wrappers; gymnasium's only.
+
+    Raises:
+        UserError: unknown name, or a setting that cannot be.
+    """
+    if num_envs < 1:
+        raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
+    from dynmoe.lab.device import resolve
+    from envs import craftax, debug
+
+    where = resolve(str(device))
+    values = (observation, renderer, env_device, max_timesteps)
+    settings: dict[str, Any] = dict(zip(CRAFTAX_USUAL, values, strict=True))
+    gymnasium_only: dict[str, Any] = {
+        "env_args": env_args or {},
+        "normalize_observations": normalize_observations,
+        "normalize_rewards": normalize_rewards,
+    }
+    for setting, value in gymnasium_only.items():
+        if value and name in (*craftax.NAMES, *debug.GAMES):
+            raise UserError(
+                f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
+            )
+    if name in craftax.NAMES:
+        return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
+    for setting, value in settings.items():
+        if value != CRAFTAX_USUAL[setting] and (name in debug.GAMES or _in_gymnasium(name)):
+            raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
+    if name in debug.GAMES:
+        return debug.Stages(name, num_envs, seed, where)
+    if _in_gymnasium(name):
+        from envs.gym import GymEnv
+
+        return GymEnv(name, num_envs, seed, where, gamma=gamma, **gymnasium_only)
+    raise _unknown(name, [*craftax.NAMES, *debug.GAMES])
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    import gymnasium
+
+    near = difflib.get_close_matches(name, [*known, *gymnasium.registry], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(
+        f"unknown environment {name!r}; known: {', '.join(known)}, or a gymnasium id.{hint}"
+    )
+
+
+def _in_gymnasium(name: str) -> bool:
+    """Whether gymnasium knows the name, once the module before a colon is imported."""
+    import gymnasium
+
+    module, colon, short = name.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"environment {name}: its module {module!r} cannot be imported: {why}"
+            ) from error
+    return short in gymnasium.registry

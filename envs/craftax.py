@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynmoe import seeding
@@ -20,7 +19,7 @@ from dynmoe.errors import UserError
 from envs import craftax_game, jax_setup
 from envs.craftax_code import layout
 from envs.craftax_game import Carry, Programs, State
-from envs.vector import Actions, Info, TorchVectorEnv
+from envs.vector import Actions, Info, TorchVectorEnv, step_info
 
 NAMES = {
     "Craftax-Pixels-v1": (False, True),
@@ -102,10 +101,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
             "pixels-float": (0.0, 1.0, (height, width, colors), np.float32),
             "symbolic": (-np.inf, np.inf, shape, np.float32),  # upstream says 0..1 and goes beyond
         }
-        self.single_observation_space = spaces.Box(*kinds[self.observation])
-        self.single_action_space = spaces.Discrete(actions)
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.set_spaces(spaces.Box(*kinds[self.observation]), spaces.Discrete(actions))
 
     def _begin(self, seed: int) -> None:
         """Forget all episodes."""
@@ -146,14 +142,8 @@ class CraftaxVectorEnv(TorchVectorEnv):
         reward, returns = self._tensor(out["floats"]).unbind()
         terminated, truncated, done = self._tensor(out["flags"]).unbind()
         length, deepest, floor = self._tensor(out["counts"]).long().unbind()
-        info: Info = {
-            "final_obs": final,
-            "_final_obs": done,
-            "episode": {"r": returns, "l": length, "deepest": deepest},
-            "_episode": done,
-            "achievements": self._tensor(out["achievements"]),
-            "floor": floor,
-        }
+        unlocked = self._tensor(out["achievements"])
+        info = step_info(final, done, returns, length, deepest, unlocked, floor)
         return observations, reward, terminated, truncated, info
 
     def unpack(self, observations: Tensor) -> Tensor:
@@ -229,10 +219,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         )
 
     def _enter(self, rows: np.ndarray) -> Tensor:
-        """Have environments `rows` begin new episodes with the next step.
-
-        Returns what is seen of all next worlds that are there, [N, ...].
-        """
+        """Have environments `rows` begin new episodes; what is seen of all next worlds [N, ...]."""
         self._waiting = rows
         if self._worlds.get(rows):
             self._first = self._tensor(self._see(self._worlds.worlds))

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynmoe import seeding
-from envs.vector import Actions, Info, TorchVectorEnv
+from envs.vector import Actions, Info, TorchVectorEnv, step_info
 
 GAMES = {"Identity-v0": 1, "Stages-v0": 3}
 """Name -> number of floors."""
@@ -43,10 +42,8 @@ class Stages(TorchVectorEnv):
         self.max_return = float(LONGEST_EPISODE if self.num_floors == 1 else 6 * self.num_floors)
         self.input_shape = (self.num_floors + SYMBOLS,)
         high = np.array([self.num_floors - 1, SYMBOLS - 1], dtype=np.uint8)
-        self.single_observation_space = spaces.Box(np.zeros(2, np.uint8), high, dtype=np.uint8)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.single_action_space = spaces.Discrete(SYMBOLS)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        shown = spaces.Box(np.zeros(2, np.uint8), high, dtype=np.uint8)
+        self.set_spaces(shown, spaces.Discrete(SYMBOLS))
         self._start(seed)
         self.started = False
 
@@ -77,20 +74,12 @@ class Stages(TorchVectorEnv):
         self.symbol: Tensor = self._draw()
         final = self._observe()
         stages = torch.arange(1, self.num_floors, device=self.device)
-        info: Info = {
-            "final_obs": final,
-            "_final_obs": done,
-            "episode": {
-                "r": self.score.clone(),
-                "l": self.length.clone(),
-                "deepest": self.floor.clone(),
-            },
-            "_episode": done,
-            "achievements": self.floor.unsqueeze(1) >= stages,
-        }
+        ended = (self.score.clone(), self.length.clone(), self.floor.clone())
+        unlocked = self.floor.unsqueeze(1) >= stages
         for value in (self.floor, self.progress, self.length, self.score):
             value[done] = 0
-        return self._observe(), reward, terminated, truncated, info | {"floor": self.floor.clone()}
+        info = step_info(final, done, *ended, unlocked, self.floor.clone())
+        return self._observe(), reward, terminated, truncated, info
 
     def unpack(self, observations: Tensor) -> Tensor:
         """One-hot floor and symbol, float32 [B, floors + 4]."""
@@ -131,15 +120,3 @@ class Stages(TorchVectorEnv):
 
     def _observe(self) -> Tensor:
         return torch.stack([self.floor, self.symbol], dim=1).to(torch.uint8)
-
-
-def names() -> list[str]:
-    """Names of the environments of this file."""
-    return sorted(GAMES)
-
-
-def make_debug(
-    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu"
-) -> TorchVectorEnv:
-    """One of them."""
-    return Stages(name, num_envs, seed, device)

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
-from envs.normalise import Normaliser
-from envs.observations import as_array, layout_of
-from envs.vector import Actions, Info, TorchVectorEnv
+from envs.vector import Actions, Info, TorchVectorEnv, step_info
+from envs.wrappers import Normaliser, as_array, layout_of
 
 KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 """Action spaces that are arrays of numbers."""
@@ -33,7 +31,7 @@ class GymEnv(TorchVectorEnv):
         name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
         num_envs, seed, device: as for all environments.
         env_args: keyword arguments of the environment.
-        normalize_observations, normalize_rewards, gamma: see `envs.normalise`.
+        normalize_observations, normalize_rewards, gamma: see `envs.wrappers`.
 
     Raises:
         UserError: it cannot be made, or shows what is neither a vector nor an image.
@@ -63,8 +61,6 @@ class GymEnv(TorchVectorEnv):
         except Exception as error:  # the id, an argument, a package, or its own code
             raise UserError(f"environment {name}: {_one_line(error)}") from error
         self.envs = self.normaliser.wrap_all(base)
-        self.single_observation_space = self.envs.single_observation_space
-        self.observation_space = self.envs.observation_space
         self.input_shape = self.layout.input_shape
         acts = self.envs.single_action_space
         if not isinstance(acts, KINDS):
@@ -72,8 +68,7 @@ class GymEnv(TorchVectorEnv):
             kinds = ", ".join(kind.__name__ for kind in KINDS)
             raise UserError(f"environment {name}: its actions are {acts}, not one of {kinds}")
         self.first_action = getattr(acts, "start", 0)
-        self.single_action_space = _from_zero(acts)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.set_spaces(self.envs.single_observation_space, _from_zero(acts))
         self.score = torch.zeros(num_envs)
         self.length = torch.zeros(num_envs, dtype=torch.long)
         self.started, self.steps = False, 0
@@ -117,18 +112,11 @@ class GymEnv(TorchVectorEnv):
         self.score += torch.from_numpy(given)
         self.length += 1
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        info: Info = {
-            "final_obs": self._tensor(final),
-            "_final_obs": done.to(self.device),
-            "episode": {
-                "r": self.score.to(self.device, copy=True),
-                "l": self.length.to(self.device, copy=True),
-                "deepest": floor,
-            },
-            "_episode": done.to(self.device),
-            "achievements": floor.new_zeros(self.num_envs, 0, dtype=torch.bool),
-            "floor": floor,
-        }
+        info = step_info(
+            self._tensor(final), done.to(self.device), self.score.to(self.device, copy=True),
+            self.length.to(self.device, copy=True), deepest=floor, floor=floor,
+            achievements=floor.new_zeros(self.num_envs, 0, dtype=torch.bool),
+        )  # fmt: skip
         self.score[done] = 0
         self.length[done] = 0
         paid, died, cut_off = (
@@ -186,13 +174,6 @@ class GymEnv(TorchVectorEnv):
                 f"environment {self.name}: {what} of number {i} (of {self.num_envs}) is {value} at "
                 f"step {self.steps}; rewards and observations must be finite"
             )
-
-
-def make_gym(
-    name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu", **settings: Any
-) -> TorchVectorEnv:
-    """The environment of that gymnasium id; settings are those of `GymEnv`."""
-    return GymEnv(name, num_envs, seed, device, **settings)
 
 
 def _from_zero(space: spaces.Space) -> spaces.Space:

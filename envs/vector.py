@@ -27,11 +27,27 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 Info = dict[str, Any]
 Actions = Tensor | np.ndarray | Sequence[Any]
 """[N, ...] one action per environment"""
+
+
+def step_info(
+    final: Tensor, done: Tensor, returns: Tensor, length: Tensor, deepest: Tensor,
+    achievements: Tensor, floor: Tensor,
+) -> Info:  # fmt: skip
+    """The `info` of a step, of tensors as they are described above."""
+    return {
+        "final_obs": final,
+        "_final_obs": done,
+        "episode": {"r": returns, "l": length, "deepest": deepest},
+        "_episode": done,
+        "achievements": achievements,
+        "floor": floor,
+    }
 
 
 class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
@@ -53,6 +69,12 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     max_return: float | None = None
     resumable: ClassVar[bool] = True
     """whether `state_dict` holds all that decides the rest of an episode"""
+
+    def set_spaces(self, observation: spaces.Space, action: spaces.Space) -> None:
+        """Set the spaces of one environment and of all `num_envs`."""
+        self.single_observation_space, self.single_action_space = observation, action
+        self.observation_space = batch_space(observation, self.num_envs)
+        self.action_space = batch_space(action, self.num_envs)
 
     @property
     def num_actions(self) -> int:

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from cl_benchmarks import fractals
-from cl_benchmarks.dataset import Dataset
-from cl_benchmarks.datasets.tiny_imagenet import find_tree, read_tree
-from cl_benchmarks.images import ImageData
+from cl_benchmarks.datasets.photographs import find_tree, read_tree
+from cl_benchmarks.images import Dataset, ImageData, check_least
 from dynmoe.errors import UserError
 from dynmoe.lab.cache import notice
+
+TRAIN_PER_CLASS = 140
+TEST_PER_CLASS = 34
+"""The rarest digit, 8, has 174 images. Equal counts divide into many numbers of chunks."""
 
 
 class Fractal(
@@ -42,15 +45,11 @@ class Fractal(
         15%: a small network memorises the training images but hardly generalises"""
 
     def __init__(self, config: Config) -> None:
-        for option in ("train_per_class", "test_per_class"):
-            if getattr(config, option) < 1:
-                raise UserError(
-                    f"dataset {option} {getattr(config, option)} is too small; use 1 or more"
-                )
+        check_least("dataset", config, train_per_class=1, test_per_class=1)
         if config.classes < 2:
             raise UserError(f"dataset classes {config.classes} is too small; use 2 to 200")
         fractals.check(range(config.classes), config.size, config.views, seed=0)
-        self.config = config
+        super().__init__(config)
 
     def load(self, seed: int) -> ImageData:
         """Render, or read from the cache; gray images `[N, 1, size, size]` in order of class."""
@@ -70,9 +69,14 @@ class Fractal(
         )
 
 
-TRAIN_PER_CLASS = 140
-TEST_PER_CLASS = 34
-"""The rarest digit, 8, has 174 images. Equal counts divide into many numbers of chunks."""
+def shuffled_digits() -> tuple[np.ndarray, list[np.ndarray]]:
+    """Scikit-learn's digits, float64 `[N, 8, 8]` in 0 .. 255; each class's indices, shuffled."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    by_class = [order[digits.target[order] == label] for label in range(10)]
+    return digits.images * (255 / 16), by_class
 
 
 class Digits(
@@ -84,30 +88,20 @@ class Digits(
     class Config(Dataset.Config):
         """The data set has no options."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
     def load(self, seed: int) -> ImageData:
         """The same split for every seed: 140 and 34 images of each digit; 57 are left out.
 
         Images `[N, 1, 8, 8]` in order of class, their 17 gray levels spread over 0 .. 255.
         """
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
-        order = np.random.default_rng(0).permutation(len(images))
-        train, test = [], []
-        for label in range(10):
-            own = order[digits.target[order] == label]
-            train.append(own[:TRAIN_PER_CLASS])
-            test.append(own[TRAIN_PER_CLASS : TRAIN_PER_CLASS + TEST_PER_CLASS])
+        values, by_class = shuffled_digits()
+        images = torch.from_numpy(np.rint(values).astype(np.uint8))[:, None]
+        both = np.stack([own[: TRAIN_PER_CLASS + TEST_PER_CLASS] for own in by_class])
         labels = torch.arange(10)
         return ImageData(
             name="digits",
-            train_images=images[np.concatenate(train)],
+            train_images=images[both[:, :TRAIN_PER_CLASS].ravel()],
             train_labels=labels.repeat_interleave(TRAIN_PER_CLASS),
-            test_images=images[np.concatenate(test)],
+            test_images=images[both[:, TRAIN_PER_CLASS:].ravel()],
             test_labels=labels.repeat_interleave(TEST_PER_CLASS),
             num_classes=10,
         )
@@ -127,7 +121,7 @@ class Auto(Dataset, name="auto"):
     def __init__(self, config: Config) -> None:
         options = {f.name: getattr(config, f.name) for f in fields(Fractal.Config)}
         self.fractal = Fractal(Fractal.Config(**options))
-        self.config = config
+        super().__init__(config)
 
     def load(self, seed: int) -> ImageData:
         """One line on stderr tells when the fractal images are used.

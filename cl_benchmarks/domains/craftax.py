@@ -75,7 +75,7 @@ class CraftaxFloors(
             )
         if config.view not in (3, 5, 7):
             raise UserError(f"domains view {config.view} is out of range; use 3, 5 or 7")
-        self.config = config
+        super().__init__(config)
 
     def load(self) -> DomainSet:
         """Images in order of class; the same pixels at each call.
@@ -136,13 +136,11 @@ class CraftaxFloors(
             for world, row, column, y, x, facing in self._candidates(kinds, free, label, rng):
                 if not left:
                     break
-                window = (
-                    world,
-                    slice(row - half, row + half + 1),
-                    slice(column - half, column + half + 1),
-                )
-                if not shown[window].any():
-                    shown[window] = True
+                window = shown[
+                    world, row - half : row + half + 1, column - half : column + half + 1
+                ]
+                if not window.any():
+                    window[:] = True
                     found.append([world, level, y, x, facing])
                     left -= 1
             if left:
@@ -152,14 +150,7 @@ class CraftaxFloors(
     def _candidates(
         self, kinds: np.ndarray, free: np.ndarray, label: int, rng: np.random.Generator
     ) -> list[list[int]]:
-        """Tiles of a class that a player on the ground can face, in random order.
-
-        Args:
-            kinds, free: [W, rows, columns] class of each tile, and whether nothing lies there.
-
-        Returns:
-            rows of world, row and column of the tile, row and column of the player, facing.
-        """
+        """World, tile, player's place and facing: where that class can be faced, shuffled."""
         from envs.craftax_scenes import STEPS
 
         tiles = rng.permutation(np.argwhere((kinds == label) & free))

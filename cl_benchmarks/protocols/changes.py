@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.protocol import (
     Chunk,
+    ClassChunks,
     Protocol,
     balanced_parts,
     balanced_subset,
@@ -18,7 +20,6 @@ from cl_benchmarks.protocol import (
     generator,
     whole_test_set,
 )
-from cl_benchmarks.protocols.splits import ClassChunks
 from dynmoe.errors import UserError
 
 HARE_TORTOISE = (0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.0)
@@ -48,7 +49,7 @@ class Noise(
         for share in config.schedule or ():
             if not 0 <= share <= 1:
                 raise UserError(f"protocol schedule has {share}; shares lie in 0 .. 1")
-        self.config = config
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """The parts of `iid`; in chunk k exactly round(share_k n) labels are resampled."""
@@ -59,15 +60,8 @@ class Noise(
         out = []
         for k, index in enumerate(parts):
             rng = generator(seed, "noise", k)
-            labels = data.train_labels[index].clone()
-            hit = torch.from_numpy(rng.permutation(len(index))[: round(shares[k] * len(index))])
-            labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
-            out.append(Chunk(index, labels, *test))
+            out.append(Chunk(index, _resampled(data, index, shares[k], rng), *test))
         return out
-
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """All classes."""
-        return data.num_classes
 
     def no_cumulative(self) -> str | None:
         """Chunks may be joined: an image keeps the label it got with its chunk."""
@@ -89,6 +83,14 @@ class Noise(
                 f"give {chunks} or leave it out"
             )
         return list(given)
+
+
+def _resampled(data: ImageData, index: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """The labels of some training images, exactly round(share n) of them drawn at random."""
+    labels = data.train_labels[index].clone()
+    hit = torch.from_numpy(rng.permutation(len(index))[: round(share * len(index))])
+    labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
+    return labels
 
 
 class WarmStart(
@@ -118,7 +120,7 @@ class WarmStart(
             raise UserError(f"protocol share {config.share} must be above 0 and at most 1")
         if not 0 <= config.noise <= 1:
             raise UserError(f"protocol noise {config.noise} must lie in 0 .. 1")
-        self.config = config
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """The small part, then all data as often as there are chunks left."""
@@ -126,23 +128,34 @@ class WarmStart(
             raise UserError(f"{chunks} chunks are too few for a warm start; use --chunks 2 or more")
         rng, total = generator(seed, "warmstart"), len(data.train_labels)
         first = balanced_subset(data.train_labels, max(1, round(self.config.share * total)), rng)
-        labels = data.train_labels[first].clone()
-        hit = torch.from_numpy(rng.permutation(len(first))[: round(self.config.noise * len(first))])
-        labels[hit] = torch.from_numpy(rng.integers(data.num_classes, size=len(hit)))
+        labels = _resampled(data, first, self.config.noise, rng)
         test = whole_test_set(data)
         whole = Chunk(torch.arange(total), data.train_labels, *test)
         return [Chunk(first, labels, *test)] + [whole] * (chunks - 1)
-
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """All classes."""
-        return data.num_classes
 
     def no_cumulative(self) -> str | None:
         """Later chunks have all images already, with other labels than the first one."""
         return "protocol warmstart is cumulative as it is; use --access limited"
 
 
-class Blurred(Protocol, name="blurred"):
+class _OfClasses(Protocol):
+    """Base of the protocols that change the class chunks. Their Config has `head`, as there."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.classes: ClassChunks = ClassChunks.Config(head=config.head).build()
+
+    def num_outputs(self, data: ImageData, chunks: int) -> int:
+        """As protocol class."""
+        return self.classes.num_outputs(data, chunks)
+
+    def no_cumulative(self) -> str | None:
+        """As protocol class."""
+        reason = self.classes.no_cumulative()
+        return reason.replace("protocol class", f"protocol {self.name}") if reason else None
+
+
+class Blurred(_OfClasses, name="blurred"):
     """The class chunks with blurred boundaries: neighbours exchange images near them.
 
     The images of each class chunk stand in random order. At the boundary of two chunks, the i-th
@@ -165,8 +178,7 @@ class Blurred(Protocol, name="blurred"):
     def __init__(self, config: Config) -> None:
         if not 0 <= config.width <= 1:
             raise UserError(f"protocol width {config.width} must lie in 0 .. 1")
-        self.config = config
-        self.classes: ClassChunks = ClassChunks.Config(head=config.head).build()
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """The class chunks of the seed, with images exchanged."""
@@ -193,17 +205,8 @@ class Blurred(Protocol, name="blurred"):
             for k, part in enumerate(parts)
         ]
 
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """As protocol class."""
-        return self.classes.num_outputs(data, chunks)
 
-    def no_cumulative(self) -> str | None:
-        """As protocol class."""
-        reason = self.classes.no_cumulative()
-        return reason.replace("protocol class", "protocol blurred") if reason else None
-
-
-class Unknown(Protocol, name="unknown"):
+class Unknown(_OfClasses, name="unknown"):
     """The class chunks, each cut to a random share of its images: no schedule can be aligned.
 
     The share is uniform between `least` and 1, from the seed and the chunk's number, so tasks take
@@ -223,8 +226,7 @@ class Unknown(Protocol, name="unknown"):
     def __init__(self, config: Config) -> None:
         if not 0 < config.least <= 1:
             raise UserError(f"protocol least {config.least} must be above 0 and at most 1")
-        self.config = config
-        self.classes: ClassChunks = ClassChunks.Config(head=config.head).build()
+        super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """The class chunks of the seed, shortened; images in order of their index."""
@@ -240,12 +242,3 @@ class Unknown(Protocol, name="unknown"):
                 )
             )  # fmt: skip
         return parts
-
-    def num_outputs(self, data: ImageData, chunks: int) -> int:
-        """As protocol class."""
-        return self.classes.num_outputs(data, chunks)
-
-    def no_cumulative(self) -> str | None:
-        """As protocol class."""
-        reason = self.classes.no_cumulative()
-        return reason.replace("protocol class", "protocol unknown") if reason else None

@@ -24,11 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cl_benchmarks import image_reader
-from cl_benchmarks.images import class_folders, image_files
-from cl_benchmarks.shifts.corruptions import GROUPS, Corrupted, check
-from cl_benchmarks.shifts.domain import Domain, Files
-from cl_benchmarks.shifts.source import OTHERS, ShiftSource
+from cl_benchmarks.images import READER_VERSION, class_folders, files_by_class, image_files
+from cl_benchmarks.shifts.domain import GROUPS, Corrupted, Domain, Files, check
+from cl_benchmarks.shifts.stream import OTHERS, ShiftSource
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
 
@@ -131,16 +129,10 @@ class Imagenet(ShiftSource):
         names = [p.name for p in found]
         if names != expected:
             _refuse(folder, names, expected)
+        files, positions = files_by_class(found, image_files, "set")
         cut = self.labels == "subset" and name in SUBSETS
-        files: list[Path] = []
-        labels: list[int] = []
-        for position, (path, index) in enumerate(zip(found, indices.tolist(), strict=True)):
-            own = image_files(path)
-            if not own:
-                raise UserError(f"no images in {path}; unpack the set again")
-            files += own
-            labels += [position if cut else index] * len(own)
-        return Files(name, files, torch.tensor(labels), resize, SIZE)
+        labels = torch.tensor(positions) if cut else indices[positions]
+        return Files(name, files, labels, resize, SIZE)
 
 
 def subset(shift: str) -> Tensor:
@@ -175,4 +167,4 @@ def _refuse(folder: Path, names: list[str], expected: list[str]) -> None:
 
 def _identity(domain: Files) -> str:
     """Changes with any of the files."""
-    return cache.digest({"reader": image_reader.VERSION, "files": cache.file_states(domain.files)})
+    return cache.digest({"reader": READER_VERSION, "files": cache.file_states(domain.files)})

@@ -19,7 +19,7 @@ from crash_helpers import assert_same, error_line, exit_code, last_checkpoint
 from PIL import Image
 from torch import Tensor
 
-from cl_benchmarks.domain_split import split
+from cl_benchmarks.domain_set import split
 from dynmoe.dg import __main__ as dg
 from dynmoe.dg.methods.moe2 import MoE2
 from dynmoe.experiments.dg.source import load_source

@@ -15,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_benchmarks.batches import CROP_PADDING, Batches, Position, accuracy, crop_flip
 from cl_benchmarks.experiment import ContinualLearning, prepare
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
+from cl_benchmarks.measuring import accuracy
 from cl_benchmarks.method import Horizon
 from cl_benchmarks.settings import Config
-from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark
+from cl_benchmarks.stream import (
+    CROP_PADDING,
+    Batches,
+    ChunkDataset,
+    Position,
+    chunk_datasets,
+    crop_flip,
+    make_benchmark,
+)
 from dynmoe import cl
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from cl_benchmarks.backbone import MEAN, STD, embedded_vit
-from cl_benchmarks.domain_images import Preparation
-from cl_benchmarks.domain_set import DomainSet, check_domains
+from cl_benchmarks.domain_set import DomainSet, Preparation, check_domains
 from dynmoe.dg.backbone import make_backbone
 from dynmoe.errors import UserError
 from dynmoe.experiments.dg.settings import Config

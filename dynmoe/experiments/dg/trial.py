@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_benchmarks.domain_split import batch_indices, split
+from cl_benchmarks.domain_set import batch_indices, split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.shifts.embedded import Embedded
-from cl_benchmarks.shifts.source import STREAMS, ShiftSource, make_stream
-from cl_benchmarks.shifts.stream import Stream
+from cl_benchmarks.shifts.stream import STREAMS, ShiftSource, Stream, make_stream
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 from dynmoe.experiments.tta.figures import experts_figure, print_domains, print_routings

@@ -116,7 +116,7 @@ class Config(RunConfig):
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
-        from cl_benchmarks.shifts.source import OTHERS, STREAMS
+        from cl_benchmarks.shifts.stream import OTHERS, STREAMS
 
         if self.data == "embedded":
             reasons = dict.fromkeys(REAL, "it is for --data imagenet (now embedded)")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_benchmarks import fractals
+from cl_benchmarks.backbone import train_classifier, trained_once, vision_transformer
 from cl_benchmarks.shifts.embedded import SEED, Embedded
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
-from cl_benchmarks.shifts.source import ShiftSource
+from cl_benchmarks.shifts.stream import ShiftSource
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.settings import Config, SmallVit
@@ -47,16 +48,7 @@ def small_vit(vit: SmallVit, size: int, classes: int) -> nn.Module:
         raise UserError(f"vit heads {vit.heads} do not divide the width {vit.width}")
     if vit.depth < 1 or vit.epochs < 1 or vit.batch_size < 1:
         raise UserError("vit depth, epochs and batch_size must each be 1 or more")
-    with seeding.kept():  # timm's import draws nothing today; it must not matter
-        from timm.models.vision_transformer import VisionTransformer
-    return VisionTransformer(
-        img_size=size,
-        patch_size=vit.patch,
-        num_classes=classes,
-        embed_dim=vit.width,
-        depth=vit.depth,
-        num_heads=vit.heads,
-    )
+    return vision_transformer(size, vit.patch, vit.width, vit.depth, vit.heads, classes)
 
 
 def embedded_model(data: Embedded, vit: SmallVit, threads: int = 0) -> nn.Module:
@@ -76,42 +68,28 @@ def embedded_model(data: Embedded, vit: SmallVit, threads: int = 0) -> nn.Module
         "embedded": {k: v for k, v in asdict(data.config).items() if k != "test_per_class"},
         "vit": asdict(vit),
     })  # fmt: skip
-
-    def make() -> cache.Arrays:
-        _train(model, data, vit)
-        return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-
-    arrays = cache.load_or_make(f"tta-source-{key}", make)
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return model.eval()
+    return trained_once(model, f"tta-source-{key}", lambda: _train(model, data, vit))
 
 
 def _train(model: nn.Module, data: Embedded, vit: SmallVit) -> None:
     """AdamW on the cross-entropy of the clean training images."""
     images, labels = data.training_images()
     generator = seeding.generator(vit.seed, "source-batches")
-    optimizer = torch.optim.AdamW(model.parameters(), vit.lr, weight_decay=vit.weight_decay)
-    per_epoch = -(-len(images) // vit.batch_size)
-    steps = vit.epochs * per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, vit.lr, total_steps=steps + 1, pct_start=0.1
-    )
-    model.train()
+    steps, count = vit.epochs * -(-len(images) // vit.batch_size), itertools.count(1)
+
+    def inputs(chosen: Tensor) -> Tensor:
+        return normalise(_jittered(images[chosen], vit.jitter, generator), data.mean, data.std)
+
     with ProgressLine("source model", steps) as progress:
-        for step in range(steps):
-            if step % per_epoch == 0:
-                order = torch.randperm(len(images), generator=generator)
-            start = step % per_epoch * vit.batch_size
-            chosen = order[start : start + vit.batch_size]
-            x = normalise(_jittered(images[chosen], vit.jitter, generator), data.mean, data.std)
-            loss = F.cross_entropy(model(x), labels[chosen], label_smoothing=vit.smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if progress.due(step + 1):
-                progress.update(step + 1, loss=float(loss.detach()))
-    model.eval()
+
+        def done(loss: Tensor) -> None:
+            if progress.due(step := next(count)):
+                progress.update(step, loss=float(loss))
+
+        train_classifier(
+            model, inputs, labels, vit.epochs, vit.batch_size, vit.lr, vit.weight_decay,
+            vit.smoothing, steps + 1, generator, done=done,
+        )  # fmt: skip
 
 
 def _jittered(images: Tensor, jitter: float, generator: torch.Generator) -> Tensor:

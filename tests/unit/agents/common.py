@@ -20,7 +20,7 @@ from agents.ppo import PPOSettings, UpdateStats, train
 from agents.rollout import Episode, Rollout
 from dynmoe import seeding
 from dynmoe.growth.settings import GrowthSettings
-from envs.debug import make_debug
+from envs.debug import Stages
 from envs.vector import Info, TorchVectorEnv
 
 SMALL = PPOSettings(
@@ -144,7 +144,7 @@ def growth_settings(granularity: int = 2, **settings: Any) -> GrowthSettings:
 
 def stages(num_envs: int = 4, seed: int = 0, name: str = "Stages-v0") -> TorchVectorEnv:
     """A debug environment."""
-    return make_debug(name, num_envs, seed)
+    return Stages(name, num_envs, seed)
 
 
 def run(

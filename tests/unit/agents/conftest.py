@@ -15,7 +15,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic
 from dynmoe import registry, seeding
 from dynmoe.growth.settings import GrowthSettings
-from envs.debug import SYMBOLS, make_debug
+from envs.debug import SYMBOLS, Stages
 from envs.vector import Info, TorchVectorEnv
 
 COLORS = torch.tensor([[200, 40, 40], [40, 160, 60], [50, 60, 220]], dtype=torch.uint8)
@@ -107,7 +107,7 @@ def skilled() -> ActorCritic:
 
     Most of its episodes reach the last floor, some time out before, and they differ in length.
     """
-    env = make_debug("Stages-v0", 1)
+    env = Stages("Stages-v0", 1)
     policy = growing_policy(env)
     states = torch.cartesian_prod(torch.arange(3), torch.arange(SYMBOLS)).to(torch.uint8)
     right = states.long().sum(dim=1) % SYMBOLS

@@ -17,14 +17,14 @@ from dynmoe import registry, seeding
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.moe import moe_layers
-from envs.debug import make_debug
+from envs.debug import Stages
 from envs.gym import GymEnv
 from envs.vector import TorchVectorEnv
 
 
 def stages(num_envs: int = 12) -> Any:
     """Environments that `play` is to reset: they are somewhere else when it comes."""
-    env = make_debug("Stages-v0", num_envs, seed=77)
+    env = Stages("Stages-v0", num_envs, seed=77)
     for _ in range(5):
         env.step(torch.zeros(num_envs, dtype=torch.long))
     return env
@@ -32,7 +32,7 @@ def stages(num_envs: int = 12) -> Any:
 
 def long_rollout(policy: ActorCritic, seed: int, steps: int = 130) -> list[Episode]:
     """All episodes that begin as those of `play` do, in one rollout."""
-    env = make_debug("Stages-v0", 12)
+    env = Stages("Stages-v0", 12)
     observations, info = env.reset(seed=seeding.derive(seed, "evaluate"))
     generator = seeding.generator(seed, "evaluate", "actions")
     return collect(env, policy, observations, info["floor"], steps, 0.5, generator).episodes

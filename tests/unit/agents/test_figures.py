@@ -30,11 +30,11 @@ from agents.figures import (
     router_figure,
     write_figure,
 )
-from agents.traces import Trace
+from agents.statistics import Trace
 from dynmoe.lab.figures import COLORS, as_image
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.moe.diagnostics import gate_shares
-from envs.debug import make_debug
+from envs.debug import Stages
 
 MARK = "#222222"
 """Colour of the lines at changes of floor; beneath each is a broader white one."""
@@ -75,7 +75,7 @@ def legend(figure: Figure) -> dict[str, Any]:
 
 
 def test_router_figure_of_an_episode_played(skilled: ActorCritic) -> None:
-    _, _, trace = play(make_debug("Stages-v0", 8), skilled, seed=0)
+    _, _, trace = play(Stages("Stages-v0", 8), skilled, seed=0)
     assert trace is not None
     figure = router_figure(trace, "Stages-v0, 100 steps")
     length = len(trace.floors)

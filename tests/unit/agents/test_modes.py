@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from agents.actor_critic import ActorCritic
+from agents.actor_critic import ActorCritic, acting, learning
 from agents.experiment import make_env, make_policy
-from agents.modes import acting, learning
 from agents.ppo import learn
 from agents.rollout import Rollout, collect
 from agents.settings import Config

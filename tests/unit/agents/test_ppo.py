@@ -158,9 +158,9 @@ def test_who_does_not_learn_keeps_its_weights_and_who_does_not_act_is_uniform() 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 @pytest.mark.parametrize("mode", ["none", "bf16"])
 def test_trains_in_each_precision_on_each_device(mode: Any, device: str) -> None:
-    from envs.debug import make_debug
+    from envs.debug import Stages
 
-    env, s = make_debug("Stages-v0", 4, device=device), changed(autocast=mode, total_steps=256)
+    env, s = Stages("Stages-v0", 4, device=device), changed(autocast=mode, total_steps=256)
     policy = make_policy(env, make_block=moe_blocks()).to(device)
     before = weights(policy)
     observer, _ = run(env, policy, s)

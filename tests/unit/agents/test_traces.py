@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.rollout import Episode, Rollout
-from agents.traces import Trace, Traces
+from agents.statistics import Trace, Traces
 from dynmoe.moe import moe_layers
 
 ENVS = 3

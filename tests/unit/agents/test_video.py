@@ -15,7 +15,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic
 from agents.evaluate import play
 from agents.figures import FLOOR_COLORS, expert_color
-from agents.traces import Trace
+from agents.statistics import Trace
 from agents.video import (
     BACKGROUND,
     CHANGE,
@@ -29,7 +29,7 @@ from agents.video import (
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe.diagnostics import gate_shares
-from envs.debug import make_debug
+from envs.debug import Stages
 from envs.vector import TorchVectorEnv
 
 SCALE = 7
@@ -184,7 +184,7 @@ def test_what_cannot_be_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = tmp_path / "x.mp4"
-    stages = make_debug("Stages-v0", 2)
+    stages = Stages("Stages-v0", 2)
     vectors = play(stages, skilled, seed=0, observations=True)[2]
     assert vectors is not None
     with pytest.raises(UserError, match=r"needs images, .* vectors of shape \(7,\)"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cl_benchmarks.expert_maps import expert_maps
+from cl_benchmarks.measuring import expert_maps
 from dynmoe.lab.figures import heat_map
 from dynmoe.moe import MoELayer
 from dynmoe.moe.diagnostics import output_similarity, weight_similarity

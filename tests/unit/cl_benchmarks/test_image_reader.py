@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from cl_benchmarks.domain_set import Domain, read_image
-from cl_benchmarks.domain_tree import read_tree
-from cl_benchmarks.image_reader import is_system, read_rgb
-from cl_benchmarks.images import class_files, class_folders, decode
+from cl_benchmarks.domains.domainbed import read_tree
+from cl_benchmarks.images import class_files, class_folders, decode, is_system, read_rgb
 from cl_benchmarks.shifts.domain import Files
 from dynmoe.errors import UserError
 

@@ -13,12 +13,18 @@ import torch.nn.functional as F
 from expansion_helpers import config, quietly_import_avalanche
 from torch import Tensor, nn
 
-from cl_benchmarks.batches import Batches, Position
 from cl_benchmarks.experiment import attach_intervention, make_trainer, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon
 from cl_benchmarks.settings import Config
-from cl_benchmarks.stream import ChunkDataset, chunk_datasets, make_benchmark, standardise
+from cl_benchmarks.stream import (
+    Batches,
+    ChunkDataset,
+    Position,
+    chunk_datasets,
+    make_benchmark,
+    standardise,
+)
 from dynmoe.errors import UserError
 from dynmoe.interventions.penalties import ResumableEWC
 from dynmoe.registry import get

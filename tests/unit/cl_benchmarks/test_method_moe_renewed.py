@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from cl_benchmarks.method import Training
-from cl_benchmarks.methods.constant import RenewExperts
+from cl_benchmarks.method import RenewExperts, Training
 from dynmoe.interventions.intervention import NoIntervention
 from dynmoe.moe import MoELayer
 

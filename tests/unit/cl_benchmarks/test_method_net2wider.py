@@ -13,7 +13,7 @@ from torch import nn
 
 from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.methods.net2wider import WideningBlock, WidenPlugin, widen
+from cl_benchmarks.methods.expanding import WideningBlock, WidenPlugin, widen
 from dynmoe.errors import UserError
 from dynmoe.growth.pruning import Budget
 from dynmoe.interventions.architecture import insert_norms

@@ -11,7 +11,7 @@ from expansion_helpers import at_task, batch, config, train, training_of
 
 from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.methods.progressive import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
+from cl_benchmarks.methods.expanding import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
 from dynmoe.errors import UserError
 from dynmoe.growth.pruning import Budget
 from dynmoe.lab.runner import run_one

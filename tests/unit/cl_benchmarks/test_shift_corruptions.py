@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_benchmarks.shifts import corruptions, small
-from cl_benchmarks.shifts.corruptions import CORRUPTIONS, EXTRA, Corrupted
-from cl_benchmarks.shifts.domain import Memory
+from cl_benchmarks.shifts import domain, embedded
+from cl_benchmarks.shifts.domain import CORRUPTIONS, EXTRA, Corrupted, Memory
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
 from dynmoe.errors import UserError
 
@@ -32,10 +31,10 @@ def picture() -> Tensor:
 def test_library_is_decided_by_the_seed(picture: Tensor, name: str) -> None:
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
-    one = corruptions.corrupt(picture, name, 5, 1)
+    one = domain.corrupt(picture, name, 5, 1)
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(6)
-    two, other = (corruptions.corrupt(picture, name, 5, seed) for seed in (1, 2))
+    two, other = (domain.corrupt(picture, name, 5, seed) for seed in (1, 2))
     assert one.shape == picture.shape and one.dtype == torch.uint8
     assert torch.equal(one, two) and not torch.equal(one, picture)
     assert torch.equal(one, other) == (name not in RANDOM)
@@ -54,42 +53,42 @@ def test_library_corruptions_are_kept_per_image(picture: Tensor) -> None:
 
 def test_library_bad_input(picture: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown corruption"):
-        corruptions.corrupt(picture, "rain", 5, 0)
+        domain.corrupt(picture, "rain", 5, 0)
     with pytest.raises(UserError, match="severity 0"):
-        corruptions.corrupt(picture, "fog", 0, 0)
+        domain.corrupt(picture, "fog", 0, 0)
     with pytest.raises(UserError, match="20x20; corruptions need 32x32"):
-        corruptions.corrupt(picture[:, :20, :20], "fog", 1, 0)
+        domain.corrupt(picture[:, :20, :20], "fog", 1, 0)
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(UserError, match=r"dynmoe\[tta\]"):
-        corruptions.corrupt(picture, "fog", 1, 0)
+        domain.corrupt(picture, "fog", 1, 0)
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_small_ones_repeat_and_grow_with_severity(name: str) -> None:
     clean = Embedded(TINY).other("clean").images(range(12))
-    made = [small.corrupt(clean, name, severity, seed=0) for severity in (1, 3, 5)]
+    made = [embedded.corrupt(clean, name, severity, seed=0) for severity in (1, 3, 5)]
     assert all(m.shape == clean.shape and m.dtype == torch.uint8 for m in made)
-    assert torch.equal(made[1], small.corrupt(clean, name, 3, seed=0))
+    assert torch.equal(made[1], embedded.corrupt(clean, name, 3, seed=0))
     distances = [float((m.double() - clean.double()).square().mean()) for m in made]
     assert 0 < distances[0] < distances[1] < distances[2], distances
-    changed = small.corrupt(clean, name, 5, seed=1)
+    changed = embedded.corrupt(clean, name, 5, seed=1)
     assert torch.equal(made[2], changed) == (name not in RANDOM)
 
 
 def test_small_ones_know_no_extra_corruption() -> None:
     with pytest.raises(UserError, match="'spatter' has no 32-pixel version"):
-        small.corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "spatter", 1, 0)
+        embedded.corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "spatter", 1, 0)
 
 
 def test_contrast_and_jpeg_by_hand() -> None:
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    flat = small.KINDS["contrast"](x, 4, torch.Generator())
+    flat = embedded.KINDS["contrast"](x, 4, torch.Generator())
     torch.testing.assert_close(flat.mean((1, 2, 3)), x.mean((1, 2, 3)))
     torch.testing.assert_close(flat.std((1, 2, 3)), 0.12 * x.std((1, 2, 3)))
     constant = torch.full((1, 3, 12, 20), 0.5)  # its only coefficient, 4, is a multiple of .175
     step = 0.35 / 2
     rounded = round(4 / step) * step / 8
-    jpeg = small.KINDS["jpeg_compression"](constant, 2, torch.Generator())
+    jpeg = embedded.KINDS["jpeg_compression"](constant, 2, torch.Generator())
     torch.testing.assert_close(jpeg, torch.full_like(constant, rounded))
 
 

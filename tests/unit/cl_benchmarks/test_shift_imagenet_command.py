@@ -14,7 +14,7 @@ from shift_trees import SYNSETS, image, tree
 
 from cl_benchmarks.shifts.domain import read_image
 from cl_benchmarks.shifts.imagenet import Imagenet, subset
-from cl_benchmarks.shifts.source import make_stream
+from cl_benchmarks.shifts.stream import make_stream
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.source_model import normalise
 from dynmoe.tta.__main__ import main

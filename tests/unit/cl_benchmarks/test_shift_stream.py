@@ -10,10 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cl_benchmarks.shifts.corruptions import CORRUPTIONS, check
-from cl_benchmarks.shifts.domain import Domain, Memory
-from cl_benchmarks.shifts.source import GRADUAL, STREAMS, ShiftSource, make_stream
-from cl_benchmarks.shifts.stream import Segment, Stream
+from cl_benchmarks.shifts.domain import CORRUPTIONS, Domain, Memory, check
+from cl_benchmarks.shifts.stream import GRADUAL, STREAMS, Segment, ShiftSource, Stream, make_stream
 from dynmoe.errors import UserError
 
 EACH = 20

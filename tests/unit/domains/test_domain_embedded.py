@@ -10,8 +10,7 @@ import torch
 
 from cl_benchmarks import fractals
 from cl_benchmarks.backbone import FIRST_CLASS
-from cl_benchmarks.domain_styles import STYLES, draw
-from cl_benchmarks.domains.embedded import MOST, Embedded
+from cl_benchmarks.domains.embedded import MOST, STYLES, Embedded, draw
 from dynmoe.errors import UserError
 
 

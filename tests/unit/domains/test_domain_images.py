@@ -10,8 +10,7 @@ import torch
 from domain_helpers import png
 from PIL import Image
 
-from cl_benchmarks.domain_images import CROP, GRAY, Preparation, _crop, augment
-from cl_benchmarks.domain_set import Domain
+from cl_benchmarks.domain_set import CROP, GRAY, Domain, Preparation, _crop, augment
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_benchmarks.domain_split import batch_indices, seed_hash, split
+from cl_benchmarks.domain_set import batch_indices, seed_hash, split
 
 
 @pytest.mark.parametrize(("trial", "domain"), [(0, 0), (0, 3), (2, 1)])

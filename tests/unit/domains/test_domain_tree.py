@@ -9,7 +9,7 @@ import torch
 from domain_helpers import make_tree, png
 
 from cl_benchmarks.domain_set import Domain, DomainSet, check_domains
-from cl_benchmarks.domain_tree import read_tree
+from cl_benchmarks.domains.domainbed import read_tree
 from dynmoe.errors import UserError
 from dynmoe.registry import get
 

@@ -152,8 +152,8 @@ def test_noise_is_jaxs() -> None:
     """To the bit, also for keys with their high bits set."""
     import jax
 
+    from envs.craftax_render import uniform
     from envs.craftax_render_numba import _draw_noise
-    from envs.craftax_render_torch import uniform
 
     keys = np.array([[0, 0], [1, 2], [2**32 - 1, 2**31], [3_000_000_000, 77]], np.uint32)
     wanted = np.stack([jax.random.uniform(jax.numpy.asarray(key), (90, 110)) for key in keys])

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from envs.debug import GAMES, LONGEST_EPISODE, SYMBOLS, TO_NEXT_FLOOR, make_debug, names
+from envs.debug import GAMES, LONGEST_EPISODE, SYMBOLS, TO_NEXT_FLOOR, Stages
 from envs.vector import TorchVectorEnv
 
-NAMES = names()
+NAMES = sorted(GAMES)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
@@ -69,7 +69,7 @@ class Rules:
 @given(st.integers(0, 10**6), st.sampled_from(NAMES), st.integers(1, 4),
        st.sampled_from([0.0, 0.5, 0.9, 1.0]))  # fmt: skip
 def test_everything_is_by_the_rules(seed: int, name: str, num_envs: int, skill: float) -> None:
-    env = make_debug(name, num_envs, seed)
+    env = Stages(name, num_envs, seed)
     floors = {"Identity-v0": 1, "Stages-v0": 3}[name]
     games = [Rules(floors) for _ in range(num_envs)]
     for observations, actions, returned in play(env, 80, skill, seed):
@@ -94,7 +94,7 @@ def test_everything_is_by_the_rules(seed: int, name: str, num_envs: int, skill: 
 
 def test_the_best_play_earns_the_most_possible() -> None:
     for name, length in (("Identity-v0", 32), ("Stages-v0", 18)):
-        env = make_debug(name, 3)
+        env = Stages(name, 3)
         ended = [r[4]["episode"] for _, _, r in play(env, 100, 1.0) if r[4]["_episode"].any()]
         assert len(ended) == 100 // length
         for episode in ended:
@@ -107,7 +107,7 @@ def test_the_best_play_earns_the_most_possible() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_symbols_are_drawn_evenly_and_apart(name: str) -> None:
-    history = play(make_debug(name, 8), 500, 0.3)
+    history = play(Stages(name, 8), 500, 0.3)
     symbols = torch.stack([observations[:, 1] for observations, _, _ in history])
     shares = torch.bincount(symbols.flatten().long(), minlength=4) / symbols.numel()
     assert ((shares - 0.25).abs() < 0.03).all()
@@ -120,7 +120,7 @@ def test_symbols_are_drawn_evenly_and_apart(name: str) -> None:
 @pytest.mark.parametrize("num_envs", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_types_and_spaces(name: str, num_envs: int, device: str) -> None:
-    env = make_debug(name, num_envs, 0, device)
+    env = Stages(name, num_envs, 0, device)
     floors = env.num_floors
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert env.num_envs == num_envs and env.num_actions == 4 and env.resumable
@@ -151,7 +151,7 @@ def test_shapes_types_and_spaces(name: str, num_envs: int, device: str) -> None:
 
 
 def test_unpacking_is_one_hot() -> None:
-    env = make_debug("Stages-v0", 1)
+    env = Stages("Stages-v0", 1)
     everything = torch.cartesian_prod(torch.arange(3), torch.arange(4)).to(torch.uint8)
     unpacked = env.unpack(everything)
     assert len(unpacked.unique(dim=0)) == 12 and unpacked.sum(dim=1).tolist() == [2.0] * 12
@@ -170,21 +170,21 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides_everything(name: str) -> None:
     torch.manual_seed(5)
-    one = play(make_debug(name, 4), 100, 0.7, seed=1)
+    one = play(Stages(name, 4), 100, 0.7, seed=1)
     torch.manual_seed(6)  # must not matter
-    env = make_debug(name, 4)
+    env = Stages(name, 4)
     assert same(one, play(env, 100, 0.7, seed=1))
     assert same(one, play(env, 100, 0.7, seed=1))  # reset starts again
     assert not same(one, play(env, 100, 0.7, seed=2))
     symbols = {tuple(play(env, 1, 0.0, seed)[0][0][:, 1].tolist()) for seed in range(20)}
     assert len(symbols) > 10
-    own = make_debug(name, 4, seed=1)
+    own = Stages(name, 4, seed=1)
     first, _ = own.reset()
     assert torch.equal(first, one[0][0])
 
 
 def test_what_was_returned_does_not_change_later() -> None:
-    env = make_debug("Stages-v0", 3)
+    env = Stages("Stages-v0", 3)
     kept = play(env, 1, 1.0)[0]
     copy = [x.clone() for x in (kept[0], *kept[2][:4])]
     copy += [v.clone() for v in kept[2][4]["episode"].values()] + [kept[2][4]["floor"].clone()]
@@ -198,12 +198,12 @@ def test_what_was_returned_does_not_change_later() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_resuming_is_exact(name: str, at: int) -> None:
     """Through a file, in midst of episodes, into an environment of another seed."""
-    env = make_debug(name, 5, seed=3)
+    env = Stages(name, 5, seed=3)
     observations = play(env, at, 0.8, seed=3)[-1][2][0]
     file = io.BytesIO()
     torch.save(env.state_dict(), file)
     file.seek(0)
-    other = make_debug(name, 5, seed=99)
+    other = Stages(name, 5, seed=99)
     restored = other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(restored, observations)
     for step in range(100):
@@ -214,7 +214,7 @@ def test_resuming_is_exact(name: str, at: int) -> None:
 
 
 def test_a_saved_state_is_a_copy() -> None:
-    env = make_debug("Stages-v0", 2)
+    env = Stages("Stages-v0", 2)
     state = env.state_dict()
     env.step(torch.zeros(2, dtype=torch.long))
     assert state["length"].tolist() == [0, 0]

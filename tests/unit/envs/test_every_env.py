@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 import envs
 from dynmoe.errors import NumericError, UserError
-from envs.debug import names
+from envs.debug import GAMES
 
 TWO = spaces.Discrete(2)
 SHOWN: dict[str, tuple[spaces.Space, tuple[int, ...]]] = {
@@ -98,7 +98,7 @@ def sampler(shows: spaces.Space, takes: spaces.Space = TWO, seed: int = 3, **how
     )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sorted(GAMES))
 def test_debug_environments(name: str) -> None:
     assert check_vector_env(lambda seed: envs.make(name, 3, seed), 70) >= 3
 

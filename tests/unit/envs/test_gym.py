@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from envs.gym import GymEnv, make_gym
+from envs.gym import GymEnv
 
 
 class Picture(gymnasium.Env):
@@ -131,7 +131,7 @@ def test_the_time_limit_truncates() -> None:
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 @pytest.mark.parametrize("name", ["CartPole-v1", "Picture-v0"])
 def test_shapes_types_and_spaces(name: str, device: str) -> None:
-    env = make_gym(name, 2, 0, device)
+    env = GymEnv(name, 2, 0, device)
     assert isinstance(env, GymEnv) and env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert (env.num_envs, env.num_floors, env.achievements, env.max_return) == (2, 1, (), None)
     assert not env.resumable
@@ -281,7 +281,7 @@ def test_resuming_in_the_midst_of_episodes_forgets_them() -> None:
 )
 def test_what_cannot_be_learnt_here_is_refused_in_one_line(name: str, why: str) -> None:
     with pytest.raises(UserError) as caught:
-        make_gym(name, 2)
+        GymEnv(name, 2)
     message = str(caught.value)
     assert message.startswith(f"environment {name}: ") and why in message
     assert "\n" not in message
@@ -292,7 +292,7 @@ def test_what_cannot_be_learnt_here_is_refused_in_one_line(name: str, why: str) 
 )
 def test_unknown_ids_are_refused_in_one_line(name: str, why: str) -> None:
     with pytest.raises(UserError, match=why) as caught:
-        make_gym(name, 2)
+        GymEnv(name, 2)
     assert "\n" not in str(caught.value)
 
 
@@ -307,7 +307,7 @@ def test_a_lacking_package_is_named_in_one_line() -> None:
     gymnasium.register("Lacking-v0", Lacking)  # type: ignore[arg-type]
     try:
         with pytest.raises(UserError, match="environment Lacking-v0: .*box2d") as caught:
-            make_gym("Lacking-v0", 2)
+            GymEnv("Lacking-v0", 2)
     finally:
         del gymnasium.registry["Lacking-v0"]
     assert "\n" not in str(caught.value)

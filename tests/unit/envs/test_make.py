@@ -92,7 +92,7 @@ def test_programs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
     place = jax_setup.device("cpu")
     for _ in range(2):
-        loaded = jax_setup.load("Square Game", ["envs.make"], place, build_square(calls))
+        loaded = jax_setup.load("Square Game", ["envs.vector"], place, build_square(calls))
         x = {"x": jax.device_put(np.arange(3, dtype=np.float32), place)}
         assert loaded.run["square"](x)["y"].tolist() == [0, 1, 4]
         assert loaded.run["raise"](x)["x"].tolist() == [1, 2, 3]
@@ -101,7 +101,7 @@ def test_programs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
         assert loaded.takes["raise"][0]["x"].shape == loaded.gives["square"]["y"].shape == (3,)
     assert calls == [1]
     jax_setup.load("Square Game", ["envs.debug"], place, build_square(calls))  # another source
-    jax_setup.load("Square Games", ["envs.make"], place, build_square(calls))  # another name
+    jax_setup.load("Square Games", ["envs.vector"], place, build_square(calls))  # another name
     assert calls == [1, 1, 1]
     assert capsys.readouterr().out == ""
 
@@ -109,15 +109,15 @@ def test_programs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_program_with_other_settings_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
-    before = jax_setup._digest(["envs.make"])
+    before = jax_setup._digest(["envs.vector"])
     jax.config.update("jax_default_prng_impl", "rbg")
     try:
-        assert jax_setup._digest(["envs.make"]) != before
+        assert jax_setup._digest(["envs.vector"]) != before
     finally:
         jax.config.update("jax_default_prng_impl", "threefry2x32")
-    assert jax_setup._digest(["envs.make"]) == before
+    assert jax_setup._digest(["envs.vector"]) == before
     monkeypatch.setattr(jax_setup.metadata, "version", lambda package: "0")
-    assert jax_setup._digest(["envs.make"]) != before
+    assert jax_setup._digest(["envs.vector"]) != before
 
 
 def test_compilation_is_told_after_a_moment(capsys: pytest.CaptureFixture[str]) -> None:

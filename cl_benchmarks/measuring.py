@@ -1,0 +1,105 @@
+"""What is measured of a network on a stream: accuracy and maps of its experts; the charts' page."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe.lab.figures import heat_map
+from dynmoe.moe import moe_layers
+from dynmoe.moe.diagnostics import (
+    gate_shares,
+    layer_inputs,
+    output_similarity,
+    routing_table,
+    weight_similarity,
+)
+from dynmoe.moe.model import undisturbed
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, dataset: ChunkDataset, device: torch.device, samples: int = 0
+) -> float:
+    """Share of a chunk's images that the model labels right, in evaluation mode.
+
+    Args:
+        samples: look at that many evenly spaced images only; 0 for all.
+    """
+    images, labels = dataset.tensors()
+    if 0 < samples < len(labels):
+        index = torch.linspace(0, len(labels) - 1, samples).long()
+        images, labels = images[index], labels[index]
+    mean, std, right = dataset.mean.to(device), dataset.std.to(device), 0
+    with undisturbed(model):
+        for part, target in zip(images.split(512), labels.split(512), strict=True):
+            logits = model(standardise(part.to(device), mean, std))
+            right += int((logits.argmax(1) == target.to(device)).sum())
+    return right / len(labels)
+
+
+def expert_maps(
+    model: nn.Module, images: Tensor, labels: Tensor, gates: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Heat maps of every MoE layer by TensorBoard tag: uint8 [3, H, W]; none of a dense network.
+
+    Args:
+        model: in any mode; left as it was.
+        images, labels: the latest task's probe.
+        gates: of each task's probe in this model, by layer name, [N, E]; the latest task's last.
+    """
+    maps: dict[str, Tensor] = {}
+    inputs = layer_inputs(model, images) if gates[-1] else {}
+    layers = dict(moe_layers(model))
+    for name in gates[-1]:
+        layer = layers[name]
+        experts = [f"expert {e}" for e in range(layer.num_experts)]
+        numbers = [str(e) for e in range(layer.num_experts)]
+        by_class = routing_table(gates[-1][name], labels)
+        by_task = torch.stack([gate_shares(g[name]).mean(dim=0) for g in gates], dim=1)
+        similar = {
+            "weights": weight_similarity(layer),
+            "outputs": output_similarity(layer, inputs[name], "cka"),
+        }
+        classes = [str(c) for c in range(by_class.shape[1])]
+        maps[f"experts/class/{name}"] = heat_map(by_class, experts, classes, "load by class")
+        tasks = [str(t + 1) for t in range(len(gates))]
+        maps[f"experts/task/{name}"] = heat_map(by_task, experts, tasks, "load by task")
+        drawn = [heat_map(t, numbers, numbers, f"alike: {s}") for s, t in similar.items()]
+        maps[f"experts/similarity/{name}"] = torch.cat(drawn, dim=2)
+    return maps
+
+
+def _chart(*tags: str) -> tuple[str, list[str]]:
+    """One chart with a line per tag; tags are regular expressions."""
+    return ("Multiline", [f"^{tag}$" for tag in tags])
+
+
+LAYOUT = {
+    "1 Plasticity": {
+        "train accuracy at the end of each task": _chart("task/train_accuracy"),
+        "online accuracy of each task": _chart("task/online_accuracy"),
+        "test accuracy at the end of each task": _chart("task/test_accuracy"),
+        "accuracy during training": _chart("epoch/train_accuracy", "epoch/test_accuracy"),
+    },
+    "2 Indicators of plasticity loss": {
+        "dormant units": _chart("dormant/0", r"dormant/0\.025", r"dormant/0\.1", "inactive_share"),
+        "rank of the features": _chart(
+            "rank/srank99", "rank/effective_rank", "rank/stable_rank_fro", "rank/feature_rank"
+        ),
+        "weight norm": _chart("weight_norm/l2"),
+        "gradient norm": _chart("grad_norm/l2", "grad_norm/layer_min", "grad_norm/layer_max"),
+        "effective rank of the tangent kernel": _chart("task/entk_effective_rank"),
+    },
+    "3 Experts": {
+        "number of experts": _chart("growth/experts"),
+        "router: sharpness and balance": _chart("router/entropy", "router/balance"),
+        "load": _chart("router/load_max", "router/load_min", "router/newest_share"),
+        "dead experts": _chart("router/dead_experts"),
+        "gradient norm by age": _chart(r"grad_norm/expert_age_\d+"),
+        "drift of past tasks' routing": _chart("router/drift/.*"),
+        "what experts tell of the task": _chart("router/task_information_share/.*"),
+        "growth shock": _chart("growth/output_change", "growth/loss_before", "growth/loss_after"),
+    },
+}
