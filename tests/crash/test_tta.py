@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at

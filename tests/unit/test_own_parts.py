@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cl_benchmarks.settings import Config
-from dynmoe import own_parts, registry
+from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.lab.config import from_dict, to_dict
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder; the parts that a test adds are forgotten after it."""
     for kind, known in registry._PARTS.items():
         monkeypatch.setitem(registry._PARTS, kind, dict(known))
-    monkeypatch.setattr(own_parts, "_loaded", set(own_parts._loaded))
+    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
     yield tmp_path
@@ -173,8 +173,8 @@ def test_a_broken_package_is_named_in_one_line(tmp_path: Path, value: str, reaso
 
 
 def test_the_docs_package_declares_what_is_read() -> None:
-    declared = f'[project.entry-points."{own_parts.GROUP}"]\nrouters = "my_parts.my_router"\n'
-    assert declared in DOC and own_parts.VARIABLE in DOC
+    declared = f'[project.entry-points."{registry.GROUP}"]\nrouters = "my_parts.my_router"\n'
+    assert declared in DOC and registry.VARIABLE in DOC
 
 
 # files -------------------------------------------------------------------------------------------
