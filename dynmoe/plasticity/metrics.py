@@ -327,9 +327,9 @@ def _join(norms: Iterable[float]) -> float:
 class RouterUse(Metric, name="router"):
     """Router sharpness, balance, load of the most, least loaded and newest expert, dead experts.
 
-    The figures of `dynmoe.moe.diagnostics.expert_use` on the probe batch, as `router/entropy` and so on.
-    With several MoE layers the plain tags are means over layers, and each layer has its own with
-    `/<layer>` appended.
+    The figures of `dynmoe.moe.diagnostics.expert_use` on the probe batch, as `router/entropy` and
+    so on. With several MoE layers the plain tags are means over layers, and each layer has its own
+    with `/<layer>` appended.
     """
 
     def measure(self, probe: Probe) -> dict[str, float]:
