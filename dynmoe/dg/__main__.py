@@ -1,6 +1,6 @@
 """`python -m dynmoe.dg`: domain generalisation, leaving one domain out at a time.
 
-The command is in `dynmoe.experiments.dg`.
+The command is in `dynmoe.experiments.dg.command`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dynmoe.commands import begin, run_command
 
 begin("dg", __name__)  # before imports that may fail
 
-from dynmoe.experiments.dg import Config, experiment, main, presets, run  # noqa: E402
+from dynmoe.experiments.dg.command import Config, experiment, main, presets, run  # noqa: E402
 
 __all__ = ["Config", "experiment", "main", "presets", "run"]
 

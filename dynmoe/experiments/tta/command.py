@@ -1,0 +1,75 @@
+"""`python -m dynmoe.tta`: methods of test-time adaptation on streams of shifted images.
+
+The presets; the work is in `experiment.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dynmoe.lab.config import parse
+from dynmoe.lab.results import Result
+
+if TYPE_CHECKING:
+    from dynmoe.lab.experiment import Experiment
+
+__all__ = ["Config", "experiment", "main", "presets", "run"]
+
+
+from cl_benchmarks.shifts.embedded import EmbeddedConfig
+from dynmoe.experiments.tta.settings import Config, SmallVit
+
+DESCRIPTION = """Test-time adaptation: a trained model meets corrupted and otherwise shifted images
+and goes on learning from them without labels. Every method runs on every stream with every seed;
+finished runs are read, and --resume goes on with one that was stopped. Runs, results.json and the
+figure go to runs/tta; `tensorboard --logdir runs` shows the runs.
+
+laptop: embedded fractals and a small vision transformer, which is trained once (about a minute)
+and cached; smoke: the same in seconds; imagenet: real sets (--data-dir DIR) and a timm model
+(--pretrained, or --weights FILE)."""
+
+
+def presets() -> dict[str, Config]:
+    """Ready settings by name; the first is the default."""
+    laptop = Config(threads=1, seeds=5, lr_scale=LAPTOP_LR, batch_size=32)
+    smoke = replace(
+        laptop,
+        streams=("potpourri+",),
+        seeds=1,
+        jobs=1,
+        batch_size=16,
+        embedded=EmbeddedConfig(classes=4, size=16, train_per_class=20, test_per_class=4),
+        vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
+    )
+    imagenet = Config(data="imagenet", window=100, jobs=1)
+    return {"laptop": laptop, "smoke": smoke, "imagenet": imagenet}
+
+
+LAPTOP_LR = 10.0
+"""Multiplies the published learning rates, which are meant for streams a hundred times as long."""
+
+
+def experiment() -> Experiment:
+    """What this command does."""
+    from dynmoe.experiments.tta.experiment import TestTimeAdaptation
+
+    return TestTimeAdaptation()
+
+
+def run(config: Config, preset: str = "own") -> Result:
+    """Run these settings from Python: all methods, streams and seeds.
+
+    Args:
+        config: the settings, such as `replace(presets()["smoke"], epochs=1)`.
+        preset: begins the names of run folders where `config.name` is None.
+    """
+    from dynmoe.lab.report import run_all
+
+    return run_all(experiment(), preset, config)
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line, run the methods on the streams, show and draw the results."""
+    preset, config = parse(presets(), argv, "python -m dynmoe.tta", DESCRIPTION)
+    run(config, preset)
