@@ -31,3 +31,23 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def one_thread() -> None:
     """A command that was tested before may have asked for more."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the option -m chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make all but some cases of the tests marked `thin` slow.
+
+    Which cases run is the same every time: the first, the last, and others evenly between them.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("thin"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for own in cases.values():
+        marker = own[0].get_closest_marker("thin")
+        assert marker is not None
+        count, last = min(marker.args[0], len(own)), len(own) - 1
+        kept = {round(i * last / max(count - 1, 1)) for i in range(count)}
+        for number, item in enumerate(own):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -84,7 +84,7 @@ def entry(results: Results, stream: str, variant: str) -> dict[str, Any]:
 
 
 def table(results: Results, stream: str, difference: bool = False) -> list[list[str]]:
-    """Headings, then a row per variant: its name and its numbers.
+    """Headings, then a row per variant: its name and its numbers, without those that all lack.
 
     Args:
         difference: the last column is the difference to the first variant, paired by seed.
@@ -98,6 +98,8 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
             interval = results.interval(stream, variant, metric, at)
             cells.append(cell(interval, factor, digits, experiment.missing))
         rows.append(cells)
+    known = [i for i, cells in enumerate(zip(*rows[1:], strict=True)) if any(cells)]
+    rows = [[row[i] for i in known] for row in rows]
     if difference and others:
         factor, _, digits = experiment.unit(experiment.metric)
         gaps = [cell(results.difference(stream, v, first), factor, digits) for v in others]

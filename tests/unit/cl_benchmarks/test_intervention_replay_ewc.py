@@ -50,7 +50,7 @@ class Experiment:
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.stop_after: int | None = None
 
-    def step_done(self, trainer: Any) -> None:
+    def batch_done(self, trainer: Any) -> None:
         self.seen.append((trainer.mb_x, trainer.mb_y))
         if len(self.seen) == self.stop_after:
             raise InterruptedError

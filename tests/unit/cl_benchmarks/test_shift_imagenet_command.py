@@ -135,8 +135,8 @@ def test_a_batch_of_one_where_batchnorm_needs_two(flags: str, root: Path, tmp_pa
         main(_flags(root, tmp_path / "runs", f"{extra} --method tent"))
     assert not (tmp_path / "runs").exists()
     main(_flags(root, tmp_path / "runs", f"{extra} --limit 3"))  # noadapt can
-    results = json.loads((tmp_path / "runs" / "tta" / "imagenet" / "results.json").read_text())
-    assert results["methods"]["noadapt"]["rendition"]["seeds"][0]["images"] == 3
+    (summary,) = (tmp_path / "runs").rglob("summary.json")
+    assert json.loads(summary.read_text())["images"] == 3
 
 
 def test_a_damaged_image_is_named_and_the_run_goes_on_once_it_is_whole(
@@ -152,8 +152,8 @@ def test_a_damaged_image_is_named_and_the_run_goes_on_once_it_is_whole(
         main(argv)
     damaged.write_bytes(whole)
     main(argv)
-    results = json.loads((tmp_path / "runs" / "tta" / "imagenet" / "results.json").read_text())
-    assert results["methods"]["noadapt"]["rendition"]["seeds"][0]["images"] == 8
+    (summary,) = (tmp_path / "runs").rglob("summary.json")
+    assert json.loads(summary.read_text())["images"] == 8
 
 
 def test_batches_without_a_finite_loss_are_counted_and_told(
@@ -164,10 +164,11 @@ def test_batches_without_a_finite_loss_are_counted_and_told(
         "--limit 6 --routing-batches 1"
     )
     main(_flags(root, tmp_path, extra))
-    results = json.loads((tmp_path / "tta" / "imagenet" / "results.json").read_text())["methods"]
-    skipped = {name: by["rendition"]["seeds"][0]["skipped"] for name, by in results.items()}
+    found = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    results = {summary["method"]: summary for summary in found}
+    skipped = {name: summary["skipped"] for name, summary in results.items()}
     assert skipped["tent"] == 2  # all after the first
     told = f"their loss was not finite: {sum(skipped.values())}\n"
     assert told in capsys.readouterr().out
-    routings = results["moetta"]["rendition"]["seeds"][0]["routings"]
+    routings = results["moetta"]["routings"]
     assert routings["random"]["loss"] is None and routings["best"]["accuracy"] >= 0
