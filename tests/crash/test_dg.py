@@ -60,6 +60,7 @@ def _stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Fold, name, signalled)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("case", "moment"), [("moe2", "row"), *((case, "_train_step") for case in CASES)]
 )
@@ -86,6 +87,7 @@ def test_stopped_and_resumed_at_every_step(
             assert np.array_equal(a[name], b[name]), name
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("checkpoints", [1, 3])
 def test_killed_amid_training_it_ends_as_the_one_never_stopped(
     checkpoints: int, tmp_path: Path

@@ -94,6 +94,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return get
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("case", "every"), [("growth within tasks", 1), *((case, 3) for case in CASES)]
 )
@@ -196,6 +197,7 @@ def processes() -> BaseContext:
     return context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param("constant budget", marks=pytest.mark.slow), "growth within tasks"]
 )

@@ -74,6 +74,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
     assert_same(last[0], last[1])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("case", "every"), [("every", 1), *((case, 2) for case in CASES)])
 def test_stopped_after_updates(
     case: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -94,6 +95,7 @@ def test_stopped_after_updates(
     assert grown == (expected | {"dense": 0, "random": 0}).get(case, 1)
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
     """It saves, exits with 143 and prints the command that goes on."""
     extra = "--total-steps 8192"
@@ -110,6 +112,7 @@ def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
     _assert_same_run(_folder(tmp_path / "whole"), _folder(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 def test_craftax_killed_in_rollouts_and_saves(tmp_path: Path) -> None:
     """SIGKILL at three moments of a run on Craftax's pixels; it ends bit-equal."""
     whole = f"{CLASSIC} --runs-dir {tmp_path / 'whole'}".split()
@@ -260,6 +263,7 @@ def test_evaluation_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "damaged" in error_line(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     """Craftax starts with a cache folder where a file is in the way."""
     (tmp_path / "cache").write_text("in the way")

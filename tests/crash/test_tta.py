@@ -37,6 +37,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_after_every_batch(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +92,7 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     flags = "--streams clean classical --seeds 2 --compare deyo --routing-batches 2"
     results = {}

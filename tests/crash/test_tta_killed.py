@@ -148,6 +148,7 @@ def test_killed_at_random_moments(
     _assert_same(expected, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["command", pytest.param("worker", marks=pytest.mark.slow)])
 def test_killed_with_two_processes_at_work(
     who: str, whole: Callable[[str], Path], tmp_path: Path

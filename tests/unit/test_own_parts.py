@@ -92,6 +92,7 @@ def message(kind: str = "router") -> str:
 SMALL = "--preset smoke --compare --chunks 2 --epochs 1 --eval-samples 60 --probe-samples 40"
 
 
+@pytest.mark.slow
 def test_the_docs_router_trains_and_resumes_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(EXAMPLE)
     chosen = [*SMALL.split(), "--router", "mine", "--router.share", "0.2", "--name", "x"]
@@ -123,9 +124,9 @@ def test_a_sweeps_processes_know_it(tmp_path: Path) -> None:
     flags = ["--", *SMALL.split(), "--chunks", "2", "--router", "mine"]
     done = run("dynmoe.sweep", *sweep, *flags, folder=tmp_path, DYNMOE_PARTS="my_router.py")
     assert done.returncode == 0, done.stderr
-    for label, share in (("low", 0.1), ("high", 0.5)):
-        saved = tmp_path / "runs" / "cl" / "s" / label / "seed-0" / "config.json"
-        assert json.loads(saved.read_text())["router"] == {"part": "mine", "share": share}
+    saved = [json.loads(path.read_text())["router"] for path in tmp_path.rglob("config.json")]
+    assert {router["part"] for router in saved} == {"mine"}
+    assert {router["share"] for router in saved} == {0.1, 0.5}
 
 
 # packages ----------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:
     assert logged(tmp_path, "x") == [0.5, 2.0] and logged(tmp_path, "y") == []
 
 
+@pytest.mark.thin(16)
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:
@@ -116,7 +117,7 @@ class Tiny(Study):
 def test_a_study_runs_searches_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = Config(study="tiny-test", seeds=3, runs_dir=tmp_path, jobs=2)
+    config = Config(study="tiny-test", seeds=3, runs_dir=tmp_path, jobs=1)
     carry_out(Tiny(), config, ["--threads", "1"])
     out = tmp_path / "study" / "tiny-test-laptop"
     found = json.loads((out / "results.json").read_text())

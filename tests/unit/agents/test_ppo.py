@@ -183,6 +183,7 @@ def last_returns(observer: Silent, count: int) -> float:
     return sum(returns) / count
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("blocks", ["dense", "moe"])
 def test_solves_identity(seed: int, blocks: str) -> None:
@@ -199,6 +200,7 @@ def test_a_random_agent_does_not() -> None:
     assert 7 < last_returns(observer, 320) < 9
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_learns_cartpole(seed: int) -> None:
     """Six seeds gave 253 to 432 when this was written; a random agent gets 22."""

@@ -75,6 +75,7 @@ def settings(kind: str, **changes: Any) -> Config:
     return replace(config, **changes)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_it_learns(kind: str) -> None:
     config = settings(kind)

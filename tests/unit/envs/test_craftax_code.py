@@ -55,6 +55,7 @@ def test_size_and_order(classic: bool) -> None:
     assert where.frame_shape == ((63, 63, 3) if classic else (130, 110, 3))
 
 
+@pytest.mark.slow
 @GAMES
 def test_one_state_without_vmap_or_jit(classic: bool) -> None:
     state = states.take(worlds(classic), 0)

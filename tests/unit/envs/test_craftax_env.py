@@ -28,6 +28,7 @@ def make(name: str, seed: int = 0, **settings: Any) -> CraftaxVectorEnv:
     return envs.make(name, seed=seed, **settings)  # type: ignore[return-value]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name: str) -> None:
     """Episodes of 9 steps, so that many end, each at its own time for Classic's deaths."""
@@ -91,6 +92,7 @@ def test_rules_are_upstreams() -> None:
         assert not truncated.any()
 
 
+@pytest.mark.slow
 def test_one_environment_is_the_first_of_many() -> None:
     """Over several episodes, whose worlds come from blocks of another size."""
     few, one = make(CLASSIC, max_timesteps=30), make(CLASSIC, max_timesteps=30, num_envs=1)
@@ -267,6 +269,7 @@ def test_through_the_host() -> None:
     assert_same(streams[0], streams[1])
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("observation", ["pixels", "pixels-float"])
 def test_renderers_agree(observation: str) -> None:
     ours, theirs = (make(CLASSIC, renderer=renderer, observation=observation, max_timesteps=9)

@@ -43,6 +43,7 @@ def block_faced(scenes: Scenes, place: np.ndarray) -> tuple[str, list[int]]:
     return constants.BlockType(int(scenes.maps[world, floor, tile[0], tile[1]])).name, tile
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("floor", FACED)
 def test_the_class_is_what_the_player_faces(floor: str, scenes: Scenes) -> None:
     places = floors().places(scenes, floor)

@@ -64,6 +64,7 @@ def outputs(adapter: Adapter, batches: list[Tensor]) -> list[Tensor]:
     return [adapter(images) for images in batches]
 
 
+@pytest.mark.thin(8)
 @each_method
 @each_wrap
 def test_a_wrapped_model_is_the_same_algorithm(method, wrap):
@@ -127,6 +128,7 @@ def test_a_norm_that_stands_twice_in_a_module_is_replaced_twice():
     assert model.one is model.two is new
 
 
+@pytest.mark.thin(10)
 @each_method
 @pytest.mark.parametrize(
     ("at", "how", "wrap"),
