@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cl_benchmarks import fractals
-from cl_benchmarks.datasets.photographs import find_tree, read_tree
+from cl_benchmarks.datasets.tiny_imagenet import find_tree, read_tree
 from cl_benchmarks.images import Dataset, ImageData, check_least
 from dynmoe.errors import UserError
 from dynmoe.lab.cache import notice

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
 from dynmoe.growth import distributed
+from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
-from dynmoe.growth.pruning import Budget, PruningCriterion, ReinitUnits
+from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
 from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_back
 from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook

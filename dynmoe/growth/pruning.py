@@ -1,51 +1,15 @@
-"""How many hidden units each expert has after a growth, and which it keeps when it shrinks."""
+"""Pruning criteria: which hidden units an expert keeps when it shrinks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe import UnitBank
-from dynmoe.moe.bank import spread_sizes
 from dynmoe.registry import Part, PartConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What growth may spend, in hidden units of one layer."""
-
-    mode: Literal["constant", "per-growth"] = "constant"
-    """constant: the pool keeps its size and is divided again (DynamicMoE's continual learning);
-    per-growth: each new expert brings units of its own (its reinforcement learning)"""
-    units: int = 0
-    """per-growth: hidden units of each new expert; 0 for as many as the first expert has"""
-
-    def __post_init__(self) -> None:
-        if self.units < 0:
-            raise UserError(f"budget: units={self.units} must be at least 0")
-
-    def sizes_after(self, sizes: list[int], new: int, spread: float = 1.0) -> list[int]:
-        """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].
-
-        A constant budget shares the units out with that `spread` (see `spread_sizes`).
-
-        Raises:
-            UserError: an expert would be left without units.
-        """
-        if self.mode == "per-growth":
-            return sizes + [self.units or sizes[0]] * new
-        total, experts = sum(sizes), len(sizes) + new
-        if total < experts:
-            raise UserError(
-                f"growing to {experts} experts would leave some without hidden units: the constant "
-                f"budget holds {total}; use a smaller granularity, fewer growths or more units"
-            )
-        return spread_sizes(total, experts, spread)
 
 
 class PruningCriterion(Part, ABC, kind="pruning"):

@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
+from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.new_experts import NewExperts
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
-from dynmoe.growth.pruning import Budget
 from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, share_router
 from dynmoe.moe.bank import spread_sizes

@@ -5,10 +5,10 @@ from dynmoe.moe.routers.competing import SlotRouter as SlotRouter
 from dynmoe.moe.routers.fixed import HashRouter as HashRouter
 from dynmoe.moe.routers.fixed import OracleRouter as OracleRouter
 from dynmoe.moe.routers.fixed import RandomRouter as RandomRouter
+from dynmoe.moe.routers.hierarchical import HierarchicalRouter as HierarchicalRouter
 from dynmoe.moe.routers.prototypes import DomainRouter as DomainRouter
 from dynmoe.moe.routers.prototypes import PrototypeRouter as PrototypeRouter
 from dynmoe.moe.routers.soft import CosineRouter as CosineRouter
-from dynmoe.moe.routers.soft import HierarchicalRouter as HierarchicalRouter
 from dynmoe.moe.routers.soft import LaplaceRouter as LaplaceRouter
 from dynmoe.moe.routers.soft import SoftmaxRouter as SoftmaxRouter
 from dynmoe.moe.routers.top1 import StraightThroughRouter as StraightThroughRouter

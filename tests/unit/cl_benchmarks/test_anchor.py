@@ -6,8 +6,8 @@ import torch
 from intervention_helpers import batch, moe, weights
 from torch import nn
 
+from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
-from dynmoe.growth.pruning import Budget
 from dynmoe.interventions.weights import Anchor
 from dynmoe.registry import get
 

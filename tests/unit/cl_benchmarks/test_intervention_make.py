@@ -9,7 +9,7 @@ from torch import nn
 
 from cl_benchmarks.networks import build_network
 from dynmoe.errors import UserError
-from dynmoe.growth.pruning import Budget
+from dynmoe.growth.budget import Budget
 from dynmoe.interventions.architecture import Injected
 from dynmoe.interventions.units import find_units
 from dynmoe.registry import get

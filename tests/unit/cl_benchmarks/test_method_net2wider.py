@@ -15,7 +15,7 @@ from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.expanding import WideningBlock, WidenPlugin, widen
 from dynmoe.errors import UserError
-from dynmoe.growth.pruning import Budget
+from dynmoe.growth.budget import Budget
 from dynmoe.interventions.architecture import insert_norms
 from dynmoe.interventions.penalties import L2Init
 from dynmoe.lab.runner import run_one

@@ -13,7 +13,7 @@ from cl_benchmarks.experiment import ContinualLearning
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.methods.expanding import LARGEST_SCALE, ColumnPlugin, ProgressiveBlock
 from dynmoe.errors import UserError
-from dynmoe.growth.pruning import Budget
+from dynmoe.growth.budget import Budget
 from dynmoe.lab.runner import run_one
 from dynmoe.registry import get
 

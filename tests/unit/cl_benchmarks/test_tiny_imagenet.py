@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cl_benchmarks.datasets import photographs
+from cl_benchmarks.datasets import tiny_imagenet
 from cl_benchmarks.images import ImageData
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -85,15 +85,15 @@ def test_finds_the_tree_and_its_parent_and_the_usual_places(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = _tree(tmp_path / "here")
-    assert photographs.find_tree(tree)[0] == tree
-    assert photographs.find_tree(tree.parent)[0] == tree
-    assert photographs.find_tree(None)[0] is None
+    assert tiny_imagenet.find_tree(tree)[0] == tree
+    assert tiny_imagenet.find_tree(tree.parent)[0] == tree
+    assert tiny_imagenet.find_tree(None)[0] is None
     avalanche = tmp_path / "home" / ".avalanche" / "data" / "tinyimagenet"
     avalanche.parent.mkdir(parents=True)
     tree.parent.rename(avalanche)
-    assert photographs.find_tree(None)[0] == avalanche / "tiny-imagenet-200"
+    assert tiny_imagenet.find_tree(None)[0] == avalanche / "tiny-imagenet-200"
     (tmp_path / "work" / "data").symlink_to(avalanche)
-    assert photographs.find_tree(None)[0] == Path("data") / "tiny-imagenet-200"
+    assert tiny_imagenet.find_tree(None)[0] == Path("data") / "tiny-imagenet-200"
     auto = registry.get("dataset", "auto").Config().build().load(0)
     assert auto.name == "tiny-imagenet" and capsys.readouterr().err == ""
 
@@ -104,7 +104,7 @@ def test_decoded_images_are_cached_until_a_folder_changes(
     tree = _tree(tmp_path)
     first = _load(tree)
     with monkeypatch.context() as patch:
-        patch.setattr(photographs, "decode", lambda *a: pytest.fail("decoded although cached"))
+        patch.setattr(tiny_imagenet, "decode", lambda *a: pytest.fail("decoded although cached"))
         again = _load(tree)
     assert torch.equal(first.train_images, again.train_images)
     assert torch.equal(first.test_labels, again.test_labels)

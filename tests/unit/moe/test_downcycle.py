@@ -13,8 +13,9 @@ from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, Router, Routing, routing_inputs
 from dynmoe.moe.diagnostics import function_change
-from dynmoe.moe.downcycle import distil, merge, prune, without_experts
+from dynmoe.moe.downcycle import distil, merge
 from dynmoe.moe.losses.balance import SwitchLoss
+from dynmoe.moe.prune import prune, without_experts
 from dynmoe.moe.upcycle import upcycle
 from dynmoe.registry import PartConfig
 

@@ -16,8 +16,9 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
 from dynmoe.moe import MoELayer, MultiHead, moe_layers, share_router
-from dynmoe.moe.downcycle import distil, without_experts
+from dynmoe.moe.downcycle import distil
 from dynmoe.moe.draws import Noise
+from dynmoe.moe.prune import without_experts
 from dynmoe.moe.upcycle import Adapted, adapt_linears, upcycle, upcycle_vit
 
 LOSSES = registry.names("loss")

@@ -13,10 +13,10 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, UnitBank, finish_step
-from dynmoe.moe.downcycle import without_experts
 from dynmoe.moe.losses.balance import GlobalBalanceLoss
+from dynmoe.moe.prune import without_experts
 from dynmoe.moe.routers.fixed import HashRouter
-from dynmoe.moe.routers.soft import HierarchicalRouter
+from dynmoe.moe.routers.hierarchical import HierarchicalRouter
 from dynmoe.registry import PartConfig
 
 DIM, EXPERTS, ROOM, HIDDEN = 8, 4, 5, 12
