@@ -23,6 +23,7 @@ from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.run import Run, check_settings
+from dynmoe.registry import load_own_parts
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ _stop: Any = None
 def _begin_worker(stop: Any) -> None:
     global _stop
     _stop = stop
+    load_own_parts()  # a job's settings may hold some, and could not be unpickled
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

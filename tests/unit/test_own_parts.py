@@ -154,6 +154,7 @@ def test_an_installed_packages_parts_are_found(tmp_path: Path, value: str, befor
     ]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

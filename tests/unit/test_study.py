@@ -70,7 +70,7 @@ def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:
     assert logged(tmp_path, "x") == [0.5, 2.0] and logged(tmp_path, "y") == []
 
 
-@pytest.mark.thin(16)
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:

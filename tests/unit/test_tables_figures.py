@@ -117,6 +117,7 @@ def test_a_table_of_several_seeds_has_intervals_and_differences() -> None:
 FLAGS = "--preset smoke --chunks 2 --epochs 2 --eval-samples 60 --probe-samples 40"
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["cl", "--name", "s", "--seeds", "2", "--jobs", "1", "--runs-dir", str(tmp_path),
             "--variants", "plain: --method dense", "g1: --granularity 1", "--",

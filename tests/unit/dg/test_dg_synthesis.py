@@ -106,6 +106,7 @@ def test_a_kept_embedding_gives_the_same(synthesis):
     assert not torch.equal(method(x), method(x, phi.flip(0)))
 
 
+@pytest.mark.thin(1)
 @both
 def test_compiled_it_is_the_same_in_one_graph(synthesis):
     method, x = scatter(make("moe2", synthesis=synthesis, max_experts=7)).eval(), images()

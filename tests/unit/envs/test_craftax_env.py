@@ -28,7 +28,7 @@ def make(name: str, seed: int = 0, **settings: Any) -> CraftaxVectorEnv:
     return envs.make(name, seed=seed, **settings)  # type: ignore[return-value]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name: str) -> None:
     """Episodes of 9 steps, so that many end, each at its own time for Classic's deaths."""

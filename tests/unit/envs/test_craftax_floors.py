@@ -25,6 +25,8 @@ FACED = {
 ANYWHERE = {"STONE": "rock", "COAL": "ore", "IRON": "ore", "DIAMOND": "ore", "SAPPHIRE": "ore",
             "RUBY": "ore", "SAND": "ground", "PATH": "ground", "LAVA": "sea"}  # fmt: skip
 
+pytestmark = pytest.mark.slow  # worlds are made, which takes half a minute
+
 
 def floors(**options: Any) -> CraftaxFloors:
     return CraftaxFloors(CraftaxFloors.Config(**{"per_class": PER_CLASS, **options}))
@@ -43,7 +45,6 @@ def block_faced(scenes: Scenes, place: np.ndarray) -> tuple[str, list[int]]:
     return constants.BlockType(int(scenes.maps[world, floor, tile[0], tile[1]])).name, tile
 
 
-@pytest.mark.thin(1)
 @pytest.mark.parametrize("floor", FACED)
 def test_the_class_is_what_the_player_faces(floor: str, scenes: Scenes) -> None:
     places = floors().places(scenes, floor)

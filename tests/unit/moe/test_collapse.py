@@ -59,6 +59,7 @@ def test_without_balancing_the_router_collapses(collapse, name):
     assert end["largest load"] > 0.85 and end["dead experts"] >= 4
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "name",
     [

@@ -309,7 +309,7 @@ def test_every_device_gives_the_same_routing(name, device):
                 torch.testing.assert_close(getattr(got, field).cpu(), value)
 
 
-@pytest.mark.thin(20)
+@pytest.mark.thin(12)
 @every_router
 @both_modes
 def test_one_graph_draws_what_eager_code_draws_through_growth(name, training):

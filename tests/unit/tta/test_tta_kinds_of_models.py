@@ -77,6 +77,7 @@ def test_a_wrapped_model_is_the_same_algorithm(method, wrap):
     assert trained[0] == trained[1]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("method", "make_model"),
     [("tent", resnet), ("sar", resnet), ("moetta", convnext), ("becotta", convnext)],
@@ -235,6 +236,7 @@ def test_adapters_inside_other_modules(method):
     assert inside["adapter"](stream(1)[0].float()).dtype == torch.float32
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", ["tent", "moetta"])
 def test_an_adapter_can_be_compiled(method):
     torch._dynamo.reset()
