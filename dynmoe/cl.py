@@ -27,7 +27,7 @@ DESCRIPTION = """Continual learning: train a network that grows experts on a str
 watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
 runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
-Cost: laptop and plain, about 2 minutes with their two comparisons; smoke, under a minute; paper
+Cost: laptop and plain, about 3 minutes with their two comparisons; smoke, under a minute; paper
 (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs), 55 million images per method: 60 days
 on one CPU core, so meant for a GPU."""
 

@@ -40,7 +40,7 @@ class Command:
 COMMANDS = {
     "cl": Command(
         "continual learning: a growing network on a stream of tasks, beside dense ones",
-        "1.5 minutes on 2 cores",
+        "3 minutes on 1 core",
         "cl",
         (*LAB, "avalanche"),
         ("cl_benchmarks",),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 import sys
 import traceback
 import typing
@@ -147,6 +149,9 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # of `dynmoe cl --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:  # before a run began or after its end; a run has its own handling
         print("error: stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

@@ -55,6 +55,12 @@ def test_python_m_dynmoe_is_the_program():
     assert wrong.stderr.startswith("error: unknown command 'tts'") and "'tta'?" in wrong.stderr
 
 
+def test_a_reader_that_stops_early_sees_no_traceback():
+    command = f"{sys.executable} -m dynmoe.list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("router") and done.stderr == ""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_found(name: str, capsys):
     with pytest.raises(SystemExit) as stopped:
