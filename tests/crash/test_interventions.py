@@ -75,7 +75,7 @@ def _stopped(
     return whole, sessions
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("case", CL_CASES)
 def test_learning_of_a_stream(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{CL} {CL_CASES[case]}"
@@ -84,7 +84,7 @@ def test_learning_of_a_stream(case: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert sessions == 18 // 3 + 1
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("case", RL_CASES)
 def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{RL} {RL_CASES[case]}"

@@ -74,7 +74,7 @@ def _assert_same_run(one: Path, two: Path) -> None:
     assert_same(last[0], last[1])
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("case", "every"), [("every", 1), *((case, 2) for case in CASES)])
 def test_stopped_after_updates(
     case: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -114,6 +114,7 @@ class Tiny(Study):
         return [results.says("class", "dense", "still")]
 
 
+@pytest.mark.slow
 def test_a_study_runs_searches_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

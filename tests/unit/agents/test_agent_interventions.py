@@ -105,6 +105,7 @@ def test_none_changes_nothing() -> None:
     assert intervention.steps == 32
 
 
+@pytest.mark.thin(10)
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(
     ("name", "options"),

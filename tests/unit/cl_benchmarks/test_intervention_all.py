@@ -58,6 +58,7 @@ def test_all_are_tested_here() -> None:
     assert set(registry.names("intervention")) - {"replay", "ewc"} == set(OPTIONS)
 
 
+@pytest.mark.thin(20)
 @pytest.mark.parametrize("network", ["mlp", "conv", "moe"])
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_exactly(case: str, network: str) -> None:
