@@ -32,3 +32,15 @@ def own_cache(shared_cache: Path) -> Iterator[Path]:
         compilation_cache.reset_cache()
         jax_setup.prepare()
         yield shared_cache
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make the cases of the full game slow, but for its codes: compiling it takes a minute."""
+    for item in items:
+        if item.path.name in ("test_craftax_env.py", "test_craftax_render.py"):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            names = [v for v in params.values() if isinstance(v, str) and v.startswith("Craftax-")]
+            full = any("Classic" not in name for name in names)
+            if full or params.get("classic") is False:
+                item.add_marker(pytest.mark.slow)

@@ -28,7 +28,6 @@ def make(name: str, seed: int = 0, **settings: Any) -> CraftaxVectorEnv:
     return envs.make(name, seed=seed, **settings)  # type: ignore[return-value]
 
 
-@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name: str) -> None:
     """Episodes of 9 steps, so that many end, each at its own time for Classic's deaths."""
@@ -167,6 +166,7 @@ def test_statistics_and_achievements_start_again() -> None:
     assert not info["achievements"][2].any() and info["episode"]["r"][2] == 0
 
 
+@pytest.mark.slow  # the full game, which takes a minute to compile
 def test_floors() -> None:
     """The present floor and the deepest of the episode; a new episode begins on floor 0."""
     env = make(CRAFTAX)

@@ -58,7 +58,6 @@ def random_codes(classic: bool, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
-@pytest.mark.thin(1)
 @GAMES
 @BACKENDS
 def test_frames_are_upstreams(classic: bool, backend: str) -> None:
