@@ -74,7 +74,7 @@ class Experiment(ABC):
         least: setting -> the smallest value that can work; parts check their own options.
         metric: what a verdict is about, unless it names another.
         at: the part of a run that it is about, unless it names another.
-        span: from where to where in a run gains and losses are told.
+        span: the two parts of a run that `Results.kept` compares.
         columns: of the tables.
         references: variants that every study of the command must have.
         missing: shown in tables for a number that a run does not have.
@@ -237,7 +237,7 @@ class Results:
         gap = paired_difference(last, first)
         factor, unit, digits = self.experiment.unit(metric)
         point, low, high = (factor * x for x in gap)
-        word = gap.verdict("gains", "loses", "no change seen")
+        word = gap.verdict("rises", "falls", "no change seen")
         return (
             f"{stream}: {variant} from {self.experiment.span}: {point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({metric.replace('_', ' ')})."

@@ -175,13 +175,13 @@ def owners(sizes: Sequence[int]) -> Tensor:
 
 
 def even_sizes(units: int, experts: int) -> list[int]:
-    """`units` hidden units shared out evenly: sizes differ by one at most, larger ones first."""
+    """`units` hidden units divided evenly: sizes differ by one at most, larger ones first."""
     base, extra = divmod(units, experts)
     return [base + (i < extra) for i in range(experts)]
 
 
 def spread_sizes(units: int, experts: int, spread: float) -> list[int]:
-    """`units` hidden units shared out geometrically: the first expert gets `spread` times the last.
+    """`units` hidden units divided geometrically: the first expert gets `spread` times the last.
 
     Expert i of E would get a share in proportion to spread^(-i / (E - 1)); shares are rounded so
     that they add up to `units` and none is below 1 (the rounding is our choice). With a spread of

@@ -112,7 +112,7 @@ def row_labels(labels: Tensor, rows: int) -> Tensor:
     """Labels [B] as one for each of `rows` rows, of which a sample has rows / B.
 
     Raises:
-        ValueError: the rows cannot be shared out among the labels.
+        ValueError: the rows cannot be divided among the labels.
     """
     if not len(labels) or rows % len(labels):
         raise ValueError(f"{len(labels)} labels cannot belong to {rows} routed rows")

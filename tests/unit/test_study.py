@@ -58,8 +58,8 @@ def test_what_is_kept_from_first_to_last_task() -> None:
         level=[[0.5, 0.5, 0.4], [0.5, 0.5, 0.6], [0.5, 0.5, 0.5]],
         once=[[0.1, 0.2]],
     )
-    assert "+25.0 points [12.6, 37.4], gains" in r.kept("s", "up")
-    assert "-75.0 points [-87.4, -62.6], loses" in r.kept("s", "down")
+    assert "+25.0 points [12.6, 37.4], rises" in r.kept("s", "up")
+    assert "-75.0 points [-87.4, -62.6], falls" in r.kept("s", "down")
     assert "no change seen" in r.kept("s", "level")
     assert "not known from one seed" in r.kept("s", "once")
 

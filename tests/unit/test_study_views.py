@@ -65,7 +65,7 @@ def test_sentences_about_a_stream() -> None:
         "s: a against b: +10.0 points [10.0, 10.0], higher (acc"
     )
     assert "(accuracy, whole stream;" in r.says("s", "a", "b")
-    gained = "s: a from first to last tenth of the stream: +90.0 points [90.0, 90.0], gains"
+    gained = "s: a from first to last tenth of the stream: +90.0 points [90.0, 90.0], rises"
     assert r.kept("s", "a", "largest_share").startswith(gained)
     assert "+2.70 [2.70, 2.70]" in r.kept("s", "b", "similarity")
 
