@@ -37,7 +37,7 @@ class DGMethods(
         return [results.says(stream, "moe2", name) for name in METHODS if name != "moe2"]
 
 
-SETS = (1, 2, 3, 5, 8)
+OUTER_EXPERTS = (1, 2, 3, 5, 8)
 
 
 class DGExperts(
@@ -53,25 +53,26 @@ class DGExperts(
         return {
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
-            **{named(k): f"{moe2} {k}" for k in SETS},
-            "2 to 5 sets": f"{moe2} 2 --method.max-experts 5 --granularity 1 --trigger at "
+            **{named(k): f"{moe2} {k}" for k in OUTER_EXPERTS},
+            "2 to 5 outer experts": f"{moe2} 2 --method.max-experts 5 --granularity 1 --trigger at "
             f"--trigger.steps {clock} {2 * clock} {3 * clock}",
-            "5 sets, deltas": f"{moe2} 5 --method.synthesis deltas",
+            f"{named(5)}, deltas": f"{moe2} 5 --method.synthesis deltas",
         }
 
     def verdict(self, results: Results) -> list[str]:
         """Each against five outer experts."""
         (stream,) = results.streams
-        others = [named(k) for k in SETS if k != 5] + ["2 to 5 sets", "5 sets, deltas"]
+        five, deltas = named(5), f"{named(5)}, deltas"
+        others = [named(k) for k in OUTER_EXPERTS if k != 5] + ["2 to 5 outer experts", deltas]
         return [
-            *(results.says(stream, other, "5 sets") for other in others),
-            *(_departure(results, stream, variant) for variant in ("5 sets", "5 sets, deltas")),
+            *(results.says(stream, other, five) for other in others),
+            *(_departure(results, stream, variant) for variant in (five, deltas)),
         ]
 
 
-def named(sets: int) -> str:
-    """A variant by its number of outer experts, each a set of MoA layers."""
-    return "1 set" if sets == 1 else f"{sets} sets"
+def named(experts: int) -> str:
+    """A variant by its number of outer experts."""
+    return "1 outer expert" if experts == 1 else f"{experts} outer experts"
 
 
 def _departure(results: Results, stream: str, variant: str) -> str:
@@ -82,7 +83,8 @@ def _departure(results: Results, stream: str, variant: str) -> str:
     )
     return (
         f"{stream}: {variant}: predictions of mixed parameters are {kl} (KL) from the mixture of "
-        f"the sets' own predictions, which are {spread} from it; the loss changes by {change}."
+        f"the outer experts' own predictions, which are {spread} from it; the loss changes by "
+        f"{change}."
     )
 
 
@@ -92,7 +94,7 @@ LARGER = {
     "moa, 128 adapters": "--method.ranks" + 32 * " 1 2 4 8",
 }
 """MoA of 2, 6 and 8 times its default's size on the laptop; a token runs with one adapter."""
-FEW_SETS = (2, 5, 10)
+FEW_EXPERTS = (2, 5, 10)
 
 
 class DGParameters(
@@ -106,15 +108,15 @@ class DGParameters(
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
             **{name: f"--method moa {flags}" for name, flags in LARGER.items()},
-            **{f"moe2, {k} sets": f"--method moe2 --method.experts {k}" for k in FEW_SETS},
+            **{f"moe2, {named(k)}": f"--method moe2 --method.experts {k}" for k in FEW_EXPERTS},
         }
 
     def verdict(self, results: Results) -> list[str]:
-        """Sets against MoA of all sizes, and the largest of both against the smallest."""
+        """Outer experts against MoA of all sizes, and the largest of both against the smallest."""
         (stream,) = results.streams
-        pairs = [(f"moe2, {k} sets", other) for k in FEW_SETS for other in ("moa", *LARGER)]
+        pairs = [(f"moe2, {named(k)}", other) for k in FEW_EXPERTS for other in ("moa", *LARGER)]
         pairs += [(name, "moa") for name in LARGER]
-        pairs.append((f"moe2, {FEW_SETS[-1]} sets", f"moe2, {FEW_SETS[0]} sets"))
+        pairs.append((f"moe2, {named(FEW_EXPERTS[-1])}", f"moe2, {named(FEW_EXPERTS[0])}"))
         return [results.says(stream, a, b) for a, b in pairs]
 
 

@@ -92,7 +92,9 @@ def test_the_departure_of_mixed_parameters_is_told_in_nats() -> None:
     study = registry.get("study", "dg-experts")()
     runs = {variant: [DG, DG] for variant in study.variants("laptop")}
     *_, sentence = study.verdict(Results({"s": runs}, {"s": {}}, EXPERIMENTS["dg"]))
-    assert sentence.startswith("s: 5 sets, deltas: predictions of mixed parameters are 0.3500 nats")
+    assert sentence.startswith(
+        "s: 5 outer experts, deltas: predictions of mixed parameters are 0.3500 nats"
+    )
     assert "changes by -0.5000 nats [-0.5000, -0.5000]." in sentence
 
 
