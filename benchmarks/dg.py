@@ -34,7 +34,7 @@ VARIANTS: dict[str, PartConfig] = {
     "erm": ERM.Config(),
     "moa": MoA.Config(),
     "moe2": MoE2.Config(experts=5),
-    "moe2, 1 set": MoE2.Config(experts=1),
+    "moe2, 1 outer expert": MoE2.Config(experts=1),
     "moe2, deltas": MoE2.Config(experts=5, synthesis="deltas"),
 }
 
