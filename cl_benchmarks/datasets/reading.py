@@ -1,4 +1,4 @@
-"""What data sets of image files share: which files, test images held out, decoding into the cache."""
+"""What data sets of image files share: choice of files, held-out ones, decoding into the cache."""
 
 from __future__ import annotations
 
