@@ -1,7 +1,6 @@
-"""Labelled vectors in time order, from text files: sensors, markets, whatever is a table of numbers.
+"""Labelled vectors in time order, from text files: sensors, markets, any table of numbers.
 
-Everything that is wrong with a file is refused with its name and line: nothing is filled in, nothing
-left out.
+What is wrong with a file is refused with its name and line: nothing is filled in or left out.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ def _label_column(path: Path, header: list[str], rows: Rows, wanted: str | None)
         if -count <= int(wanted) < count:
             return int(wanted) % count
         raise UserError(
-            f"dataset label_column {wanted}: {path} has columns 0 to {count - 1}, or -1 for the last"
+            f"dataset label_column {wanted}: columns of {path} are 0 to {count - 1}; -1 is the last"
         )
     if wanted in header:
         return header.index(wanted)
