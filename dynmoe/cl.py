@@ -65,7 +65,35 @@ def presets() -> dict[str, Config]:
         eval_samples=2000,
         probe_samples=1024,
     )
-    return {"laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper}
+    tiny = replace(
+        laptop,
+        threads=2,
+        dataset=get("dataset", "tiny-imagenet").Config(per_class=100),
+        protocol=get("protocol", "class").Config(head="full"),
+        network=get("network", "cnn").Config(channels=32),
+        epochs=10,
+    )
+    tiny_long = replace(
+        tiny,
+        dataset=get("dataset", "tiny-imagenet").Config(),
+        epochs=20,
+        eval_samples=1000,
+        probe_samples=512,
+    )
+    online = replace(
+        laptop,
+        dataset=get("dataset", "stream").Config(),
+        protocol=get("protocol", "online").Config(),
+        network=get("network", "mlp").Config(),
+        trigger=get("trigger", "drift").Config(),
+        compare=("dense",),
+        epochs=1,
+        batch_size=1,
+    )
+    return {
+        "laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper, "tiny": tiny,
+        "tiny-long": tiny_long, "online": online,
+    }  # fmt: skip
 
 
 def experiment() -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_windows_follow_each_other_and_are_tested_on_the_next() -> None:
     data = _vectors(203)
     chunks = ONLINE.Config(tail=0.1).build().stream(data, 4, "limited", 0)
     assert torch.cat([c.train_index for c in chunks]).equal(torch.arange(183))
-    for now, after in zip(chunks, chunks[1:], strict=False):
+    for now, after in pairwise(chunks):
         assert now.test_index.equal(after.train_index)
     assert chunks[-1].test_index.equal(torch.arange(183, 203))
     assert {len(c.train_index) for c in chunks} == {45, 46}
@@ -106,7 +107,10 @@ def test_what_needs_task_starts_is_refused(options: dict[str, Any], message: str
 def test_methods_that_act_at_task_starts_say_so(name: str) -> None:
     from cl_benchmarks.experiment import prepare
 
-    config = _config(method=registry.get("method", name).Config())
+    config = _config(
+        method=registry.get("method", name).Config(),
+        network=registry.get("network", "mlp").Config(hidden=200),
+    )
     method = config.method.build()
     training = prepare(config, _vectors(), 2, Horizon(5000, 4), torch.device("cpu"))
     told = [p for p in method.plugins(config, training) if isinstance(p, TaskPlugin)]
