@@ -30,8 +30,8 @@ runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 Cost: laptop and plain, about 3 minutes with their two comparisons; smoke, under a minute; tiny
 (Tiny ImageNet, a fifth of its training images), about 2 minutes per method on 2 cores; tiny-long
 (all of them), about an hour per method; online (a stream of yours), 2 minutes per 45,000 rows;
-paper (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs), 55 million images per method: 60 days
-on one CPU core, so meant for a GPU."""
+paper (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs), 55 million images per method:
+60 days on one CPU core, so meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:

@@ -75,22 +75,24 @@ def test_train_and_test_folders(name: str, tmp_path: Path) -> None:
 
 
 def test_images_are_cropped_to_the_middle(tmp_path: Path) -> None:
+    root = tmp_path / "set"
     wide = Image.new("L", (32, 8), 0)
     wide.paste(200, (12, 0, 20, 8))
     for name in "ab":
         for image in range(2):
-            path = tmp_path / name / f"{image}.png"
-            path.parent.mkdir(exist_ok=True)
+            path = root / name / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             wide.save(path)
-    assert (_load(data_dir=tmp_path, size=8).train_images == 200).all()
+    assert (_load(data_dir=root, size=8).train_images == 200).all()
     with pytest.raises(UserError, match="is 32x8, expected 8x8"):
-        _load(data_dir=tmp_path, size=8, fit="exact")
+        _load(data_dir=root, size=8, fit="exact")
 
 
 def test_domains_are_told(tmp_path: Path) -> None:
+    root = tmp_path / "set"
     for number, domain in enumerate(("art", "photo", "sketch")):
-        _classes(tmp_path / domain, {"cat": 5, "dog": 4 + number}, level=50 * number)
-    data = _load(data_dir=tmp_path, size=8)
+        _classes(root / domain, {"cat": 5, "dog": 4 + number}, level=50 * number)
+    data = _load(data_dir=root, size=8)
     assert data.domain_names == ("art", "photo", "sketch") and data.num_classes == 2
     assert data.train_domains is not None and data.test_domains is not None
     assert data.train_domains.bincount().tolist() == [7, 8, 9]
@@ -100,9 +102,9 @@ def test_domains_are_told(tmp_path: Path) -> None:
         (data.test_images, data.test_labels, data.test_domains),
     ):
         assert all(_fits(images[domains == d], labels[domains == d], 50 * d) for d in range(3))
-    (tmp_path / "photo" / "dog").rename(tmp_path / "photo" / "fox")
+    (root / "photo" / "dog").rename(root / "photo" / "fox")
     with pytest.raises(UserError, match="art has a class 'dog' and .*photo has not"):
-        _load(data_dir=tmp_path)
+        _load(data_dir=root)
 
 
 def test_what_is_wrong_with_folders_is_named(tmp_path: Path) -> None:
@@ -135,7 +137,8 @@ def test_what_is_wrong_with_folders_is_named(tmp_path: Path) -> None:
 def test_protocols_of_equal_parts_refuse_uneven_folders(
     protocol: str, message: str, tmp_path: Path
 ) -> None:
-    data = _load(data_dir=_classes(tmp_path, {"a": 10, "b": 5, "c": 2}), size=8)
+    root = tmp_path / "set"
+    data = _load(data_dir=_classes(root, {"a": 10, "b": 5, "c": 2}), size=8)
     part = registry.get("protocol", protocol).Config().build()
     with pytest.raises(UserError, match=message):
         part.stream(data, 10, "limited", 0)
