@@ -64,7 +64,7 @@ class ContinualLearning(Experiment):
     def check(self, config: Config) -> None:
         """Also what cannot work where no task start is told, in any of the variants."""
         super().check(config)
-        if config.protocol.part.in_time_order:
+        if config.protocol.build().in_time_order:
             for one in _all_variants(config):
                 check_without_tasks(one)
 

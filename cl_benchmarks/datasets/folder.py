@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,25 +146,15 @@ class Core50(Dataset, name="core50", source="Lomonaco and Maltoni 2017 (arXiv 17
         """
         root, size = self._root(), self.config.size
         fives = 5 if self.config.labels == "categories" else 1
-        parts: dict[bool, tuple[list[Path], list[int], list[int]]] = {
-            False: ([], [], []), True: ([], [], []),
-        }  # fmt: skip
-        for session in range(1, SESSIONS + 1):
-            films = [root / f"s{session}" / f"o{o}" for o in range(1, OBJECTS + 1)]
-            files, objects = files_by_class(films, self._frames)
-            for list_, more in zip(
-                parts[session in TEST_SESSIONS],
-                (files, [o // fives for o in objects], [session - 1] * len(files)),
-                strict=True,
-            ):
-                list_ += more  # type: ignore[arg-type]
-        (train, train_labels, train_domains), (test, test_labels, test_domains) = parts.values()
+        learnt = [s for s in range(1, SESSIONS + 1) if s not in TEST_SESSIONS]
+        train, train_labels, train_domains = self._films(root, learnt, fives)
+        test, test_labels, test_domains = self._films(root, TEST_SESSIONS, fives)
         images = decode_cached("core50", train, test, size, "averages", averaged(STORED, size))
         sessions = tuple(f"s{session}" for session in range(1, SESSIONS + 1))
         return ImageData(
             name=thinned(
                 f"core50-{self.config.labels}-{size}",
-                f"every {self.config.every}th frame" * (self.config.every > 1),
+                f"1 of {self.config.every} frames" * (self.config.every > 1),
             ),
             train_images=images[0],
             train_labels=torch.tensor(train_labels),
@@ -172,6 +163,21 @@ class Core50(Dataset, name="core50", source="Lomonaco and Maltoni 2017 (arXiv 17
             num_classes=OBJECTS // fives,
             **_domain_fields(sessions, train_domains, test_domains),
         )
+
+    def _films(
+        self, root: Path, sessions: Sequence[int], fives: int
+    ) -> tuple[list[Path], list[int], list[int]]:
+        """Frames of some sessions, their labels and the sessions' numbers from 0."""
+        files: list[Path] = []
+        labels: list[int] = []
+        domains: list[int] = []
+        for session in sessions:
+            films = [root / f"s{session}" / f"o{n}" for n in range(1, OBJECTS + 1)]
+            own, objects = files_by_class(films, self._frames)
+            files += own
+            labels += [number // fives for number in objects]
+            domains += [session - 1] * len(own)
+        return files, labels, domains
 
     def _frames(self, film: Path) -> list[Path]:
         return image_files(film)[:: self.config.every]

@@ -171,7 +171,7 @@ def test_core50(core50: Path) -> None:
     assert gray.equal(data.train_labels + 1.0 + 10 * (data.train_domains + 1))
     ten = _load("core50", data_dir=core50, size=8, labels="categories", every=2)
     assert ten.num_classes == 10 and ten.train_labels.bincount().tolist() == [40] * 10
-    assert ten.name == "core50-categories-8 (every 2th frame)"
+    assert ten.name == "core50-categories-8 (1 of 2 frames)"
     gray = ten.train_images.float().mean((1, 2, 3)) - 10 * (ten.train_domains + 1)
     assert ten.train_labels.equal((gray.long() - 1) // 5)
 
