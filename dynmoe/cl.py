@@ -67,6 +67,12 @@ def presets() -> dict[str, Config]:
         eval_samples=2000,
         probe_samples=1024,
     )
+    ready = {"laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper}
+    return ready | _of_real_data(laptop)
+
+
+def _of_real_data(laptop: Config) -> dict[str, Config]:
+    """Presets for two cores whose data are files of the user."""
     tiny = replace(
         laptop,
         dataset=get("dataset", "tiny-imagenet").Config(per_class=100),
@@ -91,10 +97,7 @@ def presets() -> dict[str, Config]:
         epochs=1,
         batch_size=1,
     )
-    return {
-        "laptop": laptop, "smoke": smoke, "plain": plain, "paper": paper, "tiny": tiny,
-        "tiny-long": tiny_long, "online": online,
-    }  # fmt: skip
+    return {"tiny": tiny, "tiny-long": tiny_long, "online": online}
 
 
 def experiment() -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -161,6 +162,32 @@ def test_growth_knows_nothing_of_boundaries_and_later_rows(session: StreamSessio
     assert all(row < seen for seen, _, row in asked)
     assert asked[8][2] == 49 and asked[12][2] == 50 + 47  # the window before; what has come
     assert len(plugin.controller.events) == 3
+
+
+@pytest.mark.parametrize("stop", [5, 12, 22])
+def test_a_stream_resumes_in_a_window(
+    stop: int, session: StreamSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dynmoe.lab.run import Run
+
+    saved: dict[str, Any] = {}
+    step_done = session.recorder.step_done
+
+    def note(step: int, *rest: Any) -> None:
+        step_done(step, *rest)
+        if step == stop:
+            saved.update(copy.deepcopy(session.state()))
+
+    monkeypatch.setattr(session.recorder, "step_done", note)
+    session.work()
+    config = replace(session.config, runs_dir=tmp_path / "other")
+    with Run("cl", "own", config, "x") as run:
+        again = StreamSession(run, config, session.data)
+        again.restore(saved)
+        again.work()
+    assert again.summary() == session.summary()
+    pairs = zip(again.model.parameters(), session.model.parameters(), strict=True)
+    assert all(a.equal(b) for a, b in pairs)
 
 
 def test_a_run_reports_windows_and_learns(tmp_path: Path) -> None:
