@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon, Method, Training
 from cl_benchmarks.networks import Network, build_network
 from cl_benchmarks.recorder import TaskRecorder
-from cl_benchmarks.settings import Config
+from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
@@ -60,16 +61,20 @@ class ContinualLearning(Experiment):
     )
     references = ("dense", "fresh")
 
+    def check(self, config: Config) -> None:
+        """Also what cannot work where no task start is told, in any of the variants."""
+        super().check(config)
+        if config.protocol.build().in_time_order:
+            for one in _all_variants(config):
+                check_without_tasks(one)
+
     def variants(self, config: Config, shared: ImageData) -> dict[str, dict[str, Config]]:
         """The method of the settings, then each of `config.compare`."""
-        # Those compared with by default leave out the method itself.
-        own = config.variant if config.compare == type(config).compare else None
-        others = [_compared(config, name) for name in config.compare if name != own]
-        return {"": {one.variant: one for one in (config, *others)}}
+        return {"": {one.variant: one for one in _all_variants(config)}}
 
     def label(self, config: Config, shared: ImageData) -> str:
-        """Method and data set."""
-        return f"{config.variant}-{shared.name}"
+        """Method and data set; it becomes part of a folder's name."""
+        return f"{config.variant}-{re.sub(r'[^A-Za-z0-9._-]+', '-', shared.name).strip('-')}"
 
     def load(self, config: Config) -> ImageData:
         """The data set."""
@@ -298,6 +303,13 @@ def _check_data(run: Run, known: dict[str, Any] | None, data: ImageData) -> None
             f"{run.folder} holds a run on {known['dataset']}, and now the data set is "
             f"{data.name}; use another --name"
         )
+
+
+def _all_variants(config: Config) -> list[Config]:
+    """The settings, then those of each of `config.compare`."""
+    # Those compared with by default leave out the method itself.
+    own = config.variant if config.compare == type(config).compare else None
+    return [config, *(_compared(config, name) for name in config.compare if name != own)]
 
 
 def _compared(config: Config, name: str) -> Config:

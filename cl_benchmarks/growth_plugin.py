@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.probe import Probe
@@ -29,6 +30,8 @@ class GrowthPlugin:
     after the run's last step for nothing. The probe batch, for unit utilities and the growth shock,
     is drawn from the present task; at a task start, from the one before.
     The strategy's own forward pass runs on it, so that multi-head models get its task labels.
+    Of a chunk in time order (`Chunk.in_time_order`), neither its start nor its later samples are
+    known: triggers are asked before steps only, and the probe is drawn from what has come.
     Avalanche has synchronised its optimizer by the time `before_training_exp` runs; growth keeps
     the optimizer in step itself, and refreshes Avalanche's record of it afterwards.
 
@@ -47,7 +50,7 @@ class GrowthPlugin:
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts: with what was learnt before it as the probe."""
         previous, self._dataset = self._dataset, strategy.experience.dataset
-        if getattr(strategy, "resuming", False):
+        if getattr(strategy, "resuming", False) or _in_time_order(strategy):
             return
         starts = strategy.clock.train_exp_counter > 0
         step, needs = strategy.clock.train_iterations, self.controller.trigger.needs
@@ -59,7 +62,7 @@ class GrowthPlugin:
         """An optimizer step comes, after those that the clock has counted."""
         step = strategy.clock.train_iterations
         signals = Signals(step=step, **self._figures(strategy, step), **self._score())
-        self._step(strategy, signals, self._dataset)
+        self._step(strategy, signals, self._known(strategy))
 
     def after_backward(self, strategy: Any, **_: Any) -> None:
         """Gradients are there, and not clipped yet: note what the trigger needs of them."""
@@ -101,9 +104,23 @@ class GrowthPlugin:
         figures = {name: self._latest.get(name, math.nan) for name in needs & STEP_FIGURES}
         figures |= dict.fromkeys(needs & PROBE_FIGURES, math.nan)
         if needs & PROBE_FIGURES and step % self.controller.trigger.every == 0:
-            measured = probe_figures(strategy.model, *self._probe(self._dataset, strategy.device))
+            known = self._known(strategy)
+            measured = probe_figures(strategy.model, *self._probe(known, strategy.device))
             figures |= {name: measured[name] for name in needs & PROBE_FIGURES}
         return figures
+
+    def _known(self, strategy: Any) -> Any:
+        """What a probe may be drawn from: the present task; in time order, what has come of it.
+
+        Where that is less than a probe, the chunk before it, if there is one.
+        """
+        if not _in_time_order(strategy):
+            return self._dataset
+        position, stream = strategy.position, strategy.experience.origin_stream
+        seen = position.batch * strategy.train_mb_size  # with the batch that is at hand
+        if seen < self.probe_samples and position.task > 0:
+            return stream[position.task - 1].dataset
+        return Subset(self._dataset, range(min(seen, len(self._dataset))))
 
     def _step(self, strategy: Any, signals: Signals, dataset: Any) -> None:
         event = self.controller.step(signals, lambda: self._growth_probe(strategy, dataset))
@@ -138,6 +155,12 @@ class GrowthPlugin:
             for place in (1, 2)
         )
         return images.to(device), labels.to(device), tasks.to(device)
+
+
+def _in_time_order(strategy: Any) -> bool:
+    """Whether the present experience is a chunk in time order; those of others are not."""
+    chunk = getattr(strategy.experience, "chunk_dataset", None)
+    return chunk is not None and chunk.in_time_order
 
 
 def probe_figures(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -61,29 +61,47 @@ class ImageData:
     name: str
     """what the numbers of a run are about; stands in its folder, plots and tables"""
     train_images: Tensor
-    """uint8 `[N, C, H, W]`"""
+    """uint8 `[N, C, H, W]`; or float32, in units that a network can take as they are"""
     train_labels: Tensor
     """int64 `[N]`, each in 0 .. num_classes-1"""
     test_images: Tensor
-    """uint8 `[N_test, C, H, W]`"""
+    """the same type, `[N_test, C, H, W]`"""
     test_labels: Tensor
     """int64 `[N_test]`"""
     num_classes: int
     """classes of the data set, also those that happen to have no image"""
+    train_domains: Tensor | None = None
+    """int64 `[N]`, each in 0 .. len(domain_names)-1; None for data without domains"""
+    test_domains: Tensor | None = None
+    """int64 `[N_test]`; a domain may have no test images (CORe50's training sessions)"""
+    domain_names: tuple[str, ...] = ()
+    """as they stand in tables"""
+    in_time_order: bool = False
+    """rows as they came. Test rows are then the training rows: a protocol must test on what comes
+    after a row, not on what was learnt (`online` does)"""
 
     def __post_init__(self) -> None:
-        for split, images, labels in (
-            ("train", self.train_images, self.train_labels),
-            ("test", self.test_images, self.test_labels),
+        for split, images, labels, domains in (
+            ("train", self.train_images, self.train_labels, self.train_domains),
+            ("test", self.test_images, self.test_labels, self.test_domains),
         ):
-            if images.dtype != torch.uint8 or images.dim() != 4:
-                raise ValueError(f"{split} images must be uint8 [N, C, H, W], got {images.dtype} "
-                                 f"{list(images.shape)}")  # fmt: skip
+            if images.dtype not in (torch.uint8, torch.float32) or images.dim() != 4:
+                raise ValueError(f"{split} images must be uint8 or float32 [N, C, H, W], got "
+                                 f"{images.dtype} {list(images.shape)}")  # fmt: skip
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(f"{split} labels must be int64 [{len(images)}], got "
                                  f"{labels.dtype} {list(labels.shape)}")  # fmt: skip
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(f"{split} labels must lie in 0 .. {self.num_classes - 1}")
+            if (domains is None) == bool(self.domain_names):
+                raise ValueError(f"{split} domains and the names of domains go together")
+            if domains is not None:
+                if domains.dtype != torch.int64 or domains.shape != labels.shape:
+                    raise ValueError(f"{split} domains must be int64 [{len(labels)}]")
+                if not set(domains.unique().tolist()) <= set(range(len(self.domain_names))):
+                    raise ValueError(f"{split} domains must have one of {self.domain_names}")
+        if self.train_images.dtype != self.test_images.dtype:
+            raise ValueError("train and test images must have one type")
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(f"train images are {list(self.train_images.shape[1:])}, test images "
                              f"{list(self.test_images.shape[1:])}")  # fmt: skip
@@ -113,10 +131,13 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
 
     Summed in float64 over at most STATS_IMAGES images, evenly spaced over uint8 `[N, C, H, W]`.
     A deviation is at least 1/255, one gray level, so that a constant channel can be divided by it.
+    Of float32 images, which need no scaling, the mean is 0 and the deviation 1.
 
     Returns:
         mean `[C]`, std `[C]`, float32.
     """
+    if images.is_floating_point():
+        return torch.zeros(images.shape[1]), torch.ones(images.shape[1])
     count = min(len(images), STATS_IMAGES)
     index = torch.linspace(0, len(images) - 1, count, dtype=torch.float64).long()
     total = torch.zeros(images.shape[1], dtype=torch.float64)
@@ -207,17 +228,23 @@ def files_by_class(
     return files, labels
 
 
-def decode(files: Sequence[Path], size: int) -> Tensor:
-    """Decode image files, as `read_rgb` does, to uint8 `[N, 3, size, size]`.
+def decode(
+    files: Sequence[Path], size: int, read_one: Callable[[Path], Picture] | None = None
+) -> Tensor:
+    """Decode image files to uint8 `[N, 3, size, size]`.
+
+    Args:
+        read_one: gives a file's RGB picture, `size` pixels wide and high; by default `read_rgb`.
 
     Raises:
         UserError: names the file that cannot be read or is of another size.
     """
+    read_one = read_one or (lambda path: read_rgb(path, (size, size)))
     out = torch.empty((len(files), 3, size, size), dtype=torch.uint8)
 
     def read(start: int) -> None:
         for i in range(start, min(start + 256, len(files))):
-            out[i] = to_tensor(read_rgb(files[i], (size, size)))
+            out[i] = to_tensor(read_one(files[i]))
 
     with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(read, start) for start in range(0, len(files), 256)]

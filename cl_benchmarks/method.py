@@ -63,6 +63,13 @@ class Method(Part, ABC, kind="method"):
         """The growth settings that it uses; giving others is refused. By default all."""
         return (*LAYER, *GROWTH)
 
+    def without_tasks(self) -> str | None:
+        """Why it cannot work where no task start is told, with the way out; None if it can.
+
+        By default it can: no plugin of the method is a `TaskPlugin`.
+        """
+        return None
+
     @abstractmethod
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """The maker of the hidden blocks, (width, hidden) -> module.
@@ -144,9 +151,21 @@ class RenewedMoE(StaticMoE, name="moe-renewed", source="ours"):
     between the two is that experts become more. The rest of the network learns on as it does there.
     """
 
+    def without_tasks(self) -> str | None:
+        """It draws at task starts."""
+        return acts_at_task_starts(self)
+
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that draws the experts."""
         return [RenewExperts(training)]
+
+
+def acts_at_task_starts(method: Method) -> str:
+    """The `without_tasks` of a method that has a `TaskPlugin`."""
+    return (
+        f"method {method.name} acts at task starts, and none is told here; use dense, wide, "
+        "moe-static, or dynamicmoe with a trigger of its own (--trigger drift, plateau, ...)"
+    )
 
 
 class TaskPlugin(ABC):
@@ -206,6 +225,10 @@ class RenewExperts(TaskPlugin):
 
 class Fresh(Dense, name="fresh"):
     """The dense network and optimizer re-initialised at every task: full plasticity."""
+
+    def without_tasks(self) -> str | None:
+        """It draws at task starts."""
+        return acts_at_task_starts(self)
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that renews the network.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -39,10 +39,18 @@ class Chunk:
     pixels: Tensor | None = None
     """`[H * W]` where each pixel of an image of this chunk comes from, row by row; None for images
     as they are"""
+    in_time_order: bool = False
+    """training images come as they stand here, and nothing is told of where the chunk begins"""
 
 
 class Protocol(Part, ABC, kind="protocol"):
-    """Base of all protocols. A subclass takes its `Config`; `stream` is what callers use."""
+    """Base of all protocols. A subclass takes its `Config`; `stream` is what callers use.
+
+    Attributes:
+        in_time_order: it keeps the order of data that have one, and tells of no task boundary.
+    """
+
+    in_time_order: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -80,8 +88,19 @@ class Protocol(Part, ABC, kind="protocol"):
         chunks 0 .. k.
 
         Raises:
-            UserError: as `split`; or joined chunks would contradict themselves.
+            UserError: as `split`; or joined chunks would contradict themselves; or the data's order
+                is not what the protocol needs.
         """
+        if data.in_time_order and not self.in_time_order:
+            raise UserError(
+                f"protocol {self.name} would mix up {data.name}, whose rows are in time order; "
+                "use --protocol online"
+            )
+        if self.in_time_order and not data.in_time_order:
+            raise UserError(
+                f"protocol {self.name} needs data in time order, and {data.name} has no order; "
+                "use --dataset stream"
+            )
         reason = self.no_cumulative() if access == "cumulative" else None
         if reason:
             raise UserError(reason)

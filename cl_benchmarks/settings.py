@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from cl_benchmarks.networks import Trunk
 from dynmoe import registry
+from dynmoe.errors import UserError
 from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
@@ -87,3 +88,23 @@ class Config(RunConfig, GrowthSettings):
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons
+
+
+def check_without_tasks(config: Config) -> None:
+    """Refuse what needs task starts, for streams in time order, which tell of none.
+
+    Raises:
+        UserError: names the setting and what works.
+    """
+    name, method = f"protocol {config.protocol.part.name}", config.method.build()
+    if config.epochs != 1:
+        raise UserError(f"{name} sees every row once; use --epochs 1 (now {config.epochs})")
+    if config.augment != "none":
+        raise UserError(f"{name}: rows are no pictures to be cropped; use --augment none")
+    if config.reset_optimizer:
+        raise UserError(f"--reset-optimizer acts at task starts, and {name} tells of none")
+    reasons = [method.without_tasks(), config.intervention.build().without_tasks()]
+    if "trigger" in method.reads():
+        reasons.append(config.trigger.build().without_tasks())
+    for reason in filter(None, reasons):
+        raise UserError(f"{name}: {reason}")

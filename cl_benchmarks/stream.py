@@ -28,7 +28,12 @@ CROP_PADDING = 4
 
 
 def standardise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 `[..., C, H, W]` to float32 with mean 0 and deviation 1 per channel (`[C]` each)."""
+    """uint8 `[..., C, H, W]` to float32 with mean 0 and deviation 1 per channel (`[C]` each).
+
+    float32 images are left as they are.
+    """
+    if images.is_floating_point():
+        return images
     return (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
@@ -46,13 +51,15 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
         mean: Tensor,
         std: Tensor,
         pixels: Tensor | None = None,
+        in_time_order: bool = False,
     ) -> None:
-        """Args: uint8 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, float `[C]`, `[C]`.
+        """Args: uint8 or float32 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, `[C]`, `[C]`.
 
-        And the order of pixels, int64 `[H * W]`, as a `Chunk` has it.
+        And the order of pixels, int64 `[H * W]`, and whether images keep theirs, as in a `Chunk`.
         """
         self.images, self.index, self.labels = images, index, labels
         self.mean, self.std, self.pixels = mean, std, pixels
+        self.in_time_order = in_time_order
         self.targets: list[int] = labels.tolist()
 
     def __len__(self) -> int:
@@ -65,11 +72,11 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
         return standardise(images[0], self.mean, self.std), self.targets[item]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """All images, uint8 `[n, C, H, W]` (a copy), and labels, int64 `[n]`."""
+        """All images `[n, C, H, W]` (a copy, not standardised), and labels, int64 `[n]`."""
         return self.take(torch.arange(len(self)))
 
     def take(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Some images, uint8 `[k, C, H, W]` (a copy), and their labels, int64 `[k]`."""
+        """Some images `[k, C, H, W]` (a copy, not standardised), and their labels, int64 `[k]`."""
         images = self.images[self.index[items]]
         if self.pixels is not None:
             images = images.flatten(2)[:, :, self.pixels].view_as(images)
@@ -85,7 +92,9 @@ def chunk_datasets(
     """
     mean, std = channel_stats(data.train_images)
     train = [
-        ChunkDataset(data.train_images, c.train_index, c.train_labels, mean, std, c.pixels)
+        ChunkDataset(
+            data.train_images, c.train_index, c.train_labels, mean, std, c.pixels, c.in_time_order
+        )
         for c in chunks
     ]
     test = [
@@ -133,12 +142,14 @@ class Position:
 class Batches:
     """Training batches of one chunk; each iteration goes through `position`'s epoch.
 
+    They are shuffled, unless the chunk is in time order.
+
     Args:
         dataset: the chunk.
         size: samples per batch; the last one may be smaller.
         seed: the run's seed.
         position: read at the start of an iteration, and moved on before each batch is handed out.
-        device: where batches are made; the chunk's uint8 images are kept there.
+        device: where batches are made; the chunk's images are kept there as they are.
         augment: "crop-flip" for a random crop after padding by 4 pixels, and a random mirror image.
 
     Yields:
@@ -157,6 +168,7 @@ class Batches:
         images, labels = dataset.tensors()
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
+        self.in_time_order = dataset.in_time_order
         self.size, self.seed, self.position, self.augment = size, seed, position, augment
 
     def __len__(self) -> int:
@@ -166,7 +178,10 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the position's epoch, from the first that is not done yet."""
         key = ("batches", self.position.task, self.position.epoch)
-        order = torch.randperm(len(self.labels), generator=seeding.generator(self.seed, *key))
+        if self.in_time_order:
+            order = torch.arange(len(self.labels))
+        else:
+            order = torch.randperm(len(self.labels), generator=seeding.generator(self.seed, *key))
         parts = order.to(self.labels.device).split(self.size)
         for batch in range(self.position.batch, len(parts)):
             self.position.batch = batch + 1

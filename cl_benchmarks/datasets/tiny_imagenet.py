@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
+from cl_benchmarks.datasets.reading import averaged, decode_cached, first_by_name, thinned
 from cl_benchmarks.images import (
-    READER_VERSION,
     Dataset,
     ImageData,
     check_class_folders,
+    check_least,
     class_files,
     class_tree_files,
-    decode,
     image_files,
 )
 from dynmoe.errors import UserError
-from dynmoe.lab import cache
 
 TREE = "tiny-imagenet-200"
 CLASSES, SIZE = 200, 64
+COLUMNS = (2, 6)
+"""of a line of val_annotations.txt: file and class, and in the original four numbers of a box"""
 
 
 class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stanford cs231n)"):
@@ -36,12 +37,25 @@ class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stan
         folder are searched"""
         download: bool = False
         """fetch it into data_dir (by default ./data) where it is missing, 240 MB"""
+        classes: int = 0
+        """classes taken, the first in the order of wnids.txt; 0 for all 200"""
+        per_class: int = 0
+        """training images of each class, the first by name, the same in every run; 0 for all 500"""
+        test_per_class: int = 0
+        """test images of each class, likewise; 0 for all 50"""
+        size: int = 64
+        """pixels a side: 64, or by averages over squares 32, 16 or 8"""
+
+    def __init__(self, config: Config) -> None:
+        _check_options(config)
+        super().__init__(config)
 
     def load(self, seed: int) -> ImageData:
-        """Images `[N, 3, 64, 64]`; label = line of wnids.txt. The labelled validation set tests.
+        """Images `[N, 3, size, size]`; label = line of wnids.txt; the validation set is for tests.
 
-        Decoded images are kept in the cache folder (1.4 GB), under a name that changes with any of
-        the files (`cache.file_states`).
+        Decoded images are kept in the cache folder (1.4 GB of the whole set), under a name that
+        changes with any of the files (`cache.file_states`). The data set's name says what was left
+        out.
         """
         tree, places = find_tree(self.config.data_dir)
         if tree is None and self.config.download:
@@ -54,7 +68,14 @@ class TinyImagenet(Dataset, name="tiny-imagenet", source="Le and Yang 2015 (Stan
                 f"Tiny ImageNet not found in {', '.join(map(str, places))}; "
                 "use --dataset.data-dir DIR, or --dataset.download to fetch it"
             )
-        return read_tree(tree)
+        return read_tree(tree, self.config)
+
+
+def _check_options(config: TinyImagenet.Config) -> None:
+    check_least("dataset", config, classes=0, per_class=0, test_per_class=0, size=8)
+    averaged(SIZE, config.size)
+    if config.classes == 1 or config.classes > CLASSES:
+        raise UserError(f"dataset classes {config.classes} must be 2 to {CLASSES}, or 0 for all")
 
 
 def find_tree(data_dir: Path | None) -> tuple[Path | None, list[Path]]:
@@ -69,30 +90,70 @@ def find_tree(data_dir: Path | None) -> tuple[Path | None, list[Path]]:
     return (found[0] if found else None), places
 
 
-def read_tree(tree: Path) -> ImageData:
-    """Decode a tree, or take it from the cache.
+def read_tree(tree: Path, config: TinyImagenet.Config | None = None) -> ImageData:
+    """Decode a tree, or take it from the cache; with the options of `config`.
 
     Raises:
-        UserError: not 200 classes, a class without images, an image that cannot be read.
+        UserError: not 200 classes, a class without images, a list that does not match the images,
+            an image that cannot be read or is of another size.
     """
+    config = config or TinyImagenet.Config()
     names = _class_names(tree, check_class_folders(tree, "train", CLASSES))
-    train_files, train_labels, _ = class_tree_files(tree, "train", CLASSES, names)
-    test_files, test_labels = _validation(tree / "val", names)
-
-    def make() -> cache.Arrays:
-        return {"train_images": decode(train_files, SIZE).numpy(),
-                "test_images": decode(test_files, SIZE).numpy()}  # fmt: skip
-
-    states = cache.file_states([*train_files, *test_files])
-    key = cache.digest({"reader": READER_VERSION, "files": states})
-    arrays = cache.load_or_make(f"tiny-imagenet-{key}", make)
-    return ImageData(
-        name="tiny-imagenet",
-        num_classes=CLASSES,
-        train_labels=torch.tensor(train_labels),
-        test_labels=torch.tensor(test_labels),
-        **{split: torch.from_numpy(array) for split, array in arrays.items()},
+    count = config.classes or CLASSES
+    train, train_labels, _ = class_tree_files(tree, "train", CLASSES, names)
+    for name in names[:count]:
+        _check_listed(tree / "train" / name)
+    test, test_labels = _validation(tree / "val", names)
+    train, train_labels, most = _thin(train, train_labels, count, config.per_class)
+    test, test_labels, most_test = _thin(test, test_labels, count, config.test_per_class)
+    train_images, test_images = decode_cached(
+        "tiny-imagenet", train, test, config.size, "averages", averaged(SIZE, config.size)
     )
+    return ImageData(
+        name=thinned(
+            "tiny-imagenet",
+            f"{count} of {CLASSES} classes" * (count < CLASSES),
+            f"{config.per_class} of {most} per class" * (0 < config.per_class < most),
+            f"{config.test_per_class} of {most_test} test images per class"
+            * (0 < config.test_per_class < most_test),
+            f"{config.size} px" * (config.size < SIZE),
+        ),
+        num_classes=count,
+        train_images=train_images,
+        train_labels=torch.tensor(train_labels),
+        test_images=test_images,
+        test_labels=torch.tensor(test_labels),
+    )
+
+
+def _thin(
+    files: list[Path], labels: list[int], classes: int, per_class: int
+) -> tuple[list[Path], list[int], int]:
+    """The files of the first classes, the first by name of each; and the most that one had."""
+    own = [i for i, label in enumerate(labels) if label < classes]
+    files, labels = [files[i] for i in own], [labels[i] for i in own]
+    kept, most = first_by_name(files, labels, per_class)
+    return [files[i] for i in kept], [labels[i] for i in kept], most
+
+
+def _check_listed(folder: Path) -> None:
+    """Refuse a class that lacks an image which its list, <class>_boxes.txt, names."""
+    listing = folder / f"{folder.name}_boxes.txt"
+    if not listing.is_file():
+        return
+    found = {path.name for path in class_files(folder)}
+    for number, line in _lines(listing):
+        name = line.split("\t")[0]
+        if name not in found:
+            raise UserError(
+                f"{listing} line {number} names {name}, which is missing; unpack the data set again"
+            )
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [(i, line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
 def _class_names(tree: Path, folders: list[Path]) -> list[str]:
@@ -128,15 +189,36 @@ def _validation(val: Path, names: list[str]) -> tuple[list[Path], list[int]]:
 
 
 def _annotated(annotations: Path, labels: dict[str, int]) -> tuple[list[Path], list[int]]:
-    """Each line: file name, class, four numbers of a box, separated by tabs."""
-    rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if len(row) < 2 or row[1] not in labels:
-            raise UserError(
-                f"{annotations} line {number} names no class of wnids.txt; "
-                "unpack the data set again"
-            )
-    return [annotations.parent / "images" / r[0] for r in rows], [labels[r[1]] for r in rows]
+    """Files and labels. Each line: file name, class, four numbers of a box, separated by tabs.
+
+    Raises:
+        UserError: names the line that does not fit, or the image that has no line.
+    """
+    folder = annotations.parent / "images"
+    there = {path.name for path in image_files(folder)}
+    line_of: dict[str, int] = {}
+    classes: list[int] = []
+    for number, line in _lines(annotations):
+        row = line.split("\t")
+        wrong = None
+        if len(row) not in COLUMNS:
+            wrong = f"has {len(row)} columns, not {COLUMNS[1]} separated by tabs"
+        elif row[1] not in labels:
+            wrong = f"names no class of wnids.txt, but {row[1]!r}"
+        elif row[0] in line_of:
+            wrong = f"names {row[0]} again, as line {line_of[row[0]]} does"
+        elif row[0] not in there:
+            wrong = f"names {row[0]}, which is not in {folder}"
+        if wrong:
+            raise UserError(f"{annotations} line {number} {wrong}; unpack the data set again")
+        line_of[row[0]] = number
+        classes.append(labels[row[1]])
+    unnamed = sorted(there - set(line_of))
+    if unnamed:
+        raise UserError(
+            f"{annotations} names no {unnamed[0]}, which is in {folder}; unpack the data set again"
+        )
+    return [folder / name for name in line_of], classes
 
 
 def _download(data_dir: Path) -> None:

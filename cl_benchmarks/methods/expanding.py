@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_benchmarks.method import Horizon, Method, TaskPlugin, Training
+from cl_benchmarks.method import Horizon, Method, TaskPlugin, Training, acts_at_task_starts
 from cl_benchmarks.networks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
@@ -76,6 +76,10 @@ class Net2Wider(
             return WideningBlock(width, widths)
 
         return make
+
+    def without_tasks(self) -> str | None:
+        """It widens at task starts."""
+        return acts_at_task_starts(self)
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that widens the blocks."""
@@ -241,6 +245,10 @@ class Progressive(
             return ProgressiveBlock(width, sizes, seeding.derive(seed, "columns", next(blocks)))
 
         return make
+
+    def without_tasks(self) -> str | None:
+        """It adds a column at task starts."""
+        return acts_at_task_starts(self)
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that adds columns."""

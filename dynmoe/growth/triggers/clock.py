@@ -64,6 +64,10 @@ class Trigger(Part, ABC, kind="trigger"):
     def planned(self, steps: int, tasks: int) -> int:
         """Most growths in a run of that many optimizer steps and tasks; sets the layers' size."""
 
+    def without_tasks(self) -> str | None:
+        """Why it cannot work where no task start is told, with the way out; None if it can."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What to resume from."""
         return {name: copy.copy(getattr(self, name)) for name in self.state}
@@ -158,6 +162,13 @@ class TaskTrigger(Trigger, name="task", source="Kim 2025 (arXiv 2511.18987)"):
     def planned(self, steps: int, tasks: int) -> int:
         """One growth per task after the first."""
         return tasks - 1
+
+    def without_tasks(self) -> str | None:
+        """It waits for task starts."""
+        return (
+            "trigger task grows at task starts, and none is told here; use drift, adwin, plateau, "
+            "gradient, rank, dormancy, every or at"
+        )
 
 
 class StageTrigger(Trigger, name="stage"):

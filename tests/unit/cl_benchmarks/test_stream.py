@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,30 @@ def test_datasets_share_the_images(data: ImageData) -> None:
     train, test = chunk_datasets(data, _chunks(data))
     assert {d.images.data_ptr() for d in train} == {data.train_images.data_ptr()}
     assert {d.images.data_ptr() for d in test} == {data.test_images.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train_images": torch.zeros(240, 2, 4, 4)}, "must have one type"),
+        ({"train_images": torch.zeros(240, 2, 4, 4).double()}, "must be uint8 or float32"),
+        ({"train_domains": torch.zeros(240, dtype=torch.int64)}, "names of domains go together"),
+        ({"domain_names": ("a",)}, "names of domains go together"),
+        (
+            {
+                "train_domains": torch.ones(240, dtype=torch.int64),
+                "test_domains": torch.zeros(60, dtype=torch.int64),
+                "domain_names": ("a",),
+            },
+            "train domains must have one of",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(
+    fields: dict[str, Any], message: str, data: ImageData
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(data, **fields)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,12 +8,13 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from cl_benchmarks.datasets import tiny_imagenet
+from cl_benchmarks.datasets import reading, tiny_imagenet
 from cl_benchmarks.images import ImageData
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -57,7 +58,7 @@ def _tree(root: Path, layout: str = "annotated", classes: int = 200) -> Path:
     return tree
 
 
-def _load(data_dir: Path | None, **options: bool) -> ImageData:
+def _load(data_dir: Path | None, **options: Any) -> ImageData:
     return (
         registry.get("dataset", "tiny-imagenet")
         .Config(data_dir=data_dir, **options)
@@ -104,7 +105,7 @@ def test_decoded_images_are_cached_until_a_folder_changes(
     tree = _tree(tmp_path)
     first = _load(tree)
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_imagenet, "decode", lambda *a: pytest.fail("decoded although cached"))
+        patch.setattr(reading, "decode", lambda *a: pytest.fail("decoded although cached"))
         again = _load(tree)
     assert torch.equal(first.train_images, again.train_images)
     assert torch.equal(first.test_labels, again.test_labels)
@@ -178,6 +179,31 @@ def _odd_class(tree: Path) -> None:
     path.write_text("val_0.JPEG\tn999\t0\t0\t1\t1\n" + path.read_text())
 
 
+def _lose_train(tree: Path) -> None:
+    folder = tree / "train" / NAMES[9] / "images"
+    (folder / f"{NAMES[9]}_0.JPEG").rename(folder / "other.JPEG")
+
+
+def _odd_columns(tree: Path) -> None:
+    path = tree / "val" / "val_annotations.txt"
+    lines = path.read_text().splitlines()
+    lines[2] = "\t".join(lines[2].split("\t")[:3])
+    path.write_text("\n".join(lines))
+
+
+def _twice(tree: Path) -> None:
+    path = tree / "val" / "val_annotations.txt"
+    path.write_text(path.read_text() + "\n" + path.read_text().splitlines()[0])
+
+
+def _unlisted(tree: Path) -> None:
+    (tree / "val" / "images" / "val_900.JPEG").write_bytes(_jpeg(20))
+
+
+def _small(tree: Path) -> None:
+    Image.new("L", (32, 32)).save(tree / "val" / "images" / "val_5.JPEG")
+
+
 def _no_val(tree: Path) -> None:
     for path in (tree / "val" / "images").iterdir():
         path.unlink()
@@ -191,8 +217,13 @@ def _odd_list(tree: Path) -> None:
     ("damage", "message"),
     [
         (_truncate_train, rf"cannot read image .*{NAMES[9]}_0\.JPEG"),
-        (_lose_val, r"cannot read image .*val_5\.JPEG"),
-        (_odd_class, r"val_annotations\.txt line 1 names no class"),
+        (_lose_val, r"val_annotations\.txt line 195 names val_5\.JPEG, which is not in .*images"),
+        (_lose_train, rf"{NAMES[9]}_boxes\.txt line 1 names {NAMES[9]}_0\.JPEG, which is missing"),
+        (_odd_class, r"val_annotations\.txt line 1 names no class of wnids\.txt, but 'n999'"),
+        (_odd_columns, r"val_annotations\.txt line 3 has 3 columns, not 6 separated by tabs"),
+        (_twice, r"val_annotations\.txt line 202 names val_199\.JPEG again, as line 1 does"),
+        (_unlisted, r"val_annotations\.txt names no val_900\.JPEG, which is in .*images"),
+        (_small, r"val_5\.JPEG is 32x32, expected 64x64"),
         (_no_val, rf"no validation images of class {NAMES[0]} in .*unpack"),
         (_odd_list, r"wnids\.txt and the folders in .* differ in 2 names"),
     ],
@@ -206,6 +237,47 @@ def test_damage_is_named_in_one_line(
         _load(tree)
     assert "\n" not in str(caught.value)
     assert not cache.folder().exists()  # nothing half-read is kept
+
+
+def test_a_thinned_set_says_so_and_takes_the_first_by_name(tmp_path: Path) -> None:
+    tree = _tree(tmp_path)
+    for label, name in enumerate(NAMES):
+        folder = tree / "train" / name / "images"
+        (folder / f"{name}_1.JPEG").write_bytes(_jpeg(250 - label % 50))
+    whole = _load(tree)
+    assert len(whole.train_labels) == 400 and whole.name == "tiny-imagenet"
+    assert _load(tree, per_class=2).name == "tiny-imagenet"  # nothing was left out
+    data = _load(tree, classes=5, per_class=1, size=32)
+    assert data.name == "tiny-imagenet (5 of 200 classes, 1 of 2 per class, 32 px)"
+    assert data.num_classes == 5 and data.shape == (3, 32, 32)
+    assert data.train_labels.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(data.test_labels.tolist()) == [0, 1, 2, 3, 4]
+    squares = whole.train_images[0:10:2].float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert (data.train_images - squares).abs().max() <= 0.5
+
+
+def test_folder_names_are_plain(tmp_path: Path) -> None:
+    from cl_benchmarks.experiment import ContinualLearning
+    from dynmoe.cl import presets
+
+    data = _load(_tree(tmp_path), size=32)
+    label = ContinualLearning().label(presets()["laptop"], data)
+    assert label == "dynamicmoe-tiny-imagenet-32-px"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": 201}, "dataset classes 201 must be 2 to 200, or 0 for all"),
+        ({"classes": 1}, "dataset classes 1 must be"),
+        ({"per_class": -1}, "per_class -1 is too small"),
+        ({"size": 48}, "dataset size 48 must be one of 8, 16, 32, 64"),
+        ({"per_class": 2}, f"2 images per class were asked for, and .*{NAMES[0]}.* has 1"),
+    ],
+)
+def test_options_are_checked(options: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        _load(_tree(tmp_path), **options)
 
 
 def test_too_few_classes_are_counted(tmp_path: Path) -> None:
