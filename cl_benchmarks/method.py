@@ -16,13 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
-from cl_benchmarks.networks import MakeBlock, dense_block
+from cl_benchmarks.networks import MakeBlock, dense_block, for_images
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe import UnitBank, moe_layers
+from dynmoe.moe.experts.pool import ConvPool
 from dynmoe.registry import Part, PartConfig
 
 
@@ -65,7 +66,7 @@ class Method(Part, ABC, kind="method"):
 
     @abstractmethod
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """The maker of the hidden blocks, (width, hidden) -> module.
+        """The maker of the blocks at `--network.place`.
 
         Raises:
             UserError: the settings cannot work, found before any training.
@@ -106,7 +107,28 @@ class Wide(Dense, name="wide"):
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of `factor` times the hidden units."""
-        return lambda width, hidden: dense_block(width, hidden * self.factor)
+
+        def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+            return dense_block(dim_in, hidden * self.factor, dim_out, images)
+
+        return make
+
+
+def _moe_blocks(growth: GrowthSettings, experts: int, most: int, seed: int) -> MakeBlock:
+    """The maker of MoE layers of `experts` experts, with room for `most`.
+
+    Where images go through, and the settings' bank is for vectors, the bank is `conv`
+    (`networks.check_bank` refuses settings that do not mean that).
+    """
+    generator = seeding.generator(seed, "moe-layers")
+    image_bank = growth.bank if for_images(growth.bank) else ConvPool.Config()
+
+    def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+        growth.check_budget(hidden, most)
+        bank = image_bank if images else growth.bank
+        return growth.make_layer(dim_in, dim_out, hidden, experts, most, generator, bank)
+
+    return make
 
 
 class StaticMoE(Method, name="moe-static"):
@@ -128,13 +150,7 @@ class StaticMoE(Method, name="moe-static"):
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """An MoE layer with its final number of experts."""
         experts = self.config.experts or growth.most_experts(horizon.steps, horizon.tasks)
-        generator = seeding.generator(seed, "moe-layers")
-
-        def make(width: int, hidden: int) -> nn.Module:
-            growth.check_budget(hidden, experts)
-            return growth.make_layer(width, width, hidden, experts, experts, generator)
-
-        return make
+        return _moe_blocks(growth, experts, experts, seed)
 
 
 class RenewedMoE(StaticMoE, name="moe-renewed", source="ours"):
@@ -248,13 +264,7 @@ class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"
                 f"{horizon.tasks} task(s); use another --trigger or its options "
                 "(--trigger.steps ...), more --chunks, or --method moe-static"
             )
-        generator = seeding.generator(seed, "moe-layers")
-
-        def make(width: int, hidden: int) -> nn.Module:
-            growth.check_budget(hidden, most)
-            return growth.make_layer(width, width, hidden, growth.granularity, most, generator)
-
-        return make
+        return _moe_blocks(growth, growth.granularity, most, seed)
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The growth plugin."""

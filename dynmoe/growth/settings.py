@@ -120,8 +120,9 @@ class GrowthSettings:
         num_experts: int,
         max_experts: int,
         generator: torch.Generator | None,
+        bank: PartConfig | None = None,
     ) -> MoELayer:
-        """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]."""
+        """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]; or another bank."""
         return MoELayer(
             dim_in,
             dim_out,
@@ -129,7 +130,7 @@ class GrowthSettings:
             num_experts=num_experts,
             max_experts=max_experts,
             router=self.router,
-            bank=self.bank,
+            bank=bank or self.bank,
             gate_scale=self.gate_scale,
             losses=(self.balance, self.regularizer),
             shared_hidden=self.shared_hidden,

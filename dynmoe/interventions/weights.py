@@ -18,7 +18,7 @@ from dynmoe.errors import UserError
 from dynmoe.interventions.units import Slot, unit_banks
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, MultiHead, Router, UnitBank, moe_layers
 from dynmoe.moe.draws import Noise
-from dynmoe.plasticity.probes import last_linear
+from dynmoe.plasticity.probes import output_layers
 
 CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)
 """Modules that a reset would take back to the number of experts that they started with."""
@@ -47,12 +47,6 @@ def weight_matrices(model: nn.Module, outputs: bool = True) -> list[Slot]:
                     if weight.dim() >= 2 and weight is not left_out:
                         found.append(Slot(bank, name, 0))
     return [slot for slot in found if slot.parameter.requires_grad]
-
-
-def output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that give a network's outputs: those it names, or its last linear layer."""
-    named = getattr(model, "output_layers", None)
-    return [last_linear(model)] if named is None else named()
 
 
 def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:

@@ -115,8 +115,9 @@ def take_probe(
             no gradients, and an output of any shape.
         initial: values at the start, by parameter name (see `copy_parameters`). Parameters it lacks
             are left out of the distance; growth must keep the shapes of the others in step.
-        classifier: the module whose input is `features`; by default the last `nn.Linear` in module
-            order that is not part of an MoE layer.
+        classifier: the module whose input is `features`; by default the first that the model's own
+            `output_layers()` names, or else the last `nn.Linear` in module order that is not part
+            of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.
 
     Raises:
@@ -128,7 +129,7 @@ def take_probe(
         raise ValueError("the probe batch is empty")
     parameters = dict(model.named_parameters())
     _check_initial(parameters, initial or {})
-    classifier = last_linear(model) if classifier is None else classifier
+    classifier = output_layers(model)[0] if classifier is None else classifier
     with undisturbed(model), torch.set_grad_enabled(labels is not None):
         with _hooked(model, classifier) as (activations, seen):
             logits = model(inputs)
@@ -151,6 +152,16 @@ def take_probe(
         initial=None if initial is None else _cut(initial, living),
         experts=experts,
     )
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that give a network's outputs: those it names, or its last linear layer.
+
+    Raises:
+        ValueError: it names none and has no linear layer.
+    """
+    named = getattr(model, "output_layers", None)
+    return [last_linear(model)] if named is None else named()
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
