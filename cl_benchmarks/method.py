@@ -198,15 +198,13 @@ class RenewExperts(TaskPlugin):
         generator, optimizer = self.training.generator, self.training.optimizer
         for layer in dict(moe_layers(strategy.model)).values():
             every = torch.arange(layer.num_experts, device=layer.created.device)
-            slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
-            slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             layer.router.draw_rows(every, generator)
             layer.bank.draw_experts(every, generator)
             if isinstance(layer.bank, UnitBank):
                 units = torch.arange(len(layer.bank.segment), device=every.device)
                 layer.bank.draw_units(units, generator)
-                axes = layer.bank.unit_axes()
-                slots += [(getattr(layer.bank, name), axis, units) for name, axis in axes]
+            slots = layer.bank.entries(every)
+            slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             for parameter, axis, index in slots:
                 means = mean_moments(optimizer, parameter, "mean")
                 neutral_state(optimizer, parameter, axis, index, means)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.growth.reshaping import Reshaping
 from dynmoe.registry import Part, PartConfig
 
 FRESH = -1
@@ -69,6 +70,8 @@ class Plan:
     """[E + n] added to the router's logit shift; new experts copy their parent's shift first"""
     reinit_router: bool = False
     """re-initialise the router rows of the old experts, too"""
+    reshaping: Reshaping | None = None
+    """what becomes of a bank of bottlenecked experts; sizes, source and factor are then empty"""
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +232,7 @@ class DuplicateInit(
         """Deal or copy, whichever the budget allows."""
         if not len(request.segment):
             raise UserError(
-                "init duplicate needs a bank with hidden units: whole copies of an expert under "
+                "init duplicate needs a bank with a pool of hidden units: whole copies of an expert under "
                 "equal gates could never become different; use init zero-output or random"
             )
         parents = choose_parents(request.sizes, request.new)

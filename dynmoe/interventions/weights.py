@@ -18,6 +18,7 @@ from dynmoe.errors import UserError
 from dynmoe.interventions.units import Slot, unit_banks
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, MultiHead, Router, UnitBank, moe_layers
 from dynmoe.moe.draws import Noise
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.plasticity.probes import output_layers
 
 CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)
@@ -117,6 +118,8 @@ def _draw_bank(bank: ExpertBank, generator: torch.Generator) -> set[Tensor]:
     if isinstance(bank, UnitBank):
         bank.draw_units(torch.arange(len(bank.segment)), generator)
         drawn |= {getattr(bank, name) for name, _ in bank.unit_axes()}
+    if isinstance(bank, BottleneckBank):
+        drawn.add(bank.weights)  # drawn with the experts
     if bank.expert_rows():
         bank.draw_experts(torch.arange(len(bank.expert_rows()[0])), generator)
     return drawn

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import NumericError, UserError
 from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.model import undisturbed
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -272,7 +273,7 @@ def _expert_probes(
         if layer not in seen:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
-        if not isinstance(bank, UnitBank) or bank.per_sample:
+        if not isinstance(bank, UnitBank | BottleneckBank) or bank.per_sample:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
         rows = seen[layer].flatten(0, -2)
@@ -281,6 +282,10 @@ def _expert_probes(
         if not len(rows := routing.real(rows)):
             continue  # nothing but padding
         w_in, w_out = dict(bank.named_parameters()).get("w_in"), bank.output_weight()
+        w_out_grad = gradients.get(names.get(id(w_out), ""))
+        if isinstance(bank, BottleneckBank):  # its units' weights are parts of one vector
+            gradient = gradients.get(names[id(bank.weights)])
+            w_out_grad = None if gradient is None else bank.output_weight(gradient)
         probes[name or "model"] = ExpertProbe(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
             hidden=bank.hidden(rows),
@@ -289,7 +294,7 @@ def _expert_probes(
             weight_in=None if w_in is None else w_in.detach(),
             weight_out=w_out.detach(),
             weight_in_grad=None if w_in is None else gradients.get(names[id(w_in)]),
-            weight_out_grad=gradients.get(names[id(w_out)]),
+            weight_out_grad=w_out_grad,
         )
     return probes
 
