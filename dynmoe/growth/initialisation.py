@@ -232,7 +232,7 @@ class DuplicateInit(
         """Deal or copy, whichever the budget allows."""
         if not len(request.segment):
             raise UserError(
-                "init duplicate needs a bank with a pool of hidden units: whole copies of an expert under "
+                "init duplicate needs a bank with hidden units: whole copies of an expert under "
                 "equal gates could never become different; use init zero-output or random"
             )
         parents = choose_parents(request.sizes, request.new)

@@ -35,7 +35,7 @@ class Reshaping:
     sizes: list[Widths]
     """[E + n] widths after growth"""
     source: Tensor
-    """[P'] int64, the old entry that each entry takes over, or FRESH; what no width uses is FRESH"""
+    """[P'] int64, the old entry that each entry takes over, or FRESH, as entries not in use are"""
 
     @cached_property
     def fresh(self) -> Tensor:
@@ -173,16 +173,14 @@ def follow(values: Tensor, source: Tensor) -> None:
 
 @torch.no_grad()
 def reshape(
-    bank: BottleneckBank, reshaping: Reshaping, factors: Tensor, generator: torch.Generator | None
+    bank: BottleneckBank, reshaping: Reshaping, new: Tensor, generator: torch.Generator | None
 ) -> None:
-    """Give a bank, whose vector has its new length, its new widths and weights.
+    """Give a bank, whose vector has its new length, its new widths, and old experts their weights.
 
     Args:
-        factors: [E + n] multiply each expert's output weights.
+        new: [n] the new experts, whose weights are still to be drawn.
     """
     follow(bank.weights, reshaping.source)
     bank.set_widths(reshaping.sizes)
-    bank.draw_weights(reshaping.fresh, generator)
-    if bool((factors != 1).any()):
-        for pieces, factor in zip(bank.maps(bank.weights).by_expert(), factors, strict=True):
-            pieces[-1].mul_(factor.to(pieces[-1]))
+    [*_, (_, _, theirs)] = bank.entries(new)
+    bank.draw_weights(reshaping.fresh[~torch.isin(reshaping.fresh, theirs.cpu())], generator)

@@ -90,7 +90,7 @@ def grow_layer(
     means = partial(mean_moments, optimizer, moments=moments)
     restarts: list[Restart | Moved] = []
     if isinstance(layer.bank, BottleneckBank):
-        restarts += _reshape(layer.bank, plan, generator, optimizer, means)
+        restarts += _reshape(layer.bank, plan, new, generator, optimizer, means)
     if isinstance(layer.bank, UnitBank):
         restarts += _place_units(layer.bank, plan, generator, optimizer, means)
     if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
@@ -145,6 +145,7 @@ def _place_units(
 def _reshape(
     bank: BottleneckBank,
     plan: Plan,
+    new: Tensor,
     generator: torch.Generator | None,
     optimizer: Optimizer | None,
     means: Means,
@@ -154,7 +155,7 @@ def _reshape(
     second, more = means(bank.weights), len(plan.reshaping.source) - len(bank.weights)
     if more > 0:
         append_entries(bank, "weights", 0, more, optimizer)
-    reshape(bank, plan.reshaping, plan.bias_factor, generator)
+    reshape(bank, plan.reshaping, new, generator)
     return [Moved(bank.weights, plan.reshaping, second)]
 
 
@@ -185,6 +186,8 @@ def _place_experts(
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
+    if isinstance(bank, BottleneckBank):
+        bank.output_weight().mul_(plan.bias_factor.to(bank.weights)[bank.segment])
     old = experts - len(new)
     return [Restart(rows, 0, new, means(rows, rows=old)) for rows in bank.expert_rows()]
 
@@ -306,9 +309,8 @@ def _written(layer: MoELayer, plan: Plan) -> Iterator[tuple[nn.Parameter, int, T
     for rows in bank.expert_rows():
         scaled = any(rows is output for output in outputs)
         yield rows, 0, None if scaled else new
-    if plan.reshaping is not None and isinstance(bank, BottleneckBank):
-        if len(plan.reshaping.source) == len(bank.weights):
-            yield bank.weights, 0, None
+    if isinstance(bank, BottleneckBank):
+        yield bank.weights, 0, None
     if isinstance(bank, UnitBank) and len(plan.source) == len(bank.segment):
         place, stays = plan.places
         scaled = bool((plan.factor != 1).any())

@@ -68,7 +68,7 @@ class ExpertBank(nn.Module, Part, kind="bank"):
         """Re-initialise the per-expert rows `index` [n], as at initialisation."""
 
     def entries(self, experts: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
-        """(parameter, axis, index) of all entries that belong to the experts `experts` [n] alone."""
+        """(parameter, axis, index) of all that belongs to the experts `experts` [n] alone."""
         return [(rows, 0, experts) for rows in self.expert_rows()]
 
     def check_resettable(self) -> None:
@@ -151,7 +151,7 @@ class UnitBank(ExpertBank):
             )
 
     def entries(self, experts: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
-        """(parameter, axis, index) of all entries that belong to the experts `experts` [n] alone."""
+        """(parameter, axis, index) of all that belongs to the experts `experts` [n] alone."""
         units = torch.isin(self.segment, experts.to(self.segment.device)).nonzero().flatten()
         own = [(getattr(self, name), axis, units) for name, axis in self.unit_axes()]
         return [*super().entries(experts), *own]

@@ -196,6 +196,11 @@ class BottleneckBank(
         """[H2] int64, the expert that owns each unit of the last expanded layers."""
         return owners(self.hidden_sizes()).to(self.weights.device)
 
+    @property
+    def first_segment(self) -> Tensor:
+        """[H1] int64, the expert that owns each unit of the first expanded layers."""
+        return owners([a for a, _, _ in self.sizes]).to(self.weights.device)
+
     def hidden_sizes(self) -> list[int]:
         """[E] units of each expert's last expanded layer."""
         return [c for _, _, c in self.sizes]
@@ -242,6 +247,19 @@ class BottleneckBank(
         index = [piece.flatten() for e in mine for piece in owned[e]]
         own = torch.cat(index) if index else every[:0]
         return [*super().entries(experts), (self.weights, 0, own)]
+
+    @torch.no_grad()
+    def keep_experts(self, kept: list[int]) -> None:
+        """Leave the experts `kept` only, in that order; a new Parameter takes the weights' place.
+
+        Output biases stay where they are.
+        """
+        owned = self.maps(self.weights.detach()).by_expert()
+        groups = zip(*(owned[e] for e in kept), strict=True)
+        vector = torch.cat([piece.flatten() for group in groups for piece in group])
+        self.weights = nn.Parameter(vector, requires_grad=self.weights.requires_grad)
+        self.initial_sizes = [self.sizes[e] for e in kept]
+        self.set_widths(self.initial_sizes)
 
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Re-initialise the experts `index` [n]: their weights, and their output biases."""
