@@ -3,9 +3,8 @@
 Found by tracing the network with torch.fx. A layer of units is a linear or convolutional layer, an
 activation function behind it (normalisation and dropout may stand between), and the linear,
 convolutional or MoE layers that read the activations. The pool of an MoE layer is one such layer,
-too; those of other banks (`bottleneck`, `networks`), and what feeds these, are left out. Units
-that are added to others (behind a residual connection) have no output of their own and
-are left out.
+too; other banks (`bottleneck`, `networks`), and what feeds these, are left out. Units that are
+added to others (behind a residual connection) have no output of their own and are left out.
 
 Shapes: B samples, U units.
 """

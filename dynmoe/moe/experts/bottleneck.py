@@ -21,6 +21,9 @@ from dynmoe.moe.router import Routing
 from dynmoe.moe.widths import Shape, Widths, fit_widths
 from dynmoe.registry import PartConfig
 
+KAIMING = 6**0.5
+"""He et al.'s range for weights into ReLU units, times sqrt(fan_in)"""
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -78,9 +81,11 @@ class BottleneckBank(
     finds integer widths for; that number is the budget. A growth at a constant budget rescales all
     widths of all experts, so that again their sum is the budget (the paper: all hidden dimensions
     are rescaled so that the number of parameters stays). Output biases are left out, as room for
-    those of all M experts is reserved from the start. Weights and biases are drawn uniform in
-    +-1/sqrt(fan_in), as linear layers; output weights with all H2 units as their fan-in, as in the
-    hidden pool.
+    those of all M experts is reserved from the start.
+
+    Weights into hidden units are drawn uniform in +-sqrt(6/fan_in) (He et al. 2015, arXiv
+    1502.01852): smaller ones lose the signal on its way through three layers. Biases are drawn in
+    +-1/sqrt(fan_in), and output weights, with all H2 units as their fan-in, as in the hidden pool.
 
     A unit of the last expanded layer counts as the expert's hidden unit where a bank's units are
     asked for: its features, its load, the diagnostics.
@@ -269,7 +274,7 @@ class BottleneckBank(
 
     @torch.no_grad()
     def draw_weights(self, index: Tensor, generator: torch.Generator | None) -> None:
-        """Re-initialise entries `index` [n] of the vector, uniform in +-1/sqrt(fan_in)."""
+        """Re-initialise entries `index` [n] of the vector, from the ranges that the class names."""
         bounds = torch.zeros(len(self.weights))
         units, dim_in = sum(self.hidden_sizes()), self.shape.dim_in
         experts = self.maps(bounds).by_expert()
@@ -277,6 +282,8 @@ class BottleneckBank(
             inputs = (dim_in, dim_in, first, first, middle, middle, units)
             for piece, fan_in in zip(pieces, inputs, strict=True):
                 piece.fill_(fan_in**-0.5)
+            for matrix in pieces[:6:2]:
+                matrix.mul_(KAIMING)
         draws = torch.empty(len(index), device=home(generator))
         draws.uniform_(-1, 1, generator=generator)
         values = draws.cpu() * bounds[index.cpu()]

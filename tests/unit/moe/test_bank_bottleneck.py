@@ -54,7 +54,7 @@ def train(layer: MoELayer, optimizer: torch.optim.Optimizer, steps: int = 3) -> 
         optimizer.step()
 
 
-# widths --------------------------------------------------------------------------------------------
+# widths -----------------------------------------------------------------------------------------
 
 
 def test_the_cost_is_that_of_torchs_layers():
@@ -104,7 +104,7 @@ def test_a_layer_has_the_parameters_of_a_pool_at_first():
     assert 0 <= counts[0] - counts[1] < 1e-3 * counts[0]
 
 
-# growth --------------------------------------------------------------------------------------------
+# growth -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pruning", registry.names("pruning"))
@@ -222,7 +222,7 @@ def test_with_a_budget_per_growth_old_experts_stay_and_new_ones_bring_their_own(
 
 
 def test_budgets_that_are_too_small_are_refused_and_nothing_is_touched():
-    layer = make(hidden=4)
+    layer = make(hidden=3)
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(UserError, match="growing to 3 experts would leave some without hidden"):
         controller_of(layer).grow(1, (torch.randn(4, 6).double(), None))
@@ -246,7 +246,7 @@ def test_compiled_equals_eager_before_and_after_a_growth():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
 
 
-# beside it -----------------------------------------------------------------------------------------
+# beside it --------------------------------------------------------------------------------------
 
 
 def test_entries_of_experts_part_the_vector():
@@ -261,9 +261,13 @@ def test_its_units_are_left_alone_by_those_who_look_for_units():
     def make_block(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
         return make((dim_in, dim_out), hidden).float()
 
-    config = registry.get("network", "mlp").Config(width=12, hidden=40)
-    network = build_network(config, (1, 4, 4), 5, make_block)
-    assert [layer.name for layer in find_units(network)] == []  # the neck's feed a bottleneck
+    def network(name: str) -> nn.Module:
+        config = registry.get("network", name).Config(width=12, hidden=40)
+        return build_network(config, (1, 16, 16), 5, make_block)
+
+    with pytest.raises(UserError, match="those of bank bottleneck, and those that feed it, are le"):
+        find_units(network("mlp"))  # the neck's units feed it
+    assert [len(layer.outgoing) for layer in find_units(network("cnn"))] == [1, 1]
 
 
 def test_similarities_compare_experts_of_different_widths():
