@@ -19,7 +19,8 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting, Traces
 from dynmoe.growth.controller import GrowthController
-from dynmoe.lab.figures import as_image, heat_map
+from dynmoe.lab.figures import as_image
+from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe.diagnostics import most_experts, routing_stats

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.method import Horizon, Method, Training
-from cl_benchmarks.networks import Network, build_network
+from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training
+from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
@@ -232,6 +232,8 @@ def prepare(
 ) -> Training:
     """Network and optimizer. Network `draw` is the same in every run of this seed."""
     method: Method = config.method.build()
+    if isinstance(method, StaticMoE | DynamicMoE):
+        check_bank(config.network, config.bank)
     intervention: Intervention = config.intervention.build()
 
     def new_model(draw: int) -> Network:

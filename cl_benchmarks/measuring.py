@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.stream import ChunkDataset, standardise
-from dynmoe.lab.figures import heat_map
+from dynmoe.lab.heat_maps import heat_map
 from dynmoe.moe import moe_layers
 from dynmoe.moe.diagnostics import (
     gate_shares,

@@ -16,13 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
-from cl_benchmarks.networks import MakeBlock, dense_block
+from cl_benchmarks.networks import MakeBlock, dense_block, for_images
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.moe import UnitBank, moe_layers
+from dynmoe.moe.experts.pool import ConvPool
 from dynmoe.registry import Part, PartConfig
 
 
@@ -72,7 +73,7 @@ class Method(Part, ABC, kind="method"):
 
     @abstractmethod
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
-        """The maker of the hidden blocks, (width, hidden) -> module.
+        """The maker of the blocks at `--network.place`.
 
         Raises:
             UserError: the settings cannot work, found before any training.
@@ -113,7 +114,28 @@ class Wide(Dense, name="wide"):
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of `factor` times the hidden units."""
-        return lambda width, hidden: dense_block(width, hidden * self.factor)
+
+        def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+            return dense_block(dim_in, hidden * self.factor, dim_out, images)
+
+        return make
+
+
+def _moe_blocks(growth: GrowthSettings, experts: int, most: int, seed: int) -> MakeBlock:
+    """The maker of MoE layers of `experts` experts, with room for `most`.
+
+    Where images go through, and the settings' bank is for vectors, the bank is `conv`
+    (`networks.check_bank` refuses settings that do not mean that).
+    """
+    generator = seeding.generator(seed, "moe-layers")
+    image_bank = growth.bank if for_images(growth.bank) else ConvPool.Config()
+
+    def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+        growth.check_budget(hidden, most)
+        bank = image_bank if images else growth.bank
+        return growth.make_layer(dim_in, dim_out, hidden, experts, most, generator, bank)
+
+    return make
 
 
 class StaticMoE(Method, name="moe-static"):
@@ -135,13 +157,7 @@ class StaticMoE(Method, name="moe-static"):
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """An MoE layer with its final number of experts."""
         experts = self.config.experts or growth.most_experts(horizon.steps, horizon.tasks)
-        generator = seeding.generator(seed, "moe-layers")
-
-        def make(width: int, hidden: int) -> nn.Module:
-            growth.check_budget(hidden, experts)
-            return growth.make_layer(width, width, hidden, experts, experts, generator)
-
-        return make
+        return _moe_blocks(growth, experts, experts, seed)
 
 
 class RenewedMoE(StaticMoE, name="moe-renewed", source="ours"):
@@ -201,15 +217,13 @@ class RenewExperts(TaskPlugin):
         generator, optimizer = self.training.generator, self.training.optimizer
         for layer in dict(moe_layers(strategy.model)).values():
             every = torch.arange(layer.num_experts, device=layer.created.device)
-            slots = [(rows, 0, every) for rows in layer.bank.expert_rows()]
-            slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             layer.router.draw_rows(every, generator)
             layer.bank.draw_experts(every, generator)
             if isinstance(layer.bank, UnitBank):
                 units = torch.arange(len(layer.bank.segment), device=every.device)
                 layer.bank.draw_units(units, generator)
-                axes = layer.bank.unit_axes()
-                slots += [(getattr(layer.bank, name), axis, units) for name, axis in axes]
+            slots = layer.bank.entries(every)
+            slots += [(rows, 0, every) for rows in layer.router.expert_rows()]
             for parameter, axis, index in slots:
                 means = mean_moments(optimizer, parameter, "mean")
                 neutral_state(optimizer, parameter, axis, index, means)
@@ -271,13 +285,7 @@ class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"
                 f"{horizon.tasks} task(s); use another --trigger or its options "
                 "(--trigger.steps ...), more --chunks, or --method moe-static"
             )
-        generator = seeding.generator(seed, "moe-layers")
-
-        def make(width: int, hidden: int) -> nn.Module:
-            growth.check_budget(hidden, most)
-            return growth.make_layer(width, width, hidden, growth.granularity, most, generator)
-
-        return make
+        return _moe_blocks(growth, growth.granularity, most, seed)
 
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The growth plugin."""

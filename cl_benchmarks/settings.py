@@ -83,6 +83,10 @@ class Config(RunConfig, GrowthSettings):
             reasons["moments"] = "--optimizer sgd has no second moments; use adam"
         else:
             reasons["momentum"] = f"it is for --optimizer sgd (now {self.optimizer})"
+        if not self.network.neck:
+            reasons["network.width"] = "without --network.neck blocks are as wide as the features"
+        if self.network.place not in ("trunk", "everywhere"):
+            reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
         if all(method.name == "fresh" for method in methods):

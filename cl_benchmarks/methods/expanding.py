@@ -24,6 +24,15 @@ LARGEST_SCALE = 0.1
 """Scales of old columns are drawn between 0 and this; the paper says "random small values"."""
 
 
+def _refuse_images(method: str, images: bool) -> None:
+    """Raise a UserError where a block of convolutions is asked for."""
+    if images:
+        raise UserError(
+            f"method {method} expands hidden blocks of vectors and has none for a trunk; use "
+            "--network.place last, all or head"
+        )
+
+
 class Net2Wider(
     Method, name="net2wider", source="Chen et al. 2016 (arXiv 1511.05641), Section 2.2"
 ):
@@ -60,7 +69,8 @@ class Net2Wider(
         """A block that knows how wide it is to be in each task."""
         most = growth.most_experts(horizon.steps, horizon.tasks)
 
-        def make(width: int, hidden: int) -> nn.Module:
+        def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+            _refuse_images(self.name, images)
             if self.factor:
                 last = round(self.factor * hidden)
             else:
@@ -73,7 +83,7 @@ class Net2Wider(
                     "--method.factor"
                 )
             widths = [round(last * task / horizon.tasks) for task in range(1, horizon.tasks + 1)]
-            return WideningBlock(width, widths)
+            return WideningBlock(dim_in, widths, dim_out)
 
         return make
 
@@ -87,10 +97,10 @@ class Net2Wider(
 
 
 class WideningBlock(nn.Sequential):
-    """A two-layer ReLU MLP, [B, W] -> [B, W], to have `widths[k]` hidden units in task k."""
+    """A two-layer ReLU MLP, [B, D_in] -> [B, D_out], of `widths[k]` hidden units in task k."""
 
-    def __init__(self, width: int, widths: list[int]) -> None:
-        super().__init__(nn.Linear(width, widths[0]), nn.ReLU(), nn.Linear(widths[0], width))
+    def __init__(self, dim_in: int, widths: list[int], dim_out: int) -> None:
+        super().__init__(nn.Linear(dim_in, widths[0]), nn.ReLU(), nn.Linear(widths[0], dim_out))
         self.widths = widths
 
     @property
@@ -231,7 +241,8 @@ class Progressive(
         """A block with its first column."""
         most, blocks = growth.most_experts(horizon.steps, horizon.tasks), itertools.count()
 
-        def make(width: int, hidden: int) -> nn.Module:
+        def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+            _refuse_images(self.name, images)
             if self.units:
                 sizes = [self.units] * horizon.tasks
             else:
@@ -242,7 +253,8 @@ class Progressive(
                     f"method progressive: {sum(sizes)} hidden units are too few for columns for "
                     f"{horizon.tasks} tasks; use a larger --network.hidden or --method.units"
                 )
-            return ProgressiveBlock(width, sizes, seeding.derive(seed, "columns", next(blocks)))
+            own_seed = seeding.derive(seed, "columns", next(blocks))
+            return ProgressiveBlock(dim_in, sizes, dim_out, own_seed)
 
         return make
 
@@ -259,22 +271,22 @@ class Column(nn.Module):
     """One column: hidden units of its own, and an adapter to those of the columns before it.
 
     Args:
-        width: W, in and out.
+        dim_in, dim_out: D_in and D_out.
         units: its hidden units.
         before: hidden units of each column before it.
     """
 
-    def __init__(self, width: int, units: int, before: list[int]) -> None:
+    def __init__(self, dim_in: int, units: int, dim_out: int, before: list[int]) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(width, units), nn.ReLU())
-        self.output = nn.Linear(units, width)
+        self.hidden = nn.Sequential(nn.Linear(dim_in, units), nn.ReLU())
+        self.output = nn.Linear(units, dim_out)
         if before:
             self.scale = nn.Parameter(torch.empty(len(before)).uniform_(0, LARGEST_SCALE))
             self.reduce = nn.Sequential(nn.Linear(sum(before), units), nn.ReLU())
-            self.adapt = nn.Linear(units, width, bias=False)
+            self.adapt = nn.Linear(units, dim_out, bias=False)
 
     def forward(self, own: Tensor, others: list[Tensor]) -> Tensor:
-        """Output [B, W] from its own hidden units [B, u] and those of the columns before it."""
+        """Output [B, D_out] from its own hidden units [B, u] and those of the columns before it."""
         output = self.output(own)
         if others:
             scaled = [scale * h for scale, h in zip(self.scale, others, strict=True)]
@@ -283,21 +295,26 @@ class Column(nn.Module):
 
 
 class ProgressiveBlock(nn.Module):
-    """Columns, [B, W] -> [B, W]; the newest one speaks and learns.
+    """Columns, [B, D_in] -> [B, D_out]; the newest one speaks and learns.
 
     Args:
-        width: W.
+        dim_in, dim_out: D_in and D_out.
         sizes: hidden units of the columns to come, by task.
         seed: decides their first weights; the first column draws from torch's global generator.
     """
 
-    def __init__(self, width: int, sizes: list[int], seed: int) -> None:
+    def __init__(self, dim_in: int, sizes: list[int], dim_out: int, seed: int) -> None:
         super().__init__()
-        self.width, self.sizes, self.seed = width, sizes, seed
-        self.columns = nn.ModuleList([Column(width, sizes[0], [])])
+        self.dim_in, self.sizes, self.dim_out, self.seed = dim_in, sizes, dim_out, seed
+        self.columns = nn.ModuleList([Column(dim_in, sizes[0], dim_out, [])])
+
+    def output_layers(self) -> list[nn.Module]:
+        """The newest column's layers that give the output: its own, then its adapter."""
+        newest = self.columns[-1]
+        return [m for m in (newest.output, getattr(newest, "adapt", None)) if m is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The newest column's output [B, W] for x [B, W]."""
+        """The newest column's output [B, D_out] for x [B, D_in]."""
         columns = [column for column in self.columns if isinstance(column, Column)]
         hidden = [column.hidden(x) for column in columns]
         return columns[-1](hidden[-1], hidden[:-1])
@@ -310,7 +327,7 @@ class ProgressiveBlock(nn.Module):
         count = len(self.columns)
         sizes = [self.sizes[min(k, len(self.sizes) - 1)] for k in range(count + 1)]
         with seeding.seeded(self.seed, count):
-            column = Column(self.width, sizes[-1], sizes[:-1])
+            column = Column(self.dim_in, sizes[-1], self.dim_out, sizes[:-1])
         self.columns.append(column.to(next(self.columns.parameters()).device))
         return column
 

@@ -20,9 +20,11 @@ from dynmoe.growth.new_experts import NewExperts, WarmUp
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
 from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
+from dynmoe.growth.reshaping import Moved, plan_reshaping
 from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_back
 from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.registry import PartConfig
 
 
@@ -162,7 +164,7 @@ class GrowthController:
             activations = distributed.mean_tensors(activations)
             with distributed.all_or_none():
                 plans = [
-                    self.init.plan(self._request(layer, activations.get(name), generator))
+                    self._plan(layer, activations.get(name), generator)
                     for name, layer in layers.items()
                 ]
             plans = distributed.from_first(plans)
@@ -203,9 +205,10 @@ class GrowthController:
         copies: list[list[MoELayer]],
         plans: list[Plan],
         generator: torch.Generator,
-    ) -> list[Restart]:
+    ) -> list[Restart | Moved]:
         """Carry the plans out, on the model and, with the same draws, on each of its copies."""
-        count, start, restarts = len(self.events) + 1, generator.get_state(), []
+        count, start = len(self.events) + 1, generator.get_state()
+        restarts: list[Restart | Moved] = []
         for layer, plan in zip(layers.values(), plans, strict=True):
             restarts += grow_layer(layer, plan, count, generator, self.optimizer, self.moments)
             if self.budget.mode == "per-growth" and distributed.several_processes():
@@ -228,7 +231,7 @@ class GrowthController:
             hidden_sizes={
                 name: layer.bank.hidden_sizes()
                 for name, layer in layers.items()
-                if isinstance(layer.bank, UnitBank)
+                if isinstance(layer.bank, UnitBank | BottleneckBank)
             },
             parameters=sum(p.numel() for p in self.model.parameters()),
             shock=shock,
@@ -248,6 +251,17 @@ class GrowthController:
                 router.logit_shift.copy_(shift)
             self.warm_up.load_state_dict(warm_up)
             raise
+
+    def _plan(
+        self, layer: MoELayer, mean_activation: Tensor | None, generator: torch.Generator
+    ) -> Plan:
+        """What becomes of a layer."""
+        plan = self.init.plan(self._request(layer, mean_activation, generator))
+        if isinstance(layer.bank, BottleneckBank):
+            plan.reshaping = plan_reshaping(
+                layer.bank, self.budget, self.granularity, self.pruning, mean_activation, generator
+            )
+        return plan
 
     def _request(
         self, layer: MoELayer, mean_activation: Tensor | None, generator: torch.Generator
@@ -304,4 +318,10 @@ class GrowthController:
 def _partition(layer: MoELayer) -> list[Any]:
     """What must be equal of two layers that one plan is to fit: shapes, and the units' owners."""
     owners = layer.bank.segment.tolist() if isinstance(layer.bank, UnitBank) else []
-    return [layer.num_experts, owners, *(parameter.shape for parameter in layer.parameters())]
+    widths = layer.bank.sizes if isinstance(layer.bank, BottleneckBank) else []
+    return [
+        layer.num_experts,
+        owners,
+        widths,
+        *(parameter.shape for parameter in layer.parameters()),
+    ]

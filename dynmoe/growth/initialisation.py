@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.errors import UserError
+from dynmoe.growth.reshaping import Reshaping
 from dynmoe.registry import Part, PartConfig
 
 FRESH = -1
@@ -69,6 +70,8 @@ class Plan:
     """[E + n] added to the router's logit shift; new experts copy their parent's shift first"""
     reinit_router: bool = False
     """re-initialise the router rows of the old experts, too"""
+    reshaping: Reshaping | None = None
+    """what becomes of a bank of bottlenecked experts; sizes, source and factor are then empty"""
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
-from dynmoe.moe import MoELayer, Router, UnitBank, moe_layers
+from dynmoe.moe import MoELayer, Router, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +135,6 @@ def latest_experts(layer: MoELayer) -> Tensor:
 
 def latest_entries(layer: MoELayer) -> list[tuple[nn.Parameter, int, Tensor]]:
     """(parameter, axis, index) of all entries that belong to a layer's new experts alone."""
-    experts, bank = latest_experts(layer), layer.bank
-    rows = [*layer.router.expert_rows(), *bank.expert_rows()]
-    entries = [(parameter, 0, experts) for parameter in rows]
-    if isinstance(bank, UnitBank):
-        units = torch.isin(bank.segment, experts).nonzero().flatten()
-        entries += [(getattr(bank, name), axis, units) for name, axis in bank.unit_axes()]
-    return entries
+    experts = latest_experts(layer)
+    rows = [(parameter, 0, experts) for parameter in layer.router.expert_rows()]
+    return rows + layer.bank.entries(experts)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.model import undisturbed
 
 RunModel = Callable[[nn.Module], Any]
@@ -83,7 +84,7 @@ def observe(
     calls: dict[str, list[Tensor]] = {}
     handles = []
     for name, layer in moe_layers(model) if activations else ():
-        if isinstance(layer.bank, UnitBank):
+        if isinstance(layer.bank, UnitBank | BottleneckBank):
             hook = partial(_note_activity, calls.setdefault(name, []))
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -102,10 +103,11 @@ def _note_activity(
     given = dict(zip(("x", "mask"), args, strict=False)) | named
     bank, x, mask = layer.bank, given["x"], given.get("mask")
     mask = layer.routing_context[0] if mask is None else mask
-    assert isinstance(bank, UnitBank)
+    assert isinstance(bank, UnitBank | BottleneckBank)
     rows = x if bank.per_sample else x.reshape(-1, x.shape[-1])
     if mask is not None:
         real = (mask != 0).reshape(-1).to(rows.device)
         rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
-    hidden = bank.hidden(rows).abs()
+    units = bank.hidden if isinstance(bank, UnitBank) else bank.all_hidden
+    hidden = units(rows).abs()
     means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))

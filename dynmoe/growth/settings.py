@@ -18,6 +18,7 @@ from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, share_router
 from dynmoe.moe.bank import spread_sizes
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.layer import GateScale
 from dynmoe.registry import PartConfig, slot
 
@@ -105,10 +106,11 @@ class GrowthSettings:
         Raises:
             UserError: the constant budget of `hidden` units cannot feed `experts` experts.
         """
-        if self.budget.mode == "constant" and experts > hidden:
+        least = 2 if issubclass(self.bank.part, BottleneckBank) else 1
+        if self.budget.mode == "constant" and least * experts > hidden:
             raise UserError(
                 f"granularity {self.granularity} grows to {experts} experts, but the constant "
-                f"budget holds {hidden} hidden units and each expert needs at least one; use a "
+                f"budget holds {hidden} hidden units and each expert needs at least {least}; use a "
                 "smaller --granularity, fewer growths or more hidden units"
             )
 
@@ -120,8 +122,9 @@ class GrowthSettings:
         num_experts: int,
         max_experts: int,
         generator: torch.Generator | None,
+        bank: PartConfig | None = None,
     ) -> MoELayer:
-        """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]."""
+        """An MoE layer with these settings, [..., dim_in] -> [..., dim_out]; or another bank."""
         return MoELayer(
             dim_in,
             dim_out,
@@ -129,7 +132,7 @@ class GrowthSettings:
             num_experts=num_experts,
             max_experts=max_experts,
             router=self.router,
-            bank=self.bank,
+            bank=bank or self.bank,
             gate_scale=self.gate_scale,
             losses=(self.balance, self.regularizer),
             shared_hidden=self.shared_hidden,

@@ -27,8 +27,10 @@ from dynmoe.growth.optimizer_state import (
     pad,
     replace_parameter,
 )
+from dynmoe.growth.reshaping import Moved, reshape
 from dynmoe.moe import ExpertBank, MoELayer, Router, UnitBank
 from dynmoe.moe.draws import as_runs, set_entries, take_entries
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 
 Means = Callable[..., dict[str, Tensor]]
 """`mean_moments` of an optimizer: (parameter, rows) -> second moments"""
@@ -66,7 +68,7 @@ def grow_layer(
     generator: torch.Generator | None,
     optimizer: Optimizer | None = None,
     moments: Moments = "mean",
-) -> list[Restart]:
+) -> list[Restart | Moved]:
     """Carry out a plan on one layer.
 
     Units that are taken over keep their weights (output weights times the plan's factor) and their
@@ -86,12 +88,14 @@ def grow_layer(
     new = new.to(layer.created.device)
     layer.created[new] = created
     means = partial(mean_moments, optimizer, moments=moments)
-    restarts = []
+    restarts: list[Restart | Moved] = []
+    if isinstance(layer.bank, BottleneckBank):
+        restarts += _reshape(layer.bank, plan, new, generator, optimizer, means)
     if isinstance(layer.bank, UnitBank):
         restarts += _place_units(layer.bank, plan, generator, optimizer, means)
     if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
         restarts += _place_routes(layer.router, plan, new, generator, means)
-    return restarts + _place_experts(layer.bank, plan, new, generator, means)
+    return [*restarts, *_place_experts(layer.bank, plan, new, generator, means)]
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
@@ -138,6 +142,23 @@ def _place_units(
     ]
 
 
+def _reshape(
+    bank: BottleneckBank,
+    plan: Plan,
+    new: Tensor,
+    generator: torch.Generator | None,
+    optimizer: Optimizer | None,
+    means: Means,
+) -> list[Moved]:
+    """Rescale bottlenecked experts."""
+    assert plan.reshaping is not None
+    second, more = means(bank.weights), len(plan.reshaping.source) - len(bank.weights)
+    if more > 0:
+        append_entries(bank, "weights", 0, more, optimizer)
+    reshape(bank, plan.reshaping, new, generator)
+    return [Moved(bank.weights, plan.reshaping, second)]
+
+
 def _place_routes(
     router: Router, plan: Plan, new: Tensor, generator: torch.Generator | None, means: Means
 ) -> list[Restart]:
@@ -165,6 +186,8 @@ def _place_experts(
     _copy_parents(bank.expert_rows(), plan, new)
     for rows in bank.output_rows():
         rows[:experts] *= plan.bias_factor.to(rows).view(-1, *[1] * (rows.dim() - 1))
+    if isinstance(bank, BottleneckBank):
+        bank.output_weight().mul_(plan.bias_factor.to(bank.weights)[bank.segment])
     old = experts - len(new)
     return [Restart(rows, 0, new, means(rows, rows=old)) for rows in bank.expert_rows()]
 
@@ -219,6 +242,7 @@ class Undo:
         self.optimizer = optimizer
         self._objects: list[tuple[nn.Module, str, Tensor]] = []
         self._values: dict[int, tuple[Tensor, int, Tensor | None, Tensor]] = {}
+        self._bottlenecks = [x.bank for x in layers if isinstance(x.bank, BottleneckBank)]
         for layer, plan in zip(layers, plans, strict=True):
             self._keep_objects(layer)
             for parameter, axis, index in _written(layer, plan):
@@ -237,6 +261,8 @@ class Undo:
                 tensor.copy_(before)
             else:
                 set_entries(tensor, axis, index, before)
+        for bank in self._bottlenecks:
+            bank.read_widths()
         if self.optimizer is not None:
             for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
                 group["params"][:] = parameters
@@ -283,6 +309,8 @@ def _written(layer: MoELayer, plan: Plan) -> Iterator[tuple[nn.Parameter, int, T
     for rows in bank.expert_rows():
         scaled = any(rows is output for output in outputs)
         yield rows, 0, None if scaled else new
+    if isinstance(bank, BottleneckBank):
+        yield bank.weights, 0, None
     if isinstance(bank, UnitBank) and len(plan.source) == len(bank.segment):
         place, stays = plan.places
         scaled = bool((plan.factor != 1).any())

@@ -3,8 +3,8 @@
 Found by tracing the network with torch.fx. A layer of units is a linear or convolutional layer, an
 activation function behind it (normalisation and dropout may stand between), and the linear,
 convolutional or MoE layers that read the activations. The pool of an MoE layer is one such layer,
-too. Units that are added to others (behind a residual connection) have no output of their own and
-are left out.
+too; other banks (`bottleneck`, `networks`), and what feeds these, are left out. Units that are
+added to others (behind a residual connection) have no output of their own and are left out.
 
 Shapes: B samples, U units.
 """
@@ -161,6 +161,15 @@ def find_units(model: nn.Module) -> list[UnitLayer]:
             found += _behind(node, module, modules, graph)
         elif isinstance(module, MoELayer):
             found += [_pool(str(node.target), module, bank) for bank in unit_banks(module)]
+    others = {
+        m.bank.name for m in modules.values() if isinstance(m, MoELayer) and not unit_banks(m)
+    }
+    if not found and others:
+        raise UserError(
+            f"the network has no hidden units that can be found: those of bank {min(others)}, and "
+            "those that feed it, are left out; use --bank pool, a larger network or another "
+            "intervention"
+        )
     if not found:
         raise UserError(
             "the network has no hidden units that can be found: activation functions must be "

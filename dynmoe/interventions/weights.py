@@ -18,7 +18,8 @@ from dynmoe.errors import UserError
 from dynmoe.interventions.units import Slot, unit_banks
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, MultiHead, Router, UnitBank, moe_layers
 from dynmoe.moe.draws import Noise
-from dynmoe.plasticity.probes import last_linear
+from dynmoe.moe.experts.bottleneck import BottleneckBank
+from dynmoe.plasticity.probes import output_layers
 
 CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)
 """Modules that a reset would take back to the number of experts that they started with."""
@@ -47,12 +48,6 @@ def weight_matrices(model: nn.Module, outputs: bool = True) -> list[Slot]:
                     if weight.dim() >= 2 and weight is not left_out:
                         found.append(Slot(bank, name, 0))
     return [slot for slot in found if slot.parameter.requires_grad]
-
-
-def output_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that give a network's outputs: those it names, or its last linear layer."""
-    named = getattr(model, "output_layers", None)
-    return [last_linear(model)] if named is None else named()
 
 
 def linear_outputs(model: nn.Module, intervention: str) -> list[nn.Linear]:
@@ -123,6 +118,8 @@ def _draw_bank(bank: ExpertBank, generator: torch.Generator) -> set[Tensor]:
     if isinstance(bank, UnitBank):
         bank.draw_units(torch.arange(len(bank.segment)), generator)
         drawn |= {getattr(bank, name) for name, _ in bank.unit_axes()}
+    if isinstance(bank, BottleneckBank):
+        drawn.add(bank.weights)  # drawn with the experts
     if bank.expert_rows():
         bank.draw_experts(torch.arange(len(bank.expert_rows()[0])), generator)
     return drawn

@@ -67,6 +67,13 @@ class ExpertBank(nn.Module, Part, kind="bank"):
     def draw_experts(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Re-initialise the per-expert rows `index` [n], as at initialisation."""
 
+    def entries(self, experts: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """(parameter, axis, index) of all that belongs to the experts `experts` [n] alone."""
+        return [(rows, 0, experts) for rows in self.expert_rows()]
+
+    def check_resettable(self) -> None:
+        """Raise a UserError where `reset_parameters` would; by default it never does."""
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start: weights as construction draws them.
 
@@ -142,6 +149,12 @@ class UnitBank(ExpertBank):
                 f"reset_parameters: the pool has grown from {first} to {units} hidden units, and a "
                 "reset changes no shape; make a new layer instead"
             )
+
+    def entries(self, experts: Tensor) -> list[tuple[nn.Parameter, int, Tensor]]:
+        """(parameter, axis, index) of all that belongs to the experts `experts` [n] alone."""
+        units = torch.isin(self.segment, experts.to(self.segment.device)).nonzero().flatten()
+        own = [(getattr(self, name), axis, units) for name, axis in self.unit_axes()]
+        return [*super().entries(experts), *own]
 
     def hidden_sizes(self) -> list[int]:
         """Hidden units of each active expert, in order."""

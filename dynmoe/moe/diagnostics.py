@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import UnitBank
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import moe_layers, undisturbed
 
@@ -156,10 +157,14 @@ def weight_similarity(layer: MoELayer) -> Tensor:
     Banks with hidden units: `||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||)` with Frobenius norms,
     W_e the expert's units as rows, each with all its weights and biases but the output's. It is
     the cosine of the matrices `W_e^T W_e`, lies in 0..1, and knows no order of units; experts of
-    different sizes compare. Other banks: cosine of all of an expert's parameters, in -1..1. Both
-    are our choice. An expert of zeros has similarity 0 to all.
+    different sizes compare; of bottlenecked experts these are the first layers' units. Other banks:
+    cosine of all of an expert's parameters, in -1..1. Both are our choice. An expert of zeros has
+    similarity 0 to all.
     """
     bank, experts = layer.bank, range(layer.num_experts)
+    if isinstance(bank, BottleneckBank):
+        first = [own[:2] for own in bank.maps(bank.weights.double()).by_expert()]
+        return _overlaps([torch.cat([w, b.unsqueeze(1)], dim=1).T for w, b in first])
     if not isinstance(bank, UnitBank):
         rows = torch.cat([p.flatten(1).double() for p in bank.expert_rows()], dim=1)
         rows = F.normalize(rows[: len(experts)], dim=1)

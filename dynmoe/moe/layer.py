@@ -135,8 +135,7 @@ class MoELayer(nn.Module):
         Raises:
             UserError: a pool of hidden units has another size than at the start; nothing is reset.
         """
-        if isinstance(self.bank, UnitBank):
-            self.bank.check_resettable()
+        self.bank.check_resettable()
         self.router.reset_parameters(generator)
         self.bank.reset_parameters(generator)
         if self.shared is not None:

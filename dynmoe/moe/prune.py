@@ -16,6 +16,7 @@ from dynmoe.errors import UserError
 from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.diagnostics import FunctionChange, gate_shares, output_change
 from dynmoe.moe.downcycle import route
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.experts.pool import LoRAPool
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import undisturbed
@@ -66,7 +67,7 @@ def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Prune
     smaller = without_experts(layer, kept)
     after = [route(smaller, x) for x in batches]
     factor = _mean_scale(layer, before) / _mean_scale(smaller, after)
-    if isinstance(smaller.bank, UnitBank):
+    if isinstance(smaller.bank, UnitBank | BottleneckBank):
         smaller.bank.output_weight().mul_(factor)
     for rows in smaller.bank.output_rows():
         rows.mul_(factor)
@@ -107,6 +108,8 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
         rows.copy_(rows[order])
     if isinstance(smaller.bank, UnitBank):
         _keep_units(smaller.bank, order, len(kept))
+    if isinstance(smaller.bank, BottleneckBank):
+        smaller.bank.keep_experts(kept)
     if isinstance(smaller.bank, LoRAPool):
         smaller.bank.start_from(len(smaller.bank.segment))
     return smaller

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import NumericError, UserError
 from dynmoe.moe import MoELayer, UnitBank, moe_layers
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.model import undisturbed
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -115,8 +116,9 @@ def take_probe(
             no gradients, and an output of any shape.
         initial: values at the start, by parameter name (see `copy_parameters`). Parameters it lacks
             are left out of the distance; growth must keep the shapes of the others in step.
-        classifier: the module whose input is `features`; by default the last `nn.Linear` in module
-            order that is not part of an MoE layer.
+        classifier: the module whose input is `features`; by default the first that the model's own
+            `output_layers()` names, or else the last `nn.Linear` in module order that is not part
+            of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.
 
     Raises:
@@ -128,7 +130,7 @@ def take_probe(
         raise ValueError("the probe batch is empty")
     parameters = dict(model.named_parameters())
     _check_initial(parameters, initial or {})
-    classifier = last_linear(model) if classifier is None else classifier
+    classifier = output_layers(model)[0] if classifier is None else classifier
     with undisturbed(model), torch.set_grad_enabled(labels is not None):
         with _hooked(model, classifier) as (activations, seen):
             logits = model(inputs)
@@ -151,6 +153,16 @@ def take_probe(
         initial=None if initial is None else _cut(initial, living),
         experts=experts,
     )
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that give a network's outputs: those it names, or its last linear layer.
+
+    Raises:
+        ValueError: it names none and has no linear layer.
+    """
+    named = getattr(model, "output_layers", None)
+    return [last_linear(model)] if named is None else named()
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -261,7 +273,7 @@ def _expert_probes(
         if layer not in seen:
             continue
         bank, living, routing = layer.bank, layer.num_experts, layer.last_routing
-        if not isinstance(bank, UnitBank) or bank.per_sample:
+        if not isinstance(bank, UnitBank | BottleneckBank) or bank.per_sample:
             continue  # no hidden units to look at, or one activation per position and unit
         assert routing is not None  # the layer ran: its input was seen
         rows = seen[layer].flatten(0, -2)
@@ -270,6 +282,10 @@ def _expert_probes(
         if not len(rows := routing.real(rows)):
             continue  # nothing but padding
         w_in, w_out = dict(bank.named_parameters()).get("w_in"), bank.output_weight()
+        w_out_grad = gradients.get(names.get(id(w_out), ""))
+        if isinstance(bank, BottleneckBank):  # its units' weights are parts of one vector
+            gradient = gradients.get(names[id(bank.weights)])
+            w_out_grad = None if gradient is None else bank.output_weight(gradient)
         probes[name or "model"] = ExpertProbe(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
             hidden=bank.hidden(rows),
@@ -278,7 +294,7 @@ def _expert_probes(
             weight_in=None if w_in is None else w_in.detach(),
             weight_out=w_out.detach(),
             weight_in_grad=None if w_in is None else gradients.get(names[id(w_in)]),
-            weight_out_grad=gradients.get(names[id(w_out)]),
+            weight_out_grad=w_out_grad,
         )
     return probes
 

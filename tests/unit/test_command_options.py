@@ -197,7 +197,7 @@ def test_methods_use_no_setting_but_those_they_say(name: str) -> None:
     seen: set[str] = set()
     config = spied(cl_benchmarks.settings.Config, seen)()
     method = registry.get("method", name).Config().build()
-    block = method.make_block(config, Horizon(steps=100, tasks=3), 0)(8, 32)
+    block = method.make_block(config, Horizon(steps=100, tasks=3), 0)(8, 32, 8)
     optimizer, intervention = torch.optim.Adam(block.parameters()), config.intervention.build()
     generator = torch.Generator()
     method.plugins(config, Training(block, optimizer, generator, lambda _: block, intervention))
@@ -213,7 +213,7 @@ def test_agents_use_no_setting_but_those_they_say(name: str) -> None:
     agent.make_block(config, 5000, 0)(8, 32, 4)
     assert seen <= set(agent.reads)
     assert agent.reads or isinstance(agent.make_block(config, 5000, 0)(8, 32, 4),
-                                     type(dense_block(8, 8)))  # fmt: skip
+                                     type(dense_block(8, 8, 8)))  # fmt: skip
 
 
 # from Python --------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cl_benchmarks.networks import Network, Trunk, build_network, dense_block
+from cl_benchmarks.networks import Network, Trunk, build_network, check_bank, dense_block
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, moe_layers
+from dynmoe.plasticity.probes import take_probe
 
 NETWORKS = registry.names("network")
 
@@ -28,12 +29,13 @@ def config(name: str, **options: Any) -> Trunk.Config:
     return registry.get("network", name).Config(**options)
 
 
-def moe_block(width: int, hidden: int) -> nn.Module:
-    return MoELayer(width, width, hidden, num_experts=2, max_experts=2)
+def moe_block(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+    bank = "conv" if images else "pool"
+    return MoELayer(dim_in, dim_out, hidden, num_experts=2, max_experts=2, bank=bank)
 
 
-def one_expert(width: int, hidden: int) -> nn.Module:
-    return MoELayer(width, width, hidden)
+def one_expert(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+    return MoELayer(dim_in, dim_out, hidden, bank="conv" if images else "pool")
 
 
 def count(module: nn.Module) -> int:
@@ -125,3 +127,85 @@ def test_the_global_seed_decides_the_weights_and_blocks_leave_the_rest_alone():
     for part in ("trunk", "neck"):
         ours, theirs = getattr(dense, part).state_dict(), getattr(moe, part).state_dict()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# places, neck and scale --------------------------------------------------------------------------
+
+TRUNKS = [("cnn", {}), ("vgg16", {"scale": 0.125}), ("resnet18", {"scale": 0.125})]
+
+
+@pytest.mark.parametrize("neck", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_head_maps_the_features_to_the_classes(neck, blocks):
+    settings = config("cnn", place="head", blocks=blocks, neck=neck)
+    width = 12 if neck else settings.build((1, 16, 16)).out_features
+    moe = build_network(settings, (1, 16, 16), 5, moe_block)
+    assert [name for name, _ in moe_layers(moe)] == ["classifier"]
+    assert moe.classifier.bank.w_in.shape == (20, width)
+    assert moe.output_layers() == [moe.classifier]
+    dense = build_network(settings, (1, 16, 16), 5)
+    assert dense.output_layers() == [dense.classifier[2]]
+    for network in (moe, dense):
+        assert network(torch.randn(3, 1, 16, 16)).shape == (3, 5)
+        probe = take_probe(network, torch.randn(3, 1, 16, 16), torch.tensor([0, 1, 4]))
+        assert probe.features.shape == (3, width if network is moe else 20)
+
+
+def test_without_a_neck_the_blocks_read_the_trunks_features():
+    network = build_network(config("mlp", neck=False), (1, 4, 4), 5)
+    x = torch.randn(2, 1, 4, 4)
+    torch.testing.assert_close(network(x), network.classifier(network.blocks(x.flatten(1))))
+    assert network.blocks[0][0].in_features == network.classifier.in_features == 16
+
+
+@pytest.mark.parametrize(("place", "expected"), [("trunk", 1), ("everywhere", 3)])
+@pytest.mark.parametrize(("name", "options"), TRUNKS)
+def test_layers_in_the_trunk_are_of_images_and_learn(name, options, place, expected):
+    settings = config(name, place=place, blocks=2, trunk_hidden=6, **options)
+    network = build_network(settings, (3, 32, 32), 5, moe_block)
+    layers = dict(moe_layers(network))
+    assert len(layers) == expected
+    trunk = next(layer for name, layer in layers.items() if name.startswith("trunk"))
+    assert trunk.bank.name == "conv" and trunk.bank.w_in.shape[0] == 6
+    nn.functional.cross_entropy(network(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in trunk.parameters())
+    dense = build_network(settings, (3, 32, 32), 5)
+    single = build_network(settings, (3, 32, 32), 5, one_expert)
+    routers = sum(count(layer.router) for _, layer in moe_layers(single))
+    assert count(single) == count(dense) + routers
+
+
+def test_a_trunk_without_a_place_refuses():
+    with pytest.raises(UserError, match="network mlp has no place for an MoE layer in its trunk"):
+        build_network(config("mlp", place="trunk"), (1, 4, 4), 5)
+
+
+@pytest.mark.parametrize(
+    ("place", "bank", "complaint"),
+    [
+        ("trunk", "pool", "--bank pool is for vectors; use --bank conv"),
+        ("last", "conv", "--bank conv is for images; use --network.place trunk"),
+        ("everywhere", "conv", "its trunk has bank conv anyway"),
+    ],
+)
+def test_banks_that_do_not_fit_their_place_are_refused(place, bank, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_bank(config("cnn", place=place), registry.get("bank", bank).Config())
+    check_bank(config("cnn", place="trunk"), registry.get("bank", "conv").Config())
+    check_bank(config("cnn", place="everywhere"), registry.get("bank", "pool").Config())
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_scale_multiplies_all_channels(name):
+    trunk = config(name, scale=0.25).build((1, 32, 32))
+    assert trunk.out_features == 128
+    channels = {m.out_channels for m in trunk.modules() if isinstance(m, nn.Conv2d)}
+    assert channels == {16, 32, 64, 128}
+    assert trunk(torch.randn(2, 1, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), 0.001])
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_scales_that_leave_a_layer_empty_are_refused(name, scale):
+    with pytest.raises(UserError, match=rf"{name}: scale={scale} (must be|leaves a layer of 64)"):
+        config(name, scale=scale).build((3, 32, 32))

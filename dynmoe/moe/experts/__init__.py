@@ -1,5 +1,6 @@
 """Expert banks. A new one: a file, and a line here."""
 
+from dynmoe.moe.experts.bottleneck import BottleneckBank as BottleneckBank
 from dynmoe.moe.experts.pool import ConvPool as ConvPool
 from dynmoe.moe.experts.pool import GatedPool as GatedPool
 from dynmoe.moe.experts.pool import HiddenPool as HiddenPool

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ExpertBank, UnitBank
+from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.experts.rows import NetworkBank
 from dynmoe.moe.loss import AuxLoss, LossInput
 from dynmoe.moe.router import check_option
@@ -34,7 +35,7 @@ class OrthogonalLoss(
     def forward(self, inputs: LossInput) -> Tensor:
         """The loss of the bank's weights; samples have no part in it."""
         active = inputs.routing.active
-        if isinstance(inputs.bank, UnitBank):
+        if isinstance(inputs.bank, UnitBank | BottleneckBank):
             overlaps = unit_overlaps(inputs.bank, len(active))
         else:
             rows = torch.cat([p.flatten(1) for p in inputs.bank.expert_rows()], dim=1)
@@ -48,12 +49,18 @@ def row_overlaps(rows: Tensor) -> Tensor:
     return (rows @ rows.T).square()
 
 
-def unit_overlaps(bank: UnitBank, experts: int) -> Tensor:
-    """Overlaps [M, M] of the experts' incoming weights, as `OrthogonalLoss` defines them."""
-    weights = torch.cat(unit_inputs(bank), dim=1)  # [H, F]
-    owner = F.one_hot(bank.segment, experts).to(weights.dtype)  # [H, M]
+def unit_overlaps(bank: UnitBank | BottleneckBank, experts: int) -> Tensor:
+    """Overlaps [M, M] of the experts' incoming weights, as `OrthogonalLoss` defines them.
+
+    Of bottlenecked experts those are the weights of their first layers.
+    """
+    if isinstance(bank, BottleneckBank):
+        weights, segment = bank.maps(bank.weights).w1, bank.first_segment
+    else:
+        weights, segment = torch.cat(unit_inputs(bank), dim=1), bank.segment  # [H, F], [H]
+    owner = F.one_hot(segment, experts).to(weights.dtype)  # [H, M]
     norms = _norm(owner.T @ weights.square().sum(dim=1))
-    rows = weights / norms[bank.segment].unsqueeze(1)
+    rows = weights / norms[segment].unsqueeze(1)
     return owner.T @ (rows @ rows.T).square() @ owner
 
 
@@ -98,7 +105,10 @@ class ParsevalLoss(
             UserError: the bank has no weight matrices.
         """
         bank, active = inputs.bank, inputs.routing.active
-        terms = self._units(bank) if isinstance(bank, UnitBank) else self._rows(bank, active)
+        if isinstance(bank, BottleneckBank):
+            terms = self._maps(bank)
+        else:
+            terms = self._units(bank) if isinstance(bank, UnitBank) else self._rows(bank, active)
         if not terms:
             raise UserError(
                 f"parseval loss: bank {bank.name!r} has no weight matrices to keep even"
@@ -112,6 +122,14 @@ class ParsevalLoss(
         for weights in unit_inputs(bank):
             products = torch.where(same, weights @ weights.T, 0.0)
             terms.append((products - self._target(products)).square().sum())
+        return terms
+
+    def _maps(self, bank: BottleneckBank) -> list[Tensor]:
+        """A term for each matrix of each bottlenecked expert but its last."""
+        terms = []
+        for w1, _, w2, _, w3, *_ in bank.maps(bank.weights).by_expert():
+            products = [w @ w.T for w in (w1, w2, w3)]
+            terms += [(p - self._target(p)).square().sum() for p in products]
         return terms
 
     def _rows(self, bank: ExpertBank, active: Tensor) -> list[Tensor]:
@@ -340,7 +358,7 @@ def router_weighted_features(inputs: LossInput) -> tuple[Tensor, Tensor]:
         UserError: the bank's experts have no hidden layer.
     """
     bank, gates = inputs.bank, inputs.routing.gates
-    if isinstance(bank, UnitBank):
+    if isinstance(bank, UnitBank | BottleneckBank):
         hidden = bank.hidden(inputs.x)
         weights = gates[:, bank.segment]
         living = torch.ones_like(bank.segment, dtype=torch.bool)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cl_benchmarks.measuring import expert_maps
-from dynmoe.lab.figures import heat_map
+from dynmoe.lab.heat_maps import heat_map
 from dynmoe.moe import MoELayer
 from dynmoe.moe.diagnostics import output_similarity, weight_similarity
 

@@ -33,7 +33,7 @@ def seeded(seed: int = 3) -> torch.Generator:
 
 @pytest.mark.parametrize("hidden", [9, 15, 40])
 def test_outputs_do_not_change_without_noise(hidden: int) -> None:
-    block = WideningBlock(6, [8]).double()
+    block = WideningBlock(6, [8], 6).double()
     x = torch.randn(50, 6, dtype=torch.float64)
     before = block(x)
     widen(block, hidden, 0.0, seeded())
@@ -43,7 +43,7 @@ def test_outputs_do_not_change_without_noise(hidden: int) -> None:
 
 def test_weights_are_the_papers_loop() -> None:
     """Eqs. 4 and 5: U_ij = W_ig(j), V_jk = W_g(j)k / |{x: g(x) = g(j)}|."""
-    block = WideningBlock(6, [4]).double()
+    block = WideningBlock(6, [4], 6).double()
     first, second = copy.deepcopy(block.layers)
     widen(block, 11, 0.0, seeded())
     generator = seeded()
@@ -60,7 +60,7 @@ def test_weights_are_the_papers_loop() -> None:
 
 
 def test_noise_falls_on_what_feeds_the_copies() -> None:
-    plain, noisy = WideningBlock(6, [30]), WideningBlock(6, [30])
+    plain, noisy = WideningBlock(6, [30], 6), WideningBlock(6, [30], 6)
     noisy.load_state_dict(plain.state_dict())
     spread = float(plain.layers[0].weight.detach().std())
     widen(plain, 90, 0.0, seeded())
@@ -74,7 +74,7 @@ def test_noise_falls_on_what_feeds_the_copies() -> None:
 
 @pytest.mark.parametrize("moments", ["mean", "zero"])
 def test_old_units_keep_their_optimizer_state(moments: str) -> None:
-    training = training_of(WideningBlock(6, [4, 7]))
+    training = training_of(WideningBlock(6, [4, 7], 6))
     train(training, range(5))
     state = {n: dict(training.optimizer.state[p]) for n, p in training.model.named_parameters()}
     WidenPlugin(training, 0.01, moments).before_training_exp(at_task(training, 1))  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ def test_old_units_keep_their_optimizer_state(moments: str) -> None:
 def test_copies_with_noise_learn_apart_and_without_it_stay_alike() -> None:
     gaps = {}
     for noise in (0.0, 0.05):
-        training = training_of(WideningBlock(6, [5, 10]))
+        training = training_of(WideningBlock(6, [5, 10], 6))
         train(training, range(3))
         plugin = WidenPlugin(training, noise, "mean")
         plugin.before_training_exp(at_task(training, 0))
@@ -123,7 +123,7 @@ def test_copies_with_noise_learn_apart_and_without_it_stay_alike() -> None:
 
 def test_an_intervention_is_told_of_the_new_weights() -> None:
     intervention = L2Init.Config(strength=1.0).build()
-    training = training_of(WideningBlock(6, [4, 9]), intervention=intervention)
+    training = training_of(WideningBlock(6, [4, 9], 6), intervention=intervention)
     intervention.attach(training.model, training.optimizer, seeded())
     train(training, range(4))
     before = float(intervention.penalty().detach())
@@ -137,7 +137,7 @@ def test_an_intervention_is_told_of_the_new_weights() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_resume_rebuilds_the_shapes(optimizer: str) -> None:
     def begin() -> tuple:
-        training = training_of(WideningBlock(6, [4, 7, 12]), optimizer)
+        training = training_of(WideningBlock(6, [4, 7, 12], 6), optimizer)
         return training, WidenPlugin(training, 0.01, "mean")
 
     def go_on(training, plugin) -> None:
@@ -200,7 +200,7 @@ def test_bad_options_are_refused(digits: ImageData, tmp_path: Path) -> None:
 
 def test_the_block_starts_as_a_dense_one_of_its_width() -> None:
     torch.manual_seed(4)
-    block = WideningBlock(6, [8, 16])
+    block = WideningBlock(6, [8, 16], 6)
     torch.manual_seed(4)
     dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
     x, _ = batch(1)
@@ -208,7 +208,7 @@ def test_the_block_starts_as_a_dense_one_of_its_width() -> None:
 
 
 def test_a_block_that_an_intervention_has_rebuilt_is_refused_in_one_line() -> None:
-    block = WideningBlock(4, [2, 4])
+    block = WideningBlock(4, [2, 4], 4)
     insert_norms(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), block))
     with pytest.raises(
         UserError, match="net2wider cannot widen a block that an intervention"

@@ -25,7 +25,7 @@ def digits() -> ImageData:
 
 def block_of(columns: int, seed: int = 1) -> ProgressiveBlock:
     torch.manual_seed(2)
-    block = ProgressiveBlock(6, [4, 3, 5], seed)
+    block = ProgressiveBlock(6, [4, 3, 5], 6, seed)
     for _ in range(columns - 1):
         block.add_column()
     return block
@@ -86,7 +86,7 @@ def test_sizes_and_first_values_of_columns() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_old_columns_are_frozen_and_new_ones_learn(optimizer: str) -> None:
     """Even though the optimizer has momentum left for the old ones."""
-    training = training_of(ProgressiveBlock(6, [4, 3, 5], 0), optimizer)
+    training = training_of(ProgressiveBlock(6, [4, 3, 5], 6, 0), optimizer)
     plugin = ColumnPlugin(training)
     for task in range(3):
         plugin.before_training_exp(at_task(training, task))
@@ -116,7 +116,7 @@ def test_gradients_reach_the_adapter_and_what_is_before_the_block() -> None:
 
 def test_resume_rebuilds_the_columns() -> None:
     def begin() -> tuple:
-        training = training_of(ProgressiveBlock(6, [4, 3, 5], 0))
+        training = training_of(ProgressiveBlock(6, [4, 3, 5], 6, 0))
         return training, ColumnPlugin(training)
 
     training, plugin = begin()

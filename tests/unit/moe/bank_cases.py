@@ -112,3 +112,21 @@ def _networks(bank: Any, e: int, x: Tensor) -> Tensor:
     for weight, bias in list(zip(bank.weights, bank.biases, strict=True))[:-1]:
         x = torch.tanh(x @ weight[e].T + bias[e])
     return x @ bank.weights[-1][e].T + bank.biases[-1][e]
+
+
+def _bottleneck(bank: Any, e: int, x: Tensor) -> Tensor:
+    """The vector cut up by hand."""
+    place, found = 0, []
+    widths = [(a, b, c) for a, b, c in bank.widths.tolist() if a]
+    dim_in, dim_out = x.shape[1], bank.b_out.shape[1]
+    for name in ("w1", "b1", "w2", "b2", "w3", "b3", "w4"):
+        for expert, (a, b, c) in enumerate(widths):
+            shape = {"w1": (a, dim_in), "b1": (a,), "w2": (b, a), "b2": (b,), "w3": (c, b),
+                     "b3": (c,), "w4": (c, dim_out)}[name]  # fmt: skip
+            size = torch.Size(shape).numel()
+            if expert == e:
+                found.append(bank.weights[place : place + size].view(shape))
+            place += size
+    w1, b1, w2, b2, w3, b3, w4 = found
+    h = torch.tanh(torch.tanh(torch.tanh(x @ w1.T + b1) @ w2.T + b2) @ w3.T + b3)
+    return h @ w4 + bank.b_out[e]

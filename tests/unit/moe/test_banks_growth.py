@@ -18,6 +18,7 @@ from dynmoe.moe import MoELayer
 
 CONSTANT, PER_GROWTH = Budget(), Budget(mode="per-growth", units=3)
 BUDGETS = pytest.mark.parametrize("budget", [CONSTANT, PER_GROWTH], ids=["constant", "per-growth"])
+IN_PLACE = [name for name in BANKS if name != "bottleneck"]  # its own: test_bank_bottleneck.py
 GROWTHS = [(name, init) for name in BANKS for init in ("random", "zero-output")]
 GROWTHS += [(name, "duplicate") for name in WITH_UNITS]
 
@@ -44,6 +45,8 @@ def entries(layer: MoELayer) -> dict[str, int]:
     ids = {id(p): 0 for p in layer.bank.expert_rows()}
     if layer.bank.name in WITH_UNITS:
         ids |= {id(getattr(layer.bank, key)): axis for key, axis in layer.bank.unit_axes()}
+    if layer.bank.name == "bottleneck":
+        ids[id(layer.bank.weights)] = 0
     assert len(ids) == len(list(layer.bank.parameters()))
     return {key: ids[id(p)] for key, p in layer.bank.named_parameters()}
 
@@ -70,9 +73,13 @@ def test_growth_in_the_midst_of_training(name, init, router, budget):
         changed = layer.bank.get_parameter(key).detach() != before[f"bank.{key}"]
         changed = changed.movedim(axis, 0).reshape(changed.shape[axis], -1).any(dim=1)
         living = slice(layer.num_experts) if len(changed) == ROOM else slice(None)
+        if key == "weights":
+            living = slice(layer.bank.live)
         assert router == "topk" or changed[living].all(), key  # old and new: everything learns
     grown = sum(p.numel() for p in layer.parameters())
-    if name in WITH_UNITS and budget is PER_GROWTH:
+    if name == "bottleneck" and budget is PER_GROWTH:
+        assert grown > size and layer.bank.live == len(layer.bank.weights)
+    elif name in WITH_UNITS and budget is PER_GROWTH:
         assert sum(layer.bank.hidden_sizes()) == HIDDEN + 6 and grown > size
     else:
         assert grown == size
@@ -80,7 +87,7 @@ def test_growth_in_the_midst_of_training(name, init, router, budget):
         assert layer.shared.hidden_sizes() == [2]
 
 
-@pytest.mark.parametrize("name", BANKS)
+@pytest.mark.parametrize("name", IN_PLACE)
 @BUDGETS
 def test_optimizer_state_follows_and_restarts(name, budget):
     """Entries that keep their weights keep their moments; the others begin again."""
@@ -171,7 +178,7 @@ def test_a_grown_layer_is_restored_into_a_fresh_one(name):
 
 
 @pytest.mark.parametrize("router", ["cosine", "topk"])
-@pytest.mark.parametrize("name", BANKS)
+@pytest.mark.parametrize("name", IN_PLACE)
 def test_growth_keeps_one_graph(name, router, device):
     torch._dynamo.reset()
     layer = make(name, router, shared_hidden=2).to(device)

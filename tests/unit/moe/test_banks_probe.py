@@ -30,6 +30,12 @@ def test_a_probe_reads_every_bank(name, router):
             torch.testing.assert_close(found.hidden, layer.bank.hidden(x).detach())
             assert found.weight_out.shape == found.weight_out_grad.shape == (4, HIDDEN)
             assert found.weight_in.shape == found.weight_in_grad.shape == (HIDDEN, 5)
+        elif name == "bottleneck":
+            (found,) = probe.experts.values()
+            torch.testing.assert_close(found.hidden, layer.bank.hidden(x).detach())
+            assert len(found.segment) == found.hidden.shape[1] and found.weight_in is None
+            assert found.weight_out.shape == found.weight_out_grad.shape == (4, len(found.segment))
+            assert found.weight_out_grad.any(dim=0).all()
         else:
             assert probe.experts == {}
         assert len(measure_all(probe)) > 5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.lab.figures import heat_map
+from dynmoe.lab.heat_maps import heat_map
 from dynmoe.moe import ExpertBank, MoELayer
 from dynmoe.moe.diagnostics import layer_inputs, output_similarity, routing_table, weight_similarity
 from dynmoe.registry import PartConfig
