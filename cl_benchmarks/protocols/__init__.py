@@ -8,3 +8,4 @@ from cl_benchmarks.protocols.changes import Blurred as Blurred
 from cl_benchmarks.protocols.changes import Noise as Noise
 from cl_benchmarks.protocols.changes import Unknown as Unknown
 from cl_benchmarks.protocols.changes import WarmStart as WarmStart
+from cl_benchmarks.protocols.domains import Domains as Domains
