@@ -94,7 +94,7 @@ class Domains(
             found.append(Chunk(index, data.train_labels[index], *asked))
         return found
 
-    def _ordered(self, names: list, chunks: int, seed: int, what: str) -> list:  # type: ignore[type-arg]
+    def _ordered(self, names: list, chunks: int, seed: int, what: str) -> list:
         """The first `chunks` of them in the order of the settings."""
         if chunks > len(names):
             raise UserError(
