@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training
+from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config, check_without_tasks
@@ -159,6 +159,8 @@ class StreamSession(Session):
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
+        if protocol.resets_head:
+            plugins.append(ZeroHead(training))
         self.model = training.model
         self.recorder: TaskRecorder = TaskRecorder(
             run, config, steps, self.state, train, test, training.model, self.growth

@@ -22,6 +22,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
 from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.weights import fresh_draw, linear_outputs
 from dynmoe.moe import UnitBank, moe_layers
 from dynmoe.moe.experts.pool import ConvPool
 from dynmoe.registry import Part, PartConfig
@@ -94,6 +95,29 @@ class Dense(Method, name="dense"):
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A dense block of the same size as the MoE layer: a two-layer MLP."""
         return dense_block
+
+
+class RenewedBlock(nn.Sequential):
+    """A dense block that `reset-block` re-initialises: [B, W] -> [B, W]."""
+
+
+class ResetBlock(
+    Dense, name="reset-block", source="after Nikishin et al. 2022 (arXiv 2205.07802), Section 4"
+):
+    """The dense network whose block is re-initialised at each task: the control for DynamicMoE.
+
+    Those blocks that are MoE layers in other methods start anew, with neutral optimizer state;
+    trunk, neck, other blocks and classifier learn on. A growth that re-initialises its layer does
+    the same to one with experts, so what is left between the two is the experts.
+    """
+
+    def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
+        """A dense block of the usual size, marked as one to be re-initialised."""
+        return lambda *sizes: RenewedBlock(*dense_block(*sizes).children())
+
+    def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
+        """The plugin that re-initialises the blocks."""
+        return [ResetBlocks(training)]
 
 
 class Wide(Dense, name="wide"):
@@ -208,7 +232,61 @@ class TaskPlugin(ABC):
         """Restore `state_dict()`."""
 
 
-class RenewExperts(TaskPlugin):
+class DrawingPlugin(TaskPlugin):
+    """Base of those that draw from the training's generator; it resumes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the generator stands."""
+        return {"generator": self.training.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        self.training.generator.set_state(state["generator"])
+
+
+class ResetBlocks(DrawingPlugin):
+    """Avalanche plugin: the marked blocks are re-initialised at the start of each later task."""
+
+    @torch.no_grad()
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Draw the blocks, in place, with neutral optimizer state, as a growth would."""
+        optimizer = self.training.optimizer
+        for block in strategy.model.modules():
+            if not isinstance(block, RenewedBlock):
+                continue
+            drawn = fresh_draw(block, self.training.generator)
+            for name, parameter in block.named_parameters():
+                parameter.copy_(drawn[name])
+                means = mean_moments(optimizer, parameter, "mean")
+                every = torch.arange(len(parameter), device=parameter.device)
+                neutral_state(optimizer, parameter, 0, every, means)
+
+
+class ZeroHead(TaskPlugin):
+    """Avalanche plugin: the output layer is zero at the start of every task, the first as well.
+
+    As Dohare et al. 2024 (Nature 632) do with Continual ImageNet; its optimizer state is dropped.
+    """
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        linear_outputs(training.model, "head-reset")  # raises before any training
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """A task starts."""
+        if not getattr(strategy, "resuming", False):
+            self.task_starts(strategy, strategy.clock.train_exp_counter)
+
+    @torch.no_grad()
+    def task_starts(self, strategy: Any, task: int) -> None:
+        """Set to zero."""
+        for layer in linear_outputs(strategy.model, "head-reset"):
+            for parameter in layer.parameters():
+                parameter.zero_()
+                self.training.optimizer.state.pop(parameter, None)
+
+
+class RenewExperts(DrawingPlugin):
     """Avalanche plugin: fresh experts and router rows at the start of each later task."""
 
     @torch.no_grad()
@@ -227,14 +305,6 @@ class RenewExperts(TaskPlugin):
             for parameter, axis, index in slots:
                 means = mean_moments(optimizer, parameter, "mean")
                 neutral_state(optimizer, parameter, axis, index, means)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the generator stands."""
-        return {"generator": self.training.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict()`."""
-        self.training.generator.set_state(state["generator"])
 
 
 class Fresh(Dense, name="fresh"):

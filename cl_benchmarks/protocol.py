@@ -39,6 +39,8 @@ class Chunk:
     pixels: Tensor | None = None
     """`[H * W]` where each pixel of an image of this chunk comes from, row by row; None for images
     as they are"""
+    style: str | None = None
+    """how the images look, a key of `cl_benchmarks.styles.STYLES`; None for as they are"""
     in_time_order: bool = False
     """training images come as they stand here, and nothing is told of where the chunk begins"""
 
@@ -55,6 +57,9 @@ class Protocol(Part, ABC, kind="protocol"):
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of a protocol."""
+
+    resets_head: ClassVar[bool] = False
+    """whether the output layer starts every task with zeros, in all methods"""
 
     def __init__(self, config: Any) -> None:
         """Check the options, where there are any.
@@ -75,6 +80,10 @@ class Protocol(Part, ABC, kind="protocol"):
     def num_outputs(self, data: ImageData, chunks: int) -> int:
         """Outputs of the head that all chunks share; by default one for each class."""
         return data.num_classes
+
+    def keeps_labels(self) -> bool:
+        """Whether old tasks can still be asked: an output always stands for the same class."""
+        return True
 
     @abstractmethod
     def no_cumulative(self) -> str | None:
@@ -209,6 +218,10 @@ class ClassChunks(Protocol, name="class"):
         """Classes of one chunk (shared) or of the data (full)."""
         return data.num_classes // chunks if self.config.head == "shared" else data.num_classes
 
+    def keeps_labels(self) -> bool:
+        """Not with the shared head: its outputs stand for other classes in each chunk."""
+        return self.config.head == "full"
+
     def no_cumulative(self) -> str | None:
         """With the shared head, output 0 would stand for one class of every chunk."""
         if self.config.head == "full":
@@ -304,6 +317,10 @@ class Shuffle(
     def num_outputs(self, data: ImageData, chunks: int) -> int:
         """The labels there are to draw from."""
         return self.config.classes
+
+    def keeps_labels(self) -> bool:
+        """An image has another label in each chunk."""
+        return False
 
     def no_cumulative(self) -> str | None:
         """An image has another label in each chunk."""

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from cl_benchmarks.images import ImageData, channel_stats
 from cl_benchmarks.protocol import Chunk
+from cl_benchmarks.styles import restyle
 from dynmoe import seeding
 
 Augment = Literal["none", "crop-flip"]
@@ -51,14 +52,16 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
         mean: Tensor,
         std: Tensor,
         pixels: Tensor | None = None,
+        style: str | None = None,
         in_time_order: bool = False,
     ) -> None:
         """Args: uint8 or float32 `[N, C, H, W]`, int64 `[n]` into it, int64 `[n]`, `[C]`, `[C]`.
 
-        And the order of pixels, int64 `[H * W]`, and whether images keep theirs, as in a `Chunk`.
+        And the order of pixels, int64 `[H * W]`, the style, and whether images keep their order, as
+        a `Chunk` has them.
         """
         self.images, self.index, self.labels = images, index, labels
-        self.mean, self.std, self.pixels = mean, std, pixels
+        self.mean, self.std, self.pixels, self.style = mean, std, pixels, style
         self.in_time_order = in_time_order
         self.targets: list[int] = labels.tolist()
 
@@ -77,7 +80,10 @@ class ChunkDataset(Dataset[tuple[Tensor, int]]):
 
     def take(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Some images `[k, C, H, W]` (a copy, not standardised), and their labels, int64 `[k]`."""
-        images = self.images[self.index[items]]
+        index = self.index[items]
+        images = self.images[index]
+        if self.style is not None:
+            images = restyle(images, index, self.style)
         if self.pixels is not None:
             images = images.flatten(2)[:, :, self.pixels].view_as(images)
         return images, self.labels[items]
@@ -93,12 +99,19 @@ def chunk_datasets(
     mean, std = channel_stats(data.train_images)
     train = [
         ChunkDataset(
-            data.train_images, c.train_index, c.train_labels, mean, std, c.pixels, c.in_time_order
+            data.train_images,
+            c.train_index,
+            c.train_labels,
+            mean,
+            std,
+            c.pixels,
+            c.style,
+            c.in_time_order,
         )
         for c in chunks
     ]
     test = [
-        ChunkDataset(data.test_images, c.test_index, c.test_labels, mean, std, c.pixels)
+        ChunkDataset(data.test_images, c.test_index, c.test_labels, mean, std, c.pixels, c.style)
         for c in chunks
     ]
     return train, test

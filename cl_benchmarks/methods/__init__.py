@@ -4,6 +4,7 @@ from cl_benchmarks.method import Dense as Dense
 from cl_benchmarks.method import DynamicMoE as DynamicMoE
 from cl_benchmarks.method import Fresh as Fresh
 from cl_benchmarks.method import RenewedMoE as RenewedMoE
+from cl_benchmarks.method import ResetBlock as ResetBlock
 from cl_benchmarks.method import StaticMoE as StaticMoE
 from cl_benchmarks.method import Wide as Wide
 from cl_benchmarks.methods.expanding import Net2Wider as Net2Wider

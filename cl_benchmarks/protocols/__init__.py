@@ -8,4 +8,5 @@ from cl_benchmarks.protocols.changes import Blurred as Blurred
 from cl_benchmarks.protocols.changes import Noise as Noise
 from cl_benchmarks.protocols.changes import Unknown as Unknown
 from cl_benchmarks.protocols.changes import WarmStart as WarmStart
+from cl_benchmarks.protocols.domains import Domains as Domains
 from cl_benchmarks.protocols.online import Online as Online

@@ -149,6 +149,10 @@ class _OfClasses(Protocol):
         """As protocol class."""
         return self.classes.num_outputs(data, chunks)
 
+    def keeps_labels(self) -> bool:
+        """As protocol class."""
+        return self.classes.keeps_labels()
+
     def no_cumulative(self) -> str | None:
         """As protocol class."""
         reason = self.classes.no_cumulative()

@@ -30,8 +30,8 @@ COMMANDS = ("dynmoe.tta.__main__", "dynmoe.dg.__main__")
 SCENES = ("cl_benchmarks.domains.craftax", "envs.craftax_scenes")
 """The one data set that is drawn by a game, and what it takes from it."""
 DATA = tuple(f"cl_benchmarks.{name}" for name in (
-    "images", "datasets", "protocol", "protocols", "fractals", "stream", "shifts", "domains",
-    "domain_set", "backbone",
+    "images", "datasets", "protocol", "protocols", "fractals", "stream", "styles", "shifts",
+    "domains", "domain_set", "backbone",
 ))  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
