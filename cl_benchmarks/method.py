@@ -115,6 +115,10 @@ class ResetBlock(
         """A dense block of the usual size, marked as one to be re-initialised."""
         return lambda *sizes: RenewedBlock(*dense_block(*sizes).children())
 
+    def without_tasks(self) -> str | None:
+        """It draws at task starts."""
+        return acts_at_task_starts(self)
+
     def plugins(self, growth: GrowthSettings, training: Training) -> list[Any]:
         """The plugin that re-initialises the blocks."""
         return [ResetBlocks(training)]

@@ -30,9 +30,9 @@ class Domains(
     """The same classes in every chunk, in another style: old tasks can be asked at any time.
 
     Where the data set tells its images' domains, a chunk is one domain, and its test images are
-    that domain's. Otherwise a chunk is a random part of the training images, class by class, in
-    one of the styles of `cl_benchmarks.styles`, and its test images are all those of the data set
-    in that style.
+    that domain's, or all there are if it has none (CORe50). Otherwise a chunk is a random part of
+    the training images, class by class, in one of the styles of `cl_benchmarks.styles`, and its
+    test images are all those of the data set in that style.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,11 @@ class Domains(
         """A chunk per domain or style.
 
         Raises:
-            UserError: more chunks than there are domains or styles, or a domain without images.
+            UserError: more chunks than there are domains or styles.
         """
         if chunks < 1:
             raise UserError(f"{chunks} chunks are too few; use --chunks 1 or more")
-        if getattr(data, "train_domains", None) is not None:
+        if data.train_domains is not None:
             return self._told(data, chunks, seed)
         names = self._ordered(list(STYLES), chunks, seed, "styles")
         test = self._test(*whole_test_set(data), seed)
@@ -74,22 +74,16 @@ class Domains(
         """A chunk has one style."""
         return "protocol domains shows each chunk in its own style; use --access limited"
 
-    def keeps_labels(self) -> bool:
-        """A class is the same in every domain."""
-        return True
-
     def _told(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
         """The domains that the data set tells of."""
-        train, test = getattr(data, "train_domains"), getattr(data, "test_domains")  # noqa: B009
+        train, test = data.train_domains, data.test_domains
+        assert train is not None and test is not None
         known = torch.unique(train).tolist()
         found = []
         for domain in self._ordered(known, chunks, seed, f"domains of {data.name}"):
             index, own = (train == domain).nonzero()[:, 0], (test == domain).nonzero()[:, 0]
-            if not len(own):
-                raise UserError(
-                    f"domain {domain} of {data.name} has training images and no test images; "
-                    "give it some, or leave it out"
-                )
+            if not len(own):  # CORe50: some domains are for learning, others for tests
+                own = torch.arange(len(test))
             asked = self._test(own, data.test_labels[own], seed)
             found.append(Chunk(index, data.train_labels[index], *asked))
         return found

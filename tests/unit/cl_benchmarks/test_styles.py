@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from torch import Tensor
 
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.protocols.domains import Domains
@@ -74,21 +73,27 @@ def test_options_of_domains(data: ImageData) -> None:
         make().build().stream(data, 2, "cumulative", 0)
 
 
-@dataclass(frozen=True, eq=False)
-class Told(ImageData):
-    train_domains: Tensor | None = None
-    test_domains: Tensor | None = None
-
-
 def test_domains_that_the_data_tell(data: ImageData) -> None:
-    told = Told(
-        **{name: getattr(data, name) for name in ImageData.__dataclass_fields__
-           if not name.endswith(("domains", "domain_names"))},
-        train_domains=torch.arange(240) % 3, test_domains=torch.arange(60) % 3,
-    )  # fmt: skip
+    told = replace(
+        data,
+        domain_names=("indoors", "street", "forest"),
+        train_domains=torch.arange(240) % 3,
+        test_domains=torch.arange(60) % 3,
+    )
     chunks = Domains.Config(order="fixed").build().split(told, 3, 0)
     for domain, chunk in enumerate(chunks):
         assert chunk.style is None and set((chunk.train_index % 3).tolist()) == {domain}
         assert chunk.test_index.equal(torch.arange(60)[torch.arange(60) % 3 == domain])
     with pytest.raises(UserError, match="4 chunks are more than the 3 domains of random"):
         Domains.Config().build().split(told, 4, 0)
+
+
+def test_domains_kept_for_tests_test_every_chunk(data: ImageData) -> None:
+    told = replace(  # as CORe50: sessions to learn, and others to test on
+        data,
+        domain_names=("s1", "s2", "s3"),
+        train_domains=torch.arange(240) % 2,
+        test_domains=torch.full((60,), 2),
+    )
+    for chunk in Domains.Config().build().split(told, 2, 0):
+        assert chunk.test_index.equal(torch.arange(60))
