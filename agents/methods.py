@@ -82,6 +82,7 @@ class MoEStart(
         generator = seeding.generator(seed, "moe-layers")
 
         def make(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
+            hidden = growth.budget.first_hidden(hidden, growth.granularity, most)
             return growth.make_layer(dim_in, dim_out, hidden, growth.granularity, most, generator)
 
         return make
@@ -128,6 +129,7 @@ class DynamicMoE(Agent, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)")
 
         def make(dim_in: int, hidden: int, dim_out: int) -> nn.Module:
             growth.check_budget(hidden, most)
+            hidden = growth.budget.first_hidden(hidden, growth.granularity, most)
             return growth.make_layer(dim_in, dim_out, hidden, growth.granularity, most, generator)
 
         return make

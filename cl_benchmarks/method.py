@@ -161,6 +161,7 @@ def _moe_blocks(growth: GrowthSettings, experts: int, most: int, seed: int) -> M
     def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
         growth.check_budget(hidden, most)
         bank = image_bank if images else growth.bank
+        hidden = growth.budget.first_hidden(hidden, experts, most)
         return growth.make_layer(dim_in, dim_out, hidden, experts, most, generator, bank)
 
     return make

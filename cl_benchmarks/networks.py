@@ -7,11 +7,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.plasticity.probes import output_layer
 from dynmoe.registry import Part, PartConfig
+
+STATISTICS = 6
+"""Numbers per channel that `image_statistics` gives."""
 
 
 class MakeBlock(Protocol):
@@ -45,6 +49,9 @@ class Trunk(nn.Module, Part, kind="network"):
         last block and the classifier as one block, from the features to the classes; trunk: a block
         of convolutions in the trunk, for --bank conv; everywhere: that, with bank conv, and all
         hidden blocks"""
+        statistics: bool = False
+        """beside the trunk's features, means and deviations of the image's channels and of their
+        gradients: what its style changes, and a router can tell domains by"""
         trunk_hidden: int = 0
         """hidden channels of the block in the trunk; 0 for as many as it gives out"""
 
@@ -92,6 +99,7 @@ class Network(nn.Module):
         trunk: [B, C, H, W] -> [B, F].
         config: the head's sizes.
         classes: outputs.
+        channels: C, of the images.
         make_block: makes the blocks at `config.place`; the others are dense.
 
     Raises:
@@ -99,7 +107,12 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, trunk: Trunk, config: Trunk.Config, classes: int, make_block: MakeBlock = dense_block
+        self,
+        trunk: Trunk,
+        config: Trunk.Config,
+        classes: int,
+        channels: int,
+        make_block: MakeBlock = dense_block,
     ) -> None:
         super().__init__()
         if config.blocks < 1 or config.hidden < 1 or config.width < 1:
@@ -111,11 +124,13 @@ class Network(nn.Module):
             raise UserError(f"network: trunk_hidden={config.trunk_hidden} must be at least 0")
         if config.place in ("trunk", "everywhere"):
             trunk.place_block(make_block, config.trunk_hidden)
-        width = config.width if config.neck else trunk.out_features
+        self.statistics = config.statistics
+        features = trunk.out_features + (STATISTICS * channels if config.statistics else 0)
+        width = config.width if config.neck else features
         self.trunk = trunk
         self.neck: nn.Module = nn.Identity()
         if config.neck:
-            self.neck = nn.Sequential(nn.Linear(trunk.out_features, width), nn.ReLU())
+            self.neck = nn.Sequential(nn.Linear(features, width), nn.ReLU())
         self.blocks = nn.Sequential()
         for number, make in enumerate(_makers(config, make_block)):
             if number:
@@ -130,7 +145,10 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of images x [B, C, H, W]."""
-        return self.classifier(self.blocks(self.neck(self.trunk(x))))
+        features = self.trunk(x)
+        if self.statistics:
+            features = torch.cat([features, image_statistics(x).to(features.dtype)], dim=1)
+        return self.classifier(self.blocks(self.neck(features)))
 
     def output_layers(self) -> list[nn.Module]:
         """The one layer that gives the logits: linear, or at place "head" an MoE layer."""
@@ -177,7 +195,24 @@ def build_network(
     make_block: MakeBlock = dense_block,
 ) -> Network:
     """A network for images of `shape` (C, H, W); draws weights from torch's global generator."""
-    return Network(config.build(shape), config, classes, make_block)
+    if config.statistics and min(shape[1:]) < 2:
+        raise UserError(
+            f"network: statistics of images need 2x2 pixels or more, and these are {shape[1]}x"
+            f"{shape[2]}; leave out --network.statistics"
+        )
+    return Network(config.build(shape), config, classes, shape[0], make_block)
+
+
+def image_statistics(x: Tensor) -> Tensor:
+    """[B, 6 C] of images x [B, C, H, W], per channel, over all pixels.
+
+    Means and standard deviations of the values, the logarithms of 1 + the mean absolute differences
+    to the next pixel to the right and below, and the standard deviations of these differences.
+    """
+    right, below = x.diff(dim=3), x.diff(dim=2)
+    steps = [d.abs().mean(dim=(2, 3)).log1p() for d in (right, below)]
+    spread = [d.std(dim=(2, 3), correction=0) for d in (x, right, below)]
+    return torch.cat([x.mean(dim=(2, 3)), *steps, *spread], dim=1)
 
 
 def scaled(channels: int, scale: float, name: str) -> int:

@@ -18,10 +18,26 @@ class Budget:
     per-growth: each new expert brings units of its own (its reinforcement learning)"""
     units: int = 0
     """per-growth: hidden units of each new expert; 0 for as many as the first expert has"""
+    start: Literal["whole", "share"] = "whole"
+    """per-growth: hidden units at the start. whole: those of a dense block; share: so few that the
+    layer ends with those of a dense block, and all experts have equally many"""
 
     def __post_init__(self) -> None:
         if self.units < 0:
             raise UserError(f"budget: units={self.units} must be at least 0")
+        if self.start == "share" and self.units:
+            raise UserError(
+                f"budget: units={self.units} contradicts start=share, which gives every expert the "
+                "same part of a dense block's units; leave one out"
+            )
+
+    def first_hidden(self, hidden: int, experts: int, most: int) -> int:
+        """Hidden units at the start of a layer that begins with `experts` and ends with `most`.
+
+        Args:
+            hidden: those of a dense block.
+        """
+        return hidden if self.start == "whole" else max(hidden // most, 1) * experts
 
     def sizes_after(self, sizes: list[int], new: int, spread: float = 1.0) -> list[int]:
         """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].

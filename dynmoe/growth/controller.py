@@ -17,6 +17,7 @@ from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
+from dynmoe.growth.old_experts import OldExperts, SlowDown
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
 from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
@@ -73,6 +74,7 @@ class GrowthController:
         moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.
         new_experts: how the experts of the latest growth are treated for a while.
+        old_experts: how all others are treated.
         copies: models that follow, such as `torch.optim.swa_utils.AveragedModel(model)`: they grow
             by the same plans and get the same fresh weights, and keep their own elsewhere.
         generator: draws fresh weights and random choices; None: torch's global one, whose state
@@ -99,6 +101,7 @@ class GrowthController:
         moments: Moments = "mean",
         measure_shock: MeasureShock = classification_shock,
         new_experts: NewExperts | None = None,
+        old_experts: OldExperts | None = None,
         copies: Sequence[nn.Module] = (),
         generator: torch.Generator | None = None,
     ) -> None:
@@ -112,6 +115,7 @@ class GrowthController:
         self.moments: Moments = moments
         self.measure_shock = measure_shock
         self.warm_up = WarmUp(new_experts or NewExperts(), model, optimizer)
+        self.slow_down = SlowDown(old_experts or OldExperts(), model, optimizer)
         self.copies = list(copies)
         self.generator = generator
         if optimizer is not None:

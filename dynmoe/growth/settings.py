@@ -13,6 +13,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.controller import GrowthController
 from dynmoe.growth.new_experts import NewExperts
+from dynmoe.growth.old_experts import OldExperts
 from dynmoe.growth.optimizer_state import Moments
 from dynmoe.growth.probe import MeasureShock, classification_shock
 from dynmoe.growth.triggers.clock import Trigger
@@ -26,7 +27,7 @@ LAYER = ("router", "bank", "gate_scale", "balance", "regularizer", "shared_hidde
 """Settings of what an MoE layer looks like."""
 PLAN = ("granularity", "trigger", "budget")
 """Settings of how many experts and units there will be."""
-GROWTH = (*PLAN, "pruning", "init", "moments", "new_experts")
+GROWTH = (*PLAN, "pruning", "init", "moments", "new_experts", "old_experts")
 """Settings of how layers grow."""
 
 
@@ -53,6 +54,7 @@ class GrowthSettings:
     moments: Moments = "mean"
     """Adam's second moments of new entries: the tensor's mean, or 0"""
     new_experts: NewExperts = field(default_factory=NewExperts)
+    old_experts: OldExperts = field(default_factory=OldExperts)
 
     def unused_growth(self, methods: str, read: Iterable[str]) -> dict[str, str]:
         """Setting -> why it has no effect, of those here.
@@ -69,6 +71,7 @@ class GrowthSettings:
         }
         if self.budget.mode == "constant":
             reasons.setdefault("budget.units", "it is for --budget.mode per-growth")
+            reasons.setdefault("budget.start", "it is for --budget.mode per-growth")
         elif "pruning" in read:
             reasons["pruning"] = "no expert shrinks with --budget.mode per-growth; use constant"
         if self.new_experts.lr == 1:
@@ -93,8 +96,9 @@ class GrowthSettings:
         return self.granularity * (1 + trigger.planned(steps, tasks))
 
     def final_hidden(self, hidden: int, experts: int) -> int:
-        """Hidden units, once it has grown to `experts`, of a layer that began with `hidden`."""
+        """Hidden units of a layer that has grown to `experts`; `hidden` are a dense block's."""
         spread = self.bank.spread if isinstance(self.bank, UnitBank.Config) else 1.0
+        hidden = self.budget.first_hidden(hidden, self.granularity, experts)
         sizes = spread_sizes(hidden, self.granularity, spread)
         while len(sizes) < experts:
             sizes = self.budget.sizes_after(sizes, self.granularity, spread)
@@ -107,11 +111,13 @@ class GrowthSettings:
             UserError: the constant budget of `hidden` units cannot feed `experts` experts.
         """
         least = 2 if issubclass(self.bank.part, BottleneckBank) else 1
-        if self.budget.mode == "constant" and least * experts > hidden:
+        kept = self.budget.mode == "constant" or self.budget.start == "share"
+        if kept and least * experts > hidden:
+            what = "constant budget" if self.budget.mode == "constant" else "budget"
             raise UserError(
-                f"granularity {self.granularity} grows to {experts} experts, but the constant "
-                f"budget holds {hidden} hidden units and each expert needs at least {least}; use a "
-                "smaller --granularity, fewer growths or more hidden units"
+                f"granularity {self.granularity} grows to {experts} experts, but the {what} holds "
+                f"{hidden} hidden units and each expert needs at least {least}; use a smaller "
+                "--granularity, fewer growths or more hidden units"
             )
 
     def make_layer(

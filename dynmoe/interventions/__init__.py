@@ -4,6 +4,7 @@ from dynmoe.interventions.architecture import CReLU as CReLU
 from dynmoe.interventions.architecture import Injection as Injection
 from dynmoe.interventions.architecture import LayerNormIntervention as LayerNormIntervention
 from dynmoe.interventions.architecture import NaP as NaP
+from dynmoe.interventions.freezing import Freeze as Freeze
 from dynmoe.interventions.intervention import NoIntervention as NoIntervention
 from dynmoe.interventions.penalties import EWC as EWC
 from dynmoe.interventions.penalties import L2 as L2

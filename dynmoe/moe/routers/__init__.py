@@ -5,6 +5,7 @@ from dynmoe.moe.routers.competing import SlotRouter as SlotRouter
 from dynmoe.moe.routers.fixed import HashRouter as HashRouter
 from dynmoe.moe.routers.fixed import OracleRouter as OracleRouter
 from dynmoe.moe.routers.fixed import RandomRouter as RandomRouter
+from dynmoe.moe.routers.gaussian import GaussianRouter as GaussianRouter
 from dynmoe.moe.routers.hierarchical import HierarchicalRouter as HierarchicalRouter
 from dynmoe.moe.routers.prototypes import DomainRouter as DomainRouter
 from dynmoe.moe.routers.prototypes import PrototypeRouter as PrototypeRouter

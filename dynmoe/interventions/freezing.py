@@ -1,0 +1,111 @@
+"""Keeping what was learnt first: parts of a network that learn slowly, or not at all, later on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dynmoe.errors import UserError
+from dynmoe.interventions.intervention import Batches, Intervention, Limit
+from dynmoe.registry import PartConfig
+
+
+class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2017 for penalties"):
+    """From the second task on, parts of the network take shorter steps, or none.
+
+    A trunk that stands still keeps the meaning of its features, so that experts of earlier tasks go
+    on to work. With `lr` 0 the parts' BatchNorm statistics stand still, too.
+    """
+
+    limits: ClassVar = {"lr": Limit.BELOW_1, "after": Limit.AT_LEAST_0}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of freezing."""
+
+        lr: float = 0.0
+        """multiplies each step that the parts take (the step and not the gradient, whose scale Adam
+        ignores)"""
+        parts: tuple[str, ...] = ("trunk", "neck")
+        """names of modules of the network"""
+        after: int = 0
+        """optimizer steps after which it begins, for loops without tasks; 0 for at the second
+        task"""
+
+    config: Config
+    frozen = False
+
+    def begin(self) -> None:
+        """Find the parts, and get in touch with the optimizer.
+
+        Raises:
+            UserError: the network has no such part.
+        """
+        known = dict(self.model.named_modules())
+        for name in self.config.parts:
+            if name not in known or not name:
+                top = ", ".join(n for n, _ in self.model.named_children())
+                raise UserError(
+                    f"freeze: the network has no part {name!r}; use --intervention.parts with "
+                    f"names of its modules, such as {top}"
+                )
+        self.modules = [known[name] for name in self.config.parts]
+        self._before: list[Tensor] = []
+        if self.config.lr > 0:
+            self.optimizer.register_step_pre_hook(lambda *_: self._step_comes())
+            self.optimizer.register_step_post_hook(lambda *_: self._step_done())
+
+    def task_starts(self, task: int, batches: Batches | None) -> None:
+        """Begin, unless steps are counted."""
+        if not self.config.after:
+            self._freeze()
+
+    def after_step(self) -> None:
+        """Begin when it is time, if steps are counted."""
+        if self.config.after and self.steps == self.config.after:
+            self._freeze()
+
+    def without_tasks(self) -> str | None:
+        """It must count steps there."""
+        if self.config.after:
+            return None
+        return "intervention freeze begins at the second task, and none is told here; set its after"
+
+    def state(self) -> dict[str, Any]:
+        """Whether it has begun."""
+        return {"frozen": self.frozen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Begin again, if it had."""
+        if state["frozen"]:
+            self._freeze()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of the parts', once each."""
+        return list(dict.fromkeys(p for module in self.modules for p in module.parameters()))
+
+    def _freeze(self) -> None:
+        self.frozen = True
+        if self.config.lr > 0:
+            return
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for module in self.modules:
+            for norm in module.modules():
+                if isinstance(norm, _BatchNorm):
+                    norm.eval()
+
+    def _step_comes(self) -> None:
+        self._before = [p.detach().clone() for p in self.parameters()] if self.frozen else []
+
+    @torch.no_grad()
+    def _step_done(self) -> None:
+        if self._before:
+            for parameter, before in zip(self.parameters(), self._before, strict=True):
+                parameter.lerp_(before, 1 - self.config.lr)
+        self._before = []
