@@ -18,16 +18,16 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
     """From the second task on, parts of the network take shorter steps, or none.
 
     A trunk that stands still keeps the meaning of its features, so that experts of earlier tasks go
-    on to work. With `lr` 0 the parts' BatchNorm statistics stand still, too.
+    on to work. With `factor` 0 the parts' BatchNorm statistics stand still, too.
     """
 
-    limits: ClassVar = {"lr": Limit.BELOW_1, "after": Limit.AT_LEAST_0}
+    limits: ClassVar = {"factor": Limit.BELOW_1, "after": Limit.AT_LEAST_0}
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of freezing."""
 
-        lr: float = 0.0
+        factor: float = 0.0
         """multiplies each step that the parts take (the step and not the gradient, whose scale Adam
         ignores)"""
         parts: tuple[str, ...] = ("trunk", "neck")
@@ -55,7 +55,7 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
                 )
         self.modules = [known[name] for name in self.config.parts]
         self._before: list[Tensor] = []
-        if self.config.lr > 0:
+        if self.config.factor > 0:
             self.optimizer.register_step_pre_hook(lambda *_: self._step_comes())
             self.optimizer.register_step_post_hook(lambda *_: self._step_done())
 
@@ -90,15 +90,15 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
 
     def _freeze(self) -> None:
         self.frozen = True
-        if self.config.lr > 0:
+        if self.config.factor > 0:
             return
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
         for module in self.modules:
             for norm in module.modules():
-                if isinstance(norm, _BatchNorm):
-                    norm.eval()
+                if isinstance(norm, _BatchNorm):  # loops call model.train() when they like
+                    norm.register_forward_pre_hook(_evaluate)
 
     def _step_comes(self) -> None:
         self._before = [p.detach().clone() for p in self.parameters()] if self.frozen else []
@@ -107,5 +107,10 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
     def _step_done(self) -> None:
         if self._before:
             for parameter, before in zip(self.parameters(), self._before, strict=True):
-                parameter.lerp_(before, 1 - self.config.lr)
+                parameter.lerp_(before, 1 - self.config.factor)
         self._before = []
+
+
+def _evaluate(module: nn.Module, _: Any) -> None:
+    """A hook: use the statistics as they are."""
+    module.eval()

@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "crelu": {},
     "dash": {},
     "fire": {},
+    "freeze": {"parts": ("1",)},
     "hare-tortoise": {"period": 3, "momentum": 0.7},
     "head-reset": {},
     "injection": {},
@@ -36,6 +37,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "towards": ("shrink-perturb", {"towards_init": True}),
     "normal": ("shrink-perturb", {"noise": "normal"}),
     "zeros": ("head-reset", {"to": "zeros"}),
+    "slowed": ("freeze", {"parts": ("1",), "factor": 0.25}),
     "svd": ("fire", {"factor": "svd"}),
 }
 CASES = {name: (name, options) for name, options in OPTIONS.items()} | EXTRA
@@ -44,6 +46,7 @@ BAD = [
     ("cbp", "rate", 2.0), ("cbp", "maturity", -1), ("cbp", "decay", 1.0), ("dash", "alpha", 0.0),
     ("dash", "least", 1.5), ("fire", "every", -1), ("fire", "iterations", 0),
     ("fire", "factor", "qr"),
+    ("freeze", "factor", 1.0), ("freeze", "after", -1),
     ("hare-tortoise", "momentum", 1.0), ("hare-tortoise", "period", 0), ("injection", "task", 0),
     ("injection", "step", -1), ("l2", "strength", float("nan")), ("l2-init", "strength", -1.0),
     ("nap", "every", 0), ("parseval", "strength", -1.0), ("parseval", "scale", 0.0),
@@ -96,6 +99,9 @@ def test_works_in_a_loop_without_tasks_or_says_why_not(case: str) -> None:
     if name == "injection":
         assert "set its step" in (intervention.without_tasks() or "")
         options = {"step": 3}
+    if name == "freeze":
+        assert "set its after" in (intervention.without_tasks() or "")
+        options = {**options, "after": 3}
     assert make(name, **options).without_tasks() is None
     whole = Loop("moe", name, tasks=False, grows=(4,), **options).run(9).state()
     cut = Loop("moe", name, tasks=False, grows=(4,), **options).run(5).state()
