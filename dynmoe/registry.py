@@ -42,7 +42,7 @@ PACKAGES = {
     "pruning": "dynmoe.growth.pruning",
     "init": "dynmoe.growth.initialisation",
     "metric": "dynmoe.plasticity.metrics",
-    "network": "cl_benchmarks.networks",
+    "network": "cl_benchmarks.trunks",
     "tta": "dynmoe.tta.methods",
     "encoder": "agents.encoders",
     "agent": "agents.methods",

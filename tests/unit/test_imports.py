@@ -97,7 +97,11 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "base": (BASE, OURS, BASE),
     "data": (DATA, OURS, (*DATA, "dynmoe.lab.cache", "dynmoe.lab.files", *BASE)),
     "envs": (("envs",), OURS, ("envs", "dynmoe.lab", *BASE)),
-    "networks": (("cl_benchmarks.networks",), (*OURS, "avalanche"), (*LIBRARY, *BASE)),
+    "networks": (
+        ("cl_benchmarks.networks", "cl_benchmarks.trunks"),
+        (*OURS, "avalanche"),
+        (*LIBRARY, *BASE),
+    ),
     "agents": (("agents",), OURS, ("agents", "envs", "dynmoe.lab", *LIBRARY, *BASE)),
     "benchmarks": (
         ("cl_benchmarks",),

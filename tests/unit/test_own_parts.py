@@ -321,11 +321,11 @@ def test_a_name_that_is_taken_is_one_line_at_the_command_line(tmp_path: Path) ->
     assert (last.returncode, last.stdout) == (2, "")
     assert last.stderr == (
         "error: mine.py, named in DYNMOE_PARTS, cannot be loaded: network 'mlp' is defined by "
-        "cl_benchmarks.networks.MLP and again by own_mine.Mine; rename one\n"
+        "cl_benchmarks.trunks.MLP and again by own_mine.Mine; rename one\n"
     )
     first = run("dynmoe.list", folder=tmp_path, DYNMOE_PARTS="mine.py")
     assert first.returncode == 2
     assert first.stderr == (
         "error: mine.py, named in DYNMOE_PARTS, cannot be loaded: network 'mlp' is defined by "
-        "cl_benchmarks.networks.MLP and again by own_mine.Mine; rename one\n"
+        "cl_benchmarks.trunks.MLP and again by own_mine.Mine; rename one\n"
     )

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from cl_benchmarks.method import Horizon, ResetBlock, Training, ZeroHead
-from cl_benchmarks.networks import MLP, Network, build_network
+from cl_benchmarks.networks import Network, build_network
 from cl_benchmarks.settings import Config
+from cl_benchmarks.trunks import MLP
 from dynmoe.interventions.intervention import NoIntervention
 
 
