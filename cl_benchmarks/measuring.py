@@ -27,16 +27,16 @@ def accuracy(
     Args:
         samples: look at that many evenly spaced images only; 0 for all.
     """
-    images, labels = dataset.tensors()
-    if 0 < samples < len(labels):
-        index = torch.linspace(0, len(labels) - 1, samples).long()
-        images, labels = images[index], labels[index]
+    index = torch.arange(len(dataset))
+    if 0 < samples < len(dataset):
+        index = torch.linspace(0, len(dataset) - 1, samples).long()
     mean, std, right = dataset.mean.to(device), dataset.std.to(device), 0
     with undisturbed(model):
-        for part, target in zip(images.split(512), labels.split(512), strict=True):
-            logits = model(standardise(part.to(device), mean, std))
-            right += int((logits.argmax(1) == target.to(device)).sum())
-    return right / len(labels)
+        for part in index.split(512):
+            images, labels = dataset.take(part)
+            logits = model(standardise(images.to(device), mean, std))
+            right += int((logits.argmax(1) == labels.to(device)).sum())
+    return right / len(index)
 
 
 def expert_maps(
@@ -101,5 +101,9 @@ LAYOUT = {
         "drift of past tasks' routing": _chart("router/drift/.*"),
         "what experts tell of the task": _chart("router/task_information_share/.*"),
         "growth shock": _chart("growth/output_change", "growth/loss_before", "growth/loss_after"),
+    },
+    "4 Stability": {
+        "accuracy on all earlier tasks": _chart("task/old_accuracy"),
+        "forgetting": _chart("task/forgetting"),
     },
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
+from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
@@ -47,6 +48,11 @@ class TaskRow:
     """of the whole network"""
     steps: int
     """optimizer steps taken by the end of this task"""
+    old_accuracy: float | None = None
+    """mean accuracy on test images of all earlier tasks; None for the first, and where old tasks
+    cannot be asked"""
+    forgetting: float | None = None
+    """mean of what was lost of it since each of these tasks was learnt; None likewise"""
 
 
 class TaskRecorder(Recorder):
@@ -78,6 +84,8 @@ class TaskRecorder(Recorder):
         self.eval_samples = config.eval_samples
         self.probes = [_probe(chunk, config.probe_samples, run.device) for chunk in train]
         self.initial = outside_experts(model)
+        ask = can_ask(config.protocol.build(), test)
+        self.old = OldTasks(test, config.old_samples, run.device) if ask else None
         self.rows: list[TaskRow] = []
         self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
         self.events_logged = 0
@@ -86,6 +94,11 @@ class TaskRecorder(Recorder):
         self.online_batches: int
         self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
+
+    def before_training(self, model: nn.Module) -> None:
+        """Ask the network about all tasks before it learns any; call once, not upon a resume."""
+        if self.old is not None:
+            self.old.start(model)
 
     def batch_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
@@ -132,17 +145,34 @@ class TaskRecorder(Recorder):
             num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),
             steps=trainer.clock.train_iterations,
+            **self._old_values(model, task),
         )
         self.rows.append(row)
-        values = {f"task/{name}": float(value) for name, value in asdict(row).items()}
+        known = {name: value for name, value in asdict(row).items() if value is not None}
+        values = {f"task/{name}": float(value) for name, value in known.items()}
         values["task/entk_effective_rank"] = entk_effective_rank(model, self.probes[task][0][:64])
         gates = [_gates(model, images) for images, _ in self.probes[: len(self.rows)]]
         values |= self._router_values(gates)
         self.run.log.scalars(row.steps, values)
         for tag, image in expert_maps(model, *self.probes[task], gates).items():
             self.run.log.image(row.steps, tag, image)
+        if self.old is not None:
+            self.run.log.image(row.steps, "task/accuracy_matrix", self.old.matrix.picture())
         self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
         self._restart_counts()
+
+    def stability(self) -> dict[str, Any]:
+        """The matrix of accuracies, forgetting and transfer, for the summary; None if not asked."""
+        if self.old is None:
+            names = ("accuracy_matrix", "forgetting", "backward_transfer", "forward_transfer")
+            return dict.fromkeys(names)
+        matrix = self.old.matrix
+        return {
+            "accuracy_matrix": asdict(matrix),
+            "forgetting": matrix.forgetting(len(self.rows) - 1),
+            "backward_transfer": matrix.backward_transfer(),
+            "forward_transfer": matrix.forward_transfer(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
@@ -152,6 +182,8 @@ class TaskRecorder(Recorder):
         self.online_sum = state["online_sum"]
         self.online_batches = state["online_batches"]
         self.loss = state["loss"]
+        if self.old is not None:
+            self.old.matrix = AccuracyMatrix(**state["accuracy_matrix"])
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted and kept so far."""
@@ -162,7 +194,16 @@ class TaskRecorder(Recorder):
             "online_sum": self.online_sum,
             "online_batches": self.online_batches,
             "loss": self.loss,
+            "accuracy_matrix": None if self.old is None else asdict(self.old.matrix),
         }
+
+    def _old_values(self, model: nn.Module, task: int) -> dict[str, float | None]:
+        """What the network still knows of the tasks before this one, fields of its row."""
+        if self.old is None:
+            return {}
+        self.old.task_done(model)
+        matrix = self.old.matrix
+        return {"old_accuracy": matrix.old_accuracy(task), "forgetting": matrix.forgetting(task)}
 
     def _check(self, trainer: StreamTrainer) -> None:
         step = trainer.clock.train_iterations

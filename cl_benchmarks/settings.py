@@ -24,6 +24,7 @@ class Config(RunConfig, GrowthSettings):
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
             "momentum", "clip", "reset_optimizer", "augment", "eval_samples", "probe_samples",
+            "old_samples",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -33,11 +34,11 @@ class Config(RunConfig, GrowthSettings):
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods, or interventions on the dense network, to run as well; or none"""
+    """methods, or interventions on dense, to run as well; or none"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
     access: Literal["limited", "cumulative"] = "limited"
-    """limited: a task's own chunk; cumulative: all chunks so far"""
+    """limited: a task's own chunk; cumulative: all so far"""
     chunks: int = 10
     """tasks in the stream"""
     network: Trunk.Config = slot("network", "cnn")
@@ -63,6 +64,8 @@ class Config(RunConfig, GrowthSettings):
     """test images for each epoch's accuracy; all at a task's end"""
     probe_samples: int = 256
     """training images for each epoch's accuracy and metrics"""
+    old_samples: int = 256
+    """test images of each old task, for forgetting at each task's end; 0 for all"""
 
     @property
     def variant(self) -> str:
@@ -89,6 +92,8 @@ class Config(RunConfig, GrowthSettings):
             reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
+        if reason := self.protocol.build().no_old_tasks():
+            reasons["old_samples"] = f"{reason}; use --protocol domains, or class with head full"
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons

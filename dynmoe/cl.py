@@ -23,15 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "experiment", "main", "presets", "run"]
 
-DESCRIPTION = """Continual learning: train a network that grows experts on a stream of tasks, and
-watch whether it keeps its ability to learn (its plasticity). Results, curves and figures go to
-runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
+DESCRIPTION = """Continual learning: does a network that grows experts keep its ability to learn
+(its plasticity)? Results go to runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
-Cost: laptop and plain, about 3 minutes with their two comparisons; smoke, under a minute; tiny
-(Tiny ImageNet, a fifth of its training images), about 2 minutes per method on 2 cores; tiny-long
-(all of them), about an hour per method; online (a stream of yours), 2 minutes per 45,000 rows;
-paper (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs), 55 million images per method:
-60 days on one CPU core, so meant for a GPU."""
+Cost: laptop and plain, 3 minutes with their two comparisons; smoke, under a minute; tiny (a fifth
+of Tiny ImageNet), 2 minutes per method on 2 cores; tiny-long (all of it), an hour; online (a stream
+of yours), 2 minutes per 45,000 rows; paper (VGG-16 on Tiny ImageNet), 60 days on one CPU core, so
+meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
