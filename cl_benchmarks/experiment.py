@@ -17,6 +17,7 @@ from cl_benchmarks import figures
 from cl_benchmarks.figures import PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
+from cl_benchmarks.losses import check_loss
 from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
@@ -158,6 +159,7 @@ class StreamSession(Session):
         train, test = chunk_datasets(data, self.chunks)
         steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
         outputs = protocol.num_outputs(data, config.chunks)
+        check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
         training = prepare(config, data, outputs, Horizon(steps, len(self.chunks)), run.device)
         _check_batches(config, training.model, [len(chunk) for chunk in train])
         plugins = config.method.build().plugins(config, training)
@@ -303,6 +305,7 @@ def make_trainer(
             augment=config.augment,
             clip=config.clip,
             reset_optimizer=config.reset_optimizer,
+            loss_over=config.loss_over,
             observer=recorder,
         )
 

@@ -119,7 +119,9 @@ class TaskRecorder(Recorder):
     def epoch_done(self, trainer: StreamTrainer) -> None:
         """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
         task, device = trainer.position.task, self.run.device
-        probe = take_probe(trainer.model, *self.probes[task], initial=self._initial(trainer))
+        probe = take_probe(
+            trainer.model, *self.probes[task], self._initial(trainer), loss=trainer.cross_entropy
+        )
         right = probe.logits.argmax(dim=1) == self.probes[task][1]
         values = {
             "epoch/train_accuracy": float(right.float().mean()),

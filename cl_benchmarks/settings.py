@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cl_benchmarks.losses import LossOver
 from cl_benchmarks.networks import Trunk
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -23,8 +24,8 @@ class Config(RunConfig, GrowthSettings):
         ),
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
-            "momentum", "clip", "reset_optimizer", "augment", "eval_samples", "probe_samples",
-            "old_samples",
+            "momentum", "clip", "loss_over", "reset_optimizer", "augment", "eval_samples",
+            "probe_samples", "old_samples",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -56,6 +57,8 @@ class Config(RunConfig, GrowthSettings):
     """of sgd"""
     clip: float = 0.0
     """largest global gradient norm; 0 for none"""
+    loss_over: LossOver = "all"
+    """classes in the loss; present: the task's, and replayed ones"""
     reset_optimizer: bool = False
     """clear the optimizer's state at each task"""
     augment: Literal["none", "crop-flip"] = "none"
@@ -112,6 +115,8 @@ def check_without_tasks(config: Config) -> None:
         raise UserError(f"{name}: rows are no pictures to be cropped; use --augment none")
     if config.reset_optimizer:
         raise UserError(f"--reset-optimizer acts at task starts, and {name} tells of none")
+    if config.loss_over != "all":
+        raise UserError(f"{name} does not tell which classes come; use --loss-over all")
     reasons = [method.without_tasks(), config.intervention.build().without_tasks()]
     if "trigger" in method.reads():
         reasons.append(config.trigger.build().without_tasks())

@@ -26,10 +26,9 @@ __all__ = ["Config", "experiment", "main", "presets", "run"]
 DESCRIPTION = """Continual learning: does a network that grows experts keep its ability to learn
 (its plasticity)? Results go to runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
-Cost: laptop and plain, 3 minutes with their two comparisons; smoke, under a minute; tiny (a fifth
-of Tiny ImageNet), 2 minutes per method on 2 cores; tiny-long (all of it), an hour; online (a stream
-of yours), 2 minutes per 45,000 rows; paper (VGG-16 on Tiny ImageNet), 60 days on one CPU core, so
-meant for a GPU."""
+Cost: laptop and plain, 3 minutes with two comparisons; smoke, under one; tiny (a fifth of Tiny
+ImageNet), 2 per method on 2 cores; tiny-long, an hour; online, 2 minutes per 45,000 rows; paper
+(VGG-16), 60 days on one CPU core, so meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
