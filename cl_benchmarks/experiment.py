@@ -50,7 +50,7 @@ class ContinualLearning(Experiment):
     command = "cl"
     least: ClassVar[dict[str, float]] = {
         "epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "lr": 0,
-        "old_samples": 0,
+        "old_samples": 0, "measure_every": 1,
         "momentum": 0, "weight_decay": 0, "clip": 0,
     }  # fmt: skip
     metric = "train_accuracy"

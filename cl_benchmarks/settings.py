@@ -25,7 +25,7 @@ class Config(RunConfig, GrowthSettings):
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
             "momentum", "clip", "loss_over", "reset_optimizer", "augment", "eval_samples",
-            "probe_samples", "old_samples",
+            "probe_samples", "old_samples", "measure_every",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -35,7 +35,7 @@ class Config(RunConfig, GrowthSettings):
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods, or interventions on dense, to run as well; or none"""
+    """methods, or interventions on dense, to run as well"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
     access: Literal["limited", "cumulative"] = "limited"
@@ -68,7 +68,10 @@ class Config(RunConfig, GrowthSettings):
     probe_samples: int = 256
     """training images for each epoch's accuracy and metrics"""
     old_samples: int = 256
-    """test images of each old task, for forgetting at each task's end; 0 for all"""
+    """test images of each old task, for forgetting; 0 for all"""
+
+    measure_every: int = 1
+    """metrics and maps in every so manyth task; accuracies in all"""
 
     @property
     def variant(self) -> str:
