@@ -182,7 +182,7 @@ class StreamSession(Session):
     def work(self) -> None:
         """All tasks that are left."""
         if self.trainer.position.task == 0 and not self.trainer.resuming:
-            self.recorder.before_training(self.model)
+            self.recorder.before_training(self.trainer.model)
         experiences = make_benchmark(self.data, self.chunks).train_stream
         for experience in list(experiences)[self.trainer.position.task :]:
             self.trainer.train(experience, eval_streams=[])

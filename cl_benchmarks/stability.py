@@ -48,7 +48,7 @@ class AccuracyMatrix:
 
     def table(self) -> Tensor:
         """[1 + tasks done, T] for a heat map: before training, then after each task; nan gaps."""
-        rows = [self.before, *self.after]
+        rows: list[list[float | None]] = [[*self.before], *self.after]
         return torch.tensor([[math.nan if a is None else a for a in row] for row in rows])
 
     def picture(self) -> Tensor:
