@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -12,8 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cl_benchmarks import figures
+from cl_benchmarks.figures import PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
+from cl_benchmarks.losses import check_loss
 from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
@@ -23,7 +27,6 @@ from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.experiment import At, Experiment, Results, Session
-from dynmoe.lab.figures import band, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, iqm, three
@@ -34,10 +37,10 @@ if TYPE_CHECKING:
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
-PANELS = (("train_accuracy", "train accuracy at task end"), ("online_accuracy", "online accuracy"),
-          ("test_accuracy", "test accuracy at task end"))  # fmt: skip
-MOST_CURVES = 12
-"""Variants that one panel shows as curves."""
+TRANSFER = ("backward_transfer", "forward_transfer")
+"""Metrics that are one number of a whole run, whatever part of it is asked for."""
+OF_OLD = ("old_accuracy", "forgetting")
+"""Metrics that some tasks, or all, do not have: of the first nothing can be old."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ContinualLearning(Experiment):
     command = "cl"
     least: ClassVar[dict[str, float]] = {
         "epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "lr": 0,
+        "old_samples": 0, "measure_every": 1,
         "momentum": 0, "weight_decay": 0, "clip": 0,
     }  # fmt: skip
     metric = "train_accuracy"
@@ -58,6 +62,8 @@ class ContinualLearning(Experiment):
         ("per task", "train_accuracy", "slope"),
         ("online, mean", "online_accuracy", "mean"),
         ("test, mean", "test_accuracy", "mean"),
+        ("old tasks, end", "old_accuracy", "last"),
+        ("forgetting", "forgetting", "last"),
     )
     references = ("dense", "fresh")
 
@@ -96,8 +102,17 @@ class ContinualLearning(Experiment):
         self.draw(run.folder / "plasticity.png", own, title)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
-        """Of one task, or over all; the slope is the change per task, of a straight line."""
-        values = [task[metric] for task in summary["tasks"]]
+        """Of one task, or over all; the slope is the change per task, of a straight line.
+
+        Tasks without a number are left out; nan where no task has one. `TRANSFER` is of whole runs.
+        """
+        if metric in TRANSFER:
+            return _or_nan(summary.get(metric))
+        rows = summary["tasks"]
+        values = [row.get(metric) if metric in OF_OLD else row[metric] for row in rows]
+        values = [value for value in values if value is not None]
+        if not values:
+            return math.nan
         if at in ("first", "last"):
             return values[0 if at == "first" else -1]
         found = plasticity_summary(values)
@@ -113,29 +128,19 @@ class ContinualLearning(Experiment):
         last = results.runs[stream][variant][0]["tasks"][-1]
         entry: dict[str, Any] = {"parameters": last["parameters"]}
         for metric, _ in PANELS:
-            tasks = _tasks(results, stream, variant, metric)
+            tasks = tasks_of(results, stream, variant, metric)
             entry[metric] = [[round(x, 4) for x in seed] for seed in tasks]
             # The tasks of a run are not independent: its own IQM is one value.
             entry[f"{metric}_iqm"] = three(confidence_interval([iqm(t) for t in tasks], "mean"))
             for at in ("first", "last", "mean"):
                 entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
+        if has_old(results, stream):
+            entry |= _old_entry(results, stream, variant)
         return entry
 
     def draw(self, path: Path, results: Results, title: str) -> None:
-        """A row of panels per stream: train, online and test accuracy over the tasks.
-
-        With more variants than curves can be told apart: their means over the tasks, and lines at
-        the reference networks.
-        """
-        most = max(map(len, results.runs.values()))
-        curves = most <= MOST_CURVES
-        figure = new_figure(title, (3.6 if curves else 1 + 0.2 * most) * len(results.streams))
-        grid = figure.subplots(len(results.streams), len(PANELS), squeeze=False)
-        for stream, row in zip(results.streams, grid, strict=True):
-            for axes, (metric, label) in zip(row, PANELS, strict=True):
-                axes.set_title(stream)
-                (_draw_curves if curves else _draw_means)(axes, results, stream, metric, label)
-        save(figure, path)
+        """A row of panels per stream, see `figures.draw`."""
+        figures.draw(path, results, title, self.references)
 
     def title(self, config: Config, shared: ImageData) -> str:
         """Data set, protocol and network."""
@@ -154,6 +159,7 @@ class StreamSession(Session):
         train, test = chunk_datasets(data, self.chunks)
         steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
         outputs = protocol.num_outputs(data, config.chunks)
+        check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
         training = prepare(config, data, outputs, Horizon(steps, len(self.chunks)), run.device)
         _check_batches(config, training.model, [len(chunk) for chunk in train])
         plugins = config.method.build().plugins(config, training)
@@ -175,6 +181,8 @@ class StreamSession(Session):
 
     def work(self) -> None:
         """All tasks that are left."""
+        if self.trainer.position.task == 0 and not self.trainer.resuming:
+            self.recorder.before_training(self.trainer.model)
         experiences = make_benchmark(self.data, self.chunks).train_stream
         for experience in list(experiences)[self.trainer.position.task :]:
             self.trainer.train(experience, eval_streams=[])
@@ -202,6 +210,7 @@ class StreamSession(Session):
                 for key in ("train_accuracy", "test_accuracy", "online_accuracy")
             },
             "growth": [asdict(e) for e in self.growth.controller.events] if self.growth else [],
+            **self.recorder.stability(),
         }
 
 
@@ -296,6 +305,7 @@ def make_trainer(
             augment=config.augment,
             clip=config.clip,
             reset_optimizer=config.reset_optimizer,
+            loss_over=config.loss_over,
             observer=recorder,
         )
 
@@ -332,34 +342,29 @@ def _compared(config: Config, name: str) -> Config:
     )
 
 
-def _tasks(results: Results, stream: str, variant: str, metric: str) -> list[list[float]]:
-    """[S][T] of a field of the summaries' task rows, such as `train_accuracy`."""
-    return [[task[metric] for task in run["tasks"]] for run in results.runs[stream][variant]]
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
-def _draw_curves(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
-    """A curve over the tasks per variant."""
-    for number, variant in enumerate(results.runs[stream]):
-        by_task = list(zip(*_tasks(results, stream, variant, metric), strict=True))
-        intervals = [confidence_interval(list(task), "mean") for task in by_task]
-        band(axes, range(1, len(by_task) + 1), intervals, number, variant, 100)
-    axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
-
-
-def _draw_means(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
-    """A row per variant."""
-    rows = {v: results.interval(stream, v, metric, "mean") for v in results.runs[stream]}
-    dots(axes, rows, 100)
-    for reference in ContinualLearning.references:
-        if reference in rows:
-            axes.axvline(100 * rows[reference].point, color="#8a8a8a", linestyle=":")
-    axes.set(xlabel=f"{label}, mean (%)")
+def _old_entry(results: Results, stream: str, variant: str) -> dict[str, Any]:
+    """What is left of old tasks, for results.json."""
+    entry: dict[str, Any] = {}
+    for metric in OF_OLD:
+        tasks = tasks_of(results, stream, variant, metric)
+        entry[metric] = [[None if x is None else round(x, 4) for x in seed] for seed in tasks]
+        for at in ("last", "mean"):
+            entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
+    return entry | {m: three(results.interval(stream, variant, m, "last")) for m in TRANSFER}
 
 
 def _print_tasks(summary: dict[str, Any], title: str) -> None:
     """One row per task of a finished run."""
-    rows = [["task", "train", "test", "online", "experts", "parameters"]]
+    headings = {"train_accuracy": "train", "test_accuracy": "test", "online_accuracy": "online"}
+    if summary["tasks"][-1].get("old_accuracy") is not None:
+        headings |= {"old_accuracy": "old tasks", "forgetting": "forgetting"}
+    rows = [["task", *headings.values(), "experts", "parameters"]]
     for number, task in enumerate(summary["tasks"], start=1):
-        shares = [f"{100 * task[f'{key}_accuracy']:.1f} %" for key in ("train", "test", "online")]
+        known = [task.get(key) for key in headings]
+        shares = ["" if share is None else f"{100 * share:.1f} %" for share in known]
         rows.append([str(number), *shares, str(task["num_experts"]), f"{task['parameters']:,}"])
     print_table(title, rows)

@@ -27,44 +27,46 @@ def accuracy(
     Args:
         samples: look at that many evenly spaced images only; 0 for all.
     """
-    images, labels = dataset.tensors()
-    if 0 < samples < len(labels):
-        index = torch.linspace(0, len(labels) - 1, samples).long()
-        images, labels = images[index], labels[index]
+    index = torch.arange(len(dataset))
+    if 0 < samples < len(dataset):
+        index = torch.linspace(0, len(dataset) - 1, samples).long()
     mean, std, right = dataset.mean.to(device), dataset.std.to(device), 0
     with undisturbed(model):
-        for part, target in zip(images.split(512), labels.split(512), strict=True):
-            logits = model(standardise(part.to(device), mean, std))
-            right += int((logits.argmax(1) == target.to(device)).sum())
-    return right / len(labels)
+        for part in index.split(512):
+            images, labels = dataset.take(part)
+            logits = model(standardise(images.to(device), mean, std))
+            right += int((logits.argmax(1) == labels.to(device)).sum())
+    return right / len(index)
 
 
 def expert_maps(
-    model: nn.Module, images: Tensor, labels: Tensor, gates: list[dict[str, Tensor]]
+    model: nn.Module, images: Tensor, labels: Tensor, gates: dict[int, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Heat maps of every MoE layer by TensorBoard tag: uint8 [3, H, W]; none of a dense network.
 
     Args:
         model: in any mode; left as it was.
         images, labels: the latest task's probe.
-        gates: of each task's probe in this model, by layer name, [N, E]; the latest task's last.
+        gates: by task, from 0, of its probe in this model, by layer name, [N, E]; the latest task's
+            last.
     """
     maps: dict[str, Tensor] = {}
-    inputs = layer_inputs(model, images) if gates[-1] else {}
+    latest = next(reversed(gates.values()))
+    inputs = layer_inputs(model, images) if latest else {}
     layers = dict(moe_layers(model))
-    for name in gates[-1]:
+    for name in latest:
         layer = layers[name]
         experts = [f"expert {e}" for e in range(layer.num_experts)]
         numbers = [str(e) for e in range(layer.num_experts)]
-        by_class = routing_table(gates[-1][name], labels)
-        by_task = torch.stack([gate_shares(g[name]).mean(dim=0) for g in gates], dim=1)
+        by_class = routing_table(latest[name], labels)
+        by_task = torch.stack([gate_shares(g[name]).mean(dim=0) for g in gates.values()], dim=1)
         similar = {
             "weights": weight_similarity(layer),
             "outputs": output_similarity(layer, inputs[name], "cka"),
         }
         classes = [str(c) for c in range(by_class.shape[1])]
         maps[f"experts/class/{name}"] = heat_map(by_class, experts, classes, "load by class")
-        tasks = [str(t + 1) for t in range(len(gates))]
+        tasks = [str(t + 1) for t in gates]
         maps[f"experts/task/{name}"] = heat_map(by_task, experts, tasks, "load by task")
         drawn = [heat_map(t, numbers, numbers, f"alike: {s}") for s, t in similar.items()]
         maps[f"experts/similarity/{name}"] = torch.cat(drawn, dim=2)
@@ -101,5 +103,9 @@ LAYOUT = {
         "drift of past tasks' routing": _chart("router/drift/.*"),
         "what experts tell of the task": _chart("router/task_information_share/.*"),
         "growth shock": _chart("growth/output_change", "growth/loss_before", "growth/loss_after"),
+    },
+    "4 Stability": {
+        "accuracy on all earlier tasks": _chart("task/old_accuracy"),
+        "forgetting": _chart("task/forgetting"),
     },
 }

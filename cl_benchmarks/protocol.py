@@ -50,9 +50,11 @@ class Protocol(Part, ABC, kind="protocol"):
 
     Attributes:
         in_time_order: it keeps the order of data that have one, and tells of no task boundary.
+        one_test_set: all tasks are tested on the same images, so that none can be forgotten.
     """
 
     in_time_order: ClassVar[bool] = False
+    one_test_set: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -84,6 +86,15 @@ class Protocol(Part, ABC, kind="protocol"):
     def keeps_labels(self) -> bool:
         """Whether old tasks can still be asked: an output always stands for the same class."""
         return True
+
+    @final
+    def no_old_tasks(self) -> str | None:
+        """Why the accuracy on old tasks is not measured; None where it is."""
+        if not self.keeps_labels():
+            return f"with protocol {self.name} outputs mean something else in each task"
+        if self.one_test_set or self.in_time_order:
+            return f"protocol {self.name} has no test images of old tasks only"
+        return None
 
     @abstractmethod
     def no_cumulative(self) -> str | None:
@@ -247,6 +258,8 @@ class Iid(Protocol, name="iid", source="after Lee et al. 2024 (arXiv 2406.02596)
     With 10 chunks the reading nearest to DynamicMoE (2511.18987), after FIRE (2602.08040) and
     Hare & Tortoise (2406.02596). Clean data of this kind shows little loss of plasticity.
     """
+
+    one_test_set = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Protocol.Config):

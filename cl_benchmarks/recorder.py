@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
+from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
@@ -30,6 +31,9 @@ from dynmoe.plasticity.tasks import (
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer
 
+MOST_WATCHED = 10
+"""Past tasks whose routing is followed."""
+
 
 @dataclass
 class TaskRow:
@@ -47,6 +51,11 @@ class TaskRow:
     """of the whole network"""
     steps: int
     """optimizer steps taken by the end of this task"""
+    old_accuracy: float | None = None
+    """mean accuracy on test images of all earlier tasks; None for the first, and where old tasks
+    cannot be asked"""
+    forgetting: float | None = None
+    """mean of what was lost of it since each of these tasks was learnt; None likewise"""
 
 
 class TaskRecorder(Recorder):
@@ -76,16 +85,25 @@ class TaskRecorder(Recorder):
         super().__init__(run, config.variant, steps, state)
         self.train, self.test, self.growth = train, test, growth
         self.eval_samples = config.eval_samples
-        self.probes = [_probe(chunk, config.probe_samples, run.device) for chunk in train]
+        self.probe_samples, self.measure_every = config.probe_samples, config.measure_every
+        self.probes: dict[int, tuple[Tensor, Tensor]] = {}  # of watched tasks, and the present one
+        self.watched = watched(len(train), config.measure_every)
         self.initial = outside_experts(model)
+        ask = can_ask(config.protocol.build(), test)
+        self.old = OldTasks(test, config.old_samples, run.device) if ask else None
         self.rows: list[TaskRow] = []
-        self.gates: list[dict[str, Tensor]] = []  # of each past task's probe, at that task's end
+        self.gates: dict[int, dict[str, Tensor]] = {}  # of watched tasks' probes, at their ends
         self.events_logged = 0
         run.log.tensorboard.add_custom_scalars(LAYOUT)
         self.online_sum: Tensor
         self.online_batches: int
         self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
+
+    def before_training(self, model: nn.Module) -> None:
+        """Ask the network about all tasks before it learns any; call once, not upon a resume."""
+        if self.old is not None:
+            self.old.start(model)
 
     def batch_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
@@ -105,9 +123,20 @@ class TaskRecorder(Recorder):
 
     def epoch_done(self, trainer: StreamTrainer) -> None:
         """Log accuracies on samples of the task, and every plasticity metric, on its probe."""
+        step = trainer.clock.train_iterations
+        if trainer.position.task % self.measure_every == 0:
+            self._log_epoch(trainer, step)
+        if trainer.position.epoch == trainer.train_epochs:
+            self._check(trainer)
+            self.save(step)
+
+    def _log_epoch(self, trainer: StreamTrainer, step: int) -> None:
         task, device = trainer.position.task, self.run.device
-        probe = take_probe(trainer.model, *self.probes[task], initial=self._initial(trainer))
-        right = probe.logits.argmax(dim=1) == self.probes[task][1]
+        images, labels = self._probe(task)
+        probe = take_probe(
+            trainer.model, images, labels, self._initial(trainer), loss=trainer.cross_entropy
+        )
+        right = probe.logits.argmax(dim=1) == labels
         values = {
             "epoch/train_accuracy": float(right.float().mean()),
             "epoch/test_accuracy": accuracy(
@@ -116,11 +145,7 @@ class TaskRecorder(Recorder):
             "epoch/loss": float(self.loss),
         }
         values |= measure_all(probe)
-        step = trainer.clock.train_iterations
         self.run.log.scalars(step, values)
-        if trainer.position.epoch == trainer.train_epochs:
-            self._check(trainer)
-            self.save(step)
 
     def task_done(self, trainer: StreamTrainer) -> None:
         """Log and keep the task's row, and what its router and kernel look like."""
@@ -132,17 +157,55 @@ class TaskRecorder(Recorder):
             num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),
             steps=trainer.clock.train_iterations,
+            **self._old_values(model, task),
         )
         self.rows.append(row)
-        values = {f"task/{name}": float(value) for name, value in asdict(row).items()}
-        values["task/entk_effective_rank"] = entk_effective_rank(model, self.probes[task][0][:64])
-        gates = [_gates(model, images) for images, _ in self.probes[: len(self.rows)]]
-        values |= self._router_values(gates)
+        known = {name: value for name, value in asdict(row).items() if value is not None}
+        values = {f"task/{name}": float(value) for name, value in known.items()}
+        if task % self.measure_every == 0:
+            values |= self._log_experts(model, task, row.steps)
         self.run.log.scalars(row.steps, values)
-        for tag, image in expert_maps(model, *self.probes[task], gates).items():
-            self.run.log.image(row.steps, tag, image)
         self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
         self._restart_counts()
+
+    def _log_experts(self, model: nn.Module, task: int, step: int) -> dict[str, float]:
+        """Draw the maps of a task's end; returns figures of the router and the tangent kernel."""
+        probe = self._probe(task)
+        values = {"task/entk_effective_rank": entk_effective_rank(model, probe[0][:64])}
+        past = [k for k in self.watched if k < task]
+        gates = {k: _gates(model, self._probe(k)[0]) for k in past} | {
+            task: _gates(model, probe[0])
+        }
+        values |= self._router_values(gates)
+        if task in self.watched:
+            self.gates[task] = gates[task]
+        for tag, image in expert_maps(model, *probe, gates).items():
+            self.run.log.image(step, tag, image)
+        if self.old is not None:
+            self.run.log.image(step, "task/accuracy_matrix", self.old.matrix.picture())
+        return values
+
+    def _probe(self, task: int) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] and labels [N] of a task's probe; kept only where watched."""
+        if task not in self.probes:
+            self.probes = {k: probe for k, probe in self.probes.items() if k in self.watched}
+            self.probes[task] = _evenly_spaced(
+                self.train[task], self.probe_samples, self.run.device
+            )
+        return self.probes[task]
+
+    def stability(self) -> dict[str, Any]:
+        """The matrix of accuracies, forgetting and transfer, for the summary; None if not asked."""
+        if self.old is None:
+            names = ("accuracy_matrix", "forgetting", "backward_transfer", "forward_transfer")
+            return dict.fromkeys(names)
+        matrix = self.old.matrix
+        return {
+            "accuracy_matrix": asdict(matrix),
+            "forgetting": matrix.forgetting(len(self.rows) - 1),
+            "backward_transfer": matrix.backward_transfer(),
+            "forward_transfer": matrix.forward_transfer(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
@@ -152,6 +215,8 @@ class TaskRecorder(Recorder):
         self.online_sum = state["online_sum"]
         self.online_batches = state["online_batches"]
         self.loss = state["loss"]
+        if self.old is not None:
+            self.old.matrix = AccuracyMatrix(**state["accuracy_matrix"])
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted and kept so far."""
@@ -162,7 +227,16 @@ class TaskRecorder(Recorder):
             "online_sum": self.online_sum,
             "online_batches": self.online_batches,
             "loss": self.loss,
+            "accuracy_matrix": None if self.old is None else asdict(self.old.matrix),
         }
+
+    def _old_values(self, model: nn.Module, task: int) -> dict[str, float | None]:
+        """What the network still knows of the tasks before this one, fields of its row."""
+        if self.old is None:
+            return {}
+        self.old.task_done(model)
+        matrix = self.old.matrix
+        return {"old_accuracy": matrix.old_accuracy(task), "forgetting": matrix.forgetting(task)}
 
     def _check(self, trainer: StreamTrainer) -> None:
         step = trainer.clock.train_iterations
@@ -177,27 +251,38 @@ class TaskRecorder(Recorder):
         now = dict(trainer.model.named_parameters())
         return {n: p for n, p in self.initial.items() if n in now and now[n].shape == p.shape}
 
-    def _router_values(self, now: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _router_values(self, now: dict[int, dict[str, Tensor]]) -> dict[str, float]:
         """Drift on past tasks' probes, and what experts tell of the task, over tasks so far.
 
-        `now` holds the gates of each task's probe.
+        `now` holds the gates of each watched task's probe, and of the latest, by task.
         """
         values: dict[str, float] = {}
-        for name in now[0]:
-            past = [routing_drift(g[name], n[name]) for g, n in zip(self.gates, now, strict=False)]
+        for name in next(iter(now.values())):
+            past = [routing_drift(g[name], now[task][name]) for task, g in self.gates.items()]
             if past:
                 values[f"router/drift/{name}"] = sum(past) / len(past)
-            means = torch.stack([gate_shares(gates[name]).mean(dim=0) for gates in now])
+            means = torch.stack([gate_shares(gates[name]).mean(dim=0) for gates in now.values()])
             nats, share = expert_task_information(means)
             values[f"router/task_information/{name}"] = nats
             values[f"router/task_information_share/{name}"] = share
             for expert, own in information_by_expert(means).items():
                 values[f"router/task_information/{name}/expert_{expert}"] = own
-        self.gates.append(now[-1])
         return values
 
 
-def _probe(chunk: ChunkDataset, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def watched(tasks: int, every: int) -> list[int]:
+    """Tasks from 0 whose routing later tasks look at again: ten at most of those that are measured.
+
+    Evenly spaced, so that a stream of hundreds costs no more per task than one of ten.
+    """
+    measured = list(range(0, tasks, every))
+    places = torch.linspace(0, len(measured) - 1, min(len(measured), MOST_WATCHED)).round().long()
+    return [measured[place] for place in places.tolist()]
+
+
+def _evenly_spaced(
+    chunk: ChunkDataset, samples: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Evenly spaced training images of a chunk: float32 [N, C, H, W], labels [N]."""
     index = torch.linspace(0, len(chunk) - 1, min(samples, len(chunk))).long()
     images, labels = chunk.take(index)
@@ -206,7 +291,9 @@ def _probe(chunk: ChunkDataset, samples: int, device: torch.device) -> tuple[Ten
 
 @torch.no_grad()
 def _gates(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Gates [N, E] of each MoE layer for a batch of images, by layer name."""
+    """Gates [N, E] of each MoE layer for a batch of images, by layer name; {} without such."""
+    if next(moe_layers(model), None) is None:
+        return {}
     with undisturbed(model):
         model(images)
         return {

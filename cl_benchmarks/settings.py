@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cl_benchmarks.losses import LossOver
 from cl_benchmarks.networks import Trunk
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -23,7 +24,8 @@ class Config(RunConfig, GrowthSettings):
         ),
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
-            "momentum", "clip", "reset_optimizer", "augment", "eval_samples", "probe_samples",
+            "momentum", "clip", "loss_over", "reset_optimizer", "augment", "eval_samples",
+            "probe_samples", "old_samples", "measure_every",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -33,11 +35,11 @@ class Config(RunConfig, GrowthSettings):
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")
     compare: tuple[str, ...] = place(("dense", "fresh"))
-    """methods, or interventions on the dense network, to run as well; or none"""
+    """methods, or interventions on dense, to run as well"""
     dataset: PartConfig = slot("dataset", "auto")
     protocol: PartConfig = slot("protocol", "class")
     access: Literal["limited", "cumulative"] = "limited"
-    """limited: a task's own chunk; cumulative: all chunks so far"""
+    """limited: a task's own chunk; cumulative: all so far"""
     chunks: int = 10
     """tasks in the stream"""
     network: Trunk.Config = slot("network", "cnn")
@@ -55,6 +57,8 @@ class Config(RunConfig, GrowthSettings):
     """of sgd"""
     clip: float = 0.0
     """largest global gradient norm; 0 for none"""
+    loss_over: LossOver = "all"
+    """classes in the loss; present: the task's, and replayed ones"""
     reset_optimizer: bool = False
     """clear the optimizer's state at each task"""
     augment: Literal["none", "crop-flip"] = "none"
@@ -63,6 +67,11 @@ class Config(RunConfig, GrowthSettings):
     """test images for each epoch's accuracy; all at a task's end"""
     probe_samples: int = 256
     """training images for each epoch's accuracy and metrics"""
+    old_samples: int = 256
+    """test images of each old task, for forgetting; 0 for all"""
+
+    measure_every: int = 1
+    """metrics and maps in every so manyth task; accuracies in all"""
 
     @property
     def variant(self) -> str:
@@ -89,6 +98,8 @@ class Config(RunConfig, GrowthSettings):
             reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
+        if reason := self.protocol.build().no_old_tasks():
+            reasons["old_samples"] = f"{reason}; use --protocol domains, or class with head full"
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons
@@ -107,6 +118,8 @@ def check_without_tasks(config: Config) -> None:
         raise UserError(f"{name}: rows are no pictures to be cropped; use --augment none")
     if config.reset_optimizer:
         raise UserError(f"--reset-optimizer acts at task starts, and {name} tells of none")
+    if config.loss_over != "all":
+        raise UserError(f"{name} does not tell which classes come; use --loss-over all")
     reasons = [method.without_tasks(), config.intervention.build().without_tasks()]
     if "trigger" in method.reads():
         reasons.append(config.trigger.build().without_tasks())

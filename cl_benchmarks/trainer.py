@@ -14,6 +14,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl_benchmarks.losses import LossOver, StreamLoss
 from cl_benchmarks.stream import Augment, Batches, Position, chunk_of
 from dynmoe.errors import NumericError
 from dynmoe.moe import collect_aux_losses, finish_step
@@ -46,9 +47,11 @@ class StreamTrainer(SupervisedTemplate):
         augment: see `Batches`.
         clip: largest global gradient norm; 0 for no clipping.
         reset_optimizer: clear the optimizer's state at each experience.
+        loss_over: the classes in the loss, see `StreamLoss`.
         observer: told of each step, epoch and task once all plugins have acted on it.
 
     Attributes:
+        cross_entropy: of the loss; plugins and metrics take it, too.
         position: task, epoch and batch that training has reached.
         resuming: true between `resume` and the point where the saved state is put back; plugins
             must not act on a task start meanwhile, as it has happened before.
@@ -67,12 +70,14 @@ class StreamTrainer(SupervisedTemplate):
         augment: Augment = "none",
         clip: float = 0.0,
         reset_optimizer: bool = False,
+        loss_over: LossOver = "all",
         observer: Observer | None = None,
     ) -> None:
+        self.cross_entropy = StreamLoss(loss_over)
         super().__init__(
             model=model,
             optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss(),
+            criterion=self.cross_entropy,
             train_mb_size=batch_size,
             train_epochs=epochs,
             device=device,
@@ -109,7 +114,7 @@ class StreamTrainer(SupervisedTemplate):
         }
 
     def criterion(self) -> Tensor:
-        """Cross entropy plus the MoE layers' auxiliary losses, nats.
+        """`StreamLoss` plus the MoE layers' auxiliary losses, nats.
 
         Raises:
             NumericError: the loss is not finite; nothing has been updated with it.
@@ -136,6 +141,9 @@ class StreamTrainer(SupervisedTemplate):
         self.position.task = self.clock.train_exp_counter
         if self._saved is not None:
             self.position.task = self._saved["position"][0]
+        if self.cross_entropy.over != "all":
+            stream, so_far = self.experience.origin_stream, range(self.position.task + 1)
+            self.cross_entropy.task_starts([stream[k].classes_in_this_experience for k in so_far])
         self.dataloader = Batches(
             chunk_of(self.experience),
             self.train_mb_size,

@@ -110,7 +110,7 @@ class VGG16(Trunk, name="vgg16", source="Simonyan and Zisserman 2015 (arXiv 1409
             raise UserError(f"vgg16: images are {shape[1]}x{shape[2]}, it needs 32x32 or more")
         self.features = _vgg16_features(config.scale)
         if shape[0] != 3:
-            self.features[0] = nn.Conv2d(shape[0], self.features[0].out_channels, 3, padding=1)
+            self.features[0] = nn.Conv2d(shape[0], scaled(64, config.scale, "vgg16"), 3, padding=1)
         self.channels = scaled(512, config.scale, "vgg16")
         self.out_features = self.channels * (shape[1] // 32) * (shape[2] // 32)
 

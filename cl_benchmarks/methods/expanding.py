@@ -310,7 +310,7 @@ class ProgressiveBlock(nn.Module):
 
     def output_layers(self) -> list[nn.Module]:
         """The newest column's layers that give the output: its own, then its adapter."""
-        newest = self.columns[-1]
+        newest: Any = self.columns[-1]
         return [m for m in (newest.output, getattr(newest, "adapt", None)) if m is not None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,3 +10,4 @@ from cl_benchmarks.protocols.changes import Unknown as Unknown
 from cl_benchmarks.protocols.changes import WarmStart as WarmStart
 from cl_benchmarks.protocols.domains import Domains as Domains
 from cl_benchmarks.protocols.online import Online as Online
+from cl_benchmarks.protocols.pairs import Pairs as Pairs

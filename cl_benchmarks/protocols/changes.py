@@ -37,6 +37,8 @@ class Noise(
     drawn label may be the right one: of C classes, a share p leaves p (1 - 1/C) wrong labels.
     """
 
+    one_test_set = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Protocol.Config):
         """Options of the noise protocol."""
@@ -105,6 +107,8 @@ class WarmStart(
     labels random. Ash & Adams: --protocol.share 0.5 --protocol.noise 0. Chunks after the second
     hold all data again.
     """
+
+    one_test_set = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Protocol.Config):

@@ -201,10 +201,12 @@ class Results:
         metric: str = "",
         at: At | None = None,
     ) -> Interval:
-        """Mean of a - b over seeds, paired by seed, with its 95 % t interval."""
-        return paired_difference(
-            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
-        )
+        """Mean of a - b over seeds, paired by seed, with its 95 % t interval.
+
+        nan where a run lacks the metric.
+        """
+        ones, others = (self.values(stream, v, metric, at) for v in (a, b))
+        return _UNKNOWN if _lacking(ones + others) else paired_difference(ones, others)
 
     def says(
         self,
@@ -217,6 +219,8 @@ class Results:
         """One sentence: is a above b on this stream? The interval decides."""
         gap = self.difference(stream, a, b, metric, at)
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
+        if _lacking(ones + others):
+            return f"{stream}: {a} against {b}: not measured ({metric.replace('_', ' ')})."
         chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
         metric, at = metric or self.experiment.metric, at or self.experiment.at
         factor, unit, digits = self.experiment.unit(metric)
@@ -234,6 +238,8 @@ class Results:
         """One sentence: does a variant hold its first level to the end of the stream?"""
         metric = metric or self.experiment.metric
         first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
+        if _lacking(first + last):
+            return f"{stream}: {variant}: not measured ({metric.replace('_', ' ')})."
         gap = paired_difference(last, first)
         factor, unit, digits = self.experiment.unit(metric)
         point, low, high = (factor * x for x in gap)
@@ -248,9 +254,15 @@ class Results:
     ) -> Interval:
         """Mean over seeds with its 95 % t interval; nan where a run lacks the metric."""
         values = self.values(stream, variant, metric, at)
-        if any(map(math.isnan, values)):
-            return Interval(math.nan, math.nan, math.nan)
-        return confidence_interval(values, "mean")
+        return _UNKNOWN if _lacking(values) else confidence_interval(values, "mean")
+
+
+_UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+def _lacking(values: list[float]) -> bool:
+    """Whether a run has no number for a metric."""
+    return any(map(math.isnan, values))
 
 
 def logged(folder: Path, tag: str) -> list[float]:

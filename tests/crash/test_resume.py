@@ -54,6 +54,7 @@ CASES = {
     "progressive": "--method progressive --intervention l2-init",
     "permuted replay": "--protocol permuted --protocol.images 150 --intervention replay "
     "--intervention.size 40 --augment crop-flip",
+    "old tasks": "--protocol domains --batch-size 100 --old-samples 40",
     "ewc": "--intervention ewc --budget.mode per-growth",
 }
 

@@ -23,6 +23,14 @@ COMMANDS = {
         "epoch_done",
         {"experts/class/blocks.0", "experts/task/blocks.0", "experts/similarity/blocks.0"},
     ),
+    "cl, old tasks": (
+        cl.main,
+        "--preset smoke --protocol domains --chunks 2 --epochs 2 --batch-size 300 --compare "
+        "--network.hidden 16 --network.width 8 --eval-samples 50 --probe-samples 40",
+        cl_benchmarks.recorder.TaskRecorder,
+        "epoch_done",
+        {"task/accuracy_matrix", "experts/task/blocks.0"},
+    ),
     "rl": (
         rl.main,
         "--preset smoke --encoder.hidden 16 --encoder.widths 16 --num-envs 4 --rollout-steps 16 "
@@ -36,7 +44,7 @@ COMMANDS = {
 
 def _shown(runs: Path, command: str) -> dict[str, list[Any]]:
     """Tag -> (step, value or picture) of all scalars and images, times excepted."""
-    events = EventAccumulator(str(runs / command / "x" / "seed-0"))
+    events = EventAccumulator(str(runs / command[:2] / "x" / "seed-0"))
     events.Reload()
     tags = events.Tags()
     scalars = {

@@ -18,7 +18,7 @@ def test_maps_show_classes_tasks_and_similarities() -> None:
     images, labels = torch.rand(10, 1, 2, 2), torch.arange(10) % 2
     past, now = torch.rand(8, 3).softmax(1), torch.rand(10, 3).softmax(1)
     before = torch.get_rng_state()
-    maps = expert_maps(model, images, labels, [{"2": past}, {"2": now}])
+    maps = expert_maps(model, images, labels, {0: {"2": past}, 1: {"2": now}})
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and layer.last_routing is None
 
@@ -43,4 +43,4 @@ def test_maps_show_classes_tasks_and_similarities() -> None:
 
 def test_a_dense_network_has_none() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6))
-    assert expert_maps(model, torch.rand(3, 1, 2, 2), torch.arange(3), [{}]) == {}
+    assert expert_maps(model, torch.rand(3, 1, 2, 2), torch.arange(3), {0: {}}) == {}

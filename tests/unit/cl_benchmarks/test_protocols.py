@@ -75,7 +75,7 @@ def test_chunks_are_well_formed_and_follow_the_seed(name: str, data: ImageData) 
 @pytest.mark.parametrize("chunks", [0, -3, 7])
 def test_impossible_chunk_counts_are_refused(name: str, chunks: int, data: ImageData) -> None:
     data = _data(name, data)
-    if name in ("shuffle", "permuted", "warmstart", "domains", "online") and chunks == 7:
+    if name in ("shuffle", "permuted", "warmstart", "domains", "online", "pairs") and chunks == 7:
         assert len(_make(name).split(data, chunks, 0)) == 7
         return
     with pytest.raises(UserError, match=f"{chunks} chunks .*use --chunks [0-9]"):
