@@ -247,6 +247,8 @@ def prepare(
         return network
 
     model = new_model(0).to(device)
+    if config.channels_last:  # convolutions take the order of their weights for their images, too
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = seeding.generator(config.seed, "method")
     return Training(model, _optimizer(config, model), generator, new_model, intervention)
 
@@ -296,6 +298,7 @@ def make_trainer(
             augment=config.augment,
             clip=config.clip,
             reset_optimizer=config.reset_optimizer,
+            precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
             observer=recorder,
         )
 

@@ -22,7 +22,7 @@ from dynmoe.plasticity.probes import ExpertProbe, Probe
 from dynmoe.registry import PartConfig
 
 KERNEL_COLUMNS = 2048
-"""Parameters whose gradients enter the tangent kernel at a time: as float64 they stay in the cache"""
+"""Parameters whose gradients enter the tangent kernel at a time: in the cache, as float64"""
 
 
 class Dormant(
@@ -172,7 +172,7 @@ def singular_values(h: Tensor) -> Tensor:
     """Singular values of h [N, d], descending, [min(N, d)] float64 on the CPU.
 
     Roots of the eigenvalues of `h^T h` (or `h h^T`) in float64, in half the time of a singular
-    value decomposition; those below the rounding of float32 activations, 1e-7 of the largest, are 0.
+    value decomposition. Those below the rounding of float32, 1e-7 of the largest, are 0.
     Decomposed on h's device, read back once: the ranks then cost no further synchronisation, and
     need no cumulative sum on CUDA, which torch refuses in deterministic mode.
     """
