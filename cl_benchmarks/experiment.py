@@ -256,6 +256,8 @@ def prepare(
         return network
 
     model = new_model(0).to(device)
+    if config.channels_last:  # convolutions take the order of their weights for their images, too
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = seeding.generator(config.seed, "method")
     return Training(model, _optimizer(config, model), generator, new_model, intervention)
 
@@ -306,6 +308,7 @@ def make_trainer(
             clip=config.clip,
             reset_optimizer=config.reset_optimizer,
             loss_over=config.loss_over,
+            precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
             observer=recorder,
         )
 

@@ -24,8 +24,8 @@ class Config(RunConfig, GrowthSettings):
         ),
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
-            "momentum", "clip", "loss_over", "reset_optimizer", "augment", "eval_samples",
-            "probe_samples", "old_samples", "measure_every",
+            "momentum", "clip", "loss_over", "reset_optimizer", "augment", "precision",
+            "channels_last", "eval_samples", "probe_samples", "old_samples", "measure_every",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -63,6 +63,11 @@ class Config(RunConfig, GrowthSettings):
     """clear the optimizer's state at each task"""
     augment: Literal["none", "crop-flip"] = "none"
     """random crops and mirror images of the training images"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the network's training passes; bfloat16 by autocast: weights, losses, the optimizer and
+    all measurements stay float32"""
+    channels_last: bool = False
+    """keep the channels of convolutions innermost in memory, which is faster for large ones"""
     eval_samples: int = 256
     """test images for each epoch's accuracy; all at a task's end"""
     probe_samples: int = 256
@@ -94,6 +99,8 @@ class Config(RunConfig, GrowthSettings):
             reasons["momentum"] = f"it is for --optimizer sgd (now {self.optimizer})"
         if not self.network.neck:
             reasons["network.width"] = "without --network.neck blocks are as wide as the features"
+        if self.network.part.name == "mlp":
+            reasons["channels_last"] = "--network mlp has no convolutions"
         if self.network.place not in ("trunk", "everywhere"):
             reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
         if self.trigger.part.name == "stage":

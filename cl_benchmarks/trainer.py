@@ -48,6 +48,7 @@ class StreamTrainer(SupervisedTemplate):
         clip: largest global gradient norm; 0 for no clipping.
         reset_optimizer: clear the optimizer's state at each experience.
         loss_over: the classes in the loss, see `StreamLoss`.
+        precision: of training passes; float32, or bfloat16 for autocast. Outputs are float32.
         observer: told of each step, epoch and task once all plugins have acted on it.
 
     Attributes:
@@ -71,6 +72,7 @@ class StreamTrainer(SupervisedTemplate):
         clip: float = 0.0,
         reset_optimizer: bool = False,
         loss_over: LossOver = "all",
+        precision: torch.dtype = torch.float32,
         observer: Observer | None = None,
     ) -> None:
         self.cross_entropy = StreamLoss(loss_over)
@@ -88,7 +90,7 @@ class StreamTrainer(SupervisedTemplate):
         self.plugins = [*plugins, self.clock]
         self.own_plugins = plugins
         self.seed, self.augment, self.clip = seed, augment, clip
-        self.reset_optimizer = reset_optimizer
+        self.reset_optimizer, self.precision = reset_optimizer, precision
         self.observer = observer
         self.position = Position()
         self._saved: dict[str, Any] | None = None
@@ -112,6 +114,16 @@ class StreamTrainer(SupervisedTemplate):
             "optimizer": self.optimizer.state_dict(),
             "plugins": [plugin.state_dict() for plugin in self.own_plugins],
         }
+
+    def forward(self) -> Tensor:
+        """Outputs of the batch, float32; under autocast where the network trains in bfloat16.
+
+        Passes in evaluation mode, such as a growth's probe, are float32.
+        """
+        half = self.precision != torch.float32 and self.model.training
+        with torch.autocast(self.device.type, self.precision, enabled=half):
+            outputs = super().forward()
+        return outputs.float() if half else outputs
 
     def criterion(self) -> Tensor:
         """`StreamLoss` plus the MoE layers' auxiliary losses, nats.

@@ -61,6 +61,8 @@ def presets() -> dict[str, Config]:
         clip=0.5,
         reset_optimizer=True,
         augment="crop-flip",
+        precision="bfloat16",
+        channels_last=True,
         eval_samples=2000,
         probe_samples=1024,
     )

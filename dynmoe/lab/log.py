@@ -52,10 +52,12 @@ class Logger:
         self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics, and one TensorBoard point per tag."""
+        """One line of metrics, and one TensorBoard point per tag, all in one event."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         self._write({"step": step, **values})
-        for tag, value in values.items():
-            self.tensorboard.add_scalar(tag, value, step)
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self.tensorboard._get_file_writer().add_summary(Summary(value=points), step)
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """A picture for TensorBoard alone: uint8 [3, H, W]."""

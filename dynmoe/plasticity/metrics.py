@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from dynmoe.errors import NumericError
 from dynmoe.moe.diagnostics import entropy, expert_use, gate_shares
@@ -19,6 +20,9 @@ from dynmoe.moe.model import undisturbed
 from dynmoe.plasticity.metric import Metric
 from dynmoe.plasticity.probes import ExpertProbe, Probe
 from dynmoe.registry import PartConfig
+
+KERNEL_COLUMNS = 2048
+"""Parameters whose gradients enter the tangent kernel at a time: in the cache, as float64"""
 
 
 class Dormant(
@@ -71,19 +75,29 @@ def redo_scores(activity: Tensor) -> Tensor:
 
 
 def mean_activity(h: Tensor) -> Tensor:
-    """E|h_i| over samples and positions, [units] float64; see `sample_axes`."""
+    """E|h_i| over samples and positions, [units] float64; see `sample_axes`.
+
+    Positions of an image are added up in h's own type: all of it in float64 takes four times as
+    long.
+    """
+    if h.ndim >= 4:
+        h = h.abs().flatten(2).mean(dim=2)  # [N, C]
     return h.abs().mean(dim=sample_axes(h), dtype=torch.double)
 
 
 def firing_rate(h: Tensor) -> Tensor:
     """Share of inputs (and positions) on which a unit is not exactly zero, [units] float64."""
-    return (h != 0).mean(dim=sample_axes(h), dtype=torch.double)
+    return torch.count_nonzero(h, dim=sample_axes(h)).double() * h.shape[unit_axis(h)] / h.numel()
 
 
 def sample_axes(h: Tensor) -> tuple[int, ...]:
-    """All axes but the unit axis: axis 1 of [N, C, height, width] (channels), else the last."""
-    unit = 1 if h.ndim >= 4 else h.ndim - 1
-    return tuple(axis for axis in range(h.ndim) if axis != unit)
+    """All axes but the units'."""
+    return tuple(axis for axis in range(h.ndim) if axis != unit_axis(h))
+
+
+def unit_axis(h: Tensor) -> int:
+    """1 of [N, C, height, width] (channels), else the last."""
+    return 1 if h.ndim >= 4 else h.ndim - 1
 
 
 def routed_activity(expert: ExpertProbe) -> Tensor:
@@ -136,31 +150,42 @@ class Rank(
 
     def measure(self, probe: Probe) -> dict[str, float]:
         """Four ranks of the features and of each pool, one of each expert."""
-        values = self._ranks(probe.features, "")
+        values = self._ranks(singular_values(probe.features), len(probe.features), "")
         for name, expert in probe.experts.items():
-            values |= self._ranks(expert.hidden, f"/{name}.hidden")
+            hidden = expert.hidden
+            values |= self._ranks(singular_values(hidden), len(hidden), f"/{name}.hidden")
             for e in range(expert.gates.shape[1]):
-                sigma = singular_values(expert.hidden[:, expert.segment == e])
+                sigma = singular_values(hidden[:, expert.segment == e])
                 values[f"rank/effective_rank/{name}/expert_{e}"] = effective_rank(sigma)
         return values
 
-    def _ranks(self, h: Tensor, suffix: str) -> dict[str, float]:
-        sigma = singular_values(h)
+    def _ranks(self, sigma: Tensor, samples: int, suffix: str) -> dict[str, float]:
         return {
             f"rank/srank99{suffix}": srank99(sigma),
             f"rank/stable_rank_fro{suffix}": stable_rank_fro(sigma),
             f"rank/effective_rank{suffix}": effective_rank(sigma),
-            f"rank/feature_rank{suffix}": feature_rank(sigma, len(h), self.config.eps),
+            f"rank/feature_rank{suffix}": feature_rank(sigma, samples, self.config.eps),
         }
 
 
 def singular_values(h: Tensor) -> Tensor:
     """Singular values of h [N, d], descending, [min(N, d)] float64 on the CPU.
 
+    Roots of the eigenvalues of `h^T h` (or `h h^T`) in float64, in half the time of a singular
+    value decomposition. Those below the rounding of float32, 1e-7 of the largest, are 0.
     Decomposed on h's device, read back once: the ranks then cost no further synchronisation, and
     need no cumulative sum on CUDA, which torch refuses in deterministic mode.
     """
-    return torch.linalg.svdvals(h.double()).cpu()
+    squares = gram_eigenvalues(h)
+    floor = 1e-14 * squares[0] if len(squares) else 0.0
+    return torch.where(squares > floor, squares, 0.0).sqrt()
+
+
+def gram_eigenvalues(h: Tensor) -> Tensor:
+    """Squared singular values of h [N, d], descending, [min(N, d)] float64 on the CPU."""
+    h = h.double()
+    gram = h.T @ h if h.shape[0] >= h.shape[1] else h @ h.T
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).cpu()
 
 
 def srank99(sigma: Tensor) -> float:
@@ -222,7 +247,7 @@ class ExpertFeatures(
 def weighted_rank(expert: ExpertProbe) -> float:
     """exp of the entropy of the Gram matrix's normalised eigenvalues; see `ExpertFeatures`."""
     features = expert.hidden.double() * expert.gates.double()[:, expert.segment]
-    return effective_rank(singular_values(features).square())
+    return effective_rank(gram_eigenvalues(features))
 
 
 class Norms(Metric, name="norms", source="ours; mean |w| from Dohare et al. 2024 (Nature 632)"):
@@ -354,27 +379,50 @@ def over_layers(layers: dict[str, dict[str, float]]) -> dict[str, float]:
 def entk_matrix(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> Tensor:
     """K = J J^T, [m, m] float64, J the gradient of each sample's summed logits (eval mode).
 
-    One backward pass per sample (m = the first `max_samples` inputs), since routers that choose
-    experts have data-dependent control flow, which `torch.func.vmap` cannot trace. Keeps m
-    gradients at once: m * P * 4 bytes for P float32 parameters.
+    By `torch.func.vmap` over the samples (m = the first `max_samples` inputs), or with a backward
+    pass for each: routers that choose experts have data-dependent control flow, which it cannot
+    trace. Keeps m gradients at once: m * P * 4 bytes for P float32 parameters.
 
     Raises:
         ValueError: no input, or no parameter that learns.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     m = min(len(inputs), max_samples)
     if m == 0 or not parameters:
         raise ValueError("the tangent kernel needs at least one input and one trainable parameter")
-    rows = []
-    with undisturbed(model), torch.enable_grad():
-        for i in range(m):
-            summed = model(inputs[i : i + 1]).sum()
-            rows.append(torch.autograd.grad(summed, parameters, materialize_grads=True))
-    kernel = torch.zeros(m, m, dtype=torch.double, device=parameters[0].device)
-    for gradients in zip(*rows, strict=True):
-        block = torch.stack(gradients).reshape(m, -1).double()
-        kernel += block @ block.T
+    with undisturbed(model):
+        try:
+            gradients = _gradients_at_once(model, parameters, inputs[:m])
+        except RuntimeError:  # control flow by data, or an operation that cannot be batched
+            gradients = _gradients_one_by_one(model, inputs[:m])
+    kernel = torch.zeros(m, m, dtype=torch.double, device=inputs.device)
+    for gradient in gradients:
+        for part in gradient.reshape(m, -1).split(KERNEL_COLUMNS, dim=1):
+            part = part.double()
+            kernel += part @ part.T
     return kernel
+
+
+def _gradients_at_once(
+    model: nn.Module, parameters: dict[str, Tensor], inputs: Tensor
+) -> list[Tensor]:
+    """Each sample's gradient of its summed logits, [m, ...] for each parameter, by `vmap`."""
+
+    def summed(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, parameters, (sample.unsqueeze(0),)).sum()
+
+    return list(vmap(grad(summed), in_dims=(None, 0))(parameters, inputs).values())
+
+
+def _gradients_one_by_one(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """The same, a backward pass for each sample."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    with torch.enable_grad():
+        for sample in inputs.split(1):
+            summed = model(sample).sum()
+            rows.append(torch.autograd.grad(summed, parameters, materialize_grads=True))
+    return [torch.stack(gradients) for gradients in zip(*rows, strict=True)]
 
 
 def entk_effective_rank(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> float:
