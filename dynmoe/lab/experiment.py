@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +22,9 @@ from dynmoe.lab.config import RunConfig
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import (
+    Family,
     Interval,
     confidence_interval,
-    paired_difference,
     probability_of_improvement,
     seeds_to_see,
 )
@@ -168,13 +169,18 @@ class Experiment(ABC):
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs. Where metric or part are not named, they are the experiment's."""
+    """Finished runs. Where metric or part are not named, they are the experiment's.
+
+    Intervals of differences have the level of `family`: 95 % by default; a study's verdict is given
+    a family of the size of all its comparisons.
+    """
 
     runs: dict[str, dict[str, list[dict[str, Any]]]]
     """stream -> variant -> summaries, one per seed"""
     folders: dict[str, dict[str, list[Path]]]
     """stream -> variant -> run folders, one per seed"""
     experiment: Experiment
+    family: Family = field(default_factory=Family, compare=False)
 
     @property
     def streams(self) -> list[str]:
@@ -201,10 +207,12 @@ class Results:
         metric: str = "",
         at: At | None = None,
     ) -> Interval:
-        """Mean of a - b over seeds, paired by seed, with its 95 % t interval."""
-        return paired_difference(
-            self.values(stream, a, metric, at), self.values(stream, b, metric, at)
-        )
+        """Mean of a - b over seeds, paired by seed, with its t interval at the family's level."""
+        return self.gap(self.values(stream, a, metric, at), self.values(stream, b, metric, at))
+
+    def gap(self, ones: Sequence[float], others: Sequence[float]) -> Interval:
+        """The same of any two numbers of each seed, `[S]` each: for what is no metric."""
+        return self.family.difference(ones, others)
 
     def says(
         self,
@@ -217,7 +225,8 @@ class Results:
         """One sentence: is a above b on this stream? The interval decides."""
         gap = self.difference(stream, a, b, metric, at)
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
-        chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
+        chance = probability_of_improvement(ones, others)
+        needed = seeds_to_see(ones, others, self.family.confidence)
         metric, at = metric or self.experiment.metric, at or self.experiment.at
         factor, unit, digits = self.experiment.unit(metric)
         low, high = factor * gap.low, factor * gap.high
@@ -234,7 +243,7 @@ class Results:
         """One sentence: does a variant hold its first level to the end of the stream?"""
         metric = metric or self.experiment.metric
         first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
-        gap = paired_difference(last, first)
+        gap = self.gap(last, first)
         factor, unit, digits = self.experiment.unit(metric)
         point, low, high = (factor * x for x in gap)
         word = gap.verdict("rises", "falls", "no change seen")

@@ -10,6 +10,7 @@ import json
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,14 +18,19 @@ from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_atomic, write_json
 from dynmoe.lab.report import caption, entry, print_table, table
 from dynmoe.lab.runner import Job, plan, results_of, run_jobs
+from dynmoe.lab.statistics import Family
 from dynmoe.registry import Part
 
 Preset = Literal["laptop", "paper"]
 Command = Literal["cl", "rl", "tta", "dg"]
 SEARCH_SEED = 1000
 """Searches use a seed that no reported run has."""
+ALL_AT_ONCE = (
+    "These are {count} comparisons: each interval has a level of {level} % (Bonferroni), so that "
+    "all of them hold at once with 95 %. Those in tables are 95 % intervals of one number."
+)
 FEW_SEEDS = (
-    "Intervals are 95 % t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
+    "Intervals are t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
     "N seeds are said to see it, a difference of the size found would show at N with a chance of "
     "80 %, as far as these seeds can tell."
 )
@@ -147,6 +153,17 @@ def _search(
     return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
 
 
+def judge(study: Study, results: Results) -> tuple[list[str], int]:
+    """The study's verdict, and the comparisons that it makes, for whose number it is corrected.
+
+    The verdict is asked twice: to count its comparisons, and with the intervals that hold for all.
+    """
+    counted = replace(results, family=Family())
+    study.verdict(counted)
+    comparisons = max(1, len(counted.family.made))
+    return study.verdict(replace(results, family=Family(comparisons))), comparisons
+
+
 def _report(
     study: Study,
     command: str,
@@ -157,7 +174,11 @@ def _report(
 ) -> None:
     """Write everything to `out`, and print the tables and the verdict."""
     make_folder(out)
-    verdict, commits = study.verdict(results), _commits(results)
+    verdict, comparisons = judge(study, results)
+    commits = _commits(results)
+    if comparisons > 1 and seeds > 1:
+        level = f"{100 * Family(comparisons).confidence:.2f}"
+        verdict.append(ALL_AT_ONCE.format(count=comparisons, level=level))
     if seeds < 10:
         verdict.append(FEW_SEEDS.format(seeds=seeds))
     if seeds == 2:
@@ -173,7 +194,7 @@ def _report(
     question = inspect.getdoc(study) or ""
     write_json(out / "results.json", {
         "study": study.name, "question": question, "command": command, "commits": commits,
-        "seeds": seeds, "verdict": verdict, "streams": streams,
+        "seeds": seeds, "comparisons": comparisons, "verdict": verdict, "streams": streams,
     })  # fmt: skip
     results.experiment.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
