@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,8 @@ from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
+from cl_benchmarks.references import online_references
+from cl_benchmarks.rehearsal import Rehearsal
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
@@ -97,11 +100,21 @@ class ContinualLearning(Experiment):
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Of one task, or over all; the slope is the change per task, of a straight line."""
-        values = [task[metric] for task in summary["tasks"]]
+        values = [task.get(metric, math.nan) for task in summary["tasks"]]
+        if any(map(math.isnan, values)):
+            return math.nan
         if at in ("first", "last"):
             return values[0 if at == "first" else -1]
         found = plasticity_summary(values)
         return found[{"mean": "mean", "worst": "min", "slope": "slope"}[at]]
+
+    def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
+        """On streams in time order, what needs no network; in all runs of a stream it is equal."""
+        run = next(iter(results.runs[stream].values()))[0]
+        return {
+            name: {"tasks": [{"online_accuracy": value} for value in values]}
+            for name, values in run.get("references", {}).items()
+        }
 
     def describe(self, metric: str, at: At) -> str:
         """Such as "train accuracy, last task"."""
@@ -160,9 +173,14 @@ class StreamSession(Session):
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
+        own: Any = config.protocol
+        if getattr(own, "updates", 1) > 1:
+            kept = own.updates - 1, own.rows, own.window
+            plugins.append(Rehearsal(*kept, train, plugins[-1:], config.seed))
         if protocol.resets_head:
             plugins.append(ZeroHead(training))
         self.model = training.model
+        self.train = train
         self.recorder: TaskRecorder = TaskRecorder(
             run, config, steps, self.state, train, test, training.model, self.growth
         )
@@ -203,7 +221,19 @@ class StreamSession(Session):
                 for key in ("train_accuracy", "test_accuracy", "online_accuracy")
             },
             "growth": [asdict(e) for e in self.growth.controller.events] if self.growth else [],
+            **self._references(),
         }
+
+    def _references(self) -> dict[str, Any]:
+        """Of a stream in time order: what it gives away without a network."""
+        if not self.train[0].in_time_order:
+            return {}
+        rows, labels = zip(*(chunk.tensors() for chunk in self.train), strict=True)
+        lengths = [len(chunk) for chunk in self.train]
+        found = online_references(
+            torch.cat(rows), torch.cat(labels), lengths, self.config.batch_size
+        )
+        return {"references": found}
 
 
 def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:

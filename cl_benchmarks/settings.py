@@ -87,6 +87,9 @@ class Config(RunConfig, GrowthSettings):
             reasons["network.width"] = "without --network.neck blocks are as wide as the features"
         if self.network.place not in ("trunk", "everywhere"):
             reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
+        if getattr(self.protocol, "updates", 2) == 1:
+            one = "--protocol.updates is 1; give it another value"
+            reasons |= {"protocol.rows": one, "protocol.window": one}
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
         if all(method.name == "fresh" for method in methods):

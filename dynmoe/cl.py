@@ -89,10 +89,10 @@ def _of_real_data(laptop: Config) -> dict[str, Config]:
     )
     online = replace(
         laptop,
-        dataset=get("dataset", "stream").Config(),
-        protocol=get("protocol", "online").Config(),
+        dataset=get("dataset", "stream").Config(scale="past"),
+        protocol=get("protocol", "online").Config(updates=2),
         network=get("network", "mlp").Config(),
-        trigger=get("trigger", "drift").Config(),
+        trigger=get("trigger", "drift").Config(unit="deviation", threshold=8.0, delta=0.5),
         compare=("dense",),
         epochs=1,
         batch_size=1,

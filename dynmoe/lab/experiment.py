@@ -147,6 +147,13 @@ class Experiment(ABC):
         """A metric in words."""
         return metric.replace("_", " ")
 
+    def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
+        """Name -> a summary, as `value` reads it, of what stands in tables beside the runs.
+
+        None by default. It has no seeds and no folder, and `value` may be nan.
+        """
+        return {}
+
     @abstractmethod
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """A variant's numbers for results.json: every seed, and intervals."""
