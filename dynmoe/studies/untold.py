@@ -19,14 +19,13 @@ SENSORS: dict[str, tuple[str, str]] = {
 PHOTOS = {
     "laptop": (
         "--dataset tiny-imagenet --dataset.per-class 50 --dataset.test-per-class 10 "
-        "--dataset.size 32 --epochs 10"
+        "--dataset.size 32 --epochs 8"
     ),
     "paper": "--dataset tiny-imagenet --epochs 50",
 }
-ONLINE = (
-    "--preset online --batch-size 8 --protocol.updates 4 --lr 3e-4 --eval-samples 128 "
-    "--probe-samples 128"
-)
+BATCH = {"weather": 8, "outdoor": 1, "elec2": 8}
+"""Rows per batch, so that each stream takes 2,000 to 6,000 steps; labels come with the batch."""
+SAMPLES = "--eval-samples 64 --probe-samples 64"
 COUNTED = "--trigger.rows 16 --trigger.limit 9"
 WAIT = f"{COUNTED} --trigger.cooldown 50"
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -71,7 +70,7 @@ class Untold(Study, name="untold", source="ours; streams after Losing et al. 201
     def streams(self, preset: Preset) -> dict[str, str]:
         """Images, and the sensor streams that are there."""
         photos = (DATA / "tiny-imagenet-200" / "train").is_dir()
-        images = PHOTOS[preset] if photos else "--dataset fractal --epochs 5"
+        images = f"{PHOTOS[preset] if photos else '--dataset fractal --epochs 4'} {SAMPLES}"
         found = {
             "blurred": f"{images} --protocol blurred",
             "unknown": f"{images} --protocol unknown",
@@ -79,7 +78,7 @@ class Untold(Study, name="untold", source="ours; streams after Losing et al. 201
         for name, (rows, labels) in SENSORS.items():
             if (DATA / rows).is_file() and (DATA / labels).is_file():
                 files = f"--dataset.file {DATA / rows} --dataset.labels {DATA / labels}"
-                found[name] = f"{ONLINE} {files}"
+                found[name] = f"--preset online --batch-size {BATCH[name]} {SAMPLES} {files}"
         return found
 
     def variants(self, preset: Preset) -> dict[str, str]:
