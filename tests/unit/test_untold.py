@@ -14,6 +14,7 @@ from dynmoe import cl
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
 from dynmoe.lab.experiment import Results
+from dynmoe.lab.runner import plan
 from dynmoe.lab.study import Preset, Study, judge, without
 from dynmoe.studies.untold import CHOICES, SENSORS, Untold
 from dynmoe.study import Config, carry_out
@@ -56,6 +57,13 @@ def test_sensor_streams_run_what_needs_no_boundaries(folder: Path) -> None:
         _, config = parse(cl.presets(), argv, "study", "")
         check_without_tasks(config)
         config.protocol.build(), config.trigger.build()
+
+
+def test_the_comparisons_of_a_preset_are_none_of_the_studys(tmp_path: Path) -> None:
+    """Preset `online` compares with dense, which is here the main run itself."""
+    argv = shlex.split("--preset online --method dense --dataset.file rows.csv")
+    (job,) = plan(cl.experiment(), cl.presets(), argv, [3], tmp_path, "x")
+    assert job.config.seed == 3 and job.config.compare == ()  # type: ignore[attr-defined]
 
 
 def test_a_part_that_the_user_names_replaces_the_studys_with_its_options() -> None:
