@@ -94,6 +94,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         agents = [self.method.part, *(registry.get("agent", n) for n in self.compare if n in known)]
         names = "--method " + " ".join(dict.fromkeys(agent.name for agent in agents))
         reasons = self.unused_growth(names, {o for agent in agents for o in agent.reads})
+        reasons["trigger.rows"] = "updates of rl are values as they are, not joined; leave it out"
         if not any(agent.learns for agent in agents):
             reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}
         playing = "it is for --evaluate FOLDER, which plays with a trained agent"

@@ -21,6 +21,8 @@ from cl_benchmarks.losses import check_loss
 from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
+from cl_benchmarks.references import online_references
+from cl_benchmarks.rehearsal import Rehearsal
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry, seeding
@@ -109,7 +111,7 @@ class ContinualLearning(Experiment):
         if metric in TRANSFER:
             return _or_nan(summary.get(metric))
         rows = summary["tasks"]
-        values = [row.get(metric) if metric in OF_OLD else row[metric] for row in rows]
+        values = [row.get(metric) for row in rows]
         values = [value for value in values if value is not None]
         if not values:
             return math.nan
@@ -117,6 +119,14 @@ class ContinualLearning(Experiment):
             return values[0 if at == "first" else -1]
         found = plasticity_summary(values)
         return found[{"mean": "mean", "worst": "min", "slope": "slope"}[at]]
+
+    def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
+        """On streams in time order, what needs no network; in all runs of a stream it is equal."""
+        run = next(iter(results.runs[stream].values()))[0]
+        return {
+            name: {"tasks": [{"online_accuracy": value} for value in values]}
+            for name, values in run.get("references", {}).items()
+        }
 
     def describe(self, metric: str, at: At) -> str:
         """Such as "train accuracy, last task"."""
@@ -160,14 +170,20 @@ class StreamSession(Session):
         steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
         outputs = protocol.num_outputs(data, config.chunks)
         check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
-        training = prepare(config, data, outputs, Horizon(steps, len(self.chunks)), run.device)
+        horizon = Horizon(steps, len(self.chunks), config.batch_size)
+        training = prepare(config, data, outputs, horizon, run.device)
         _check_batches(config, training.model, [len(chunk) for chunk in train])
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
+        own: Any = config.protocol
+        if getattr(own, "updates", 1) > 1:
+            kept = own.updates - 1, own.rows, own.window
+            plugins.append(Rehearsal(*kept, train, plugins[-1:], config.seed))
         if protocol.resets_head:
             plugins.append(ZeroHead(training))
         self.model = training.model
+        self.train = train
         self.recorder: TaskRecorder = TaskRecorder(
             run, config, steps, self.state, train, test, training.model, self.growth
         )
@@ -211,7 +227,19 @@ class StreamSession(Session):
             },
             "growth": [asdict(e) for e in self.growth.controller.events] if self.growth else [],
             **self.recorder.stability(),
+            **self._references(),
         }
+
+    def _references(self) -> dict[str, Any]:
+        """Of a stream in time order: what it gives away without a network."""
+        if not self.train[0].in_time_order:
+            return {}
+        rows, labels = zip(*(chunk.tensors() for chunk in self.train), strict=True)
+        lengths = [len(chunk) for chunk in self.train]
+        found = online_references(
+            torch.cat(rows), torch.cat(labels), lengths, self.config.batch_size
+        )
+        return {"references": found}
 
 
 def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:

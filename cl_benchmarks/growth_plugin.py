@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.probe import Probe
+from dynmoe.growth.triggers.figures import STEP_FIGURES
 from dynmoe.plasticity.metrics import effective_rank, mean_activity, redo_scores, singular_values
 from dynmoe.plasticity.probes import take_probe
 
@@ -18,8 +19,8 @@ PROBE_SAMPLES = 512
 DORMANT_SCORE = 0.1
 """Largest ReDo score of a unit that triggers are told is dormant."""
 SCORE_STEPS = 100
-"""Steps over which the score, the accuracy on minibatches before they are learnt, is a mean."""
-STEP_FIGURES = {"loss", "grad_norm"}
+"""Steps over which the score, the accuracy on minibatches before they are learnt, is a mean; where
+a trigger joins steps (see `RowTrigger`), so many joined ones."""
 PROBE_FIGURES = {"effective_rank", "dormant"}
 
 
@@ -50,6 +51,8 @@ class GrowthPlugin:
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """A task starts: with what was learnt before it as the probe."""
         previous, self._dataset = self._dataset, strategy.experience.dataset
+        if batch := getattr(strategy, "train_mb_size", 0):
+            self.controller.trigger.count_rows(batch)
         if getattr(strategy, "resuming", False) or _in_time_order(strategy):
             return
         starts = strategy.clock.train_exp_counter > 0
@@ -75,7 +78,7 @@ class GrowthPlugin:
         if "score" in needs:
             right = strategy.mb_output.detach().argmax(dim=1) == strategy.mb_y
             self._accuracies.append(float(right.double().mean()))
-            del self._accuracies[:-SCORE_STEPS]
+            del self._accuracies[: -SCORE_STEPS * self.controller.trigger.joined]
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state, and the figures of the latest steps."""
@@ -103,7 +106,8 @@ class GrowthPlugin:
         needs = self.controller.trigger.needs
         figures = {name: self._latest.get(name, math.nan) for name in needs & STEP_FIGURES}
         figures |= dict.fromkeys(needs & PROBE_FIGURES, math.nan)
-        if needs & PROBE_FIGURES and step % self.controller.trigger.every == 0:
+        trigger = self.controller.trigger
+        if needs & PROBE_FIGURES and step % (trigger.every * trigger.joined) == 0:
             known = self._known(strategy)
             measured = probe_figures(strategy.model, *self._probe(known, strategy.device))
             figures |= {name: measured[name] for name in needs & PROBE_FIGURES}

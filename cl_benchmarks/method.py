@@ -35,6 +35,8 @@ class Horizon:
     steps: int
     """optimizer steps in all"""
     tasks: int
+    batch: int = 64
+    """rows in a step"""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ class StaticMoE(Method, name="moe-static"):
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """An MoE layer with its final number of experts."""
-        experts = self.config.experts or growth.most_experts(horizon.steps, horizon.tasks)
+        experts = self.config.experts or growth.most_experts(
+            horizon.steps, horizon.tasks, horizon.batch
+        )
         return _moe_blocks(growth, experts, experts, seed)
 
 
@@ -353,12 +357,12 @@ class DynamicMoE(Method, name="dynamicmoe", source="Kim 2025 (arXiv 2511.18987)"
         Raises:
             UserError: it would never grow, or the budget is too small.
         """
-        most = growth.most_experts(horizon.steps, horizon.tasks)
+        most = growth.most_experts(horizon.steps, horizon.tasks, horizon.batch)
         if most == growth.granularity:
             raise UserError(
                 f"trigger {growth.trigger.part.name} never fires in {horizon.steps} steps and "
                 f"{horizon.tasks} task(s); use another --trigger or its options "
-                "(--trigger.steps ...), more --chunks, or --method moe-static"
+                "(--trigger.steps, cooldown, patience ...), more --chunks, or --method moe-static"
             )
         return _moe_blocks(growth, growth.granularity, most, seed)
 

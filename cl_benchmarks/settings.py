@@ -103,6 +103,9 @@ class Config(RunConfig, GrowthSettings):
             reasons["channels_last"] = "--network mlp has no convolutions"
         if self.network.place not in ("trunk", "everywhere"):
             reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
+        if getattr(self.protocol, "updates", 2) == 1:
+            one = "--protocol.updates is 1; give it another value"
+            reasons |= {"protocol.rows": one, "protocol.window": one}
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
         if reason := self.protocol.build().no_old_tasks():

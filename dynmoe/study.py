@@ -38,6 +38,8 @@ class Config:
     """show all studies and stop"""
     preset: Preset = "laptop"
     """laptop: embedded data, minutes on two cores; paper: the papers' data and length, for GPUs"""
+    streams: tuple[str, ...] = ()
+    """run only these of the study's streams; all by default"""
     seeds: int = 0
     """seeds 0 .. N-1 of each variant; 0 for the preset's number"""
     jobs: int = os.cpu_count() or 1
@@ -77,12 +79,13 @@ def carry_out(study: Study, config: Config, flags: list[str]) -> None:
     """
     seeds = config.seeds or study.seeds[config.preset]
     command = f"python -m dynmoe.study {study.name} --preset {config.preset} --seeds {seeds}"
+    command += f" --streams {shlex.join(config.streams)}" if config.streams else ""
     command += f" -- {shlex.join(flags)}" if flags else ""
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"
     module = load(study.command)
     run_study(
         study, module.experiment(), module.presets(), flags, seeds, config.jobs, config.runs_dir,
-        out, command, config.preset,
+        out, command, config.preset, config.streams,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class VectorStream(Dataset, name="stream", source="ours"):
         first: float = 0.05
         """share of the rows, the first ones, whose mean and deviation standardise all: later ones
         are the future"""
+        scale: Literal["first", "past"] = "first"
+        """after those: as they were scaled, or by all rows up to each, for data that drift"""
         clip: float = 10.0
         """largest standardised value, in deviations; larger ones are cut off; 0 for no limit"""
 
@@ -54,7 +57,7 @@ class VectorStream(Dataset, name="stream", source="ours"):
     def load(self, seed: int) -> ImageData:
         """Rows as float32 `[N, D, 1, 1]`, standardised; test rows are the same, see `online`.
 
-        A feature that is constant in the first rows is only centred. Classes are numbered by the
+        A feature that is constant in those rows is only centred. Classes are numbered by the
         sorted labels of all rows, as numbers if all are; the head has an output for each from the
         start, also for those that come late.
 
@@ -88,7 +91,7 @@ class VectorStream(Dataset, name="stream", source="ours"):
         if not rows[0][1]:
             raise UserError(f"{c.file} has no column besides the labels")
         values = torch.from_numpy(_numbers(c.file, header, rows))
-        values = standardised(values, c.first, c.clip).float()[:, :, None, None]
+        values = standardised(values, c.first, c.clip, c.scale).float()[:, :, None, None]
         numbers, classes = _class_numbers(label_file, labels)
         return ImageData(
             name=c.file.stem,
@@ -101,10 +104,22 @@ class VectorStream(Dataset, name="stream", source="ours"):
         )
 
 
-def standardised(values: Tensor, first: float, clip: float) -> Tensor:
-    """Rows `[N, D]` less the mean of the first ones, over their deviation, within +- clip."""
-    known = values[: max(1, round(first * len(values)))]
+def standardised(
+    values: Tensor, first: float, clip: float, scale: Literal["first", "past"] = "first"
+) -> Tensor:
+    """Rows `[N, D]` less a mean, over a deviation, within +- clip.
+
+    Those of the first rows; or, with scale "past", for later rows those of all rows up to each.
+    """
+    count = max(1, round(first * len(values)))
+    known = values[:count]
     mean, std = known.mean(0), known.std(0, correction=0)
+    if scale == "past":
+        shifted, rows = values - mean, torch.arange(1, len(values) + 1)[:, None]
+        means = shifted.cumsum(0) / rows
+        spread = (shifted.square().cumsum(0) / rows - means.square()).clamp(min=0).sqrt()
+        mean = torch.cat([mean.expand(count, -1), mean + means[count:]])
+        std = torch.cat([std.expand(count, -1), spread[count:]])
     std = torch.where(std <= 1e-9 * mean.abs().clamp(min=1), 1.0, std)
     out = (values - mean) / std
     return out.clamp(-clip, clip) if clip else out

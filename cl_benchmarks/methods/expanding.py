@@ -67,7 +67,7 @@ class Net2Wider(
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A block that knows how wide it is to be in each task."""
-        most = growth.most_experts(horizon.steps, horizon.tasks)
+        most = growth.most_experts(horizon.steps, horizon.tasks, horizon.batch)
 
         def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
             _refuse_images(self.name, images)
@@ -239,7 +239,10 @@ class Progressive(
 
     def make_block(self, growth: GrowthSettings, horizon: Horizon, seed: int) -> MakeBlock:
         """A block with its first column."""
-        most, blocks = growth.most_experts(horizon.steps, horizon.tasks), itertools.count()
+        most, blocks = (
+            growth.most_experts(horizon.steps, horizon.tasks, horizon.batch),
+            itertools.count(),
+        )
 
         def make(dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
             _refuse_images(self.name, images)

@@ -21,8 +21,9 @@ class Online(
     before its update, is the prequential accuracy, and the one to quote. At the end of a window,
     train accuracy is on the rows of that window, which were just learnt, and test accuracy on those
     of the next, which no one has seen; after the last window, on the tail of the stream, which is
-    kept for that and never learnt. Growth takes a trigger that is not told (drift, adwin, plateau,
-    ...); what acts at task starts is refused.
+    kept for that and never learnt. One gradient step on each row teaches a network little, where
+    labels come in blocks: `updates` gives it more, on rows that it keeps. Growth takes a trigger
+    that is not told (drift, adwin, plateau, ...); what acts at task starts is refused.
     """
 
     in_time_order = True
@@ -33,10 +34,21 @@ class Online(
 
         tail: float = 0.05
         """share of the rows, the last ones, that only the last window's test accuracy uses"""
+        updates: int = 1
+        """gradient steps per batch: the first on its rows, further ones on rows of late"""
+        rows: int = 32
+        """rows in each further step, drawn from the latest `window`"""
+        window: int = 1000
+        """latest rows that are kept for further steps, with those of the batch"""
 
     def __init__(self, config: Config) -> None:
         if not 0 < config.tail < 1:
             raise UserError(f"protocol tail {config.tail} must lie between 0 and 1")
+        for option in ("updates", "rows", "window"):
+            if getattr(config, option) < 1:
+                raise UserError(
+                    f"protocol {option} {getattr(config, option)} is too small; use 1 or more"
+                )
         super().__init__(config)
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:

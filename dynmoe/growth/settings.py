@@ -84,8 +84,11 @@ class GrowthSettings:
             )
         return reasons
 
-    def most_experts(self, steps: int, tasks: int) -> int:
+    def most_experts(self, steps: int, tasks: int, batch: int = 0) -> int:
         """Experts at the end of a run of that many steps of its clock, and tasks.
+
+        Args:
+            batch: rows in a step, where the loop tells its trigger; else 0.
 
         Raises:
             UserError: granularity below 1.
@@ -93,6 +96,8 @@ class GrowthSettings:
         if self.granularity < 1:
             raise UserError(f"granularity {self.granularity} must be at least 1")
         trigger: Trigger = self.trigger.build()
+        if batch:
+            trigger.count_rows(batch)
         return self.granularity * (1 + trigger.planned(steps, tasks))
 
     def final_hidden(self, hidden: int, experts: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +22,9 @@ from dynmoe.lab.config import RunConfig
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import (
+    Family,
     Interval,
     confidence_interval,
-    paired_difference,
     probability_of_improvement,
     seeds_to_see,
 )
@@ -146,6 +147,13 @@ class Experiment(ABC):
         """A metric in words."""
         return metric.replace("_", " ")
 
+    def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
+        """Name -> a summary, as `value` reads it, of what stands in tables beside the runs.
+
+        None by default. It has no seeds and no folder, and `value` may be nan.
+        """
+        return {}
+
     @abstractmethod
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """A variant's numbers for results.json: every seed, and intervals."""
@@ -168,13 +176,18 @@ class Experiment(ABC):
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs. Where metric or part are not named, they are the experiment's."""
+    """Finished runs. Where metric or part are not named, they are the experiment's.
+
+    Intervals of differences have the level of `family`: 95 % by default; a study's verdict is given
+    a family of the size of all its comparisons.
+    """
 
     runs: dict[str, dict[str, list[dict[str, Any]]]]
     """stream -> variant -> summaries, one per seed"""
     folders: dict[str, dict[str, list[Path]]]
     """stream -> variant -> run folders, one per seed"""
     experiment: Experiment
+    family: Family = field(default_factory=Family, compare=False)
 
     @property
     def streams(self) -> list[str]:
@@ -201,12 +214,15 @@ class Results:
         metric: str = "",
         at: At | None = None,
     ) -> Interval:
-        """Mean of a - b over seeds, paired by seed, with its 95 % t interval.
+        """Mean of a - b over seeds, paired by seed, with its t interval at the family's level.
 
         nan where a run lacks the metric.
         """
-        ones, others = (self.values(stream, v, metric, at) for v in (a, b))
-        return _UNKNOWN if _lacking(ones + others) else paired_difference(ones, others)
+        return self.gap(self.values(stream, a, metric, at), self.values(stream, b, metric, at))
+
+    def gap(self, ones: Sequence[float], others: Sequence[float]) -> Interval:
+        """The same of any two numbers of each seed, `[S]` each: for what is no metric."""
+        return _UNKNOWN if _lacking([*ones, *others]) else self.family.difference(ones, others)
 
     def says(
         self,
@@ -221,7 +237,8 @@ class Results:
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
         if _lacking(ones + others):
             return f"{stream}: {a} against {b}: not measured ({metric.replace('_', ' ')})."
-        chance, needed = probability_of_improvement(ones, others), seeds_to_see(ones, others)
+        chance = probability_of_improvement(ones, others)
+        needed = seeds_to_see(ones, others, self.family.confidence)
         metric, at = metric or self.experiment.metric, at or self.experiment.at
         factor, unit, digits = self.experiment.unit(metric)
         low, high = factor * gap.low, factor * gap.high
@@ -240,7 +257,7 @@ class Results:
         first, last = (self.values(stream, variant, metric, at) for at in ("first", "last"))
         if _lacking(first + last):
             return f"{stream}: {variant}: not measured ({metric.replace('_', ' ')})."
-        gap = paired_difference(last, first)
+        gap = self.gap(last, first)
         factor, unit, digits = self.experiment.unit(metric)
         point, low, high = (factor * x for x in gap)
         word = gap.verdict("rises", "falls", "no change seen")

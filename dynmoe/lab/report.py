@@ -67,6 +67,7 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
             for stream, variants in results.runs.items()
         }
         found = {"title": title, "settings": identity(config), "seeds": config.seeds}
+        found |= beside(results)
         write_json(folder / "results.json", found | {"streams": entries})
         experiment.draw(folder / "comparison.png", results, title)
     for stream in results.streams:
@@ -83,8 +84,16 @@ def entry(results: Results, stream: str, variant: str) -> dict[str, Any]:
     return {"runs": runs, **results.experiment.entry(results, stream, variant)}
 
 
+def beside(results: Results) -> dict[str, Any]:
+    """What the experiment shows beside the runs, by stream, for results.json; {} where nothing."""
+    found = {stream: results.experiment.beside(results, stream) for stream in results.streams}
+    return {"references": found} if any(found.values()) else {}
+
+
 def table(results: Results, stream: str, difference: bool = False) -> list[list[str]]:
     """Headings, then a row per variant: its name and its numbers, without those that all lack.
+
+    Last come what the experiment shows beside them, see `Experiment.beside`.
 
     Args:
         difference: the last column is the difference to the first variant, paired by seed.
@@ -98,13 +107,21 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
             interval = results.interval(stream, variant, metric, at)
             cells.append(cell(interval, factor, digits, experiment.missing))
         rows.append(cells)
+    references = experiment.beside(results, stream)
+    for name, summary in references.items():
+        cells = [name]
+        for _, metric, at in experiment.columns:
+            factor, _, digits = experiment.unit(metric)
+            point = Interval(experiment.value(summary, metric, at), math.nan, math.nan)
+            cells.append(cell(point, factor, digits, experiment.missing))
+        rows.append(cells)
     known = [i for i, cells in enumerate(zip(*rows[1:], strict=True)) if any(cells)]
     rows = [[row[i] for i in known] for row in rows]
     if difference and others:
         factor, _, digits = experiment.unit(experiment.metric)
         gaps = [cell(results.difference(stream, v, first), factor, digits) for v in others]
         named = f"{experiment.metric.replace('_', ' ')} minus {first}"
-        for row, text in zip(rows, (named, "", *gaps), strict=True):
+        for row, text in zip(rows, (named, "", *gaps, *[""] * len(references)), strict=True):
             row.append(text)
     return rows
 

@@ -124,10 +124,11 @@ def plan(
     # Flags for all variants may have no effect in some, such as the dense reference.
     argv = [*argv, "--allow-unused"]
     preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
+    config = replace(config, compare=())  # a preset's own comparisons are none of the study's
     experiment.check(config)
     config = experiment.settle(config)
     name = f"studies/{config.method.part.name}-{digest(config)}"
-    own = {"name": name, "runs_dir": runs_dir, "resume": True, "compare": ()}
+    own = {"name": name, "runs_dir": runs_dir, "resume": True}
     found = [replace(config, seed=seed, **own) for seed in seeds]
     return [make_job(experiment, preset, one, label, None) for one in found]
 

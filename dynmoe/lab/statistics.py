@@ -4,6 +4,7 @@ Data come as one row of seeds, [seeds], or as tasks of seeds: [tasks, seeds], or
 unequal length; tasks (strata) are taken as independent of each other. Intervals of means and of
 differences are Student's t intervals, which hold their level at 3 seeds. Percentile bootstraps, as
 in Agarwal et al. 2021 (arXiv 2108.13264), do not: they cover 75 % there instead of 95 %.
+Comparisons that are told together are a `Family`, whose intervals hold all at once.
 """
 
 from __future__ import annotations
@@ -124,6 +125,39 @@ def paired_difference(
     return confidence_interval(differences, statistic, confidence, resamples, seed)
 
 
+class Family:
+    """Paired comparisons that one verdict makes, with intervals that hold all at once.
+
+    Bonferroni: each of m intervals has level 1 - 0.05 / m, so that all hold together with at least
+    95 %, also where the pair to be told is picked after a look at the results; and of equal methods
+    a verdict calls any one better with a chance of at most 5 %. Source: Dunn 1961 (JASA 56).
+
+    Args:
+        size: comparisons in the family, m.
+
+    Attributes:
+        made: the different comparisons made so far; one that is made again counts once.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self.made: set[tuple[tuple[float, ...], tuple[float, ...]]] = set()
+
+    @property
+    def confidence(self) -> float:
+        """Level of each interval."""
+        return 1 - 0.05 / self.size
+
+    def difference(self, a: Sequence[float], b: Sequence[float]) -> Interval:
+        """Mean of a - b over seeds (`[S]` each), with its t interval at the family's level.
+
+        Raises:
+            ValueError: as `paired_difference`.
+        """
+        self.made.add((tuple(a), tuple(b)))
+        return paired_difference(a, b, confidence=self.confidence)
+
+
 def probability_of_improvement(
     a: Values,
     b: Values,
@@ -155,11 +189,12 @@ def probability_of_improvement(
     return _bootstrap(rows_a + rows_b, improvement, confidence, resamples, seed)
 
 
-def seeds_to_see(a: Sequence[float], b: Sequence[float]) -> int | None:
+def seeds_to_see(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> int | None:
     """Seeds at which `paired_difference` would most likely see the difference that these few show.
 
-    The fewest at which the two-sided t test at 5 % has 80 % power against d / s, with d the mean
-    and s the standard deviation of a - b. From few seeds d and s are rough, and so is n.
+    The fewest at which the two-sided t test at level 1 - `confidence` has 80 % power against d / s,
+    with d the mean and s the standard deviation of a - b. From few seeds d and s are rough, and so
+    is n.
 
     Returns:
         n, at least 2; None where there are fewer than two seeds, or where n is above 10,000: the
@@ -177,17 +212,21 @@ def seeds_to_see(a: Sequence[float], b: Sequence[float]) -> int | None:
     spread = float(difference.std(ddof=1))
     if spread == 0:
         return 2
-    needed = max(2, math.ceil((2.8 * spread / mean) ** 2))  # of the normal test, which takes fewer
-    while needed <= 10_000 and _power(mean / spread, needed) < 0.8:
+    from scipy.stats import norm
+
+    reach = float(norm.ppf((1 + confidence) / 2) + norm.ppf(0.8))
+    needed = max(2, math.ceil((reach * spread / mean) ** 2))  # of the normal test: fewer
+    while needed <= 10_000 and _power(mean / spread, needed, confidence) < 0.8:
         needed += 1
     return needed if needed <= 10_000 else None
 
 
-def _power(effect: float, seeds: int) -> float:
-    """Chance that the two-sided t test at 5 % sees a mean of `effect` standard deviations."""
+def _power(effect: float, seeds: int, confidence: float) -> float:
+    """Chance that the two-sided t test sees a mean of `effect` standard deviations."""
     from scipy.stats import nct, t
 
-    return float(nct.sf(t.ppf(0.975, seeds - 1), seeds - 1, effect * math.sqrt(seeds)))
+    least = t.ppf((1 + confidence) / 2, seeds - 1)
+    return float(nct.sf(least, seeds - 1, effect * math.sqrt(seeds)))
 
 
 def _superiority(x: Array, y: Array, axis: int) -> Array:

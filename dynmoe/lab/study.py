@@ -10,21 +10,28 @@ import json
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_atomic, write_json
-from dynmoe.lab.report import caption, entry, print_table, table
+from dynmoe.lab.report import beside, caption, entry, print_table, table
 from dynmoe.lab.runner import Job, plan, results_of, run_jobs
+from dynmoe.lab.statistics import Family
 from dynmoe.registry import Part
 
 Preset = Literal["laptop", "paper"]
 Command = Literal["cl", "rl", "tta", "dg"]
 SEARCH_SEED = 1000
-"""Searches use a seed that no reported run has."""
+"""Searches use seeds that no reported run has, from this one on."""
+ALL_AT_ONCE = (
+    "These are {count} comparisons: each interval has a level of {level} % (Bonferroni), so that "
+    "all of them hold at once with 95 %. Those in tables are 95 % intervals of one number."
+)
 FEW_SEEDS = (
-    "Intervals are 95 % t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
+    "Intervals are t intervals, wide at {seeds} seeds: what is not seen may be there. Where "
     "N seeds are said to see it, a difference of the size found would show at N with a chance of "
     "80 %, as far as these seeds can tell."
 )
@@ -41,6 +48,10 @@ class Study(Part, ABC, kind="study"):
         start: preset -> flags of all its runs.
         on: stream -> flags of all runs on it.
         seeds: for each preset.
+        searched_on: stream whose searches decide for all streams; None: each stream has its own.
+            Where it is not run, `variants` stand.
+        search_seeds: seeds of each choice in a search, from SEARCH_SEED on.
+        search_metric: what a search looks at, its mean; the experiment's if "".
         tags: (title, tag) of scalars in the runs' logs that are kept beside the accuracies.
     """
 
@@ -49,6 +60,9 @@ class Study(Part, ABC, kind="study"):
     on: ClassVar[dict[str, str]] = {"class": "--protocol class", "shuffle": "--protocol shuffle"}
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 3, "paper": 5}
     tags: ClassVar[tuple[tuple[str, str], ...]] = ()
+    searched_on: ClassVar[str | None] = None
+    search_seeds: ClassVar[int] = 1
+    search_metric: ClassVar[str] = ""
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """Stream -> flags of all runs on it."""
@@ -57,6 +71,10 @@ class Study(Part, ABC, kind="study"):
     @abstractmethod
     def variants(self, preset: Preset) -> dict[str, str]:
         """Variant -> its own flags."""
+
+    def variants_on(self, stream: str, preset: Preset) -> dict[str, str]:
+        """Those of one stream; all unless defined."""
+        return self.variants(preset)
 
     @abstractmethod
     def verdict(self, results: Results) -> list[str]:
@@ -82,32 +100,42 @@ def run_study(
     out: Path,
     command: str,
     preset: Preset = "laptop",
+    only: tuple[str, ...] = (),
 ) -> None:
     """Choose settings where the study searches, run all seeds, and write the results.
 
     Args:
         study: the question.
         experiment, presets: the command that it is about.
-        flags: more flags for every run, for instance to shorten it.
+        flags: more flags for every run, for instance to shorten it. A part that they name, such as
+            `--dataset fractal`, stands in place of the study's own with its options.
         seeds: 0 .. seeds - 1 of each variant.
         jobs: runs at a time.
         runs_dir: where run folders are made.
         out: where results, figure and page go.
         command: the command line that makes all this again.
         preset: of the study.
+        only: streams to run; all where none are named.
 
     Raises:
-        UserError: flags that do not fit.
+        UserError: flags that do not fit, or an unknown stream.
     """
 
     def planned(own: str, base: list[str], chosen: list[int], label: str) -> list[Job]:
         argv = [*shlex.split(own), *base]
         return plan(experiment, presets, argv, chosen, runs_dir, label)
 
-    bases = {s: [*shlex.split(own), *flags] for s, own in study.streams(preset).items()}
+    streams = _chosen(study, preset, only)
+    bases = {s: [*without(shlex.split(own), flags), *flags] for s, own in streams.items()}
+    common: dict[str, str] = {}
+    if study.searched_on in bases:
+        base = bases[study.searched_on]
+        common = _search(study, preset, planned, study.searched_on, base, jobs)
     variants = {}
     for stream, base in bases.items():
-        found = study.variants(preset) | _search(study, preset, planned, stream, base, jobs)
+        found = study.variants_on(stream, preset) | common
+        if study.searched_on is None:
+            found |= _search(study, preset, planned, stream, base, jobs)
         variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
     planned_jobs = {
         stream: {
@@ -123,6 +151,33 @@ def run_study(
     _report(study, command, seeds, variants, results_of(planned_jobs, experiment), out)
 
 
+def _chosen(study: Study, preset: Preset, only: tuple[str, ...]) -> dict[str, str]:
+    """The study's streams, or some of them.
+
+    Raises:
+        UserError: there is no such stream.
+    """
+    streams = study.streams(preset)
+    unknown = [name for name in only if name not in streams]
+    if unknown:
+        raise UserError(
+            f"study {study.name} has no stream {unknown[0]!r} here; it has {', '.join(streams)}"
+        )
+    return {name: own for name, own in streams.items() if not only or name in only}
+
+
+def without(own: list[str], flags: list[str]) -> list[str]:
+    """A study's flags without the parts, and their options, that other flags name."""
+    named = {flag for flag in flags if flag.startswith("--") and "." not in flag}
+    kept, keep = [], True
+    for word in own:
+        if word.startswith("--"):
+            keep = word.split(".")[0] not in named
+        if keep:
+            kept.append(word)
+    return kept
+
+
 def _search(
     study: Study,
     preset: Preset,
@@ -131,20 +186,31 @@ def _search(
     base: list[str],
     jobs: int,
 ) -> dict[str, str]:
-    """The best flags of each variant that is searched, by the mean metric on a seed apart."""
+    """The best flags of each variant that is searched, by the metric's mean on seeds apart."""
+    seeds = list(range(SEARCH_SEED, SEARCH_SEED + study.search_seeds))
     trials = {
-        label: {
-            own: planned(own, base, [SEARCH_SEED], f"{stream}, {label} of {own}")[0]
-            for own in choices
-        }
+        label: {own: planned(own, base, seeds, f"{stream}, {label} of {own}") for own in choices}
         for label, choices in study.searches(preset).items()
     }
-    run_jobs([job for t in trials.values() for job in t.values()], jobs, "search")
+    run_jobs([job for t in trials.values() for own in t.values() for job in own], jobs, "search")
 
-    def score(job: Job) -> float:
-        return job.experiment.value(job.summary(), job.experiment.metric, "mean")
+    def score(own: list[Job]) -> float:
+        experiment = own[0].experiment
+        metric = study.search_metric or experiment.metric
+        return sum(experiment.value(job.summary(), metric, "mean") for job in own)
 
     return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
+
+
+def judge(study: Study, results: Results) -> tuple[list[str], int]:
+    """The study's verdict, and the comparisons that it makes, for whose number it is corrected.
+
+    The verdict is asked twice: to count its comparisons, and with the intervals that hold for all.
+    """
+    counted = replace(results, family=Family())
+    study.verdict(counted)
+    comparisons = max(1, len(counted.family.made))
+    return study.verdict(replace(results, family=Family(comparisons))), comparisons
 
 
 def _report(
@@ -157,7 +223,11 @@ def _report(
 ) -> None:
     """Write everything to `out`, and print the tables and the verdict."""
     make_folder(out)
-    verdict, commits = study.verdict(results), _commits(results)
+    verdict, comparisons = judge(study, results)
+    commits = _commits(results)
+    if comparisons > 1 and seeds > 1:
+        level = f"{100 * Family(comparisons).confidence:.2f}"
+        verdict.append(ALL_AT_ONCE.format(count=comparisons, level=level))
     if seeds < 10:
         verdict.append(FEW_SEEDS.format(seeds=seeds))
     if seeds == 2:
@@ -173,7 +243,8 @@ def _report(
     question = inspect.getdoc(study) or ""
     write_json(out / "results.json", {
         "study": study.name, "question": question, "command": command, "commits": commits,
-        "seeds": seeds, "verdict": verdict, "streams": streams,
+        "seeds": seeds, "comparisons": comparisons, "verdict": verdict, "streams": streams,
+        **beside(results),
     })  # fmt: skip
     results.experiment.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
@@ -184,6 +255,7 @@ def _report(
         print_table(": ".join(filter(None, [study.name, stream])), rows, about)
         marked = [f"`{flags}`" if flags else "" for flags in chosen.values()]
         ends = ["flags", "---", *marked]
+        ends += [""] * (len(rows) + 1 - len(ends))  # of what stands beside the runs
         rows.insert(1, ["---"] * len(rows[0]))
         lines += [f"## {stream}", ""] if stream else []
         lines += [f"| {' | '.join([*r, end])} |" for r, end in zip(rows, ends, strict=True)] + [""]

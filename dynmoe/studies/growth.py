@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.statistics import confidence_interval, paired_difference
+from dynmoe.lab.statistics import confidence_interval
 from dynmoe.lab.study import Command, Preset, Study
 
 
@@ -247,7 +247,7 @@ class RouterShift(Study, name="router-shift", source="Kim 2025 (arXiv 2511.18987
         for stream in results.streams:
             for variant in ("all rows redrawn", "new rows only", "plain"):
                 for moment, text in ((0, "one epoch after growths"), (-1, "at the end of tasks")):
-                    gap = paired_difference(*self._shares(results, stream, variant, moment))
+                    gap = results.gap(*self._shares(results, stream, variant, moment))
                     low, high = 100 * gap.low, 100 * gap.high
                     word = gap.verdict("move to", "avoid", "show no bias to")
                     sentences.append(

@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import ClassVar
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.statistics import paired_difference
 from dynmoe.lab.study import Preset, Study
 
 GRID: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -229,7 +228,7 @@ class RouterUncertainty(Study, name="router-uncertainty", source="ours"):
         for variant in ("cosine", "softmax", "cosine, static"):
             for title, tag in FIGURES:
                 before, after = (_means(results, s, variant, tag) for s in (sharp, blurred))
-                gap = paired_difference(after, before)
+                gap = results.gap(after, before)
                 word = gap.verdict("more", "less", "no change seen")
                 sentences.append(
                     f"{variant}: {title} (share of the most it could be): {fmean(before):.4f} "

@@ -7,6 +7,7 @@ import math
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dynmoe import commands, registry
@@ -14,8 +15,8 @@ from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
 from dynmoe.lab.experiment import Results, logged
 from dynmoe.lab.report import cell
-from dynmoe.lab.statistics import Interval, seeds_to_see
-from dynmoe.lab.study import Preset, Study
+from dynmoe.lab.statistics import Family, Interval, paired_difference, seeds_to_see
+from dynmoe.lab.study import Preset, Study, judge
 from dynmoe.study import Config, carry_out, main
 
 STUDIES = registry.names("study")
@@ -49,6 +50,49 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
     assert "seeds to see" not in r.says("s", "a", "b")
     assert "+5.5 points" in r.says("s", "a", "b", at="mean")
     assert "+0.0 points" in r.says("s", "a", "b", at="first")
+
+
+class Many(Study):
+    """Is any of six methods better than the first?"""
+
+    name = "many-test"  # not registered: other tests read the registry
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        return {}
+
+    def verdict(self, results: Results) -> list[str]:
+        """At two parts of a run; the first comparison is made twice."""
+        first, *others = results.runs["s"]
+        pairs = [(v, at) for at in ("last", "first") for v in (others[0], *others)]
+        return [results.says("s", v, first, at=at) for v, at in pairs]
+
+
+def test_the_verdict_of_a_study_is_corrected_for_the_comparisons_it_makes() -> None:
+    rng = np.random.default_rng(0)
+    r = results(**{name: rng.random((5, 2)).tolist() for name in "abcd"})
+    sentences, comparisons = judge(Many(), r)
+    assert comparisons == 6 and len(sentences) == 8  # those made again count once
+    ones, others = r.values("s", "b"), r.values("s", "a")
+    _, low, high = paired_difference(ones, others, confidence=1 - 0.05 / 6)
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in sentences[0]
+    assert r.difference("s", "b", "a") == paired_difference(ones, others)  # alone: 95 %
+    needed = seeds_to_see(ones, others, 1 - 0.05 / 6)
+    assert needed and f"; {needed} seeds to see it" in sentences[0]
+    assert needed > (seeds_to_see(ones, others) or 0)
+
+
+def test_a_study_of_equal_methods_calls_any_better_in_five_of_a_hundred_cases() -> None:
+    """At 5 seeds, with methods that share their seeds' ups and downs."""
+    rng, studies, wrong, alone = np.random.default_rng(1), 150, 0, 0
+    for _ in range(studies):
+        values = rng.normal(size=(5, 1, 2)) + rng.normal(size=(5, 5, 1, 2))
+        pairs = [(values[k, :, 0, at], values[0, :, 0, at]) for k in range(1, 5) for at in (0, 1)]
+        families = Family(len(pairs)), Family()
+        found = [[f.difference(list(a), list(b)) for a, b in pairs] for f in families]
+        told = [any(gap.low > 0 or gap.high < 0 for gap in gaps) for gaps in found]
+        wrong, alone = wrong + told[0], alone + told[1]
+    assert wrong / studies <= 0.05 + 2 * (0.05 * 0.95 / studies) ** 0.5
+    assert alone / studies > 0.15
 
 
 def test_what_is_kept_from_first_to_last_task() -> None:

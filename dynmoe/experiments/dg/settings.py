@@ -96,6 +96,7 @@ class Config(RunConfig):
             elif trigger.planned(self.steps, 1) == 0:
                 never = f"it never fires in --steps {self.steps}; change its options, or run longer"
                 reasons["trigger"] = never
+        reasons["trigger.rows"] = "steps of dg are values as they are, not joined; leave it out"
         if self.eval_every > self.steps:
             reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
         return reasons

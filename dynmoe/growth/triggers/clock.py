@@ -46,11 +46,13 @@ class Trigger(Part, ABC, kind="trigger"):
     Attributes:
         needs: names of the figures in `Signals` that a loop has to measure for this trigger.
         every: steps between two measurements of those that take a probe batch.
+        joined: steps that count as one, see `figures.RowTrigger`.
         state: names of the attributes to resume from; plain values, or dicts of such.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
+    joined: int = 1
     state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: PartConfig) -> None:
@@ -67,6 +69,9 @@ class Trigger(Part, ABC, kind="trigger"):
     def without_tasks(self) -> str | None:
         """Why it cannot work where no task start is told, with the way out; None if it can."""
         return None
+
+    def count_rows(self, batch: int) -> None:
+        """A loop whose steps are on `batch` rows each says so before it asks or plans."""
 
     def state_dict(self) -> dict[str, Any]:
         """What to resume from."""

@@ -1,4 +1,7 @@
-"""Growth when a figure asks for it: a plateau, gradients, rank, dormant units, a drift."""
+"""Growth when a figure asks for it: a plateau, gradients, rank, dormant units.
+
+Tests of change, which watch the loss, are in `changes.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,42 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from dynmoe.errors import UserError
 from dynmoe.growth.triggers.clock import Signals, Trigger
 from dynmoe.registry import PartConfig
 
+STEP_FIGURES = frozenset({"loss", "grad_norm"})
+"""Figures of single steps; the others are measured on a probe batch."""
 
-class FigureTrigger(Trigger, ABC):
+
+class RowTrigger(Trigger, ABC):
+    """Base of the triggers that act alike on each row of a stream, whatever the batch size.
+
+    One batch of few rows says little. So steps on fewer than `rows` rows are joined: as many of
+    them as have `rows` rows together count as one step, in all counts of a trigger, and their mean
+    loss or gradient norm is one value. Steps on more rows count as they are.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of every trigger that watches a figure."""
+
+        rows: int = 64
+        """training rows (images) in a step; smaller batches are joined until they have as many (cl;
+        other loops do not join)"""
+
+    def __init__(self, config: Config) -> None:
+        if config.rows < 1:
+            raise UserError(f"trigger {self.name}: rows={config.rows} must be at least 1")
+        super().__init__(config)
+        self.rows = config.rows
+
+    def count_rows(self, batch: int) -> None:
+        """The loop's steps are on `batch` rows each."""
+        self.joined = -(-self.rows // batch)
+
+
+class FigureTrigger(RowTrigger, ABC):
     """Base of the triggers that watch one figure, and wait a while after each growth.
 
     The figure is looked at from the start, and all that was learnt of it is forgotten at a growth.
@@ -23,20 +54,21 @@ class FigureTrigger(Trigger, ABC):
     Attributes:
         figure: which one, as `Signals` names it.
         memory: what was learnt of it since the last growth; plain values.
+        part: sum and number of values that wait to be joined.
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
-        """Options of every trigger that watches a figure."""
+    class Config(RowTrigger.Config):
+        """Options of every trigger that watches one figure."""
 
         cooldown: int = 500
-        """steps of the clock before the first growth, and between two (optimizer steps in cl, env
-        steps in rl)"""
+        """steps before the first growth, and between two (optimizer steps in cl, env steps in
+        rl)"""
         limit: int = 9
         """most growths"""
 
     figure: ClassVar[str]
-    state = ("since", "growths", "memory")
+    state = ("since", "growths", "memory", "part")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -51,7 +83,7 @@ class FigureTrigger(Trigger, ABC):
         super().__init__(config)
         self.cooldown, self.limit = config.cooldown, config.limit
         self.since, self.growths = 0, 0
-        self.memory = self.nothing()
+        self.memory, self.part = self.nothing(), [0.0, 0]
 
     @abstractmethod
     def nothing(self) -> dict[str, Any]:
@@ -75,7 +107,13 @@ class FigureTrigger(Trigger, ABC):
             )
         if signals.task_starts or math.isnan(value) or self.growths == self.limit:
             return False
-        if not self.calls(value) or signals.step - self.since < self.cooldown:
+        if self.joined > 1 and self.figure in STEP_FIGURES:
+            total, count = self.part[0] + value, self.part[1] + 1
+            self.part = [total, count]
+            if count < self.joined:
+                return False
+            value, self.part = total / count, [0.0, 0]
+        if not self.calls(value) or signals.step - self.since < self.cooldown * self.joined:
             return False
         self.since, self.memory = signals.step, self.nothing()
         self.growths += 1
@@ -83,7 +121,7 @@ class FigureTrigger(Trigger, ABC):
 
     def planned(self, steps: int, tasks: int) -> int:
         """As many as the limit and the clock allow."""
-        return min(self.limit, max(0, steps - 1) // self.cooldown)
+        return min(self.limit, max(0, steps - 1) // (self.cooldown * self.joined))
 
 
 def check_share(config: PartConfig, share: str, count: str) -> None:
@@ -97,16 +135,21 @@ def check_share(config: PartConfig, share: str, count: str) -> None:
 
 
 class PlateauTrigger(
-    Trigger, name="plateau", source="ours; answers an open question of Kim 2025 (arXiv 2511.18987)"
+    RowTrigger,
+    name="plateau",
+    source="ours; answers an open question of Kim 2025 (arXiv 2511.18987)",
 ):
-    """When the score has not risen for a while (an answer to an open question of 2511.18987)."""
+    """When the score has not risen for a while (an answer to an open question of 2511.18987).
+
+    It finds no change: where nothing changes it grows every `patience` steps, up to its limit.
+    """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(PartConfig):
+    class Config(RowTrigger.Config):
         """Options of the plateau trigger."""
 
         patience: int = 100_000
-        """steps of the clock without a gain after which to grow"""
+        """steps without a gain after which to grow (env steps in rl); in cl hundreds"""
         gain: float = 0.05
         """a gain is a score above the best so far by this share of it"""
         limit: int = 1
@@ -140,7 +183,8 @@ class PlateauTrigger(
             return False
         if self.best == -math.inf or signals.score > self.best + self.gain * abs(self.best):
             self.best, self.since = signals.score, signals.step
-        if signals.step - self.since < self.patience or self.growths == self.limit:
+        waited = signals.step - self.since
+        if waited < self.patience * self.joined or self.growths == self.limit:
             return False
         self.since = signals.step
         self.growths += 1
@@ -148,7 +192,7 @@ class PlateauTrigger(
 
     def planned(self, steps: int, tasks: int) -> int:
         """As many as the limit and the clock allow."""
-        return min(self.limit, max(0, steps - 1) // self.patience)
+        return min(self.limit, max(0, steps - 1) // (self.patience * self.joined))
 
 
 class GradientTrigger(FigureTrigger, name="gradient"):
@@ -253,125 +297,3 @@ class DormancyTrigger(FigureTrigger, name="dormancy"):
         """Whether the share has risen far enough."""
         self.memory["lowest"] = min(self.memory["lowest"], value)
         return value >= self.memory["lowest"] + self.rise
-
-
-class DriftTrigger(
-    FigureTrigger,
-    name="drift",
-    source="Page 1954 (Biometrika 41); Gama et al. 2014 (ACM Computing Surveys 46)",
-):
-    """When the Page-Hinkley test finds that the training loss has risen.
-
-    m_T sums x_t - mean_t - delta over all values x_t; a rise is found where m_T exceeds its lowest
-    value so far by more than `threshold`. mean_t is the mean of the values up to x_t. Ours: the
-    first `warmup` values enter the mean only, and the mean may look back a number of values only,
-    since a loss that falls during training would leave the mean of all values far above it.
-    """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(FigureTrigger.Config):
-        """Options of the Page-Hinkley test."""
-
-        threshold: float = 5.0
-        """largest sum of rises that is no drift, in units of the loss (lambda)"""
-        delta: float = 0.05
-        """rise of a single value that is tolerated"""
-        warmup: int = 30
-        """values that enter the mean only, at the start and after each growth"""
-        memory: int = 50
-        """values that the mean looks back; 0 for all (the test as published)"""
-
-    figure: ClassVar[str] = "loss"
-
-    def __init__(self, config: Config) -> None:
-        if not config.threshold > 0 or not config.delta >= 0:
-            raise UserError(
-                f"trigger drift: threshold={config.threshold} must be above 0 and "
-                f"delta={config.delta} at least 0"
-            )
-        if config.warmup < 1 or config.memory < 0:
-            raise UserError(
-                f"trigger drift: warmup={config.warmup} must be at least 1 and "
-                f"memory={config.memory} at least 0"
-            )
-        super().__init__(config)
-        self.threshold, self.delta = config.threshold, config.delta
-        self.warmup, self.look_back = config.warmup, config.memory
-
-    def nothing(self) -> dict[str, Any]:
-        """No values, no sums."""
-        return {"count": 0, "mean": 0.0, "sum": 0.0, "lowest": 0.0}
-
-    def calls(self, value: float) -> bool:
-        """Whether the sum stands high above its lowest."""
-        memory = self.memory
-        memory["count"] += 1
-        weight = min(memory["count"], self.look_back or memory["count"])
-        memory["mean"] += (value - memory["mean"]) / weight
-        if memory["count"] <= self.warmup:
-            return False
-        memory["sum"] += value - memory["mean"] - self.delta
-        memory["lowest"] = min(memory["lowest"], memory["sum"])
-        return memory["sum"] - memory["lowest"] > self.threshold
-
-
-class AdwinTrigger(FigureTrigger, name="adwin", source="Bifet & Gavalda 2007 (SDM), Section 3"):
-    """When the recent part of a window over the training loss has a higher mean than the rest.
-
-    ADWIN keeps a window of values and drops its older part W0 wherever a split into W0 and W1 has
-    |mean(W0) - mean(W1)| >= sqrt(2/m var(W) ln(2/d)) + 2/(3m) ln(2/d), with the harmonic mean
-    1/m = 1/|W0| + 1/|W1| and d = confidence / ln |W|. The bound is for values in 0 .. 1: the loss
-    is divided by `scale` and cut there. All splits are tried (the paper's plain form, not its
-    exponential histogram), over at most `window` values. Ours: only a drop that leaves a higher
-    mean calls for a growth.
-    """
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(FigureTrigger.Config):
-        """Options of the adaptive window."""
-
-        confidence: float = 0.002
-        """chance of a false alarm (delta); smaller is more careful"""
-        scale: float = 5.0
-        """loss that stands for 1; larger ones are cut to it"""
-        window: int = 1000
-        """most values kept"""
-
-    figure: ClassVar[str] = "loss"
-
-    def __init__(self, config: Config) -> None:
-        if not 0 < config.confidence < 1 or not config.scale > 0 or config.window < 10:
-            raise UserError(
-                f"trigger adwin: confidence={config.confidence} must be between 0 and 1, "
-                f"scale={config.scale} above 0 and window={config.window} at least 10"
-            )
-        super().__init__(config)
-        self.confidence, self.scale, self.window = config.confidence, config.scale, config.window
-
-    def nothing(self) -> dict[str, Any]:
-        """An empty window, and no call that waits."""
-        return {"window": [], "risen": False}
-
-    def calls(self, value: float) -> bool:
-        """Whether the window has lost an older part of a lower mean since the last growth."""
-        window = [*self.memory["window"], min(max(value / self.scale, 0.0), 1.0)][-self.window :]
-        while (split := self._split(window)) is not None:
-            self.memory["risen"] = bool(np.mean(window[split:]) > np.mean(window[:split]))
-            window = window[split:]
-        self.memory["window"] = window
-        return self.memory["risen"]
-
-    def _split(self, window: list[float]) -> int | None:
-        """|W0| of the first split into parts whose means differ by more than chance."""
-        total = len(window)
-        if total < 10:  # ln |W| and the variance mean little
-            return None
-        values = np.array(window)
-        before = np.arange(1, total)
-        sums = values.cumsum()[:-1]
-        gap = np.abs(sums / before - (values.sum() - sums) / (total - before))
-        inverse = 1 / before + 1 / (total - before)
-        log = math.log(2 * math.log(total) / self.confidence)
-        bound = np.sqrt(2 * inverse * values.var() * log) + 2 / 3 * inverse * log
-        hits = np.flatnonzero(gap >= bound)
-        return int(before[hits[0]]) if len(hits) else None

@@ -12,8 +12,8 @@ from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.controller import classification_shock
 from dynmoe.growth.initialisation import RandomInit
+from dynmoe.growth.triggers.changes import DriftTrigger
 from dynmoe.growth.triggers.clock import EveryTrigger
-from dynmoe.growth.triggers.figures import DriftTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter

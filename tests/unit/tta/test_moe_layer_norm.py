@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from tta_models import stream, vit
 
+from dynmoe.growth.triggers.changes import DriftTrigger
 from dynmoe.growth.triggers.clock import AtTrigger
-from dynmoe.growth.triggers.figures import DriftTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.moe import finish_step, moe_layers
 from dynmoe.tta import MoELayerNorm, adapt
