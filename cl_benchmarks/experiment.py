@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks import figures
 from cl_benchmarks.figures import PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.losses import check_loss
-from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training, ZeroHead
-from cl_benchmarks.networks import Network, build_network, check_bank
+from cl_benchmarks.method import Horizon, ZeroHead
+from cl_benchmarks.preparing import attach_intervention, check_batches, make_trainer, prepare
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.references import online_references
 from cl_benchmarks.rehearsal import Rehearsal
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
-from dynmoe import registry, seeding
+from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.experiment import At, Experiment, Results, Session
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, iqm, three
 from dynmoe.plasticity.tasks import plasticity_summary
-
-if TYPE_CHECKING:
-    from cl_benchmarks.trainer import StreamTrainer
 
 DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
@@ -172,7 +165,7 @@ class StreamSession(Session):
         check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
         horizon = Horizon(steps, len(self.chunks), config.batch_size)
         training = prepare(config, data, outputs, horizon, run.device)
-        _check_batches(config, training.model, [len(chunk) for chunk in train])
+        check_batches(config, training.model, [len(chunk) for chunk in train])
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
@@ -240,105 +233,6 @@ class StreamSession(Session):
             torch.cat(rows), torch.cat(labels), lengths, self.config.batch_size
         )
         return {"references": found}
-
-
-def _check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
-    """Refuse batches of one image, be it the last of a task, where a network has BatchNorm.
-
-    Raises:
-        UserError: names the task and a batch size that works.
-    """
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return
-
-    def single(size: int) -> list[int]:
-        return [task for task, n in enumerate(sizes, start=1) if size == 1 or n % size == 1]
-
-    tasks = single(config.batch_size)
-    if tasks:
-        others = [s for s in range(config.batch_size + 1, max(sizes) + 2) if not single(s)]
-        hint = f"; {others[0]} works" if others else ""
-        raise UserError(
-            f"{config.network.part.name} has BatchNorm, which normalises by the batch and needs at "
-            f"least 2 images, and a batch of task {tasks[0]} ({sizes[tasks[0] - 1]} images) has 1; "
-            f"use another --batch-size (now {config.batch_size}{hint}), or a network "
-            "without BatchNorm"
-        )
-
-
-def prepare(
-    config: Config, data: ImageData, outputs: int, horizon: Horizon, device: torch.device
-) -> Training:
-    """Network and optimizer. Network `draw` is the same in every run of this seed."""
-    method: Method = config.method.build()
-    if isinstance(method, StaticMoE | DynamicMoE):
-        check_bank(config.network, config.bank)
-    intervention: Intervention = config.intervention.build()
-
-    def new_model(draw: int) -> Network:
-        make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
-        with seeding.seeded(config.seed, "network", draw):
-            network = build_network(config.network, data.shape, outputs, make)
-        config.join_routers(network)
-        intervention.transform(network, seeding.generator(config.seed, "transform", draw))
-        return network
-
-    model = new_model(0).to(device)
-    if config.channels_last:  # convolutions take the order of their weights for their images, too
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    generator = seeding.generator(config.seed, "method")
-    return Training(model, _optimizer(config, model), generator, new_model, intervention)
-
-
-def attach_intervention(config: Config, training: Training, growth: GrowthPlugin | None) -> Any:
-    """The intervention of the settings at work on a network, as an Avalanche plugin."""
-    intervention = training.intervention
-    intervention.attach(
-        training.model, training.optimizer, seeding.generator(config.seed, "strategy")
-    )
-    if growth is not None:
-        growth.controller.listeners.append(intervention.grown)
-    return intervention.plugin()
-
-
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that the settings name."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
-
-
-def make_trainer(
-    config: Config,
-    training: Training,
-    plugins: list[Any],
-    recorder: TaskRecorder,
-    device: torch.device,
-) -> StreamTrainer:
-    """Avalanche's trainer over all that."""
-    with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
-        warnings.simplefilter("ignore")
-        with seeding.kept():
-            from cl_benchmarks.trainer import StreamTrainer
-
-        return StreamTrainer(
-            model=training.model,
-            optimizer=training.optimizer,
-            plugins=plugins,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=device,
-            augment=config.augment,
-            clip=config.clip,
-            reset_optimizer=config.reset_optimizer,
-            loss_over=config.loss_over,
-            precision=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
-            observer=recorder,
-        )
 
 
 def _check_data(run: Run, known: dict[str, Any] | None, data: ImageData) -> None:

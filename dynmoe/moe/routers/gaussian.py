@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ class GaussianRouter(
     earlier task find that task's experts, and new experts are never locked out: their gate depends
     on where their samples lie, and not on what they have learnt so far.
 
+    With prior "recent" an expert's prior weight is its share of the samples lately, as in a mixture
+    model whose older components are fixed. It decides where inputs do not tell tasks apart: there
+    the newest experts, which fit the present best, take over. Where inputs do, it hardly matters.
+
     No gradient reaches the means or passes through the gates. Inputs should keep their meaning: a
     trunk that goes on learning moves away from old means. The covariance is the mean of those of
     all growths' phases. New experts without any sample yet get the mean logit of the others.
@@ -37,15 +42,18 @@ class GaussianRouter(
         weight: Parameter [M, D] without gradient, the means.
         learning: buffer [M] bool, whose means follow samples: the rows drawn last.
         seen: buffer [M], optimizer steps with samples, those long ago counted less.
+        share: buffer [M], mean gate of each expert lately; where it is new, that of the others.
         covariance, phases: buffers [D, D] and [], the mean of the finished phases', and how many.
         current, steps: buffers [D, D] and [], the present phase's, and the steps in it.
         whiten: buffer [D, D], takes x to where the covariance is the identity; refreshed now and
             then.
-        sums, counts, scatter: buffers [M, D], [M] and [D, D], of this step's samples; not saved.
+        sums, counts, scatter, gated: buffers [M, D], [M], [D, D] and [M], of this step's samples;
+            not saved.
     """
 
     learning: Tensor
     seen: Tensor
+    share: Tensor
     covariance: Tensor
     phases: Tensor
     current: Tensor
@@ -54,6 +62,7 @@ class GaussianRouter(
     sums: Tensor
     counts: Tensor
     scatter: Tensor
+    gated: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -63,6 +72,10 @@ class GaussianRouter(
         """experts per sample, the most probable ones; 0 for all"""
         temperature: float = 1.0
         """divides the log densities; larger is softer"""
+        prior: Literal["even", "recent"] = "even"
+        """weight of the experts before x is looked at: even, or their share of recent samples"""
+        least: float = 0.01
+        """with prior recent: least weight of an expert"""
         shrinkage: float = 0.1
         """share of the covariance's diagonal in place of the covariance; 1: no correlations"""
         decay: float = 0.99
@@ -72,21 +85,25 @@ class GaussianRouter(
         dim, num_experts, most, generator = size
         check_option(config, "k", 0 <= config.k <= most, f"between 0 and {most}")
         check_option(config, "temperature", config.temperature > 0, "above 0")
+        check_option(config, "prior", config.prior in ("even", "recent"), "even or recent")
+        check_option(config, "least", 0 < config.least <= 1, "above 0 and at most 1")
         check_option(config, "shrinkage", 0 <= config.shrinkage <= 1, "between 0 and 1")
         check_option(config, "decay", 0 <= config.decay < 1, "at least 0 and below 1")
         super().__init__(dim, num_experts, most, generator)
         self.weight.requires_grad_(False)
         self.k = config.k or None
         self.temperature, self.shrinkage = config.temperature, config.shrinkage
-        self.decay = config.decay
+        self.prior, self.least, self.decay = config.prior, config.least, config.decay
         self.register_buffer("learning", torch.ones(most, dtype=torch.bool))
         self.register_buffer("seen", torch.zeros(most))
+        self.register_buffer("share", torch.zeros(most))
         self.register_buffer("covariance", torch.zeros(dim, dim))
         self.register_buffer("phases", torch.zeros(()))
         self.register_buffer("current", torch.zeros(dim, dim))
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("whiten", torch.eye(dim))
-        for name, shape in {"sums": (most, dim), "counts": (most,), "scatter": (dim, dim)}.items():
+        noted = {"sums": (most, dim), "counts": (most,), "scatter": (dim, dim), "gated": (most,)}
+        for name, shape in noted.items():
             self.register_buffer(name, torch.zeros(shape), persistent=False)
         self._passes = Passes()
 
@@ -94,7 +111,14 @@ class GaussianRouter(
         """Back to the start: no statistics."""
         super().reset_buffers()
         self.learning.fill_(True)
-        for buffer in (self.seen, self.covariance, self.phases, self.current, self.steps):
+        for buffer in (
+            self.seen,
+            self.share,
+            self.covariance,
+            self.phases,
+            self.current,
+            self.steps,
+        ):
             buffer.zero_()
         self.whiten.zero_().fill_diagonal_(1.0)
         self._forget()
@@ -108,6 +132,7 @@ class GaussianRouter(
         self.learning.zero_()
         self.learning[index] = True
         self.seen[index] = 0
+        self.share[index] = 0
         if not self.steps.is_meta and self.steps > 0:
             self.covariance.copy_(self._mean_covariance())
             self.phases += 1
@@ -122,6 +147,8 @@ class GaussianRouter(
             z, means = x @ whiten, self.weight.to(x.dtype) @ whiten
             squared = z.square().sum(1, keepdim=True) - 2 * z @ means.T + means.square().sum(1)
         logits = -squared / (2 * self.temperature)
+        if self.prior == "recent":
+            logits = logits + self._weights().log().to(logits.dtype)
         started = self.active & (self.seen > 0)
         others = torch.where(started, logits, 0.0).sum(1, keepdim=True) / started.sum().clamp(min=1)
         logits = self.mask(torch.where(started, logits, others))
@@ -157,6 +184,7 @@ class GaussianRouter(
             off = own.sum(1, keepdim=True) * (x - own @ means)
             self.sums += sums
             self.counts += counts
+            self.gated += (logits.softmax(1) * own.sum(1, keepdim=True)).sum(0)
             self.scatter += off.T @ off
 
     @torch.no_grad()
@@ -170,12 +198,21 @@ class GaussianRouter(
             self.seen.copy_(torch.where(has, self.decay * self.seen + 1, self.seen))
             pace = torch.where(has, 1 / self.seen.clamp(min=1), 0.0)[:, None]
             self.weight += pace * (means - self.weight).to(self.weight.dtype)
+            gates = sum_over_processes(self.gated) / total
+            self.share.copy_(self.decay * self._weights() + (1 - self.decay) * gates)
             weight = (1 - self.decay) / (1 - self.decay ** (self.steps + 1))  # 1, 1/2, 1/3, ...
             self.current += weight * (sum_over_processes(self.scatter) / total - self.current)
             if self.steps % REFRESH == 0:
                 self._factorise()
             self.steps += 1
         self._forget()
+
+    def _weights(self) -> Tensor:
+        """[M] prior weights: the experts' shares, those of new ones the mean of the others'."""
+        known = self.active & (self.share > 0)
+        mean = torch.where(known, self.share, 0.0).sum() / known.sum().clamp(min=1)
+        weights = torch.where(known, self.share, torch.where(known.any(), mean, 1.0))
+        return torch.where(self.active, weights.clamp(min=self.least), 0.0)
 
     def _mean_covariance(self) -> Tensor:
         """[D, D] over all phases."""
@@ -193,6 +230,6 @@ class GaussianRouter(
         self.whiten.copy_(torch.linalg.solve_triangular(lower, eye, upper=False).T)
 
     def _forget(self) -> None:
-        for noted in (self.sums, self.counts, self.scatter):
+        for noted in (self.sums, self.counts, self.scatter, self.gated):
             noted.zero_()
         self._passes.clear()

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from expansion_helpers import config, quietly_import_avalanche
 from torch import Tensor, nn
 
-from cl_benchmarks.experiment import attach_intervention, make_trainer, prepare
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import Horizon
+from cl_benchmarks.preparing import attach_intervention, make_trainer, prepare
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stream import (
     Batches,
