@@ -31,7 +31,7 @@ Cost: laptop and plain, about 3 minutes with their two comparisons; smoke, under
 (Tiny ImageNet, a fifth of its training images), about 2 minutes per method on 2 cores; tiny-long
 (all of them), about an hour per method; online (a stream of yours), 2 minutes per 45,000 rows;
 paper (VGG-16 on Tiny ImageNet, 10 cumulative chunks of 100 epochs), 55 million images per method:
-60 days on one CPU core, so meant for a GPU."""
+15 days on one CPU core with bfloat16 instructions, so meant for a GPU."""
 
 
 def presets() -> dict[str, Config]:
