@@ -28,7 +28,7 @@ DESCRIPTION = """Continual learning: does a network that grows experts keep its 
 
 Cost: smoke, under a minute; laptop and plain, 3 minutes with two comparisons; on 2 cores and per
 method tiny (a fifth of Tiny ImageNet), 2 minutes; tiny-long, an hour; pairs (300 two-class tasks of
-it), 10; online, 3 per 45,000 rows; paper (VGG-16), days on a CPU: meant for a GPU."""
+it), 10; online, 3 per 45,000 rows; paper (VGG-16), 15 days on one CPU core: for a GPU."""
 
 
 def presets() -> dict[str, Config]:

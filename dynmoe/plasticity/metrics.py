@@ -77,11 +77,10 @@ def redo_scores(activity: Tensor) -> Tensor:
 def mean_activity(h: Tensor) -> Tensor:
     """E|h_i| over samples and positions, [units] float64; see `sample_axes`.
 
-    Positions of an image are added up in h's own type: all of it in float64 takes four times as
-    long.
+    Positions of an image are added up in float32: all of it in float64 takes four times as long.
     """
     if h.ndim >= 4:
-        h = h.abs().flatten(2).mean(dim=2)  # [N, C]
+        h = h.abs().flatten(2).mean(dim=2, dtype=torch.promote_types(h.dtype, torch.float32))
     return h.abs().mean(dim=sample_axes(h), dtype=torch.double)
 
 

@@ -197,7 +197,7 @@ class GaussianRouter(
             has = counts > 0
             self.seen.copy_(torch.where(has, self.decay * self.seen + 1, self.seen))
             pace = torch.where(has, 1 / self.seen.clamp(min=1), 0.0)[:, None]
-            self.weight += pace * (means - self.weight).to(self.weight.dtype)
+            self.weight.add_((pace * (means - self.weight)).to(self.weight.dtype))
             gates = sum_over_processes(self.gated) / total
             self.share.copy_(self.decay * self._weights() + (1 - self.decay) * gates)
             weight = (1 - self.decay) / (1 - self.decay ** (self.steps + 1))  # 1, 1/2, 1/3, ...
