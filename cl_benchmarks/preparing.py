@@ -66,7 +66,7 @@ def prepare(
 
     model = new_model(0).to(device)
     if config.channels_last:  # convolutions take the order of their weights for their images, too
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     generator = seeding.generator(config.seed, "method")
     return Training(model, _optimizer(config, model), generator, new_model, intervention)
 

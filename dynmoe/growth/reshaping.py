@@ -102,8 +102,8 @@ def plan_reshaping(
     dims = bank.shape.dim_in, bank.shape.dim_out
     before = Maps.of(torch.arange(len(bank.weights)), old, *dims).by_expert()
     after = Maps.of(source, sizes, *dims).by_expert()
-    for units, theirs, ours in zip(kept, before, after, strict=False):
-        _take_over(units, theirs, ours)
+    for own, theirs, ours in zip(kept, before, after, strict=False):
+        _take_over(own, theirs, ours)
     return Reshaping(sizes, source)
 
 

@@ -58,8 +58,8 @@ class Maps:
         pieces = vector.split([*lengths, len(vector) - sum(lengths)])
         w1, b1, *inner, w4 = [p.view(shape) for p, shape in zip(pieces, shapes, strict=False)]
         n = len(sizes)
-        inner_groups = [inner[k * n : (k + 1) * n] for k in range(4)]
-        return cls(sizes, w1, b1, *inner_groups, w4)
+        w2, b2, w3, b3 = (inner[k * n : (k + 1) * n] for k in range(4))
+        return cls(sizes, w1, b1, w2, b2, w3, b3, w4)
 
     def by_expert(self) -> list[list[Tensor]]:
         """[E] of w1 [h1_e, D_in], b1, w2, b2, w3, b3 and w4 [h2_e, D_out], views as well."""
