@@ -23,8 +23,8 @@ PHOTOS = {
     ),
     "paper": "--dataset tiny-imagenet --epochs 50",
 }
-BATCH = {"weather": 8, "outdoor": 2, "elec2": 8}
-"""Rows per batch, so that each stream takes 1,900 to 5,400 steps; labels come with the batch."""
+BATCH = {"weather": 8, "outdoor": 1, "elec2": 16}
+"""Rows per batch, so that each stream takes 2,200 to 3,800 steps; labels come with the batch."""
 SAMPLES = "--eval-samples 64 --probe-samples 64"
 COUNTED = "--trigger.rows 16 --trigger.limit 9"
 WAIT = f"{COUNTED} --trigger.cooldown 50"
