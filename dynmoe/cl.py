@@ -29,7 +29,7 @@ runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
 Cost: smoke, under a minute; laptop and plain, about 3 minutes with their two comparisons; on 2
 cores and per method tiny (a fifth of Tiny ImageNet), 2 minutes; tiny-long, an hour; online (a
-stream of yours), 3 minutes per 45,000 rows; paper (VGG-16), 60 core-days, so meant for a GPU."""
+stream of yours), 3 minutes per 45,000 rows; paper (VGG-16, 55 million images), 60 core-days."""
 
 
 def presets() -> dict[str, Config]:
