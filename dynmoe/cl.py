@@ -97,7 +97,6 @@ def _of_real_data(laptop: Config) -> dict[str, Config]:
         compare=("dense",),
         epochs=1,
         batch_size=1,
-        lr=3e-4,
     )
     pairs = replace(
         laptop,

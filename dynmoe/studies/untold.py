@@ -23,8 +23,8 @@ PHOTOS = {
     ),
     "paper": "--dataset tiny-imagenet --epochs 50",
 }
-BATCH = {"weather": 8, "outdoor": 1, "elec2": 8}
-"""Rows per batch, so that each stream takes 2,000 to 6,000 steps; labels come with the batch."""
+BATCH = {"weather": 8, "outdoor": 1, "elec2": 16}
+"""Rows per batch, so that each stream takes 2,200 to 3,800 steps; labels come with the batch."""
 SAMPLES = "--eval-samples 64 --probe-samples 64"
 COUNTED = "--trigger.rows 16 --trigger.limit 9"
 WAIT = f"{COUNTED} --trigger.cooldown 50"
@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         for confidence in (0.002, 0.05, 0.5)
     ),
     "plateau": tuple(
-        f"--trigger plateau {COUNTED} --trigger.patience {patience}" for patience in (200, 100, 400)
+        f"--trigger plateau {COUNTED} --trigger.patience {patience}" for patience in (100, 50, 200)
     ),
     "gradient": tuple(f"--trigger gradient {WAIT} --trigger.share {s}" for s in (0.2, 0.5)),
     "rank": tuple(f"--trigger rank {WAIT} --trigger.share {s}" for s in (0.7, 0.9)),

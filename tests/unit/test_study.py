@@ -13,7 +13,7 @@ import pytest
 from dynmoe import commands, registry
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
-from dynmoe.lab.experiment import Results, logged
+from dynmoe.lab.experiment import At, Results, logged
 from dynmoe.lab.report import cell
 from dynmoe.lab.statistics import Family, Interval, paired_difference, seeds_to_see
 from dynmoe.lab.study import Preset, Study, judge
@@ -63,7 +63,8 @@ class Many(Study):
     def verdict(self, results: Results) -> list[str]:
         """At two parts of a run; the first comparison is made twice."""
         first, *others = results.runs["s"]
-        pairs = [(v, at) for at in ("last", "first") for v in (others[0], *others)]
+        parts: tuple[At, ...] = ("last", "first")
+        pairs = [(v, at) for at in parts for v in (others[0], *others)]
         return [results.says("s", v, first, at=at) for v, at in pairs]
 
 
