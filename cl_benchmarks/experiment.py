@@ -19,7 +19,6 @@ from cl_benchmarks.method import Horizon, ZeroHead
 from cl_benchmarks.preparing import attach_intervention, check_batches, make_trainer, prepare
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.references import online_references
-from cl_benchmarks.rehearsal import Rehearsal
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry
@@ -169,10 +168,7 @@ class StreamSession(Session):
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
-        own: Any = config.protocol
-        if getattr(own, "updates", 1) > 1:
-            kept = own.updates - 1, own.rows, own.window
-            plugins.append(Rehearsal(*kept, train, plugins[-1:], config.seed))
+        plugins += protocol.plugins(train, plugins[-1:], config.seed)
         if protocol.resets_head:
             plugins.append(ZeroHead(training))
         self.model = training.model

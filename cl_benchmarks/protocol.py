@@ -96,6 +96,16 @@ class Protocol(Part, ABC, kind="protocol"):
             return f"protocol {self.name} has no test images of old tasks only"
         return None
 
+    def plugins(self, train: list[Any], others: list[Any], seed: int) -> list[Any]:
+        """Avalanche plugins of the protocol's own; none by default.
+
+        Args:
+            train: the stream's chunks, as `ChunkDataset`s.
+            others: plugins that must act in further optimizer steps, too.
+            seed: the run's.
+        """
+        return []
+
     @abstractmethod
     def no_cumulative(self) -> str | None:
         """Why chunks must not be joined, with the way out; None where they may be."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.protocol import Chunk, Protocol
+from cl_benchmarks.rehearsal import Rehearsal
 from dynmoe.errors import UserError
 
 
@@ -66,6 +68,13 @@ class Online(
             Chunk(now, data.train_labels[now], after, data.test_labels[after], in_time_order=True)
             for now, after in pairwise(windows)
         ]
+
+    def plugins(self, train: list[Any], others: list[Any], seed: int) -> list[Any]:
+        """Further steps on rows of late, where `updates` asks for them."""
+        if self.config.updates == 1:
+            return []
+        kept = self.config.updates - 1, self.config.rows, self.config.window
+        return [Rehearsal(*kept, train, others, seed)]
 
     def no_cumulative(self) -> str | None:
         """Rows are seen once."""
