@@ -97,6 +97,15 @@ def cross(axes: Any, x: Interval, y: Interval, number: int, label: str, factor: 
     axes.plot([across], [up], mark, color=color, label=label)
 
 
+def front(means: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points (x, y) that no other is above in both, from left to right."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(means, reverse=True):
+        if not found or y > found[-1][1]:
+            found.append((x, y))
+    return found[::-1]
+
+
 def save(figure: Any, path: Path) -> None:
     """Write the figure atomically, with one legend for all panels if curves have labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

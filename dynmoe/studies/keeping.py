@@ -8,13 +8,14 @@ of two convolutions, 5 tasks of 12 to 15 epochs. Preset `paper` runs the same va
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.figures import cross, new_figure, save
+from dynmoe.lab.figures import cross, front, new_figure, save
 from dynmoe.lab.statistics import Interval
 from dynmoe.lab.study import Preset, Study
 
@@ -35,6 +36,8 @@ KEPT = (
 """Growth that leaves its experts as they are, and ends with the units of a dense block."""
 KEEP = f"{KEPT} --router gaussian --intervention freeze"
 
+UNITS = {"laptop": 135, "paper": 86}
+"""Hidden units of each progressive column: with adapters, about the others' parameters."""
 ENOUGH = 0.97
 """Train accuracy of which more does not count in the search."""
 ASKED = ("domains", "class")
@@ -108,7 +111,7 @@ class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
             "reset-block, frozen trunk": "--method reset-block --intervention freeze",
             "moe-renewed": "--method moe-renewed",
             "dynamicmoe": "--method dynamicmoe",
-            "progressive": "--method progressive",
+            "progressive": f"--method progressive --method.units {UNITS[preset]}",
             "replay": "--method dense --intervention replay",
             "ewc": "--method dense --intervention ewc",
             "l2-init": "--method dense --intervention l2-init",
@@ -182,15 +185,6 @@ class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
             axes.set_title(stream)
             axes.set(xlabel="train accuracy, last task (%)", ylabel=f"{label} (%)")
         save(figure, path)
-
-
-def front(means: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of the points (x, y) that no other is above in both, from left to right."""
-    found: list[tuple[float, float]] = []
-    for x, y in sorted(means, reverse=True):
-        if not found or y > found[-1][1]:
-            found.append((x, y))
-    return found[::-1]
 
 
 def _met(gap: Interval, aim: float) -> str:
@@ -333,3 +327,68 @@ class RouterShiftDomains(Study, name="router-shift-domains", source="Kim 2025 (a
         gap = results.gap(share, [value / 4 for value in even])
         word = gap.verdict("not locked out", "locked out", "perhaps locked out")
         return f"Last task: {word}, {points(gap)} over a quarter of an even share."
+
+
+class EarlyOverfit(Study, name="early-overfit", source="Kim 2025 (arXiv 2511.18987)"):
+    """Do experts that have seen early tasks serve later ones worse than fresh ones?
+
+    The paper assumes so where it grows instead of training all experts from the start. At each
+    task's end, hidden units of the oldest, the newest and of freshly drawn experts, equally many,
+    are read out by a linear probe of the next task: they differ in what they were trained on alone.
+    """
+
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 5}
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """New classes, where early tasks are others; parts that add up, where they are few."""
+        short = f"--network.hidden 1024 --epochs 12 {UNMEASURED}"
+        more = f"{FEATURES} --expert-probes"
+        return {
+            "class": on_images(preset, 50, 80, short, f"{more} {CLASS}"),
+            "iid-cumulative": on_images(preset, 10, 160, short, f"{more} {CUMULATIVE}"),
+        }
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Experts that rest or learn on, in a trunk that does; and a constant budget."""
+        return {
+            "dense": "--method dense",
+            "fresh": "--method fresh",
+            "all learn": KEPT,
+            "old experts rest": f"{KEPT} --old-experts.lr 0",
+            "frozen trunk": f"{KEPT} --intervention freeze",
+            "constant budget": "--method dynamicmoe --pruning utility --init.router new",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Oldest and newest experts against fresh ones, on the next task."""
+        sentences = []
+        for stream in results.streams:
+            for variant, age in product(GROWN, ("oldest", "newest")):
+                ones, fresh = on_next_task(results, stream, variant, age)
+                gap = results.gap(ones, fresh)
+                word = gap.verdict("better", "worse", "no difference seen")
+                sentences.append(
+                    f"{stream}, {variant}: probes of the {age} experts on the next task "
+                    f"{100 * fmean(ones):.1f} %, of fresh ones {100 * fmean(fresh):.1f} %: "
+                    f"{points(gap)}, {word} (mean over tasks since the first growth)."
+                )
+        return [*sentences, about(results)]
+
+
+GROWN = ("all learn", "old experts rest", "frozen trunk", "constant budget")
+"""Variants of `early-overfit` that grow."""
+
+
+def on_next_task(
+    results: Results, stream: str, variant: str, age: str
+) -> tuple[list[float], list[float]]:
+    """[S] accuracy of probes of experts of an age, and [S] of fresh ones: means over equal tasks.
+
+    Only tasks where all ages are known: after the first growth, and not the last task.
+    """
+    ones, fresh = [], []
+    for run in results.runs[stream][variant]:
+        rows = [row for row in run["tasks"] if row.get("next_newest") is not None]
+        for found, field in ((ones, f"next_{age}"), (fresh, "next_fresh")):
+            found.append(fmean(row[field] for row in rows) if rows else math.nan)
+    return ones, fresh
