@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from cl_benchmarks import figures
+from cl_benchmarks.expert_probes import check_probes
 from cl_benchmarks.figures import PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
@@ -66,8 +67,10 @@ class ContinualLearning(Experiment):
     references = ("dense", "fresh")
 
     def check(self, config: Config) -> None:
-        """Also what cannot work where no task start is told, in any of the variants."""
+        """Also what cannot work in any of the variants, such as where no task start is told."""
         super().check(config)
+        for one in _all_variants(config):
+            check_probes(one)
         if config.protocol.build().in_time_order:
             for one in _all_variants(config):
                 check_without_tasks(one)

@@ -106,6 +106,9 @@ LAYOUT = {
         "gradient norm by age": _chart(r"grad_norm/expert_age_\d+"),
         "drift of past tasks' routing": _chart("router/drift/.*"),
         "what experts tell of the task": _chart("router/task_information_share/.*"),
+        "linear probes of the next task": _chart(
+            "task/next_oldest", "task/next_newest", "task/next_fresh"
+        ),
         "growth shock": _chart("growth/output_change", "growth/loss_before", "growth/loss_after"),
     },
     "4 Stability": {

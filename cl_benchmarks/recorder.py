@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_benchmarks.expert_probes import probe_experts
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.lock_out import lock_out_scalars, newest_shares
 from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe import seeding
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
@@ -64,6 +66,14 @@ class TaskRow:
     """the same on earlier tasks' probes, their mean; None likewise, and for the first task"""
     newest_even: float | None = None
     """what that share is where all experts have the same: new experts / all experts"""
+    next_oldest: float | None = None
+    """with `expert_probes`: test accuracy on the next task of a linear probe of the oldest experts'
+    hidden units, before anything is trained on that task; None for the last task, without experts,
+    and in tasks that are not measured"""
+    next_newest: float | None = None
+    """the same of the latest growth's experts; None before any growth, too"""
+    next_fresh: float | None = None
+    """the same of as many re-initialised units"""
 
 
 class TaskRecorder(Recorder):
@@ -94,6 +104,7 @@ class TaskRecorder(Recorder):
         self.train, self.test, self.growth = train, test, growth
         self.eval_samples = config.eval_samples
         self.probe_samples, self.measure_every = config.probe_samples, config.measure_every
+        self.expert_probes, self.seed = config.expert_probes, config.seed
         self.probes: dict[int, tuple[Tensor, Tensor]] = {}  # of watched tasks, and the present one
         self.watched = watched(len(train), config.measure_every)
         self.initial = outside_experts(model)
@@ -168,6 +179,7 @@ class TaskRecorder(Recorder):
             steps=trainer.clock.train_iterations,
             **self._old_values(model, task),
             **newest_shares(model, gates),
+            **self._next_values(model, task),
         )
         self.rows.append(row)
         known = {name: value for name, value in asdict(row).items() if value is not None}
@@ -255,6 +267,14 @@ class TaskRecorder(Recorder):
         self.old.task_done(model)
         matrix = self.old.matrix
         return {"old_accuracy": matrix.old_accuracy(task), "forgetting": matrix.forgetting(task)}
+
+    def _next_values(self, model: nn.Module, task: int) -> dict[str, float]:
+        """What probes of its experts know of the next task, fields of its row; {} if not asked."""
+        if not self.expert_probes or task % self.measure_every or task + 1 == len(self.train):
+            return {}
+        generator = seeding.generator(self.seed, "expert-probes", task)
+        following = self.train[task + 1], self.test[task + 1]
+        return probe_experts(model, *following, generator, self.run.device)
 
     def _check(self, trainer: StreamTrainer) -> None:
         step = trainer.clock.train_iterations
