@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from cl_benchmarks import figures
+from cl_benchmarks.expert_probes import check_probes
 from cl_benchmarks.figures import PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
+from cl_benchmarks.lock_out import locked_out, tasks_with_lock_out, warn_of_lock_out
 from cl_benchmarks.losses import check_loss
 from cl_benchmarks.method import Horizon, ZeroHead
 from cl_benchmarks.preparing import attach_intervention, check_batches, make_trainer, prepare
@@ -35,6 +37,8 @@ TRANSFER = ("backward_transfer", "forward_transfer")
 """Metrics that are one number of a whole run, whatever part of it is asked for."""
 OF_OLD = ("old_accuracy", "forgetting")
 """Metrics that some tasks, or all, do not have: of the first nothing can be old."""
+NEWEST = "newest experts, now / old"
+"""Heading of their shares of the gates in a run's table of tasks."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class ContinualLearning(Experiment):
     references = ("dense", "fresh")
 
     def check(self, config: Config) -> None:
-        """Also what cannot work where no task start is told, in any of the variants."""
+        """Also what cannot work in any of the variants, such as where no task start is told."""
         super().check(config)
+        for one in _all_variants(config):
+            check_probes(one)
         if config.protocol.build().in_time_order:
             for one in _all_variants(config):
                 check_without_tasks(one)
@@ -92,6 +98,7 @@ class ContinualLearning(Experiment):
         title, label = self.title(config, shared), config.variant
         if now:
             _print_tasks(run.summary, f"{label}: {title}")
+            warn_of_lock_out(run.summary["tasks"], config, label)
         own = Results({"": {label: [run.summary]}}, {}, self)
         self.draw(run.folder / "plasticity.png", own, title)
 
@@ -215,6 +222,7 @@ class StreamSession(Session):
                 for key in ("train_accuracy", "test_accuracy", "online_accuracy")
             },
             "growth": [asdict(e) for e in self.growth.controller.events] if self.growth else [],
+            "lock_out": tasks_with_lock_out(rows),
             **self.recorder.stability(),
             **self._references(),
         }
@@ -285,7 +293,19 @@ def _print_tasks(summary: dict[str, Any], title: str) -> None:
         headings |= {"old_accuracy": "old tasks", "forgetting": "forgetting"}
     rows = [["task", *headings.values(), "experts", "parameters"]]
     for number, task in enumerate(summary["tasks"], start=1):
-        known = [task.get(key) for key in headings]
-        shares = ["" if share is None else f"{100 * share:.1f} %" for share in known]
+        shares = [_percent(task.get(key)) for key in headings]
         rows.append([str(number), *shares, str(task["num_experts"]), f"{task['parameters']:,}"])
+    if any(task.get("newest_share") is not None for task in summary["tasks"]):
+        newest = [_newest(task) for task in summary["tasks"]]
+        rows = [[*row, cell] for row, cell in zip(rows, [NEWEST, *newest], strict=True)]
     print_table(title, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _newest(task: dict[str, Any]) -> str:
+    """Shares of the newest experts, of the task and of old ones; a lock-out is marked."""
+    shares = [_percent(task.get(key)) for key in ("newest_share", "newest_share_old")]
+    return " / ".join(filter(None, shares)) + (" (locked out)" if locked_out(task) else "")

@@ -98,10 +98,17 @@ LAYOUT = {
         "number of experts": _chart("growth/experts"),
         "router: sharpness and balance": _chart("router/entropy", "router/balance"),
         "load": _chart("router/load_max", "router/load_min", "router/newest_share"),
+        "share of the newest experts at the end of each task": _chart(
+            "router/newest_share_now", "router/newest_share_old"
+        ),
+        "lock-out": _chart("router/lock_out"),
         "dead experts": _chart("router/dead_experts"),
         "gradient norm by age": _chart(r"grad_norm/expert_age_\d+"),
         "drift of past tasks' routing": _chart("router/drift/.*"),
         "what experts tell of the task": _chart("router/task_information_share/.*"),
+        "linear probes of the next task": _chart(
+            "task/next_oldest", "task/next_newest", "task/next_fresh"
+        ),
         "growth shock": _chart("growth/output_change", "growth/loss_before", "growth/loss_after"),
     },
     "4 Stability": {

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_benchmarks.expert_probes import probe_experts
 from cl_benchmarks.growth_plugin import GrowthPlugin
+from cl_benchmarks.lock_out import lock_out_scalars, newest_shares
 from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe import seeding
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
@@ -56,6 +59,21 @@ class TaskRow:
     cannot be asked"""
     forgetting: float | None = None
     """mean of what was lost of it since each of these tasks was learnt; None likewise"""
+    newest_share: float | None = None
+    """share of the gates that the latest growth's experts have on the task's probe, a mean over MoE
+    layers; None without experts, before any growth, and in tasks that are not measured"""
+    newest_share_old: float | None = None
+    """the same on earlier tasks' probes, their mean; None likewise, and for the first task"""
+    newest_even: float | None = None
+    """what that share is where all experts have the same: new experts / all experts"""
+    next_oldest: float | None = None
+    """with `expert_probes`: test accuracy on the next task of a linear probe of the oldest experts'
+    hidden units, before anything is trained on that task; None for the last task, without experts,
+    and in tasks that are not measured"""
+    next_newest: float | None = None
+    """the same of the latest growth's experts; None before any growth, too"""
+    next_fresh: float | None = None
+    """the same of as many re-initialised units"""
 
 
 class TaskRecorder(Recorder):
@@ -86,6 +104,7 @@ class TaskRecorder(Recorder):
         self.train, self.test, self.growth = train, test, growth
         self.eval_samples = config.eval_samples
         self.probe_samples, self.measure_every = config.probe_samples, config.measure_every
+        self.expert_probes, self.seed = config.expert_probes, config.seed
         self.probes: dict[int, tuple[Tensor, Tensor]] = {}  # of watched tasks, and the present one
         self.watched = watched(len(train), config.measure_every)
         self.initial = outside_experts(model)
@@ -150,6 +169,7 @@ class TaskRecorder(Recorder):
     def task_done(self, trainer: StreamTrainer) -> None:
         """Log and keep the task's row, and what its router and kernel look like."""
         task, model, device = trainer.position.task, trainer.model, self.run.device
+        gates = self._gates_of_probes(model, task) if task % self.measure_every == 0 else {}
         row = TaskRow(
             train_accuracy=accuracy(model, self.train[task], device),
             test_accuracy=accuracy(model, self.test[task], device),
@@ -158,24 +178,34 @@ class TaskRecorder(Recorder):
             parameters=sum(p.numel() for p in model.parameters()),
             steps=trainer.clock.train_iterations,
             **self._old_values(model, task),
+            **newest_shares(model, gates),
+            **self._next_values(model, task),
         )
         self.rows.append(row)
         known = {name: value for name, value in asdict(row).items() if value is not None}
-        values = {f"task/{name}": float(value) for name, value in known.items()}
-        if task % self.measure_every == 0:
-            values |= self._log_experts(model, task, row.steps)
+        values = {f"task/{n}": float(v) for n, v in known.items() if not n.startswith("newest_")}
+        values |= lock_out_scalars(asdict(row))
+        if gates:
+            values |= self._log_experts(model, gates, row.steps)
         self.run.log.scalars(row.steps, values)
         self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
         self._restart_counts()
 
-    def _log_experts(self, model: nn.Module, task: int, step: int) -> dict[str, float]:
-        """Draw the maps of a task's end; returns figures of the router and the tangent kernel."""
+    def _gates_of_probes(self, model: nn.Module, task: int) -> dict[int, dict[str, Tensor]]:
+        """By task, of watched ones before this one and of this one, see `_gates`."""
+        tasks = [*(k for k in self.watched if k < task), task]
+        return {k: _gates(model, self._probe(k)[0]) for k in tasks}
+
+    def _log_experts(
+        self, model: nn.Module, gates: dict[int, dict[str, Tensor]], step: int
+    ) -> dict[str, float]:
+        """Draw the maps of a task's end; returns figures of the router and the tangent kernel.
+
+        `gates` are those of `_gates_of_probes`.
+        """
+        task = next(reversed(gates))
         probe = self._probe(task)
         values = {"task/entk_effective_rank": entk_effective_rank(model, probe[0][:64])}
-        past = [k for k in self.watched if k < task]
-        gates = {k: _gates(model, self._probe(k)[0]) for k in past} | {
-            task: _gates(model, probe[0])
-        }
         values |= self._router_values(gates)
         if task in self.watched:
             self.gates[task] = gates[task]
@@ -237,6 +267,14 @@ class TaskRecorder(Recorder):
         self.old.task_done(model)
         matrix = self.old.matrix
         return {"old_accuracy": matrix.old_accuracy(task), "forgetting": matrix.forgetting(task)}
+
+    def _next_values(self, model: nn.Module, task: int) -> dict[str, float]:
+        """What probes of its experts know of the next task, fields of its row; {} if not asked."""
+        if not self.expert_probes or task % self.measure_every or task + 1 == len(self.train):
+            return {}
+        generator = seeding.generator(self.seed, "expert-probes", task)
+        following = self.train[task + 1], self.test[task + 1]
+        return probe_experts(model, *following, generator, self.run.device)
 
     def _check(self, trainer: StreamTrainer) -> None:
         step = trainer.clock.train_iterations

@@ -26,6 +26,7 @@ class Config(RunConfig, GrowthSettings):
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
             "momentum", "clip", "loss_over", "reset_optimizer", "augment", "precision",
             "channels_last", "eval_samples", "probe_samples", "old_samples", "measure_every",
+            "expert_probes",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
@@ -77,6 +78,9 @@ class Config(RunConfig, GrowthSettings):
 
     measure_every: int = 1
     """metrics and maps in every so manyth task; accuracies in all"""
+    expert_probes: bool = False
+    """at each task's end, do the oldest, the newest and fresh experts serve the next task? Linear
+    probes of their hidden units; costs a pass over the next task's images, training and test"""
 
     @property
     def variant(self) -> str:
@@ -108,11 +112,26 @@ class Config(RunConfig, GrowthSettings):
             reasons |= {"protocol.rows": one, "protocol.window": one}
         if self.trigger.part.name == "stage":
             reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
+        if reason := self._no_probes([set(method.reads()) for method in methods]):
+            reasons["expert_probes"] = reason
         if reason := self.protocol.build().no_old_tasks():
             reasons["old_samples"] = f"{reason}; use --protocol domains, or class with head full"
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons
+
+    def _no_probes(self, reads: list[set[str]]) -> str | None:
+        """Why `expert_probes` would tell nothing of methods that read these settings, if so."""
+        reads = [own for own in reads if "bank" in own]
+        if not reads:
+            return "these methods have no experts; add dynamicmoe"
+        forgets = self.pruning.part.name == "reinit" and self.init.part.name != "duplicate"
+        if forgets and self.budget.mode == "constant" and all("pruning" in own for own in reads):
+            return (
+                "--pruning reinit re-initialises the old experts at every growth, so that none is "
+                "older than another; use --pruning utility, or --budget.mode per-growth"
+            )
+        return None
 
 
 def check_without_tasks(config: Config) -> None:

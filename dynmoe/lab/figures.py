@@ -78,6 +78,34 @@ def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
     axes.set_yticks(range(len(rows), 0, -1), list(rows))
 
 
+def cross(axes: Any, x: Interval, y: Interval, number: int, label: str, factor: float) -> None:
+    """A point, and a bar over its interval in each direction.
+
+    Args:
+        axes: to draw on.
+        x, y: means with their ends.
+        number: of the point; gives its color, and after the last color another mark.
+        label: in the legend.
+        factor: multiplies the values.
+    """
+    color, mark = COLORS[number % len(COLORS)], "s" if number >= len(COLORS) else "o"
+    (across, left, right), (up, low, high) = ([factor * v for v in i] for i in (x, y))
+    if left == left:
+        axes.plot([left, right], [up, up], color=color, linewidth=2, alpha=0.5)
+    if low == low:
+        axes.plot([across, across], [low, high], color=color, linewidth=2, alpha=0.5)
+    axes.plot([across], [up], mark, color=color, label=label)
+
+
+def front(means: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points (x, y) that no other is above in both, from left to right."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(means, reverse=True):
+        if not found or y > found[-1][1]:
+            found.append((x, y))
+    return found[::-1]
+
+
 def save(figure: Any, path: Path) -> None:
     """Write the figure atomically, with one legend for all panels if curves have labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

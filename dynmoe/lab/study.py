@@ -88,6 +88,14 @@ class Study(Part, ABC, kind="study"):
         """Variant -> flags to choose among before the seeds are run; none unless defined."""
         return {}
 
+    def score(self, experiment: Experiment, summary: dict[str, Any]) -> float:
+        """What a search wants much of, of one run; the mean of its metric unless defined."""
+        return experiment.value(summary, self.search_metric or experiment.metric, "mean")
+
+    def draw(self, path: Path, results: Results, title: str) -> None:
+        """The figure, a PNG file written atomically; the experiment's unless defined."""
+        results.experiment.draw(path, results, title)
+
 
 def run_study(
     study: Study,
@@ -195,9 +203,7 @@ def _search(
     run_jobs([job for t in trials.values() for own in t.values() for job in own], jobs, "search")
 
     def score(own: list[Job]) -> float:
-        experiment = own[0].experiment
-        metric = study.search_metric or experiment.metric
-        return sum(experiment.value(job.summary(), metric, "mean") for job in own)
+        return sum(study.score(job.experiment, job.summary()) for job in own)
 
     return {label: max(t, key=lambda own: score(t[own])) for label, t in trials.items()}
 
@@ -246,7 +252,7 @@ def _report(
         "seeds": seeds, "comparisons": comparisons, "verdict": verdict, "streams": streams,
         **beside(results),
     })  # fmt: skip
-    results.experiment.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
+    study.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
     about = caption(results.experiment, seeds)
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
