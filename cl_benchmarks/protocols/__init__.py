@@ -2,8 +2,8 @@
 
 from cl_benchmarks.protocol import ClassChunks as ClassChunks
 from cl_benchmarks.protocol import Iid as Iid
-from cl_benchmarks.protocol import Permuted as Permuted
-from cl_benchmarks.protocol import Shuffle as Shuffle
+from cl_benchmarks.protocols.again import Permuted as Permuted
+from cl_benchmarks.protocols.again import Shuffle as Shuffle
 from cl_benchmarks.protocols.changes import Blurred as Blurred
 from cl_benchmarks.protocols.changes import Noise as Noise
 from cl_benchmarks.protocols.changes import Unknown as Unknown
