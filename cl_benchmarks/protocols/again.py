@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_benchmarks.images import ImageData, check_least
-from cl_benchmarks.protocol import Chunk, Protocol, generator
+from cl_benchmarks.protocol import Chunk, Protocol, generator, whole_test_set
 from dynmoe.errors import UserError
 
 
