@@ -22,8 +22,8 @@ from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
 from dynmoe.moe.diagnostics import gate_shares, most_experts
 from dynmoe.moe.model import undisturbed
+from dynmoe.plasticity.kernel import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
-from dynmoe.plasticity.metrics import entk_effective_rank
 from dynmoe.plasticity.probes import outside_experts, take_probe
 from dynmoe.plasticity.tasks import (
     expert_task_information,

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from dynmoe import registry
 from dynmoe.growth import GrowthController
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
-from dynmoe.plasticity.metrics import entk_matrix
+from dynmoe.plasticity.kernel import entk_matrix
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "expert-choice": ("expert-choice", {}),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from dynmoe.errors import NumericError
-from dynmoe.plasticity.metrics import entk_effective_rank, entk_matrix
+from dynmoe.plasticity.kernel import entk_effective_rank, entk_matrix
 from dynmoe.plasticity.tasks import (
     expert_task_information,
     gate_shares,
