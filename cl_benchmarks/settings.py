@@ -79,8 +79,7 @@ class Config(RunConfig, GrowthSettings):
     measure_every: int = 1
     """metrics and maps in every so manyth task; accuracies in all"""
     expert_probes: bool = False
-    """at each task's end, do the oldest, the newest and fresh experts serve the next task? Linear
-    probes of their hidden units; costs a pass over the next task's images, training and test"""
+    """linear probes of experts on the next task; costs a pass over its images"""
 
     @property
     def variant(self) -> str:

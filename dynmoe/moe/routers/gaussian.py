@@ -27,8 +27,12 @@ class GaussianRouter(
     Each expert has a mean, and all share a covariance: linear discriminant analysis, with experts
     for classes. Only the newest experts' means follow the samples of training passes; each sample
     counts for the nearest of them. A growth fixes the older ones. So samples like those of an
-    earlier task find that task's experts, and new experts are never locked out: their gate depends
-    on where their samples lie, and not on what they have learnt so far.
+    earlier task find that task's experts.
+
+    It is a cure of lock-out, where routers that learn by gradient leave new experts without
+    samples, and so without learning (docs/cl.md, Lock-out): here their gate depends on where their
+    samples lie, and not on what they have learnt so far. That needs old rows to be kept
+    (`init.router` "new"). Where inputs do not tell tasks apart, the newest can get all samples.
 
     With prior "recent" an expert's prior weight is its share of the samples lately, as in a mixture
     model whose older components are fixed. It decides where inputs do not tell tasks apart: there
