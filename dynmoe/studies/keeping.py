@@ -387,7 +387,8 @@ def on_next_task(
 
     Only tasks where all ages are known: after the first growth, and not the last task.
     """
-    ones, fresh = [], []
+    ones: list[float] = []
+    fresh: list[float] = []
     for run in results.runs[stream][variant]:
         rows = [row for row in run["tasks"] if row.get("next_newest") is not None]
         for found, field in ((ones, f"next_{age}"), (fresh, "next_fresh")):
