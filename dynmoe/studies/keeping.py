@@ -23,8 +23,9 @@ PHOTOS = Path("data", "tiny-imagenet-200", "train")
 """Where Tiny ImageNet is looked for; the embedded fractal images stand in for it."""
 HEAD = "--network.no-neck --network.place head"
 FEATURES = "--network.norm --network.statistics"
-UNMEASURED = "--eval-samples 64 --probe-samples 64 --measure-every 1000"
-"""Plasticity metrics in the first task only: they take longer than so short a training."""
+SAMPLES = "--eval-samples 64 --probe-samples 128"
+UNMEASURED = f"{SAMPLES} --measure-every 1000"
+"""Plasticity metrics, and shares of the newest experts, in the first task only: they take time."""
 DOMAINS = "--protocol domains --protocol.images same --access limited"
 CLASS = "--protocol class --protocol.head full --access limited"
 CUMULATIVE = "--protocol iid --access cumulative"
@@ -287,7 +288,7 @@ class RouterShiftDomains(Study, name="router-shift-domains", source="Kim 2025 (a
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """The same images in each style; another part of the images in each."""
-        network = "--network.hidden 1024 --epochs 12 --eval-samples 64 --probe-samples 128"
+        network = f"--network.hidden 1024 --epochs 12 {SAMPLES}"
         parts = DOMAINS.replace("same", "parts")
         return {
             "same images": on_images(preset, 10, 80, network, f"{FEATURES} {DOMAINS}"),
@@ -341,7 +342,7 @@ class EarlyOverfit(Study, name="early-overfit", source="Kim 2025 (arXiv 2511.189
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """New classes, where early tasks are others; parts that add up, where they are few."""
-        short = f"--network.hidden 1024 --epochs 12 {UNMEASURED}"
+        short = f"--network.hidden 1024 --epochs 12 {SAMPLES}"
         more = f"{FEATURES} --expert-probes"
         return {
             "class": on_images(preset, 50, 80, short, f"{more} {CLASS}"),
@@ -386,7 +387,8 @@ def on_next_task(
 
     Only tasks where all ages are known: after the first growth, and not the last task.
     """
-    ones, fresh = [], []
+    ones: list[float] = []
+    fresh: list[float] = []
     for run in results.runs[stream][variant]:
         rows = [row for row in run["tasks"] if row.get("next_newest") is not None]
         for found, field in ((ones, f"next_{age}"), (fresh, "next_fresh")):
