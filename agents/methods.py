@@ -74,7 +74,7 @@ class MoEStart(
 ):
     """The experts that DynamicMoE starts with (its "1 expert" baseline), and never more."""
 
-    reads = (*LAYER, "granularity", "trigger")
+    reads = (*LAYER, *PLAN)
 
     def make_block(self, growth: GrowthSettings, steps: int, seed: int) -> MakeBlock:
         """An MoE layer of g experts; it is drawn as DynamicMoE's is, room for more included."""

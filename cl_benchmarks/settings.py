@@ -13,6 +13,9 @@ from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
+MEASUREMENTS = "Measurements"
+"""Title of a group of options, in `--help` without their texts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig, GrowthSettings):
@@ -25,13 +28,16 @@ class Config(RunConfig, GrowthSettings):
         "Stream and training": (
             "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
             "momentum", "clip", "loss_over", "reset_optimizer", "augment", "precision",
-            "channels_last", "eval_samples", "probe_samples", "old_samples", "measure_every",
-            "expert_probes",
+            "channels_last",
+        ),
+        MEASUREMENTS: (
+            "eval_samples", "probe_samples", "old_samples", "measure_every", "expert_probes",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
+    BRIEF: ClassVar[tuple[str, ...]] = (MEASUREMENTS,)
 
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")

@@ -43,8 +43,17 @@ def help_text(
             lines += _side_by_side([_brief(config, field, "--") for field in fields], "  ")
             continue
         for field in fields:
-            lines += _option(config, field, listed, full)
+            rows = _option(config, field, listed, full)
+            if not full and _fit(lines[-1], rows):
+                lines[-1] += f"  {rows.pop(0).lstrip()}"
+            lines += rows
     return "\n".join(lines)
+
+
+def _fit(last: str, rows: list[str]) -> bool:
+    """Whether a group of options without texts goes on in the last line, which is one, too."""
+    brief = last.startswith("    --") and len(rows) == 1 and rows[0].startswith("    --")
+    return brief and len(last) + len(rows[0]) - 2 <= WIDTH
 
 
 def groups(config: Any) -> dict[str, list[dataclasses.Field[Any]]]:

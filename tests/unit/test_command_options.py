@@ -68,9 +68,8 @@ def test_every_setting_is_in_one_group_and_has_a_text(name: str) -> None:
     grouped = [field for fields in kind.GROUPS.values() for field in fields]
     assert sorted(grouped) == sorted(f.name for f in dataclasses.fields(kind))
     assert set(getattr(kind, "BRIEF", ())) <= set(kind.GROUPS)
-    plain = (
-        {f.name for f in dataclasses.fields(kind)} - set(slots(kind)) - {"budget", "new_experts"}
-    )
+    own_texts = {"budget", "new_experts", "old_experts"}
+    plain = {f.name for f in dataclasses.fields(kind)} - set(slots(kind)) - own_texts
     assert plain - {"vit", "embedded"} <= set(texts(kind))
 
 
