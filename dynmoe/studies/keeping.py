@@ -67,9 +67,10 @@ def about(results: Results) -> str:
 
 
 def points(gap: Interval) -> str:
-    """A difference of shares, in points of 100, with its interval."""
+    """A difference of shares, in points of 100, with its interval if known."""
     point, low, high = (100 * x for x in gap)
-    return f"{point:+.1f} points [{low:.1f}, {high:.1f}]"
+    ends = "" if low != low else f" [{low:.1f}, {high:.1f}]"
+    return f"{point:+.1f} points{ends}"
 
 
 class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
