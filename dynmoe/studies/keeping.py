@@ -67,9 +67,10 @@ def about(results: Results) -> str:
 
 
 def points(gap: Interval) -> str:
-    """A difference of shares, in points of 100, with its interval."""
+    """A difference of shares, in points of 100, with its interval if known."""
     point, low, high = (100 * x for x in gap)
-    return f"{point:+.1f} points [{low:.1f}, {high:.1f}]"
+    ends = "" if low != low else f" [{low:.1f}, {high:.1f}]"
+    return f"{point:+.1f} points{ends}"
 
 
 class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
@@ -172,7 +173,7 @@ class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Train accuracy on the last task against what is kept or else learnt, a panel a stream."""
         super().draw(path.with_name("tasks.png"), results, title)
-        figure = new_figure(title, 4, 4 * len(results.streams))
+        figure = new_figure(title, 4, 3 + 4 * len(results.streams))
         panels = figure.subplots(1, len(results.streams), squeeze=False)[0]
         for stream, axes in zip(results.streams, panels, strict=True):
             metric, label = SHOWN.get(stream, ("test_accuracy", "test accuracy"))

@@ -117,7 +117,7 @@ def test_the_front_and_its_figure(tmp_path: Path) -> None:
     results = _results(domains=_compared(0.98, 0.05, True), shuffle=_compared(0.9, 0, False))
     GrowthOrReset().draw(tmp_path / "figure.png", results, "title")
     with Image.open(tmp_path / "figure.png") as image:
-        assert image.size == (800, 400)
+        assert image.size == (1100, 400)
     assert (tmp_path / "tasks.png").is_file()
 
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cl_benchmarks.networks import Network, Trunk, build_network, check_bank, dense_block
+from cl_benchmarks.networks import (
+    Network,
+    Trunk,
+    build_network,
+    check_bank,
+    dense_block,
+    image_statistics,
+)
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, moe_layers
@@ -209,3 +216,13 @@ def test_scale_multiplies_all_channels(name):
 def test_scales_that_leave_a_layer_empty_are_refused(name, scale):
     with pytest.raises(UserError, match=rf"{name}: scale={scale} (must be|leaves a layer of 64)"):
         config(name, scale=scale).build((3, 32, 32))
+
+
+def test_image_statistics_are_means_steps_and_deviations() -> None:
+    x = torch.randn(3, 2, 8, 6)
+    found = image_statistics(x).view(3, 6, 2)
+    right, below = x.diff(dim=3), x.diff(dim=2)
+    torch.testing.assert_close(found[:, 0], x.mean(dim=(2, 3)))
+    torch.testing.assert_close(found[:, 1], right.abs().mean(dim=(2, 3)).log1p())
+    for place, values in ((3, x), (4, right), (5, below)):
+        torch.testing.assert_close(found[:, place], values.std(dim=(2, 3), correction=0))
