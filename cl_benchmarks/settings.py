@@ -71,10 +71,9 @@ class Config(RunConfig, GrowthSettings):
     augment: Literal["none", "crop-flip"] = "none"
     """random crops and mirror images of the training images"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the network's training passes; bfloat16 by autocast: weights, losses, the optimizer and
-    all measurements stay float32"""
+    """of training passes; weights and losses stay float32"""
     channels_last: bool = False
-    """keep the channels of convolutions innermost in memory, which is faster for large ones"""
+    """channels innermost in memory: faster for large convolutions"""
     eval_samples: int = 256
     """test images for each epoch's accuracy; all at a task's end"""
     probe_samples: int = 256
