@@ -267,6 +267,7 @@ def _compared(config: Config, name: str) -> Config:
         config,
         method=registry.get("method", method).Config(),
         intervention=registry.get("intervention", intervention).Config(),
+        compare=(),
         name=own_name,
     )
 
