@@ -17,6 +17,8 @@ from dynmoe.registry import get
 begin("cl", __name__)  # before imports that may fail
 
 from cl_benchmarks.settings import Config  # noqa: E402
+from dynmoe.growth import Budget  # noqa: E402
+from dynmoe.growth.old_experts import OldExperts  # noqa: E402
 
 if TYPE_CHECKING:
     from dynmoe.lab.experiment import Experiment
@@ -27,8 +29,8 @@ DESCRIPTION = """Continual learning: does a network that grows experts keep its 
 (its plasticity)? Results go to runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
 Cost: smoke, under a minute; laptop and plain, 3 minutes with two comparisons; on 2 cores and per
-method tiny (a fifth of Tiny ImageNet), 2 minutes; tiny-long, an hour; pairs (300 two-class tasks of
-it), 10; online, 3 per 45,000 rows; paper (VGG-16), 15 days on one CPU core: for a GPU."""
+method tiny and keep (parts of Tiny ImageNet), 2 minutes; tiny-long, an hour; pairs (300 two-class
+tasks of it), 10; online, 3 per 45,000 rows; paper (VGG-16), 15 days on a CPU core: for a GPU."""
 
 
 def presets() -> dict[str, Config]:
@@ -111,7 +113,25 @@ def _of_real_data(laptop: Config) -> dict[str, Config]:
         lr=0.03,
         measure_every=30,
     )
-    return {"tiny": tiny, "tiny-long": tiny_long, "online": online, "pairs": pairs}
+    keep = replace(
+        laptop,
+        dataset=get("dataset", "tiny-imagenet").Config(size=32, classes=10, per_class=250),
+        protocol=get("protocol", "domains").Config(images="same"),
+        network=get("network", "cnn").Config(
+            neck=False, place="head", hidden=1024, norm=True, statistics=True
+        ),
+        intervention=get("intervention", "freeze").Config(factor=0.03),
+        router=get("router", "gaussian").Config(),
+        init=get("init", "random").Config(router="new"),
+        budget=Budget(mode="per-growth", start="share"),
+        old_experts=OldExperts(lr=0.1),
+        granularity=1,
+        compare=("fresh", "reset-block"),
+        chunks=5,
+        epochs=12,
+    )
+    real = {"tiny": tiny, "tiny-long": tiny_long, "keep": keep}
+    return real | {"online": online, "pairs": pairs}
 
 
 def experiment() -> Experiment:
