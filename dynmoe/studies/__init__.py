@@ -14,8 +14,8 @@ from dynmoe.studies.growth import RLGrowth as RLGrowth
 from dynmoe.studies.growth import RouterShift as RouterShift
 from dynmoe.studies.keeping import EarlyOverfit as EarlyOverfit
 from dynmoe.studies.keeping import GrowthOrReset as GrowthOrReset
-from dynmoe.studies.keeping import Mechanism as Mechanism
 from dynmoe.studies.keeping import RouterShiftDomains as RouterShiftDomains
+from dynmoe.studies.mechanism import Mechanism as Mechanism
 from dynmoe.studies.shifts import AdaptiveGrowth as AdaptiveGrowth
 from dynmoe.studies.shifts import Baselines as Baselines
 from dynmoe.studies.shifts import BlurredBoundaries as BlurredBoundaries

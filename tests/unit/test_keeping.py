@@ -16,14 +16,13 @@ from dynmoe.lab.experiment import Results
 from dynmoe.lab.figures import front
 from dynmoe.lab.study import Preset, judge
 from dynmoe.studies.keeping import (
-    CELLS,
     GROWN,
     ROUTERS,
     EarlyOverfit,
     GrowthOrReset,
-    Mechanism,
     RouterShiftDomains,
 )
+from dynmoe.studies.mechanism import CELLS, Mechanism
 from dynmoe.study import Config, carry_out
 
 SEEDS = range(5)
