@@ -1,4 +1,4 @@
-"""Which part of growth matters, where experts are kept? A grid of 24 forms, thinned as `keeping`."""
+"""Which part of growth matters, where experts are kept? 24 forms of it, thinned as `keeping`."""
 
 from __future__ import annotations
 
