@@ -120,7 +120,7 @@ def _of_real_data(laptop: Config) -> dict[str, Config]:
         network=get("network", "cnn").Config(
             neck=False, place="head", hidden=1024, norm=True, statistics=True
         ),
-        intervention=get("intervention", "freeze").Config(factor=0.03),
+        intervention=get("intervention", "freeze").Config(),
         router=get("router", "gaussian").Config(),
         init=get("init", "random").Config(router="new"),
         budget=Budget(mode="per-growth", start="share"),
