@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
-from cl_benchmarks.networks import MakeBlock, dense_block, for_images
+from cl_benchmarks.networks import dense_block, for_images
+from cl_benchmarks.trunks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import mean_moments, neutral_state

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cl_benchmarks.losses import LossOver
-from cl_benchmarks.networks import Trunk
+from cl_benchmarks.trunks import Trunk
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth.settings import GROWTH, LAYER, GrowthSettings
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
 
-MEASUREMENTS = "Measurements"
+MORE = "More of training, and measurements"
 """Title of a group of options, in `--help` without their texts."""
 
 
@@ -26,18 +26,17 @@ class Config(RunConfig, GrowthSettings):
             "method", "intervention", "compare", "dataset", "protocol", "network", "seed", "seeds",
         ),
         "Stream and training": (
-            "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "weight_decay",
-            "momentum", "clip", "loss_over", "reset_optimizer", "augment", "precision",
-            "channels_last",
+            "chunks", "access", "epochs", "batch_size", "lr", "optimizer", "loss_over", "augment",
         ),
-        MEASUREMENTS: (
+        MORE: (
+            "weight_decay", "momentum", "clip", "reset_optimizer", "precision", "channels_last",
             "eval_samples", "probe_samples", "old_samples", "measure_every", "expert_probes",
         ),
         "MoE layers": LAYER,
         "Growth": GROWTH,
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
-    BRIEF: ClassVar[tuple[str, ...]] = (MEASUREMENTS,)
+    BRIEF: ClassVar[tuple[str, ...]] = (MORE,)
 
     method: PartConfig = slot("method", "dynamicmoe")
     intervention: PartConfig = slot("intervention", "none")

@@ -3,13 +3,76 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from cl_benchmarks.networks import MakeBlock, Trunk
 from dynmoe.errors import UserError
+from dynmoe.registry import Part, PartConfig
+
+
+class MakeBlock(Protocol):
+    """Makes a block of a network: [B, dim_in] -> [B, dim_out]."""
+
+    def __call__(self, dim_in: int, hidden: int, dim_out: int, images: bool = False) -> nn.Module:
+        """A block of `hidden` units.
+
+        With `images` it maps images [B, dim_in, h, w] to [B, dim_out, h, w]; units are channels.
+        """
+
+
+class Trunk(nn.Module, Part, kind="network"):
+    """Base of all trunks: images to flat features. `out_features` is F."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of every network: its head, and where its MoE layers are."""
+
+        width: int = 128
+        """width in and out of the hidden blocks"""
+        hidden: int = 256
+        """hidden units of each block: the parameter budget that experts share"""
+        blocks: int = 1
+        """hidden blocks before the classifier"""
+        neck: bool = True
+        """a linear layer with ReLU between trunk and blocks; without it the blocks read the trunk's
+        features, and are as wide as those are many"""
+        place: Literal["last", "all", "head", "trunk", "everywhere"] = "last"
+        """what is an MoE layer in the methods that have them. last, all: hidden blocks; head: the
+        last block and the classifier as one block, from the features to the classes; trunk: a block
+        of convolutions in the trunk, for --bank conv; everywhere: that, with bank conv, and all
+        hidden blocks"""
+        norm: bool = False
+        """normalise the trunk's features of each image (layer normalisation without weights):
+        features of a trunk that stands still are then learnt from faster"""
+        statistics: bool = False
+        """beside the trunk's features, means and deviations of the image's channels and of their
+        gradients: what its style changes, and a router can tell domains by"""
+        trunk_hidden: int = 0
+        """hidden channels of the block in the trunk; 0 for as many as it gives out"""
+
+    out_features: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, F] of images x [B, C, H, W]."""
+
+    def place_block(self, make_block: MakeBlock, hidden: int) -> None:
+        """Put a block of images where this trunk has its place for one.
+
+        Args:
+            make_block: makes it.
+            hidden: hidden channels; 0 for as many as it gives out.
+
+        Raises:
+            UserError: this trunk has no such place.
+        """
+        raise UserError(
+            f"network {self.name} has no place for an MoE layer in its trunk; use --network.place "
+            "last, all or head, or another network"
+        )
 
 
 def scaled(channels: int, scale: float, name: str) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cl_benchmarks.method import Horizon, Method, TaskPlugin, Training, acts_at_task_starts
-from cl_benchmarks.networks import MakeBlock
+from cl_benchmarks.trunks import MakeBlock
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import Moments, mean_moments, neutral_state

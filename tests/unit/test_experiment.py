@@ -177,9 +177,12 @@ def test_sizes_of_the_methods(data: ImageData, tmp_path: Path) -> None:
 def test_summary_and_log(data: ImageData, tmp_path: Path) -> None:
     folder, summary = run_method("smoke", _config(tmp_path), data)
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert {"method", "dataset", "protocol", "access", "seed", "tasks", "plasticity", "growth"} == (
-        summary.keys()
-    )
+    of_old = {"accuracy_matrix", "forgetting", "backward_transfer", "forward_transfer"}
+    assert summary.keys() == of_old | {
+        "method", "dataset", "protocol", "access", "seed", "tasks", "plasticity", "growth",
+        "lock_out",
+    }  # fmt: skip
+    assert all(summary[name] is None for name in of_old)  # of shuffled labels nothing is left
     keys = {"train_accuracy", "test_accuracy", "online_accuracy", "num_experts", "parameters"}
     assert all(keys <= task.keys() for task in summary["tasks"])
     assert [g["step"] for g in summary["growth"]] == [6, 12]

@@ -30,8 +30,8 @@ COMMANDS = ("dynmoe.tta.__main__", "dynmoe.dg.__main__")
 SCENES = ("cl_benchmarks.domains.craftax", "envs.craftax_scenes")
 """The one data set that is drawn by a game, and what it takes from it."""
 DATA = tuple(f"cl_benchmarks.{name}" for name in (
-    "images", "datasets", "protocol", "protocols", "fractals", "stream", "styles", "shifts",
-    "domains", "domain_set", "backbone",
+    "images", "datasets", "protocol", "protocols", "fractals", "stream", "styles", "rehearsal",
+    "shifts", "domains", "domain_set", "backbone",
 ))  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -100,7 +100,7 @@ LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "networks": (
         ("cl_benchmarks.networks", "cl_benchmarks.trunks"),
         (*OURS, "avalanche"),
-        (*LIBRARY, *BASE),
+        ("cl_benchmarks.trunks", *LIBRARY, *BASE),
     ),
     "agents": (("agents",), OURS, ("agents", "envs", "dynmoe.lab", *LIBRARY, *BASE)),
     "benchmarks": (

@@ -306,7 +306,7 @@ def test_two_files_of_one_name_are_told_apart(
     assert f"{(folder / files[0]).resolve()} has the same name; rename one of them" in line
 
 
-NETWORK = '''from cl_benchmarks.networks import Trunk
+NETWORK = '''from cl_benchmarks.trunks import Trunk
 
 
 class Mine(Trunk, name="mlp"):

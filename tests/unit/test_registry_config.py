@@ -303,7 +303,7 @@ def test_slots_are_found_in_classes_and_instances():
 def test_to_dict_is_plain_json():
     values = to_dict(Settings(runs_dir=Path("some") / "where", router=PRESETS["large"].router))
     assert values["router"] == {"part": "cosine", "temperature": 0.7}
-    assert values["budget"] == {"mode": "constant", "units": 0}
+    assert values["budget"] == {"mode": "constant", "units": 0, "start": "whole"}
     assert values["sizes"] == [1, 2] and values["runs_dir"] == str(Path("some") / "where")
     assert json.loads(json.dumps(values)) == values
     assert set(values) == {f.name for f in dataclasses.fields(Settings)}

@@ -41,6 +41,7 @@ class GaussianRouter(
     No gradient reaches the means or passes through the gates. Inputs should keep their meaning: a
     trunk that goes on learning moves away from old means. The covariance is the mean of those of
     all growths' phases. New experts without any sample yet get the mean logit of the others.
+    Statistics take 3 D^2 numbers beside the means: no parameters, but memory.
 
     Attributes:
         weight: Parameter [M, D] without gradient, the means.
@@ -115,15 +116,8 @@ class GaussianRouter(
         """Back to the start: no statistics."""
         super().reset_buffers()
         self.learning.fill_(True)
-        for buffer in (
-            self.seen,
-            self.share,
-            self.covariance,
-            self.phases,
-            self.current,
-            self.steps,
-        ):
-            buffer.zero_()
+        for name in ("seen", "share", "covariance", "phases", "current", "steps"):
+            self._buffers[name].zero_()  # type: ignore[union-attr]
         self.whiten.zero_().fill_diagonal_(1.0)
         self._forget()
 
