@@ -17,7 +17,7 @@ from dynmoe.growth import distributed
 from dynmoe.growth.budget import Budget
 from dynmoe.growth.initialisation import Init, Plan, RandomInit, Request
 from dynmoe.growth.new_experts import NewExperts, WarmUp
-from dynmoe.growth.old_experts import OldExperts, SlowDown
+from dynmoe.growth.old_experts import OldExperts, slow_down
 from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
 from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
@@ -115,7 +115,7 @@ class GrowthController:
         self.moments: Moments = moments
         self.measure_shock = measure_shock
         self.warm_up = WarmUp(new_experts or NewExperts(), model, optimizer)
-        self.slow_down = SlowDown(old_experts or OldExperts(), model, optimizer)
+        slow_down(old_experts or OldExperts(), model, optimizer)
         self.copies = list(copies)
         self.generator = generator
         if optimizer is not None:

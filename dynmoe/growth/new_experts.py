@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe.errors import UserError
+from dynmoe.growth.pace import Entries, Pace
 from dynmoe.moe import MoELayer, Router, moe_layers
 
 
@@ -60,9 +61,8 @@ class WarmUp:
         self.options, self.model = options, model
         self.age: int | None = None  # optimizer steps since the latest growth
         self.base: list[Tensor] = []  # [M] of each router, the logit shifts that are to remain
-        self._before: list[tuple[nn.Parameter, int, Tensor, Tensor]] = []
         if optimizer is not None and not options.plain:
-            optimizer.register_step_pre_hook(lambda *_: self._step_comes())
+            Pace(optimizer, options.lr, self._entries)
             optimizer.register_step_post_hook(lambda *_: self._step_done())
 
     def end(self) -> None:
@@ -90,23 +90,14 @@ class WarmUp:
         self.age = state["age"]
         self.base = [b.to(r.logit_shift) for b, r in zip(state["base"], routers, strict=False)]
 
-    @torch.no_grad()
-    def _step_comes(self) -> None:
-        """Note where the new experts' entries stand."""
+    def _entries(self) -> Entries:
+        """What belongs to the new experts, as long as their pace is another."""
         if self.age is None or self.age >= self.options.lr_steps or self.options.lr == 1:
-            return
-        for _, layer in moe_layers(self.model):
-            for parameter, axis, index in latest_entries(layer):
-                value = parameter.index_select(axis, index)
-                self._before.append((parameter, axis, index, value))
+            return []
+        return [entry for _, layer in moe_layers(self.model) for entry in latest_entries(layer)]
 
-    @torch.no_grad()
     def _step_done(self) -> None:
-        """Shorten or lengthen the step that they took; let the logits fade."""
-        for parameter, axis, index, before in self._before:
-            moved = parameter.index_select(axis, index) - before
-            parameter.index_copy_(axis, index, before + self.options.lr * moved)
-        self._before = []
+        """Let the logits fade."""
         if self.age is not None:
             self.age += 1
             self._set_logits()
@@ -133,8 +124,8 @@ def latest_experts(layer: MoELayer) -> Tensor:
     return ((layer.created == latest) & (latest > 0)).nonzero().flatten()
 
 
-def latest_entries(layer: MoELayer) -> list[tuple[nn.Parameter, int, Tensor]]:
+def latest_entries(layer: MoELayer) -> Entries:
     """(parameter, axis, index) of all entries that belong to a layer's new experts alone."""
     experts = latest_experts(layer)
-    rows = [(parameter, 0, experts) for parameter in layer.router.expert_rows()]
+    rows: Entries = [(parameter, 0, experts) for parameter in layer.router.expert_rows()]
     return rows + layer.bank.entries(experts)
