@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynmoe.errors import UserError
+from dynmoe.growth.pace import Entries, Pace
 from dynmoe.interventions.intervention import Batches, Intervention, Limit
+from dynmoe.moe.draws import every
 from dynmoe.registry import PartConfig
 
 
@@ -54,10 +55,8 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
                     f"names of its modules, such as {top}"
                 )
         self.modules = [known[name] for name in self.config.parts]
-        self._before: list[Tensor] = []
         if self.config.factor > 0:
-            self.optimizer.register_step_pre_hook(lambda *_: self._step_comes())
-            self.optimizer.register_step_post_hook(lambda *_: self._step_done())
+            Pace(self.optimizer, self.config.factor, self._entries)
 
     def task_starts(self, task: int, batches: Batches | None) -> None:
         """Begin, unless steps are counted."""
@@ -100,15 +99,12 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
                 if isinstance(norm, _BatchNorm):  # loops call model.train() when they like
                     norm.register_forward_pre_hook(_evaluate)
 
-    def _step_comes(self) -> None:
-        self._before = [p.detach().clone() for p in self.parameters()] if self.frozen else []
-
-    @torch.no_grad()
-    def _step_done(self) -> None:
-        if self._before:
-            for parameter, before in zip(self.parameters(), self._before, strict=True):
-                parameter.lerp_(before, 1 - self.config.factor)
-        self._before = []
+    def _entries(self) -> Entries:
+        """All of the parts, once it has begun."""
+        if not self.frozen:
+            return []
+        rows = [p if p.dim() else nn.Parameter(p.detach().view(1)) for p in self.parameters()]
+        return [(parameter, 0, every(parameter)) for parameter in rows]
 
 
 def _evaluate(module: nn.Module, _: Any) -> None:

@@ -206,8 +206,8 @@ class TTARouter(TTAStudy, name="tta-router", source="ours; questions of Fan et a
             for variant in ("moetta", "moetta, lr x 3", "moetta, lambda 0"):
                 for metric in ("router_entropy", "similarity"):
                     sentences.append(results.kept(stream, variant, metric))
-                gains = results.values(stream, variant, "routing_gain")
-                gain = results.gap(gains, [0.0] * len(gains))
+                found = results.values(stream, variant, "routing_gain")
+                gain = results.gap(found, [0.0] * len(found))
                 point, low, high = (100 * x for x in gain)
                 word = gain.verdict("more", "less", "not clearly more or less")
                 sentences.append(

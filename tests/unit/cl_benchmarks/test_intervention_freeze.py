@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from intervention_helpers import TASK, Loop, conv, weights
+from torch import nn
 
 from dynmoe.errors import UserError
 
@@ -42,3 +43,26 @@ def test_an_unknown_part_is_refused() -> None:
         UserError, match="no part 'trunk'; use --intervention.parts .* such as 0, 1"
     ):
         Loop(conv, "freeze")
+
+
+class Scaled(nn.Module):
+    """A linear layer times a number that is learnt, which has no axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(32, 3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.linear(x.flatten(1))
+
+
+def test_a_number_can_be_a_part() -> None:
+    loop = Loop(lambda: nn.Sequential(Scaled()), "freeze", parts=("0",), factor=0.5)
+    loop.run(TASK)
+    before = weights(loop.model)
+    loop.run(TASK + 1)
+    plain = Loop(lambda: nn.Sequential(Scaled()), "none").run(TASK + 1)
+    usual = weights(plain.model)["0.scale"] - before["0.scale"]
+    assert usual != 0
+    moved = weights(loop.model)["0.scale"] - before["0.scale"]
+    torch.testing.assert_close(moved, 0.5 * usual)
