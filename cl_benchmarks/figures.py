@@ -37,7 +37,7 @@ def draw(path: Path, results: Results, title: str, references: tuple[str, ...]) 
                 continue
             axes.set_title(stream)
             if curves:
-                _draw_curves(axes, results, stream, metric, label)
+                draw_curves(axes, results, stream, metric, label)
             else:
                 _draw_means(axes, results, stream, metric, label, references)
     save(figure, path)
@@ -54,9 +54,10 @@ def has_old(results: Results, stream: str) -> bool:
     return all(run["tasks"][-1].get(OLD[0]) is not None for run in runs)
 
 
-def _draw_curves(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
+def draw_curves(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
     """A curve over the tasks per variant."""
-    for number, variant in enumerate(results.runs[stream]):
+    for variant in results.runs[stream]:
+        number = results.variants.index(variant)
         by_task = list(zip(*tasks_of(results, stream, variant, metric), strict=True))
         known = [t for t, values in enumerate(by_task, start=1) if None not in values]
         intervals = [confidence_interval(list(by_task[t - 1]), "mean") for t in known]

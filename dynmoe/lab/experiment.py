@@ -194,6 +194,11 @@ class Results:
         """Names, in order."""
         return list(self.runs)
 
+    @property
+    def variants(self) -> list[str]:
+        """Names over all streams, in the order in which they come; a color each in figures."""
+        return list(dict.fromkeys(v for variants in self.runs.values() for v in variants))
+
     def values(
         self, stream: str, variant: str, metric: str = "", at: At | None = None
     ) -> list[float]:
@@ -248,7 +253,7 @@ class Results:
         return (
             f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({about}; "
-            f"better with probability {chance.point:.2f}{more})."
+            f"higher with probability {chance.point:.2f}{more})."
         )
 
     def kept(self, stream: str, variant: str, metric: str = "") -> str:

@@ -184,13 +184,15 @@ class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
         for stream, axes in zip(results.streams, panels, strict=True):
             metric, label = SHOWN.get(stream, ("test_accuracy", "test accuracy"))
             means = []
-            for number, variant in enumerate(results.runs[stream]):
+            for variant in results.runs[stream]:
+                number = results.variants.index(variant)
                 x = results.interval(stream, variant, "train_accuracy", "last")
                 y = results.interval(stream, variant, metric, "last")
                 cross(axes, x, y, number, variant, 100)
                 means.append((100 * x.point, 100 * y.point))
             axes.plot(*zip(*front(means), strict=True), ":", color="#8a8a8a", zorder=0)
             axes.set_title(stream)
+            axes.ticklabel_format(useOffset=False)
             axes.set(xlabel="train accuracy, last task (%)", ylabel=f"{label} (%)")
         save(figure, path)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cl_benchmarks import figures
 from dynmoe import commands, registry
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
 from dynmoe.lab.experiment import At, Results, logged
+from dynmoe.lab.figures import new_figure
 from dynmoe.lab.report import cell
 from dynmoe.lab.statistics import Family, Interval, paired_difference, seeds_to_see
 from dynmoe.lab.study import Preset, Study, judge
@@ -40,7 +42,7 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
     gap = r.difference("s", "a", "b")
     assert gap.point == pytest.approx(0.11) and 0.085 < gap.low < 0.086 < 0.134 < gap.high < 0.135
     assert "s: a against b: +11.0 points [8.5, 13.5]" in r.says("s", "a", "b")
-    assert "higher (train accuracy, last task; better with probability 0.67)" in r.says(
+    assert "higher (train accuracy, last task; higher with probability 0.67)" in r.says(
         "s", "a", "b"
     )
     assert "lower" in r.says("s", "b", "a")
@@ -50,6 +52,18 @@ def test_a_difference_is_paired_by_seed_and_decides_the_word() -> None:
     assert "seeds to see" not in r.says("s", "a", "b")
     assert "+5.5 points" in r.says("s", "a", "b", at="mean")
     assert "+0.0 points" in r.says("s", "a", "b", at="first")
+
+
+def test_a_variant_has_one_color_though_a_stream_lacks_those_before_it() -> None:
+    r = results(a=[[0.1, 0.2]], b=[[0.3, 0.4]], c=[[0.5, 0.6]])
+    both = {"s": r.runs["s"], "t": {"c": r.runs["s"]["c"]}}
+    r = Results(both, {"s": {}, "t": {}}, r.experiment)
+    assert r.variants == ["a", "b", "c"]
+    axes = new_figure("", 3).subplots(1, 2)
+    for place, stream in zip(axes, r.streams, strict=True):
+        figures.draw_curves(place, r, stream, "train_accuracy", "")
+    colors = [{line.get_label(): line.get_color() for line in place.lines} for place in axes]
+    assert len(set(colors[0].values())) == 3 and colors[1]["c"] == colors[0]["c"]
 
 
 class Many(Study):
