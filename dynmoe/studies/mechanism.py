@@ -6,7 +6,7 @@ from itertools import product
 from statistics import fmean
 from typing import ClassVar
 
-from dynmoe.lab.experiment import Results
+from dynmoe.lab.experiment import At, Results
 from dynmoe.lab.statistics import Interval
 from dynmoe.lab.study import Preset, Study
 from dynmoe.studies.keeping import CUMULATIVE, NOISE, UNMEASURED, about, on_images, points
@@ -27,6 +27,11 @@ EFFECTS = {
     "budget per growth against constant": ("budget", ("per-growth",), ("constant",)),
 }
 """Main effect of `mechanism` -> factor, levels, and those that they are held against."""
+
+MEASURES: tuple[tuple[str, At], ...] = (
+    ("train_accuracy", "last"), ("online_accuracy", "mean"), ("test_accuracy", "last"),
+)  # fmt: skip
+"""What is judged. Train accuracy is full in most variants, which online accuracy tells apart."""
 
 
 class Mechanism(Study, name="mechanism", source="Kim 2025 (arXiv 2511.18987)"):
@@ -64,12 +69,12 @@ class Mechanism(Study, name="mechanism", source="Kim 2025 (arXiv 2511.18987)"):
         }
 
     def verdict(self, results: Results) -> list[str]:
-        """Each factor's main effect on what is learnt and on what generalises; and the largest."""
+        """Each factor's main effect on what is learnt, how soon, and what generalises."""
         sentences = []
         for stream in results.streams:
-            for metric in ("train_accuracy", "test_accuracy"):
-                gaps = {e: self.effect(results, stream, e, metric) for e in EFFECTS}
-                where = f"{metric.replace('_', ' ')}, last task"
+            for metric, at in MEASURES:
+                gaps = {e: self.effect(results, stream, e, metric, at) for e in EFFECTS}
+                where = results.experiment.describe(metric, at)
                 for effect, gap in gaps.items():
                     word = gap.verdict("higher", "lower", "no difference seen")
                     sentences.append(f"{stream}: {effect}: {points(gap)}, {word} ({where}).")
@@ -78,13 +83,13 @@ class Mechanism(Study, name="mechanism", source="Kim 2025 (arXiv 2511.18987)"):
                 sentences.append(f"{stream}: largest in {where}: {most} ({seen}).")
         return [*sentences, about(results)]
 
-    def effect(self, results: Results, stream: str, effect: str, metric: str) -> Interval:
+    def effect(self, results: Results, stream: str, effect: str, metric: str, at: At) -> Interval:
         """A main effect, paired by seed."""
         factor, ones, others = EFFECTS[effect]
 
         def pooled(levels: tuple[str, ...]) -> list[float]:
             names = [name for name, cell in CELLS.items() if cell[factor] in levels]
-            columns = [results.values(stream, name, metric, "last") for name in names]
+            columns = [results.values(stream, name, metric, at) for name in names]
             return [fmean(seed) for seed in zip(*columns, strict=True)]
 
         return results.gap(pooled(ones), pooled(others))
