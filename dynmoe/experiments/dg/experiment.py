@@ -128,8 +128,8 @@ class DomainGeneralisation(Experiment):
         save(figure, path)
 
     def title(self, config: Config, shared: Source) -> str:
-        """Data set, backbone and selection."""
-        return f"{shared.data.name}, {config.model}, {config.selection} selection"
+        """Data set, backbone, what was done to its input, and selection."""
+        return f"{shared.data.name}, {config.model}{shared.about}, {config.selection} selection"
 
     def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
         """Beside the folders of the main method's trials."""

@@ -44,7 +44,8 @@ class Config(RunConfig):
     test_domains: tuple[str, ...] = ()
     """domains to leave out in turn; none named: each of them"""
     model: str = "embedded"
-    """embedded: a small vision transformer trained on the spot; or a vision transformer of timm"""
+    """embedded: a small vision transformer trained on the spot; stem-vit: one over a frozen
+    convolutional stem, which is computed once where nothing is augmented; or one of timm's"""
     pretrained: bool = False
     """take timm's weights for it, from timm's cache or the network"""
     weights: Path | None = None
@@ -86,6 +87,8 @@ class Config(RunConfig):
             reasons = {"pretrained": both, "weights": both}
         else:
             reasons = {"vit": f"it is for --model embedded (now {self.model})"}
+            if self.model == "stem-vit":
+                reasons["pretrained"] = "stem-vit takes its weights from --weights FILE; leave it"
         if self.granularity == 0:
             reason = "nothing grows; use --granularity 1 or more"
             reasons |= {"trigger": reason, "init": reason}
