@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
+from dynmoe import registry
+from dynmoe.dg.method import DGMethod
 from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
@@ -27,7 +29,7 @@ class Config(RunConfig):
             "selection",
         ),
         "Growth": ("granularity", "trigger", "init"),
-        "Figures": ("features", "landscape"),
+        "Figures": ("features", "landscape", "headroom"),
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
 
@@ -80,6 +82,10 @@ class Config(RunConfig):
     landscape: int = 0
     """side of the grid on which the loss around the last weights is drawn; 0: none"""
 
+    headroom: bool = False
+    """measure what a perfect router of a method's experts could reach on all images of the left-out
+    domain; costs a pass per expert"""
+
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
         if self.model == "embedded":
@@ -100,6 +106,9 @@ class Config(RunConfig):
                 never = f"it never fires in --steps {self.steps}; change its options, or run longer"
                 reasons["trigger"] = never
         reasons["trigger.rows"] = "steps of dg are values as they are, not joined; leave it out"
+        parts = [self.method.part, *(registry.get("dg", name) for name in self.compare)]
+        if all(p.expert_logits is DGMethod.expert_logits for p in parts):  # type: ignore[attr-defined]
+            reasons["headroom"] = "no method has experts; add --compare domain-experts"
         if self.eval_every > self.steps:
             reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
         return reasons

@@ -18,7 +18,7 @@ from dynmoe.errors import UserError
 from dynmoe.moe import finish_step
 
 each = pytest.mark.parametrize("name", METHODS)
-WHOLE = ("erm", "gmoe", "hmoe")
+WHOLE = ("erm", "gmoe", "hmoe", "swad")
 """Methods that train the backbone."""
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -26,7 +26,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 def test_all_of_the_comparison_are_there():
     assert set(METHODS) == {
         "erm", "linear-probe", "lora", "compacter", "attention-only", "kadaptation", "moa",
-        "moa-lora", "gmoe", "hmoe", "ensemble", "moe2",
+        "moa-lora", "gmoe", "hmoe", "ensemble", "domain-experts", "moe2", "swad", "miro",
     }  # fmt: skip
 
 
