@@ -148,6 +148,13 @@ class DGMethod(nn.Module, Part, kind="dg"):
         """Restore `learned_state()` into a method of the same options on the same backbone."""
         self.load_state_dict({**self.state_dict(), **state})
 
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides `learned_state`, as plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore `extra_state()`."""
+
 
 def pooled(logits: Tensor) -> Tensor:
     """[B, C] log of the members' mean probabilities, from logits [S, B, C]; one member's logits."""

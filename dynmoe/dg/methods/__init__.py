@@ -8,6 +8,7 @@ from dynmoe.dg.methods.baselines import LinearProbe as LinearProbe
 from dynmoe.dg.methods.baselines import LoRA as LoRA
 from dynmoe.dg.methods.experts import HMOE as HMOE
 from dynmoe.dg.methods.experts import GMoE as GMoE
+from dynmoe.dg.methods.gnn_moe import GnnMoE as GnnMoE
 from dynmoe.dg.methods.miro import MIRO as MIRO
 from dynmoe.dg.methods.moa import DomainExperts as DomainExperts
 from dynmoe.dg.methods.moa import Ensemble as Ensemble

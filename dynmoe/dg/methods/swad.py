@@ -152,8 +152,8 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
         with swapped(self.trainable(), self.shown):
             return super().outputs(images, embedding)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the weights."""
+    def extra_state(self) -> dict[str, Any]:
+        """The valley so far."""
         valley = self.valley
         return {
             "losses": list(valley.losses), "limit": valley.limit, "ended": valley.ended,
@@ -162,8 +162,8 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
             "segment": [self.segment.weights, self.segment.count],
         }  # fmt: skip
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on within it."""
         valley = self.valley
         valley.losses, valley.limit = list(state["losses"]), state["limit"]
         valley.ended = state["ended"]

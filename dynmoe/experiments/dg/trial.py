@@ -367,6 +367,7 @@ class Fold:
             "loss": self.loss,
             "curve": self.curve,
             "method": self.method.learned_state(),
+            "extra": self.method.extra_state(),
             "optimizer": self.optimizer.state_dict(),
             "growth": self.controller.state_dict() if self.controller else None,
             "random": seeding.global_state(),  # a fold begins by seeding it
@@ -376,6 +377,8 @@ class Fold:
         """Go on from a checkpoint."""
         self.step, self.loss, self.curve = state["step"], state["loss"], state["curve"]
         self.method.load_learned_state(state["method"])
+        if state.get("extra"):
+            self.method.load_extra_state(state["extra"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
             self.controller.load_state_dict(state["growth"])

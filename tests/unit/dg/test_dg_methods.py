@@ -26,7 +26,7 @@ LABELS = torch.tensor([0, 1, 2, 1])
 def test_all_of_the_comparison_are_there():
     assert set(METHODS) == {
         "erm", "linear-probe", "lora", "compacter", "attention-only", "kadaptation", "moa",
-        "moa-lora", "gmoe", "hmoe", "ensemble", "domain-experts", "moe2", "swad", "miro",
+        "moa-lora", "gmoe", "hmoe", "ensemble", "domain-experts", "moe2", "swad", "miro", "gnn-moe",
     }  # fmt: skip
 
 

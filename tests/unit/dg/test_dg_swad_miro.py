@@ -74,7 +74,7 @@ def test_swad_shows_the_mean_weights_and_trains_on_from_the_plain_ones() -> None
             plain = method.eval()(x).detach()
             method.watch(1.0)
             shown = method(x).detach()
-            kept = kept or copy.deepcopy(method.learned_state())
+            kept = kept or copy.deepcopy(method.extra_state())
     reference: Any = make("swad")
     with torch.no_grad():
         for parameter, *values in zip(reference.trainable(), *passed, strict=True):
@@ -83,7 +83,7 @@ def test_swad_shows_the_mean_weights_and_trains_on_from_the_plain_ones() -> None
     assert not torch.allclose(shown, plain)
     torch.testing.assert_close(method.trainable()[0], passed[-1][0])  # training is not disturbed
     again: Any = make("swad", patience=1)
-    again.load_learned_state(kept)
+    again.load_extra_state(kept)
     assert again.valley.segments[0].count == 2
     method.settle()
     torch.testing.assert_close(method(x), shown)
