@@ -20,7 +20,7 @@ SLOPE = 0.2
 """Of GAT's leaky rectifier."""
 
 
-class GnnMoE(MoASets, name="gnn-moe", source="after GNN-MoE (abstract); the graph's details: ours"):
+class GnnMoE(MoASets, name="gnn-moe", source="ours; after the abstract of GNN-MoE"):
     """MoA whose gate sees a token with its neighbours, by a graph convolution.
 
     The graph joins each token of an image to those most like it. The convolution is one layer of
