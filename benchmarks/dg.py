@@ -2,11 +2,13 @@
 
     pip install -e ".[test]"
     python -m benchmarks.dg [--threads 1] [--device cpu] [--batch 4]
-        [--width 192 --depth 12 --heads 3 --image 224 --patch 16]
+        [--width 192 --depth 12 --heads 3 --image 224 --patch 16] [--stem] [--kept]
 
-The default is ViT-Ti/16; --width 768 --heads 12 is ViT-B/16. Weights are random. A step is forward
-and backward pass; the frozen pass that MoE² needs for its embedding is counted in both. All
-variants take turns in one run; ratios are medians over the rounds.
+The default is ViT-Ti/16; --width 768 --heads 12 is ViT-B/16; --stem the transformer over a frozen
+stem, of the stem's kept tokens. Weights are random. A step is forward and backward pass; the frozen
+pass that MoE² needs for its embedding is counted in both, unless --kept: it is then there already,
+as in runs without augmentation. All variants take turns in one run; ratios are medians over the
+rounds, with the least and the largest of a round.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.moe_layer import kept_for_backward
 from benchmarks.timing import alternate, ratio
+from cl_benchmarks.stem_vit import CHANNELS, TOKENS, StemViT
 from dynmoe.dg import DGMethod
 from dynmoe.dg.methods.baselines import ERM, LinearProbe
 from dynmoe.dg.methods.moa import MoA
@@ -40,7 +43,9 @@ VARIANTS: dict[str, PartConfig] = {
 
 
 def backbone(args: argparse.Namespace) -> nn.Module:
-    """A timm vision transformer of the geometry asked for, with random weights."""
+    """A timm vision transformer of the geometry asked for, with random weights, or a `StemViT`."""
+    if args.stem:
+        return StemViT(0)
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -53,16 +58,22 @@ def backbone(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def make_step(method: DGMethod, images: Tensor, labels: Tensor) -> None:
+def make_step(method: DGMethod, images: Tensor, embedding: Tensor | None, labels: Tensor) -> None:
     """Forward and backward pass of a training step."""
     method.zero_grad(set_to_none=True)
-    method.loss(images, labels)[0].backward()
+    method.loss(images, labels, embedding)[0].backward()
 
 
 @torch.no_grad()
-def infer(method: DGMethod, images: Tensor) -> None:
+def infer(method: DGMethod, images: Tensor, embedding: Tensor | None) -> None:
     """One pass."""
-    method(images)
+    method(images, embedding)
+
+
+def against(seconds: dict[str, list[float]], name: str, base: str) -> str:
+    """The ratio of two variants' times, with the least and the largest of a round."""
+    each = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+    return f"{ratio(seconds, name, base):.2f} ({min(each):.2f}-{max(each):.2f})"
 
 
 def main() -> None:
@@ -74,10 +85,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     for name, value in (("width", 192), ("depth", 12), ("heads", 3), ("image", 224), ("patch", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--stem", action="store_true")
+    parser.add_argument("--kept", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    images = torch.randn(args.batch, 3, args.image, args.image, device=device)
+    shape = (TOKENS, CHANNELS) if args.stem else (3, args.image, args.image)
+    images = torch.randn(args.batch, *shape, device=device)
     labels = torch.arange(args.batch, device=device) % CLASSES
     generator = torch.Generator().manual_seed(0)
     methods: dict[str, DGMethod] = {
@@ -89,8 +103,9 @@ def main() -> None:
         calls = {}
         for name, method in methods.items():
             call = partial(make_step, labels=labels) if what == "step" else infer
+            embedding = method.eval().embed(images) if args.kept else None
             method.train(what == "step")
-            calls[name] = partial(call, method, images)
+            calls[name] = partial(call, method, images, embedding)
         seconds[what] = alternate(calls, args.rounds, device)
     table = Table()
     columns = ("", "trainable", "step, ms", "/ moa", "pass, ms", "/ plain", "MiB kept per image")
@@ -102,16 +117,18 @@ def main() -> None:
             name,
             f"{method.counts()[1]:,}",
             f"{1e3 * statistics.median(seconds['step'][name]):.0f}",
-            f"{ratio(seconds['step'], name, 'moa'):.2f}",
+            against(seconds["step"], name, "moa"),
             f"{1e3 * statistics.median(seconds['pass'][name]):.0f}",
-            f"{ratio(seconds['pass'], name, 'plain'):.2f}",
+            against(seconds["pass"], name, "plain"),
             f"{kept:.2f}",
         )
-    print(
-        f"ViT of width {args.width}, depth {args.depth}, {args.image} px in patches of "
-        f"{args.patch}, batch {args.batch}, {args.device}, {args.threads} thread(s), float32"
+    kind = (
+        f"ViT of width {args.width}, depth {args.depth}, {args.image} px in patches of {args.patch}"
     )
-    Console(width=120).print(table)
+    if args.stem:
+        kind = "transformer over a frozen stem's kept tokens"
+    print(f"{kind}, batch {args.batch}, {args.device}, {args.threads} thread(s), float32")
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ class _Tree(DomainData):
 
         data_dir: Path = Path("data")
         """the folder that holds the data set's folder, as DomainBed's --data_dir"""
+        note: str = ""
+        """what is special about this copy, such as "resized to 112 px"; stands in all tables"""
 
     def load(self) -> DomainSet:
         """Domains and classes in the order of their names; images are decoded when needed."""
         root = self.config.data_dir.expanduser() / self.folder
-        return read_tree(self.name, root, self.domains, self.classes, self._left_out())
+        name = noted(self.name, self.config.note)
+        return read_tree(name, root, self.domains, self.classes, self._left_out())
 
     def _left_out(self) -> list[Path]:
         return []
@@ -110,11 +113,18 @@ class Folder(DomainData, name="folder", source="ours; DomainBed's layout"):
 
         data_dir: Path = Path("data")
         """the folder that holds the domains' folders"""
+        note: str = ""
+        """what is special about this copy, such as "resized to 112 px"; stands in all tables"""
 
     def load(self) -> DomainSet:
         """Whatever domains and classes are there, in the order of their names."""
         root = self.config.data_dir.expanduser()
-        return read_tree(root.resolve().name, root)
+        return read_tree(noted(root.resolve().name, self.config.note), root)
+
+
+def noted(name: str, note: str) -> str:
+    """A data set's name, with what its user says of this copy."""
+    return f"{name} ({note.strip()})" if note.strip() else name
 
 
 def read_tree(

@@ -30,12 +30,16 @@ class DGMethod(nn.Module, Part, kind="dg"):
         smoothing: label smoothing of the loss.
         embeds: the method routes by a frozen embedding, which can be kept for images that come
             again unaugmented: `forward(images, embed(images))` is `forward(images)`.
+        starts: `start` is to be called before the first step.
+        watches: `watch` is to be called with the validation loss before each evaluation.
 
     Raises:
         UserError: the backbone lacks an expected layer.
     """
 
     embeds: ClassVar[bool] = False
+    starts: bool = False
+    watches: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -73,11 +77,16 @@ class DGMethod(nn.Module, Part, kind="dg"):
         return pooled(self.outputs(images, embedding)[0])
 
     def loss(
-        self, images: Tensor, labels: Tensor, embedding: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        embedding: Tensor | None = None,
+        domains: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training objective on a batch with class labels [B]: a scalar, and its parts by name.
 
         Cross-entropy in nats with label smoothing, the mean over members, plus the penalties.
+        `domains` [B] numbers the source domains from 0; only methods that say so need it.
         """
         logits, penalties = self.outputs(images, embedding)
         members = [F.cross_entropy(z, labels, label_smoothing=self.smoothing) for z in logits]
@@ -88,6 +97,32 @@ class DGMethod(nn.Module, Part, kind="dg"):
     def embed(self, images: Tensor) -> Tensor | None:
         """[B, D] features of the frozen backbone, for methods that route by them; else None."""
         return features(self.backbone, images) if self.embeds else None
+
+    def start(self, embedding: Tensor, domains: Tensor, generator: torch.Generator) -> None:
+        """See what `embed` gives for all training images, before the first step; here nothing.
+
+        Args:
+            embedding: [N, E]; N images of all source domains.
+            domains: [N] numbers of their domains, from 0.
+            generator: for what is drawn.
+        """
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer; here nothing."""
+
+    def watch(self, loss: float) -> None:
+        """See the cross-entropy, nats, on the sources' held-out images; here nothing."""
+
+    def settle(self) -> None:
+        """Called once after the last evaluation: make the weights those to be kept; as they are."""
+
+    def gates(self, embedding: Tensor) -> Tensor | None:
+        """[B, K] weights of the K experts of whole images, by what `embed` gave; None without."""
+        return None
+
+    def expert_logits(self, images: Tensor, embedding: Tensor | None) -> Tensor | None:
+        """[K, B, C] what each expert of whole images says alone; None for methods without."""
+        return None
 
     def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Figures of the method's own on images [B, 3, H, W] with labels [B]; none unless defined.
@@ -112,6 +147,13 @@ class DGMethod(nn.Module, Part, kind="dg"):
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
         """Restore `learned_state()` into a method of the same options on the same backbone."""
         self.load_state_dict({**self.state_dict(), **state})
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides `learned_state`, as plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore `extra_state()`."""
 
 
 def pooled(logits: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class MoALinear(nn.Module):
 
     Attributes:
         theta: set before a pass and taken away after it.
+        router: tokens [B, N, D_in] -> logits [B, N, I], in place of theta's gate; None.
         last_routing: Routing of the latest pass, B * N rows; the inner adapters are its experts.
         last_balance: its load-balancing loss, a scalar; None outside training mode.
     """
@@ -94,6 +95,7 @@ class MoALinear(nn.Module):
         owner = torch.empty(sum(config.ranks), dtype=torch.long)
         self.register_buffer("owner", owner, persistent=False)
         self.owner.copy_(owners(self.ranks))
+        self.router: nn.Module | None = None
         self.theta: Theta | None = None
         self.last_routing: Routing | None = None
         self.last_balance: Tensor | None = None
@@ -110,7 +112,7 @@ class MoALinear(nn.Module):
         y, theta = self.base(x), self.theta
         if theta is None:
             return y
-        gates = self._route(gate_logits(x, theta))
+        gates = self._route(gate_logits(x, theta) if self.router is None else self.router(x))
         factors = theta.factors
         if self.training and self.dropout > 0:
             factors = replace(factors, left=factors.left * self._kept(factors))

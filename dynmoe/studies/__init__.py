@@ -2,6 +2,8 @@
 
 from dynmoe.studies.dg import DGDiversity as DGDiversity
 from dynmoe.studies.dg import DGExperts as DGExperts
+from dynmoe.studies.dg import DGGates as DGGates
+from dynmoe.studies.dg import DGHeadroom as DGHeadroom
 from dynmoe.studies.dg import DGMethods as DGMethods
 from dynmoe.studies.dg import DGParameters as DGParameters
 from dynmoe.studies.dg import DGRouter as DGRouter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from dynmoe.lab.experiment import Results
@@ -37,7 +38,7 @@ class DGMethods(
         return [results.says(stream, "moe2", name) for name in METHODS if name != "moe2"]
 
 
-OUTER_EXPERTS = (1, 2, 3, 5, 8)
+OUTER_EXPERTS = (1, 2, 3, 4, 5, 6, 8)
 
 
 class DGExperts(
@@ -120,15 +121,15 @@ class DGParameters(
         return [results.says(stream, a, b) for a, b in pairs]
 
 
-TEMPERATURES = ("0.1", "0.3", "0.5", "0.7", "1.0")
-NOISES = ("0", "1e-4", "1e-2", "0.1")
+TEMPERATURES = ("0.05", "0.1", "0.3", "0.5", "0.7", "1.0")
+NOISES = ("0", "1e-5", "1e-4", "1e-3", "1e-2", "0.1")
 
 
 class DGRouter(DGStudy, name="dg-router", source="Radwan et al. 2026 (AAAI), MoE², Tables 3 and 4"):
     """How much do the temperature of the gates and the noise on the common start matter?"""
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Five temperatures, four noises; the defaults are 0.5 and 1e-4."""
+        """Six temperatures, six noises, the paper's among them; the defaults are 0.5 and 1e-4."""
         return {
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
@@ -145,7 +146,7 @@ class DGRouter(DGStudy, name="dg-router", source="Radwan et al. 2026 (AAAI), MoE
 
 
 FORMS = ("euclidean", "cosine", "kl")
-WEIGHTS = ("0", "0.2", "1")
+WEIGHTS = ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "1")
 
 
 class DGDiversity(
@@ -154,7 +155,7 @@ class DGDiversity(
     """Does keeping the prototypes apart help, and in which form?"""
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Three forms at the paper's weight, three weights of its form."""
+        """Three forms at the paper's weight; weights of its form, the paper's six among them."""
         return {
             "linear-probe": "--method linear-probe",
             "moa": "--method moa",
@@ -165,5 +166,114 @@ class DGDiversity(
     def verdict(self, results: Results) -> list[str]:
         """Each against the default, the Euclidean form with weight 0.2."""
         (stream,) = results.streams
-        others = ("cosine", "kl", "weight 0", "weight 1")
+        others = ("cosine", "kl", *(f"weight {w}" for w in WEIGHTS if w != "0.2"))
         return [results.says(stream, other, "euclidean") for other in others]
+
+
+LEAST = 0.02
+"""Gain of an oracle below which no router of the experts can be told from none."""
+
+
+class DGHeadroom(
+    DGStudy, name="dg-headroom", source="ours; the experts of Zhong et al. 2022, Section 3.1"
+):
+    """Could any router of experts help here? An oracle takes the best expert for every image.
+
+    Of one expert per source domain, trained apart; of MoE²'s outer experts; and, for what chance
+    alone gives such an oracle, of three MoAs that differ only in their start.
+    """
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """One MoA, an ensemble, experts by domain, MoE²."""
+        return {
+            "linear-probe": "--method linear-probe",
+            "moa": "--method moa",
+            "ensemble": "--method ensemble --headroom",
+            "domain-experts": "--method domain-experts --headroom",
+            "moe2": "--method moe2 --headroom",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Oracles against one MoA, and experts by domain against chance."""
+        (stream,) = results.streams
+        found = [_oracle(results, stream, name) for name in ("domain-experts", "moe2", "ensemble")]
+        return [
+            *found,
+            results.says(stream, "domain-experts", "ensemble", "best_per_image"),
+            results.says(stream, "domain-experts", "moa"),
+        ]
+
+
+def _oracle(results: Results, stream: str, variant: str) -> str:
+    """One sentence: what the best expert per image gains over one MoA, both at their last step."""
+    best = results.values(stream, variant, "best_per_image")
+    gap = results.gap(best, results.values(stream, "moa", "oracle_accuracy"))
+    if math.isnan(gap.point):
+        return f"{stream}: the best expert per image of {variant} was not measured."
+    low, high = 100 * gap.low, 100 * gap.high
+    word = (
+        "no router of these experts can be seen to help"
+        if gap.point < LEAST
+        else "there is room for a router"
+    )
+    return (
+        f"{stream}: the best expert per image of {variant} against moa: {100 * gap.point:+.1f} "
+        f"points [{low:.1f}, {high:.1f}]: {word}."
+    )
+
+
+STARTS = {
+    "random": "",
+    "kmeans": "--method.prototypes kmeans --method.centre",
+    "domains": "--method.prototypes domains --method.centre",
+}
+LOW = ("0.05", "0.2", "0.5")
+
+
+class DGGates(DGStudy, name="dg-gates", source="ours"):
+    """When do MoE²'s gates tell domains apart, and is that worth anything?
+
+    Three outer experts, as many as source domains. Prototypes start at random, or about the mean
+    embedding at k-means centres or at the domains' means; at several temperatures, one of them
+    rising from low; by the final embedding or by the style of an early block.
+    """
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Starts x temperatures, a rising one, and style."""
+        moe2 = "--method moe2 --method.experts 3"
+        rising = "--method.temperature 0.5 --method.temperature-start 0.05"
+        by_domain = f"{moe2} {STARTS['domains']}"
+        return {
+            "linear-probe": "--method linear-probe",
+            "moa": "--method moa",
+            **{
+                f"{start}, tau {t}": f"{moe2} {flags} --method.temperature {t}".replace("  ", " ")
+                for start, flags in STARTS.items()
+                for t in LOW
+            },
+            "domains, rising": f"{by_domain} {rising}",
+            "domains, style, tau 0.05": f"{by_domain} --method.embedding style "
+            "--method.temperature 0.05",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Gates and accuracy of each against the paper's form."""
+        (stream,) = results.streams
+        others = [name for name in self.variants("laptop") if "," in name and name != PAPERS]
+        gates = [_gates(results, stream, name) for name in (PAPERS, *others)]
+        return gates + [results.says(stream, name, PAPERS) for name in others]
+
+
+PAPERS = "random, tau 0.5"
+
+
+def _gates(results: Results, stream: str, variant: str) -> str:
+    """One sentence: how well a variant's gates tell source domains apart."""
+    nmi, entropy = (
+        "{:.2f} [{:.2f}, {:.2f}]".format(*results.interval(stream, variant, metric))
+        for metric in ("gate_nmi", "gate_entropy")
+    )
+    return (
+        f"{stream}: {variant}: mutual information of gate and source domain {nmi} (1: each domain "
+        f"has its expert), entropy of the gates {entropy} (1: even)."
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.dg.bank import AdapterBank, adapted_features, balance, bank_for, whole_set
@@ -43,13 +44,17 @@ class MoASets(DGMethod):
         """Logits [S, B, C] of the S sets; penalty "balance", the sets' mean."""
         logits: list[Tensor] = []
         penalties: list[Tensor] = []
-        for bank, head in zip(self.sets, [self.head, *self.heads], strict=True):
-            assert isinstance(bank, AdapterBank)
-            z = adapted_features(self.backbone, self.layers, whole_set(bank), images)
-            logits.append(head(z))
+        for member in range(self.members):
+            logits.append(self.member_logits(member, images))
             penalties += balance(self.layers, self.balance).values()
         mean = {"balance": torch.stack(penalties).mean()} if penalties else {}
         return torch.stack(logits), mean
+
+    def member_logits(self, member: int, images: Tensor) -> Tensor:
+        """[B, C] of one set and its head."""
+        bank, head = self.sets[member], [self.head, *self.heads][member]
+        assert isinstance(bank, AdapterBank)
+        return head(adapted_features(self.backbone, self.layers, whole_set(bank), images))
 
 
 class MoA(MoASets, name="moa", source="Lee et al. 2025 (WACV), KAdaptation-MoA"):
@@ -93,3 +98,68 @@ class Ensemble(
             raise UserError(f"ensemble: members={config.members} must be at least 1")
         self.members = config.members
         super().prepare(config, generator)
+
+    def expert_logits(self, images: Tensor, embedding: Tensor | None) -> Tensor:
+        """[S, B, C] of each member."""
+        return self.outputs(images, embedding)[0]
+
+
+class DomainExperts(
+    MoASets, name="domain-experts", source="ours; the experts of Zhong et al. 2022, Section 3.1"
+):
+    """One MoA per source domain, which sees no other domain; mean of their probabilities.
+
+    With `--headroom` the oracle that takes, for each image, an expert that is right bounds what any
+    router over such experts could reach.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MoAConfig):
+        """Options of the experts."""
+
+        experts: int = 3
+        """as many as there are source domains"""
+
+    def prepare(self, config: Config, generator: torch.Generator | None) -> None:
+        """Make the experts."""
+        if config.experts < 2:
+            raise UserError(f"domain-experts: experts={config.experts} must be at least 2")
+        self.members = config.experts
+        super().prepare(config, generator)
+
+    def expert_logits(self, images: Tensor, embedding: Tensor | None) -> Tensor:
+        """[S, B, C] of each expert."""
+        return self.outputs(images, embedding)[0]
+
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        embedding: Tensor | None = None,
+        domains: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over experts of the cross-entropy on the images of their own domains.
+
+        Where no domains are given, every expert learns from all images, as an ensemble's member.
+
+        Raises:
+            UserError: the batch has not as many domains as there are experts.
+        """
+        if domains is None:
+            return super().loss(images, labels, embedding)
+        found = int(domains.max()) + 1
+        if found != self.members:
+            raise UserError(
+                f"domain-experts: there are {found} source domains, and experts={self.members}; "
+                f"use --method.experts {found}"
+            )
+        losses: list[Tensor] = []
+        penalties: list[Tensor] = []
+        for member in range(self.members):
+            own = domains == member
+            losses.append(F.cross_entropy(self.member_logits(member, images[own]), labels[own]))
+            penalties += balance(self.layers, self.balance).values()
+        parts = {"classification": torch.stack(losses).mean()}
+        if penalties:
+            parts["balance"] = torch.stack(penalties).mean()
+        return torch.stack(list(parts.values())).sum(), parts

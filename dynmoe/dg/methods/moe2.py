@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from dynmoe.dg.backbone import features
 from dynmoe.dg.bank import AdapterBank, Synthesis, adapted_features, balance, bank_for
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import Adapter, MoAConfig, insert_moa
+from dynmoe.dg.prototypes import Embedding, Prototypes, domain_means, kmeans, style
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.losses.diversity import Form, PrototypeDiversity
@@ -39,6 +41,8 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
     """
 
     embeds = True
+    origin: Tensor
+    steps: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MoAConfig):
@@ -62,6 +66,20 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         """how it measures the prototypes' similarity (Eq. 9; Table 5)"""
         smoothing: float = 0.1
         """label smoothing; the paper does not say how much"""
+        prototypes: Prototypes = "random"
+        """where prototypes start: random directions; k-means on the sources' training embeddings;
+        or the mean embedding of each source domain (ours)"""
+        centre: bool = False
+        """subtract the sources' mean embedding before cosines are taken (ours)"""
+        embedding: Embedding = "final"
+        """what is routed by: the class token after the last norm, or the style (mean and deviation
+        of the tokens) behind an early block (ours)"""
+        block: int = 0
+        """that block, counted from 0"""
+        temperature_start: float = 0.0
+        """tau at the first step, from which it moves linearly to `temperature`; 0: no schedule"""
+        temperature_steps: int = 100
+        """steps until it is there"""
 
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Make the outer experts."""
@@ -72,12 +90,20 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
             )
         if not 0 <= config.smoothing < 1:
             raise UserError(f"moe2: smoothing={config.smoothing} must be at least 0 and below 1")
+        _check_routing(config, len(self.backbone.blocks))  # type: ignore[arg-type]
+        self.config = config
         self.smoothing = config.smoothing
         self.balance = config.balance
+        self.starts = config.prototypes != "random" or config.centre
+        width = self.dim if config.embedding == "final" else 2 * self.dim
+        if config.centre:
+            self.register_buffer("origin", torch.zeros(width))
+        if config.temperature_start:
+            self.register_buffer("steps", torch.tensor(0))
         bank = bank_for(self.backbone, config, config.adapter, config.synthesis, config.init_noise)
         losses = PrototypeDiversity.Config(weight=config.diversity, form=config.diversity_form)
         self.outer = MoELayer(
-            self.dim,
+            width,
             0,  # the width of what the bank returns is its own affair
             0,
             num_experts=config.experts,
@@ -95,10 +121,7 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
 
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [1, B, C]; penalties "diversity" and "balance"."""
-        if embedding is None:
-            with torch.no_grad():
-                embedding = features(self.backbone, images)
-        mixed = self.outer(embedding)
+        mixed = self.outer(self._routed(self.embed(images) if embedding is None else embedding))
         routing = self.outer.last_routing
         assert routing is not None
         bank = self._bank()
@@ -109,6 +132,49 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         for loss in self.outer.collect_losses().values():  # one, in training mode
             penalties["diversity"] = loss
         return self.head(z).unsqueeze(0), penalties
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, D] features of the frozen backbone, or [B, 2 D] style of an early block."""
+        if self.config.embedding == "final":
+            return features(self.backbone, images)
+        return style(self.backbone, images, self.config.block)
+
+    @torch.no_grad()
+    def start(self, embedding: Tensor, domains: Tensor, generator: torch.Generator) -> None:
+        """Place the origin of the embeddings, and the prototypes."""
+        count, weight = self.config.experts, self.outer.router.weight
+        if self.config.centre:
+            self.origin.copy_(embedding.mean(dim=0))
+            embedding = embedding - self.origin
+        if self.config.prototypes == "kmeans":
+            weight[:count] = kmeans(embedding, count, generator)
+        elif self.config.prototypes == "domains":
+            weight[:count] = domain_means(embedding, domains, count)
+
+    def after_step(self) -> None:
+        """Count the step, for the temperature."""
+        if self.config.temperature_start:
+            self.steps += 1
+
+    @torch.no_grad()
+    def gates(self, embedding: Tensor) -> Tensor:
+        """[B, K] weights of the outer experts by embeddings [B, E]."""
+        return self.outer.router(self._routed(embedding)).gates[:, : self.outer.num_experts]
+
+    def expert_logits(self, images: Tensor, embedding: Tensor | None) -> Tensor:
+        """[K, B, C] of the outer experts alone."""
+        one_hot = torch.eye(self.outer.num_experts, device=images.device, dtype=images.dtype)
+        return torch.stack([self.forward_with(images, g.expand(len(images), -1)) for g in one_hot])
+
+    def _routed(self, embedding: Tensor) -> Tensor:
+        """What the router is given, at the temperature of now."""
+        config, router = self.config, self.outer.router
+        if config.temperature_start:
+            done = min(1.0, int(self.steps) / config.temperature_steps)
+            rest = config.temperature - config.temperature_start
+            router.temperature = config.temperature_start + done * rest  # type: ignore[assignment]
+        return embedding - self.origin if config.centre else embedding
 
     def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """How far mixed parameters are from mixed outputs: `departure`."""
@@ -127,6 +193,25 @@ class MoE2(DGMethod, name="moe2", source="Radwan et al. 2026 (AAAI), MoE², Eqs.
         bank = self.outer.bank
         assert isinstance(bank, AdapterBank)
         return bank
+
+
+def _check_routing(config: MoE2.Config, depth: int) -> None:
+    """Refuse options of the routing that cannot work.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name, allowed in (("prototypes", Prototypes), ("embedding", Embedding)):
+        value = getattr(config, name)
+        if value not in get_args(allowed):
+            raise UserError(f"moe2: {name}={value!r} must be one of {', '.join(get_args(allowed))}")
+    if not 0 <= config.block < depth:
+        raise UserError(f"moe2: block={config.block} must be at least 0 and below {depth}")
+    if not 0 <= config.temperature_start < float("inf") or config.temperature_steps < 1:
+        raise UserError(
+            f"moe2: temperature_start={config.temperature_start} must be a number of at least 0, "
+            f"and temperature_steps={config.temperature_steps} at least 1"
+        )
 
 
 def router_identity(p: Tensor, w: Tensor, experts: Tensor, labels: Tensor) -> Tensor:
@@ -161,12 +246,10 @@ def departure(method: MoE2, images: Tensor, labels: Tensor) -> dict[str, float]:
         an expert from the mixed outputs (weighted), to compare `kl` with: 0 where experts agree.
     """
     with undisturbed(method):
-        embedding = features(method.backbone, images)
-        gates = method.outer.router(embedding).gates[:, : method.outer.num_experts]
+        embedding = method.embed(images)
+        gates = method.gates(embedding)
         mixed = method(images, embedding).log_softmax(dim=1)
-        alone = torch.eye(gates.shape[1], dtype=gates.dtype, device=gates.device)
-        logits = [method.forward_with(images, row.expand(len(images), -1)) for row in alone]
-        each = torch.stack(logits, dim=1).log_softmax(dim=2)
+        each = method.expert_logits(images, embedding).transpose(0, 1).log_softmax(dim=2)
     oracle = torch.log((gates.unsqueeze(2) * each.exp()).sum(dim=1))
     own = labels.unsqueeze(1)
     change = (oracle.gather(1, own) - mixed.gather(1, own)).squeeze(1)

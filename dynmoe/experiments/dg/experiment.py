@@ -77,8 +77,8 @@ class DomainGeneralisation(Experiment):
         return Trial(run, config, shared)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
-        """Mean over the left-out domains."""
-        values = [{**row, **row["measures"]}[metric] for row in summary["tests"]]
+        """Mean over the left-out domains; nan for a figure that the method does not have."""
+        values = [{**row, **row["measures"]}.get(metric, math.nan) for row in summary["tests"]]
         return sum(values) / len(values)
 
     def unit(self, metric: str) -> tuple[float, str, int]:
@@ -128,8 +128,8 @@ class DomainGeneralisation(Experiment):
         save(figure, path)
 
     def title(self, config: Config, shared: Source) -> str:
-        """Data set, backbone and selection."""
-        return f"{shared.data.name}, {config.model}, {config.selection} selection"
+        """Data set, backbone, what was done to its input, and selection."""
+        return f"{shared.data.name}, {config.model}{shared.about}, {config.selection} selection"
 
     def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
         """Beside the folders of the main method's trials."""

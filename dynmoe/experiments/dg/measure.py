@@ -47,6 +47,27 @@ def accuracies(
 
 
 @torch.no_grad()
+def mean_loss(
+    method: DGMethod,
+    source: Source,
+    number: int,
+    indices: Tensor,
+    embedding: Tensor | None,
+    batch: int,
+    device: torch.device,
+) -> float:
+    """Mean cross-entropy, nats, on the images `indices` of a domain, in evaluation mode."""
+    domain, total = source.data.domains[number], 0.0
+    method.eval()
+    for chosen in indices.split(batch):
+        known = None if embedding is None else embedding[chosen.to(device)]
+        logits = method(source.prepare.batch(domain, chosen).to(device), known)
+        labels = domain.labels[chosen].to(device)
+        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+    return total / len(indices)
+
+
+@torch.no_grad()
 def feature_arrays(
     method: DGMethod, source: Source, embedding: Embeddings, count: int, device: torch.device
 ) -> Arrays:

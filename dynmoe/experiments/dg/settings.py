@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
+from dynmoe import registry
+from dynmoe.dg.method import DGMethod
 from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
@@ -27,7 +29,7 @@ class Config(RunConfig):
             "selection",
         ),
         "Growth": ("granularity", "trigger", "init"),
-        "Figures": ("features", "landscape"),
+        "Figures": ("features", "landscape", "headroom"),
         "Runs": (*KEEPING, *RUNNING),
     }  # fmt: skip
 
@@ -44,7 +46,8 @@ class Config(RunConfig):
     test_domains: tuple[str, ...] = ()
     """domains to leave out in turn; none named: each of them"""
     model: str = "embedded"
-    """embedded: a small vision transformer trained on the spot; or a vision transformer of timm"""
+    """embedded: a small vision transformer trained on the spot; stem-vit: one over a frozen
+    convolutional stem, which is computed once where nothing is augmented; or one of timm's"""
     pretrained: bool = False
     """take timm's weights for it, from timm's cache or the network"""
     weights: Path | None = None
@@ -79,6 +82,10 @@ class Config(RunConfig):
     landscape: int = 0
     """side of the grid on which the loss around the last weights is drawn; 0: none"""
 
+    headroom: bool = False
+    """measure what a perfect router of a method's experts could reach on all images of the left-out
+    domain; costs a pass per expert"""
+
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
         if self.model == "embedded":
@@ -86,6 +93,8 @@ class Config(RunConfig):
             reasons = {"pretrained": both, "weights": both}
         else:
             reasons = {"vit": f"it is for --model embedded (now {self.model})"}
+            if self.model == "stem-vit":
+                reasons["pretrained"] = "stem-vit takes its weights from --weights FILE; leave it"
         if self.granularity == 0:
             reason = "nothing grows; use --granularity 1 or more"
             reasons |= {"trigger": reason, "init": reason}
@@ -97,6 +106,9 @@ class Config(RunConfig):
                 never = f"it never fires in --steps {self.steps}; change its options, or run longer"
                 reasons["trigger"] = never
         reasons["trigger.rows"] = "steps of dg are values as they are, not joined; leave it out"
+        parts = [self.method.part, *(registry.get("dg", name) for name in self.compare)]
+        if all(p.expert_logits is DGMethod.expert_logits for p in parts):  # type: ignore[attr-defined]
+            reasons["headroom"] = "no method has experts; add --compare domain-experts"
         if self.eval_every > self.steps:
             reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
         return reasons

@@ -11,9 +11,14 @@ from torch import nn
 
 from cl_benchmarks.backbone import MEAN, STD, embedded_vit
 from cl_benchmarks.domain_set import DomainSet, Preparation, check_domains
+from cl_benchmarks.stem_tokens import IMAGES, MOST, StemTokens, keep_tokens
+from cl_benchmarks.stem_vit import load_stem_vit
 from dynmoe.dg.backbone import make_backbone
 from dynmoe.errors import UserError
 from dynmoe.experiments.dg.settings import Config
+
+STEM_VIT = "stem-vit"
+"""Name of the model `cl_benchmarks.stem_vit.StemViT`."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,16 @@ class Source:
     """domains"""
     backbone: nn.Module
     """never trained itself: methods get copies"""
-    prepare: Preparation
+    prepare: Preparation | StemTokens
     """makes its input"""
     tests: list[int]
     """numbers of the domains that are left out in turn"""
+
+    @property
+    def about(self) -> str:
+        """What tables must say of the input, after a comma; often nothing."""
+        kept = isinstance(self.prepare, StemTokens)
+        return ", stem computed once, no augmentation" if kept else ""
 
     def new_backbone(self) -> Any:
         """A copy to build a method on."""
@@ -49,6 +60,8 @@ def load_source(config: Config) -> Source:
             )
         backbone = embedded_vit(config.vit)
         return Source(data, backbone, Preparation(config.vit.size, MEAN, STD), tests)
+    if config.model == STEM_VIT:
+        return _over_stem(config, data, tests)
     if not config.pretrained and config.weights is None:
         raise UserError(
             f"model {config.model} needs weights: --weights FILE, or --pretrained to let timm get "
@@ -61,6 +74,20 @@ def load_source(config: Config) -> Source:
     size = about["input_size"][-1]
     prepare = Preparation(size, tuple(about["mean"]), tuple(about["std"]))
     return Source(data, backbone.eval(), prepare, tests)
+
+
+def _over_stem(config: Config, data: DomainSet, tests: list[int]) -> Source:
+    """The transformer over a frozen stem, whose tokens are kept where images stay as they are."""
+    weights = _expanded(config.weights)
+    if weights is None:
+        raise UserError(
+            f"model {STEM_VIT} needs --weights FILE, a safetensors file of its stem and transformer"
+        )
+    backbone = load_stem_vit(weights)
+    count = sum(len(domain) for domain in data.domains)
+    if config.augment or count > MOST:
+        return Source(data, backbone, IMAGES, tests)
+    return Source(data, backbone, keep_tokens(backbone, data), tests)
 
 
 def _expanded(path: Path | None) -> Path | None:

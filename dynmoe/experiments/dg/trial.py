@@ -17,7 +17,13 @@ from cl_benchmarks.domain_set import batch_indices, split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
-from dynmoe.experiments.dg.measure import accuracies, feature_arrays, landscape_array
+from dynmoe.experiments.dg.headroom import gate_figures, headroom
+from dynmoe.experiments.dg.measure import (
+    accuracies,
+    feature_arrays,
+    landscape_array,
+    mean_loss,
+)
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
 from dynmoe.growth import GrowthController, GrowthEvent, Signals
@@ -74,6 +80,7 @@ class Trial(Session):
         while (place := len(self.rows)) < len(self.source.tests):
             self.fold = self.fold or Fold(self, self.source.tests[place], place)
             self.fold.train()
+            self.fold.method.settle()
             row = self.fold.row()
             self.fold.keep_figures()
             self.rows.append(row)
@@ -144,6 +151,19 @@ class Fold:
             self.method.trainable(), config.lr, weight_decay=config.weight_decay
         )
         self.controller = self._controller()
+        if self.method.starts:
+            self._start()
+
+    def _start(self) -> None:
+        """Show the method the embeddings of all training images."""
+        found, numbers = [], []
+        for place, number in enumerate(self.sources):
+            embedding, chosen = self.trial.embedding(self.method, number), self.trial.splits[number]
+            assert embedding is not None, "methods that start have embeddings"
+            found.append(embedding[chosen[0].to(embedding.device)])
+            numbers.append(torch.full((len(chosen[0]),), place, device=embedding.device))
+        generator = seeding.generator(self.config.seed, "start", self.test)
+        self.method.start(torch.cat(found), torch.cat(numbers), generator)
 
     def train(self) -> None:
         """All steps from where it is.
@@ -183,9 +203,11 @@ class Fold:
             labels.append(domain.labels[chosen])
         self.method.train()
         known = torch.cat(embeddings) if embeddings else None
+        domains = torch.arange(len(self.sources), device=device)
         loss, _ = self.method.loss(
-            torch.cat(images).to(device), torch.cat(labels).to(device), known
-        )
+            torch.cat(images).to(device), torch.cat(labels).to(device), known,
+            domains.repeat_interleave(config.batch_size),
+        )  # fmt: skip
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NumericError(
@@ -196,10 +218,13 @@ class Fold:
         loss.backward()
         self.optimizer.step()
         finish_step(self.method)
+        self.method.after_step()
         return value
 
     def _evaluate(self, loss: float) -> None:
         """Add an evaluation to the curve: accuracy on "in" and "out" of each domain."""
+        if self.method.watches:
+            self.method.watch(self._validation_loss())
         names = self.trial.source.data.names
         point: dict[str, Any] = {"step": self.step, "loss": loss, "in": {}, "out": {}}
         for number, name in enumerate(names):
@@ -222,6 +247,16 @@ class Fold:
             f"{test}/test": point["in"][test],
         })  # fmt: skip
 
+    def _validation_loss(self) -> float:
+        """Mean cross-entropy on all held-out images of the sources, each domain alike, in nats."""
+        trial, losses = self.trial, []
+        for number in self.sources:
+            losses.append(mean_loss(
+                self.method, trial.source, number, trial.splits[number][1],
+                trial.embedding(self.method, number), self.config.eval_batch, trial.run.device,
+            ))  # fmt: skip
+        return sum(losses) / len(losses)
+
     def row(self) -> dict[str, Any]:
         """The figures of this left-out domain."""
         name = self.trial.source.data.names[self.test]
@@ -235,10 +270,27 @@ class Fold:
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
             "parameters": total,
             "trainable": trainable,
-            "measures": self.method.measures(*self._images([self.test])),
+            "measures": self._measures(),
             "curve": self.curve,
             "growth": [self._grown(e) for e in self.controller.events] if self.controller else [],
         }
+
+    def _measures(self) -> dict[str, float]:
+        """The method's own figures, of its gates on the sources' held-out images, its headroom."""
+        trial, found = self.trial, self.method.measures(*self._images([self.test]))
+        self.method.eval()
+        held = {n: trial.embedding(self.method, n) for n in self.sources}
+        gates = [
+            None if e is None else self.method.gates(e[trial.splits[n][1].to(e.device)])
+            for n, e in held.items()
+        ]
+        found |= gate_figures([g for g in gates if g is not None])
+        if self.config.headroom:
+            found |= headroom(
+                self.method, trial.source, self.test, trial.splits[self.test][0],
+                trial.embedding(self.method, self.test), self.config.eval_batch, trial.run.device,
+            )  # fmt: skip
+        return found
 
     def keep_figures(self) -> None:
         """Features, routing and loss plane of the last weights, for the first left-out domain."""
@@ -315,6 +367,7 @@ class Fold:
             "loss": self.loss,
             "curve": self.curve,
             "method": self.method.learned_state(),
+            "extra": self.method.extra_state(),
             "optimizer": self.optimizer.state_dict(),
             "growth": self.controller.state_dict() if self.controller else None,
             "random": seeding.global_state(),  # a fold begins by seeding it
@@ -324,6 +377,8 @@ class Fold:
         """Go on from a checkpoint."""
         self.step, self.loss, self.curve = state["step"], state["loss"], state["curve"]
         self.method.load_learned_state(state["method"])
+        if state.get("extra"):
+            self.method.load_extra_state(state["extra"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
             self.controller.load_state_dict(state["growth"])

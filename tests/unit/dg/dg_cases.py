@@ -18,7 +18,7 @@ CLASSES = 3
 METHODS = registry.names("dg")
 SMALL: dict[str, dict[str, Any]] = {
     name: {"ranks": (1, 2), "gate_dim": 5, "terms": 4}
-    for name in ("moa", "moa-lora", "ensemble", "moe2")
+    for name in ("moa", "moa-lora", "ensemble", "domain-experts", "moe2", "gnn-moe", "meta-dmoe")
 }
 
 

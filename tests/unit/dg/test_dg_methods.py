@@ -18,7 +18,7 @@ from dynmoe.errors import UserError
 from dynmoe.moe import finish_step
 
 each = pytest.mark.parametrize("name", METHODS)
-WHOLE = ("erm", "gmoe", "hmoe")
+WHOLE = ("erm", "gmoe", "hmoe", "swad")
 """Methods that train the backbone."""
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -26,7 +26,8 @@ LABELS = torch.tensor([0, 1, 2, 1])
 def test_all_of_the_comparison_are_there():
     assert set(METHODS) == {
         "erm", "linear-probe", "lora", "compacter", "attention-only", "kadaptation", "moa",
-        "moa-lora", "gmoe", "hmoe", "ensemble", "moe2",
+        "moa-lora", "gmoe", "hmoe", "ensemble", "domain-experts", "moe2",
+        "swad", "miro", "gnn-moe", "becotta", "meta-dmoe",
     }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_resuming_from_the_learned_state_is_exact(name):
 def test_embeddings_are_given_by_methods_that_use_them(name):
     method, x = make(name).eval(), images()
     kept = method.embed(x)
-    assert (kept is not None) == method.embeds == (name in ("linear-probe", "moe2"))
+    assert (kept is not None) == method.embeds == (name in ("linear-probe", "moe2", "becotta"))
     assert torch.equal(method(x, kept), method(x))
 
 

@@ -32,7 +32,7 @@ RUNS = {
 }
 
 
-SOURCE: Any = SimpleNamespace(data=SimpleNamespace(name="set"))
+SOURCE: Any = SimpleNamespace(data=SimpleNamespace(name="set"), about="")
 
 
 def results(folder: Path = Path()) -> Results:
