@@ -14,6 +14,17 @@ def softmax_entropy(logits: Tensor) -> Tensor:
     return cross_entropy(log_p, log_p)
 
 
+def mean_prediction_entropy(logits: Tensor) -> Tensor:
+    """Scalar: H(mean_b p_b) of logits [B, classes], in float32 or wider.
+
+    Large where a batch's answers are spread over the classes. Information maximisation lowers the
+    mean of H(p_b) and raises this (Krause et al. 2010, "Discriminative clustering by regularized
+    information maximization"; Liang et al. 2020, SHOT, arXiv 2002.08546, Eqs. 3-4).
+    """
+    mean = wide(logits).softmax(dim=1).mean(dim=0)
+    return -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+
+
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """[B] `-sum_c p log q` of log-probabilities [B, classes]; a class with p = q = 0 adds 0.
 

@@ -31,7 +31,7 @@ from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.measures import Tally, alignment, expert_similarity, use_of_experts, usefulness
-from dynmoe.tta.options import for_classes
+from dynmoe.tta.options import for_classes, for_stream
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
@@ -83,8 +83,9 @@ class TestTimeAdaptation(Experiment):
                             "32-pixel version")  # fmt: skip
 
     def settle(self, config: Config) -> Config:
-        """With the method's options that follow the number of classes."""
-        return _fitted(config, make_source(config)[0].num_classes)
+        """With the method's options that follow the number of classes and the stream."""
+        fitted = _fitted(config, make_source(config)[0].num_classes)
+        return replace(fitted, method=for_stream(fitted.method, config.streams[0]))
 
     def variants(self, config: Config, shared: Shared) -> dict[str, dict[str, Config]]:
         """On every stream the method itself, then those compared with.
@@ -107,7 +108,8 @@ class TestTimeAdaptation(Experiment):
 
         def trial(label: str, one: Config, stream: str) -> Config:
             name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
-            return replace(one, streams=(stream,), name=name, resume=True)
+            method = for_stream(one.method, stream)
+            return replace(one, method=method, streams=(stream,), name=name, resume=True)
 
         return {s: {label: trial(label, one, s) for label, one in found.items()}
                 for s in config.streams}  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -149,7 +150,7 @@ def parse_variant(text: str, classes: int) -> PartConfig:
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas in a list stay
         option, equals, value = pair.partition("=")
         option = option.strip().replace("-", "_")
         if not equals:
