@@ -23,12 +23,13 @@ from functools import partial
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import dynmoe.tta
 from benchmarks.timing import alternate, ratio
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.tta import Adapter
+from dynmoe.tta.measures import kept_for_backward
 
 VARIANTS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")
 
@@ -60,23 +61,6 @@ def make_adapter(variant: str, model: nn.Module, classes: int) -> Adapter:
     return dynmoe.tta.adapt(copy.deepcopy(model), method, **options.get(method, {}))
 
 
-def kept_for_backward(adapter: Adapter, images: Tensor) -> int:
-    """Bytes of all tensors that a forward pass saves for its backward pass, but for the model's."""
-    own = {t.untyped_storage().data_ptr() for t in adapter.model.state_dict().values()}
-    saved: dict[int, int] = {}
-    alive: list[Tensor] = []  # a freed storage's address could be given out again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapter.model(images)
-    return sum(size for place, size in saved.items() if place not in own)
-
-
 def measure(
     name: str, batch: int, variants: list[str], rounds: int, device: torch.device
 ) -> list[list[str]]:
@@ -92,7 +76,7 @@ def measure(
         median = statistics.median(seconds[variant])
         idle = variant != "noadapt" and adapter.steps != rounds + 2
         ratios = [f"{ratio(seconds, variant, base):.2f}" for base in ("noadapt", "tent")]
-        kept = kept_for_backward(adapter, images) / 2**20
+        kept = kept_for_backward(adapter.model, images) / 2**20
         rows.append([
             variant + " (steps left out)" * idle, f"{1e3 * median:.1f}", f"{batch / median:.1f}",
             *ratios, f"{kept:.1f}",

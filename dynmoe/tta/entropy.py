@@ -60,3 +60,14 @@ def mean_of(values: Tensor, trusted: Tensor) -> Tensor:
 def margin(given: float | None, share: float, logits: Tensor) -> float:
     """An entropy margin: the one given, or that share of the largest entropy, ln C."""
     return share * math.log(possible_classes(logits)) if given is None else given
+
+
+def tent_loss(logits: Tensor, reliable: bool = False, im: float = 0.0) -> Tensor:
+    """Scalar: `mean_S H - im H(mean_b p_b)` of logits [B, classes], in nats.
+
+    S is the whole batch, or with `reliable` {H < 0.4 ln C}; where S is empty its mean is 0.
+    """
+    h = softmax_entropy(logits)
+    trusted = h.detach() < margin(None, 0.4, logits)
+    loss = mean_of(h, trusted) if reliable else h.mean()
+    return loss - im * mean_prediction_entropy(logits) if im else loss

@@ -10,7 +10,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import margin, mean_of, mean_prediction_entropy, softmax_entropy
+from dynmoe.tta.entropy import tent_loss
 from dynmoe.tta.params import affine_parameters
 
 
@@ -47,17 +47,6 @@ class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Se
         logits = self.model(images)
         self.learn(tent_loss(logits, self.config.reliable, self.config.im), logits)
         return logits
-
-
-def tent_loss(logits: Tensor, reliable: bool = False, im: float = 0.0) -> Tensor:
-    """Scalar: `mean_S H - im H(mean_b p_b)` of logits [B, classes], in nats.
-
-    S is the whole batch, or with `reliable` {H < 0.4 ln C}; where S is empty its mean is 0.
-    """
-    h = softmax_entropy(logits)
-    trusted = h.detach() < margin(None, 0.4, logits)
-    loss = mean_of(h, trusted) if reliable else h.mean()
-    return loss - im * mean_prediction_entropy(logits) if im else loss
 
 
 class NoAdapt(Adapter, name="noadapt"):
