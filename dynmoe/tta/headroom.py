@@ -61,8 +61,7 @@ class Split:
 def batches_of(images: Tensor, labels: Tensor, size: int) -> list[Batch]:
     """Images [N, ...] and labels [N] in batches as even as can be, of `size` at most."""
     parts = -(-len(images) // size)
-    pairs = zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-    return list(pairs)
+    return list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
 
 
 def gradients(
@@ -220,18 +219,17 @@ def own_and_shared(
         mine = (owner == number).to(images.device)
         streams[name] = batches_of(images[mine], labels[mine], size)
 
-    def scores(model_of: Callable[[str], nn.Module]) -> dict[str, float]:
-        return {name: accuracy(model_of(name), *split.held, size)
-                for name, split in domains.items()}  # fmt: skip
+    def score(model: nn.Module, split: Split) -> float:
+        return accuracy(model, *split.held, size)
 
     def best(trials: list[dict[str, float]]) -> dict[str, float]:
         return max(trials, key=lambda trial: sum(trial.values()))
 
     owned, common = [], []
     for rate in rates:
-        owned.append(scores(lambda name, rate=rate: own(streams[name], rate)))  # type: ignore[misc]
+        owned.append({n: score(own(streams[n], rate), split) for n, split in domains.items()})
         one = shared(mixed, rate)
-        common.append(scores(lambda name, one=one: one))  # type: ignore[misc]
+        common.append({n: score(one, split) for n, split in domains.items()})
     return {"own": best(owned), "shared": best(common)}
 
 

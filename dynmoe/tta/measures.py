@@ -199,9 +199,8 @@ def usefulness(
     number = min(layer.num_experts for layer in layers)
     choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
     with undisturbed(model):
-        found = _score(model, batches, choices)
-        found |= _score(model, batches, {"most_loaded": most_loaded})  # as counted just now
-    domains = torch.cat([domain for _, _, domain in batches()]).cpu()
+        found, domains = _score(model, batches, choices)
+        found |= _score(model, batches, {"most_loaded": most_loaded})[0]  # as counted just now
     singles = torch.stack([found.pop(str(e)) for e in range(number)])
     scores = {name: _mean(rows) for name, rows in found.items()}
     losses = singles[:, 0].mean(dim=1).tolist()
@@ -224,17 +223,24 @@ def _mean(rows: Tensor) -> dict[str, float]:
     return {"loss": loss, "accuracy": right}
 
 
-def _score(model: nn.Module, batches: Batches, choices: dict[str, Choice]) -> dict[str, Tensor]:
-    """[2, N] loss of each image, and whether it is right, under each choice; float64, CPU."""
+def _score(
+    model: nn.Module, batches: Batches, choices: dict[str, Choice]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Under each choice [2, N] loss of each image, and whether it is right; and the domains [N].
+
+    Float64, on the CPU.
+    """
     rows: dict[str, list[Tensor]] = {name: [] for name in choices}
-    for images, labels, _ in batches():
+    numbers: list[Tensor] = []
+    for images, labels, domains in batches():
+        numbers.append(domains.cpu())
         for name, choose in choices.items():
             with routed_by(model, choose):
                 logits = wide(model(images))
             loss = F.cross_entropy(logits, labels, reduction="none")
             right = logits.argmax(dim=1) == labels
             rows[name].append(torch.stack([loss.double(), right.double()]).cpu())
-    return {name: torch.cat(parts, dim=1) for name, parts in rows.items()}
+    return {name: torch.cat(parts, dim=1) for name, parts in rows.items()}, torch.cat(numbers)
 
 
 def kept_for_backward(model: nn.Module, images: Tensor) -> int:

@@ -68,7 +68,7 @@ class MoELayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, ..., D]."""
-        routing_input = x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
+        routing_input = x if x.dim() == 2 else _mean_of_positions(x.flatten(1, -2))
         return self.layer(F.layer_norm(x, x.shape[-1:], eps=self.eps), routing_input=routing_input)
 
     @property
@@ -99,3 +99,12 @@ class MoELayerNorm(nn.Module):
         """
         self.layer.collect_losses()  # what is collected here is not to be kept for anyone else
         return self.layer.last_losses[SwitchLoss.name]
+
+
+def _mean_of_positions(x: Tensor) -> Tensor:
+    """[B, D] mean of x [B, T, D] over T.
+
+    As a sum, whose backward pass expands a view; that of torch's mean writes [B, T, D] numbers.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.sum(dim=1, dtype=wide) / x.shape[1]).to(x.dtype)

@@ -25,8 +25,8 @@ from dynmoe.experiments.tta.figures import (
     print_domains,
     print_routings,
 )
+from dynmoe.experiments.tta.gates import LEAST, Forgetting, Gates, gate_value, report_gates
 from dynmoe.experiments.tta.gates import METRICS as COLUMNS
-from dynmoe.experiments.tta.gates import Forgetting, Gates, gate_value, report_gates
 from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
 from dynmoe.lab.config import RunConfig
@@ -86,6 +86,8 @@ class TestTimeAdaptation(Experiment):
                 raise unknown("stream", stream, STREAMS)
         if not config.streams or len(set(config.streams)) < len(config.streams):
             raise UserError("--streams needs one or more streams, each named once")
+        if 0 < config.gates < LEAST:
+            raise UserError(f"--gates {config.gates} is too small; use 0 or at least {LEAST}")
         if config.data == "embedded" and "validation" in config.streams:
             raise UserError("the stream validation needs --data imagenet: its corruptions have no "
                             "32-pixel version")  # fmt: skip

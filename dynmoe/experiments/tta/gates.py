@@ -22,7 +22,7 @@ from dynmoe.lab.report import print_table
 from dynmoe.tta import headroom
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import tent_loss
-from dynmoe.tta.headroom import Split, accuracy
+from dynmoe.tta.headroom import Batch, Split, accuracy
 from dynmoe.tta.methods.tent import Tent
 
 LEAST = 4
@@ -42,7 +42,7 @@ def domain_of(config: Config, source: ShiftSource, name: str) -> Domain:
     return source.corrupted(name, config.severity) if corruption else source.other(name)
 
 
-def taken(domain: Domain, chosen: Tensor, source: ShiftSource, device: torch.device) -> Any:
+def taken(domain: Domain, chosen: Tensor, source: ShiftSource, device: torch.device) -> Batch:
     """Images of a domain as the model takes them, and their labels; `chosen` int64 [n]."""
     images = normalise(domain.images(chosen.tolist()).to(device), source.mean, source.std)
     return images, domain.labels[chosen].to(device)

@@ -106,7 +106,7 @@ def naive_scores(models: dict[str, nn.Module]) -> dict[str, float]:
 
 def test_perfect_routing_and_shared_weights_on_the_same_order():
     found = headroom.measure(
-        vit(), domains(), lambda model, rate: adapt(model, "tent", lr=0.05 * rate), tent_loss, 4,
+        vit(), domains(), lambda model, rate: adapt(model, "tent", lr=0.01 * rate), tent_loss, 4,
         torch.Generator().manual_seed(0), passes=1,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -115,10 +115,10 @@ def test_perfect_routing_and_shared_weights_on_the_same_order():
     everything = torch.cat([split.learnt[0] for split in domains().values()])[order]
     shared, routed = [], []
     for rate in headroom.RATES:
-        one = naive_tent(list(everything.tensor_split(8)), 0.05 * rate)
+        one = naive_tent(list(everything.tensor_split(8)), 0.01 * rate)
         shared.append(naive_scores(dict.fromkeys(domains(), one)))
         own = {
-            name: naive_tent(list(everything[order // 10 == number].tensor_split(3)), 0.05 * rate)
+            name: naive_tent(list(everything[order // 10 == number].tensor_split(3)), 0.01 * rate)
             for number, name in enumerate(domains())
         }
         routed.append(naive_scores(own))
