@@ -3,7 +3,7 @@
     python -m benchmarks.tta [--model tiny] [--batch 8 64] [--threads 1] [--device cpu] [--rounds 7]
 
 One table per batch size: milliseconds and images per second, ratios to plain inference and to Tent
-in the same round (median over the rounds, variants in turn), and MiB that a forward pass keeps for
+in the same round (median over the rounds, variants in turn; to Tent also the quartiles), and MiB that a forward pass keeps for
 the backward pass, weights left out. Models: `tiny`, a ViT for 32 x 32 images (width 128, 6 blocks,
 64 tokens), or any of timm's that takes images, such as vit_small_patch16_224; all with random
 weights. Thresholds are such that every sample counts, which is the most work; CoTTA's teacher looks
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import dynmoe.tta
-from benchmarks.timing import alternate, ratio
+from benchmarks.timing import alternate, ratio, spread
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.tta import Adapter
 from dynmoe.tta.measures import kept_for_backward
@@ -76,6 +76,9 @@ def measure(
         median = statistics.median(seconds[variant])
         idle = variant != "noadapt" and adapter.steps != rounds + 2
         ratios = [f"{ratio(seconds, variant, base):.2f}" for base in ("noadapt", "tent")]
+        if variant not in ("noadapt", "tent") and rounds > 1:
+            low, high = spread(seconds, variant, "tent")
+            ratios[1] += f" [{low:.2f}, {high:.2f}]"
         kept = kept_for_backward(adapter.model, images) / 2**20
         rows.append([
             variant + " (steps left out)" * idle, f"{1e3 * median:.1f}", f"{batch / median:.1f}",
