@@ -4,10 +4,11 @@
 
 One table per batch size: milliseconds and images per second, ratios to plain inference and to Tent
 in the same round (median over the rounds, variants in turn; to Tent also the quartiles), and MiB
-that a forward pass keeps for the backward pass, weights left out. Models: `tiny`, a ViT for 32 x 32 images (width 128, 6 blocks,
-64 tokens), or any of timm's that takes images, such as vit_small_patch16_224; all with random
-weights. Thresholds are such that every sample counts, which is the most work; CoTTA's teacher looks
-at the batch itself once (`cotta`), or at 32 views of it (`cotta, views`).
+that a forward pass keeps for the backward pass, weights left out. Models: `tiny`, a ViT for 32 x 32
+images (width 128, 6 blocks, 64 tokens), or any of timm's that takes images, such as
+vit_small_patch16_224; all with random weights. Thresholds are such that every sample counts, which
+is the most work; CoTTA's teacher looks at the batch itself once (`cotta`), or at 32 views of it
+(`cotta, views`).
 """
 
 from __future__ import annotations
