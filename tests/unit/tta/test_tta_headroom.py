@@ -104,7 +104,8 @@ def naive_scores(models: dict[str, nn.Module]) -> dict[str, float]:
     return {n: float((models[n](x).argmax(1) == y).double().mean()) for n, (x, y) in parts.items()}
 
 
-def test_perfect_routing_and_shared_weights_on_the_same_order():
+def test_perfect_routing_and_shared_weights_on_the_same_order(monkeypatch):
+    monkeypatch.setattr(headroom, "RATES", (1.0, 30.0))
     found = headroom.measure(
         vit(), domains(), lambda model, rate: adapt(model, "tent", lr=0.01 * rate), tent_loss, 4,
         torch.Generator().manual_seed(0), passes=1,
@@ -127,7 +128,7 @@ def test_perfect_routing_and_shared_weights_on_the_same_order():
         assert {n: row[column] for n, row in found["domains"].items()} == want
     source = naive_scores(dict.fromkeys(domains(), vit()))
     assert {n: row["source"] for n, row in found["domains"].items()} == source
-    assert len({tuple(t.values()) for t in (*shared, *routed)}) > 2  # the rates matter
+    assert len({tuple(t.values()) for t in (*shared, *routed)}) > 1  # the rates matter
     gain = sum(r["routed"] - r["shared"] for r in found["domains"].values()) / 3
     assert headroom.routing_gain(found) == pytest.approx(gain)
 
@@ -173,7 +174,7 @@ def test_the_source_model_stays_as_it_was(kind):
     found = headroom.measure(
         model, domains(32 if kind is resnet else 16),
         lambda one, rate: adapt(one, "tent", lr=0.05 * rate, im=1.0),
-        LOSSES["information"], 5, torch.Generator().manual_seed(0),
+        LOSSES["information"], 5, torch.Generator().manual_seed(0), passes=1,
     )  # fmt: skip
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), drawn) and not model.training
