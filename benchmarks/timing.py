@@ -35,6 +35,13 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
+def spread(seconds: dict[str, list[float]], name: str, base: str) -> tuple[float, float]:
+    """First and third quartile of what `ratio` is the median of; needs two rounds."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return low, high
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -3,11 +3,12 @@
     python -m benchmarks.tta [--model tiny] [--batch 8 64] [--threads 1] [--device cpu] [--rounds 7]
 
 One table per batch size: milliseconds and images per second, ratios to plain inference and to Tent
-in the same round (median over the rounds, variants in turn), and MiB that a forward pass keeps for
-the backward pass, weights left out. Models: `tiny`, a ViT for 32 x 32 images (width 128, 6 blocks,
-64 tokens), or any of timm's that takes images, such as vit_small_patch16_224; all with random
-weights. Thresholds are such that every sample counts, which is the most work; CoTTA's teacher looks
-at the batch itself once (`cotta`), or at 32 views of it (`cotta, views`).
+in the same round (median over the rounds, variants in turn; to Tent also the quartiles), and MiB
+that a forward pass keeps for the backward pass, weights left out. Models: `tiny`, a ViT for 32 x 32
+images (width 128, 6 blocks, 64 tokens), or any of timm's that takes images, such as
+vit_small_patch16_224; all with random weights. Thresholds are such that every sample counts, which
+is the most work; CoTTA's teacher looks at the batch itself once (`cotta`), or at 32 views of it
+(`cotta, views`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from functools import partial
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import dynmoe.tta
-from benchmarks.timing import alternate, ratio
+from benchmarks.timing import alternate, ratio, spread
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.tta import Adapter
+from dynmoe.tta.measures import kept_for_backward
 
 VARIANTS = ("noadapt", "tent", "eata", "sar", "deyo", "cotta", "becotta", "moetta")
 
@@ -60,23 +62,6 @@ def make_adapter(variant: str, model: nn.Module, classes: int) -> Adapter:
     return dynmoe.tta.adapt(copy.deepcopy(model), method, **options.get(method, {}))
 
 
-def kept_for_backward(adapter: Adapter, images: Tensor) -> int:
-    """Bytes of all tensors that a forward pass saves for its backward pass, but for the model's."""
-    own = {t.untyped_storage().data_ptr() for t in adapter.model.state_dict().values()}
-    saved: dict[int, int] = {}
-    alive: list[Tensor] = []  # a freed storage's address could be given out again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapter.model(images)
-    return sum(size for place, size in saved.items() if place not in own)
-
-
 def measure(
     name: str, batch: int, variants: list[str], rounds: int, device: torch.device
 ) -> list[list[str]]:
@@ -92,7 +77,10 @@ def measure(
         median = statistics.median(seconds[variant])
         idle = variant != "noadapt" and adapter.steps != rounds + 2
         ratios = [f"{ratio(seconds, variant, base):.2f}" for base in ("noadapt", "tent")]
-        kept = kept_for_backward(adapter, images) / 2**20
+        if variant not in ("noadapt", "tent") and rounds > 1:
+            low, high = spread(seconds, variant, "tent")
+            ratios[1] += f" [{low:.2f}, {high:.2f}]"
+        kept = kept_for_backward(adapter.model, images) / 2**20
         rows.append([
             variant + " (steps left out)" * idle, f"{1e3 * median:.1f}", f"{batch / median:.1f}",
             *ratios, f"{kept:.1f}",

@@ -14,6 +14,7 @@ from dynmoe.studies.growth import GrowthTiming as GrowthTiming
 from dynmoe.studies.growth import Preservation as Preservation
 from dynmoe.studies.growth import RLGrowth as RLGrowth
 from dynmoe.studies.growth import RouterShift as RouterShift
+from dynmoe.studies.headroom import TTAHeadroom as TTAHeadroom
 from dynmoe.studies.keeping import EarlyOverfit as EarlyOverfit
 from dynmoe.studies.keeping import GrowthOrReset as GrowthOrReset
 from dynmoe.studies.keeping import RouterShiftDomains as RouterShiftDomains

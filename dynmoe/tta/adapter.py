@@ -84,6 +84,11 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         """Options whose default (None) follows the number of classes: their values for so many."""
         return {}
 
+    @staticmethod
+    def by_stream(stream: str) -> dict[str, Any]:
+        """Options whose default (None) follows the stream that the command runs: their values."""
+        return {}
+
     @abstractmethod
     def prepare(self) -> None:
         """Rebuild the model, make the optimizer of what is trained, set `memory`."""

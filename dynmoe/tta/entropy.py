@@ -14,6 +14,17 @@ def softmax_entropy(logits: Tensor) -> Tensor:
     return cross_entropy(log_p, log_p)
 
 
+def mean_prediction_entropy(logits: Tensor) -> Tensor:
+    """Scalar: H(mean_b p_b) of logits [B, classes], in float32 or wider.
+
+    Large where a batch's answers are spread over the classes. Information maximisation lowers the
+    mean of H(p_b) and raises this (Krause et al. 2010, "Discriminative clustering by regularized
+    information maximization"; Liang et al. 2020, SHOT, arXiv 2002.08546, Eqs. 3-4).
+    """
+    mean = wide(logits).softmax(dim=1).mean(dim=0)
+    return -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+
+
 def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """[B] `-sum_c p log q` of log-probabilities [B, classes]; a class with p = q = 0 adds 0.
 
@@ -49,3 +60,14 @@ def mean_of(values: Tensor, trusted: Tensor) -> Tensor:
 def margin(given: float | None, share: float, logits: Tensor) -> float:
     """An entropy margin: the one given, or that share of the largest entropy, ln C."""
     return share * math.log(possible_classes(logits)) if given is None else given
+
+
+def tent_loss(logits: Tensor, reliable: bool = False, im: float = 0.0) -> Tensor:
+    """Scalar: `mean_S H - im H(mean_b p_b)` of logits [B, classes], in nats.
+
+    S is the whole batch, or with `reliable` {H < 0.4 ln C}; where S is empty its mean is 0.
+    """
+    h = softmax_entropy(logits)
+    trusted = h.detach() < margin(None, 0.4, logits)
+    loss = mean_of(h, trusted) if reliable else h.mean()
+    return loss - im * mean_prediction_entropy(logits) if im else loss

@@ -1,4 +1,4 @@
-"""What adapted models do: right answers, use and likeness of experts, pulls of domains, routings.
+"""What adapted models do: right answers, use and likeness of experts, worth of the routing.
 
 Shapes: B images in a batch, E experts of a layer, D features.
 """
@@ -6,7 +6,7 @@ Shapes: B images in a batch, E experts of a layer, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,9 +19,8 @@ from dynmoe.moe.diagnostics import entropy, routing_stats
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import moe_layers, undisturbed
 from dynmoe.moe.router import Routing, hard_routing
-from dynmoe.tta.entropy import softmax_entropy, wide
+from dynmoe.tta.entropy import wide
 from dynmoe.tta.norm import MoELayerNorm
-from dynmoe.tta.params import affine_parameters
 
 
 class Tally:
@@ -127,50 +126,11 @@ def expert_similarity(model: nn.Module) -> list[float | None]:
     ]
 
 
-def accumulated_gradient(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Sum over batches of the gradient of Tent's loss, the mean entropy; float64 [P].
-
-    The gradient is that of all scales and shifts of normalisation layers, P numbers, at the
-    weights as they are; the model is left unchanged.
-
-    Args:
-        model: images [B, C, H, W] -> logits [B, classes].
-        batches: images [B, C, H, W].
-
-    Raises:
-        UserError: the model has no such layers.
-    """
-    parameters = affine_parameters(model, "alignment")
-    learnt = [p.requires_grad for p in parameters]
-    total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for images in batches:
-            loss = softmax_entropy(model(images)).mean()
-            gradients = torch.autograd.grad(loss, parameters)
-            total += torch.cat([g.flatten() for g in gradients]).double().cpu()
-    finally:
-        for parameter, was in zip(parameters, learnt, strict=True):
-            parameter.requires_grad_(was)
-    return total
-
-
-def alignment(model: nn.Module, domains: Mapping[str, Iterable[Tensor]]) -> Tensor:
-    """Cosines [K, K] between the accumulated gradients of K domains, float64.
-
-    MoETTA's reason for experts (Fan et al. 2025, arXiv 2511.13760): where the gradients of two
-    domains point apart, one set of weights cannot follow both.
-    """
-    gradients = [accumulated_gradient(model, batches) for batches in domains.values()]
-    unit = F.normalize(torch.stack(gradients), dim=1)
-    return unit @ unit.T
-
-
 Choice = Callable[[MoELayer, Routing], Tensor]
 """A layer and its own routing -> the expert of each image instead, int64 [B]."""
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives batches again: images [B, C, H, W] and labels [B], both on the model's device."""
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+"""Gives batches again: images [B, C, H, W], labels [B] and domains int64 [B], on the model's
+device."""
 
 
 @contextmanager
@@ -212,6 +172,9 @@ def usefulness(
         best: all images get one number e in every layer, that of least loss, chosen in hindsight
             by the labels; `expert` is e. Numbers of different layers have nothing to do with each
             other, so these are E of the many ways to use one expert per layer.
+        by_domain: oracle; all images of a domain get the number of least loss on that domain.
+        by_image: oracle; each image gets the number of least loss on it. As the labels choose, it
+            is above what a router could do, also with experts that are worth nothing.
     """
     layers = [norm.layer for _, norm in moe_norms(model)]
     if not layers:
@@ -236,28 +199,66 @@ def usefulness(
     number = min(layer.num_experts for layer in layers)
     choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
     with undisturbed(model):
-        found = _score(model, batches, choices)
-        found |= _score(model, batches, {"most_loaded": most_loaded})  # as counted just now
-    singles = [found.pop(str(e)) for e in range(number)]
-    losses = [single["loss"] for single in singles]
+        found, domains = _score(model, batches, choices)
+        found |= _score(model, batches, {"most_loaded": most_loaded})[0]  # as counted just now
+    singles = torch.stack([found.pop(str(e)) for e in range(number)])
+    scores = {name: _mean(rows) for name, rows in found.items()}
+    losses = singles[:, 0].mean(dim=1).tolist()
     best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))
-    return found | {"best": {**singles[best], "expert": best}}
+    scores["best"] = _mean(singles[best]) | {"expert": best}
+    known = singles[:, 0].nan_to_num(nan=math.inf)  # [E, N]
+    by_domain = known.clone()
+    for domain in domains.unique():
+        mine = domains == domain
+        by_domain[:, mine] = known[:, mine].mean(dim=1, keepdim=True)
+    for name, loss in {"by_domain": by_domain, "by_image": known}.items():
+        chosen = loss.argmin(dim=0).view(1, 1, -1).expand(1, 2, -1)
+        scores[name] = _mean(singles.gather(0, chosen)[0])
+    return scores
+
+
+def _mean(rows: Tensor) -> dict[str, float]:
+    """Mean loss and accuracy of rows [2, N]."""
+    loss, right = rows.mean(dim=1).tolist()
+    return {"loss": loss, "accuracy": right}
 
 
 def _score(
     model: nn.Module, batches: Batches, choices: dict[str, Choice]
-) -> dict[str, dict[str, float]]:
-    """Mean loss and accuracy under each choice."""
-    sums = {name: [0.0, 0] for name in choices}
-    images_seen = 0
-    for images, labels in batches():
-        images_seen += len(images)
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Under each choice [2, N] loss of each image, and whether it is right; and the domains [N].
+
+    Float64, on the CPU.
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in choices}
+    numbers: list[Tensor] = []
+    for images, labels, domains in batches():
+        numbers.append(domains.cpu())
         for name, choose in choices.items():
             with routed_by(model, choose):
                 logits = wide(model(images))
-            sums[name][0] += float(F.cross_entropy(logits, labels, reduction="sum"))
-            sums[name][1] += int((logits.argmax(dim=1) == labels).sum())
-    return {
-        name: {"loss": loss / images_seen, "accuracy": right / images_seen}
-        for name, (loss, right) in sums.items()
-    }
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            right = logits.argmax(dim=1) == labels
+            rows[name].append(torch.stack([loss.double(), right.double()]).cpu())
+    return {name: torch.cat(parts, dim=1) for name, parts in rows.items()}, torch.cat(numbers)
+
+
+def kept_for_backward(model: nn.Module, images: Tensor) -> int:
+    """Bytes of all tensors that a forward pass keeps for its backward pass, but for the model's.
+
+    The model is left as it was.
+    """
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    saved: dict[int, int] = {}
+    held: list[Tensor] = []  # a freed storage's address could be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with undisturbed(model), torch.enable_grad(), hooks:
+        model(images)
+    return sum(size for place, size in saved.items() if place not in own)

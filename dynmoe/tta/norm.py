@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ class MoELayerNorm(nn.Module):
         num_experts: experts at the start.
         max_experts: most experts it can grow to; default `num_experts`.
         generator: draws the router; None: torch's global one.
+        top_k: experts per sample; their changes are added up with gates p_e / stopgrad(sum of the
+            top_k largest p), see `StraightThroughRouter`.
+        per: "sample" or "batch", what gets experts of its own.
 
     Attributes:
         layer: the MoELayer that holds router and experts; its loss is the balance of the batch.
@@ -38,6 +41,8 @@ class MoELayerNorm(nn.Module):
         num_experts: int = 9,
         max_experts: int | None = None,
         generator: torch.Generator | None = None,
+        top_k: int = 1,
+        per: Literal["sample", "batch"] = "sample",
     ) -> None:
         super().__init__()
         (dim,) = norm.normalized_shape
@@ -48,9 +53,10 @@ class MoELayerNorm(nn.Module):
             num_experts,
             num_experts=num_experts,
             max_experts=max_experts,
-            router=StraightThroughRouter.Config(),
+            router=StraightThroughRouter.Config(k=top_k, per=per),
             bank=AffineBank.Config(),
             losses=(SwitchLoss.Config(weight=1.0),),
+            gate_scale="one",  # gates sum to 1 as they are
             generator=generator,
         ).to(norm.weight)
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
@@ -62,7 +68,7 @@ class MoELayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, ..., D]."""
-        routing_input = x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
+        routing_input = x if x.dim() == 2 else _mean_of_positions(x.flatten(1, -2))
         return self.layer(F.layer_norm(x, x.shape[-1:], eps=self.eps), routing_input=routing_input)
 
     @property
@@ -93,3 +99,12 @@ class MoELayerNorm(nn.Module):
         """
         self.layer.collect_losses()  # what is collected here is not to be kept for anyone else
         return self.layer.last_losses[SwitchLoss.name]
+
+
+def _mean_of_positions(x: Tensor) -> Tensor:
+    """[B, D] mean of x [B, T, D] over T.
+
+    As a sum, whose backward pass expands a view; that of torch's mean writes [B, T, D] numbers.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.sum(dim=1, dtype=wide) / x.shape[1]).to(x.dtype)

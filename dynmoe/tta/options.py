@@ -71,6 +71,14 @@ def for_classes(config: PartConfig, classes: int) -> PartConfig:
     )
 
 
+def for_stream(config: PartConfig, stream: str) -> PartConfig:
+    """The options, with those filled in that are None and follow the stream's name."""
+    values = config.part.by_stream(stream)  # type: ignore[attr-defined]
+    return dataclasses.replace(
+        config, **{name: v for name, v in values.items() if getattr(config, name) is None}
+    )
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type; types that we do not know take anything."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -42,7 +42,11 @@ def _summary(folder: Path) -> dict[str, Any]:
 def test_stopped_after_every_batch(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags, whole, parts = f"{CASES[case]} --alignment 0", tmp_path / "whole", tmp_path / "parts"
+    flags, whole, parts = (
+        f"{CASES[case]} --clean-every 2 --clean-images 5",
+        tmp_path / "whole",
+        tmp_path / "parts",
+    )
     assert _run(whole, f"{flags} --checkpoint-every-s 0") == 0
     stop_at(monkeypatch, Tally, "add")
     sessions = 1
@@ -79,9 +83,6 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     mean = sum(d["accuracy"] * d["images"] for d in domains.values()) / 60
     assert accuracies[0] == pytest.approx(mean)
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    cosines = json.loads((folder / "alignment.json").read_text())
-    assert len(cosines) == 15 and cosines["fog"]["fog"] == pytest.approx(1)
-    assert cosines["fog"]["snow"] == cosines["snow"]["fog"] < 1
     history = runs["moetta"][0]["history"]
     assert len(history) == 2 and 0 <= history[0]["balance"] <= 1
     assert len(history[0]["similarity"]) == 4  # 2 blocks of 2 norms and the last, less the first
@@ -114,7 +115,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
 def test_a_name_that_another_setting_has(
     jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(tmp_path, "--seeds 2 --method tent --alignment 0") == 0
+    assert _run(tmp_path, "--seeds 2 --method tent --gates 0") == 0
     assert _run(tmp_path, f"--seeds 2 --method tent --method.lr 0.1 --jobs {jobs}") == 2
     assert "other settings (method.lr: 0.0005 -> 0.1)" in error_line(capsys.readouterr().err)
 
@@ -126,7 +127,7 @@ def test_the_routing_is_compared_without_a_trace(
     seen, states, logs = {}, {}, {}
     for batches in (0, 2):
         assert _run(tmp_path / str(batches), f"--routing-batches {batches} "
-                    "--compare tent --checkpoint-every-s 0 --alignment 0") == 0  # fmt: skip
+                    "--compare tent --checkpoint-every-s 0 --gates 0") == 0  # fmt: skip
         (folder,) = (tmp_path / str(batches) / "tta").glob("x-moetta-*/seed-0")
         seen[batches] = json.loads((folder / "summary.json").read_text())
         states[batches] = last_checkpoint(folder)
@@ -136,7 +137,7 @@ def test_the_routing_is_compared_without_a_trace(
     routings = seen[2].pop("routings")
     assert seen[0] == seen[2]
     assert_same(states[0], states[2])
-    assert set(routings) == {"learned", "random", "most_loaded", "best"}
+    assert set(routings) == {"learned", "random", "most_loaded", "best", "by_domain", "by_image"}
     assert all((row["accuracy"] * 28) % 1 == 0 for row in routings.values())  # 16 and 12 images
     assert 0 <= routings["best"]["expert"] < 9
     (other,) = (tmp_path / "2" / "tta").glob("x-tent-*/seed-0")
@@ -192,3 +193,29 @@ def test_bad_input_is_one_line(
     (tmp_path / "pyproject.toml").write_text("")
     assert _run(tmp_path, flags) == 2
     assert message in error_line(capsys.readouterr().err).lower()
+
+
+def test_the_gates_are_told_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--streams classical --compare tent tent:im=1 --gates 6 --clean-every 1"
+    assert exit_code(main, f"{SMALL} --runs-dir {tmp_path} {flags}".split()) == 0
+    out = capsys.readouterr().out
+    for label in ("tent", "tent:im=1"):
+        assert f"classical, {label}: gate 1 " in out and "whether experts help." in out
+    folder = tmp_path / "tta" / "x"
+    gates = json.loads((folder / "gates.json").read_text())["classical"]
+    assert set(gates) == {"tent", "tent:im=1"} and len(gates["tent"]["domains"]) == 15
+    fog = gates["tent"]["domains"]["fog"]
+    assert fog["cosine_own"] == fog["cosine_entropy"] != fog["cosine_information"]
+    assert gates["tent:im=1"]["domains"]["fog"]["cosine_own"] == pytest.approx(
+        fog["cosine_information"]
+    )
+    assert [batch for batch, _ in gates["tent"]["along"]] == [1, 2, 3, 4]
+    entries = json.loads((folder / "results.json").read_text())["streams"]["classical"]
+    assert entries["tent"]["gate_gain"][0] == pytest.approx(
+        sum(row["routed"] - row["shared"] for row in gates["tent"]["domains"].values()) / 15,
+        abs=1e-3,
+    )
+    assert "gate_gain" not in entries["moetta"] and "held_out_last" in entries["moetta"]
+    assert entries["moetta"]["options"] == {"num_experts": 9, "balance_weight": 0.2}

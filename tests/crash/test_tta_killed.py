@@ -32,7 +32,7 @@ SMALL = (
     "--method.max-experts 12"
 )
 """Two runs of 57 images, 4 batches each, and a checkpoint after each."""
-SLOW = "--method cotta --method.confidence 1.1 --method.views 100 --compare --seeds 2 --alignment 0"
+SLOW = "--method cotta --method.confidence 1.1 --method.views 100 --compare --seeds 2 --gates 0"
 """Two runs that last seconds."""
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,20 +16,27 @@ from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.stream import STREAMS, ShiftSource, Stream, make_stream
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
-from dynmoe.experiments.tta.figures import experts_figure, print_domains, print_routings
+from dynmoe.experiments.tta.costs import Cost, print_costs
+from dynmoe.experiments.tta.figures import (
+    comparison_figure,
+    depth_profile,
+    experts_figure,
+    print_depth,
+    print_domains,
+    print_routings,
+)
+from dynmoe.experiments.tta.gates import LEAST, Forgetting, Gates, gate_value, report_gates
+from dynmoe.experiments.tta.gates import METRICS as COLUMNS
 from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
 from dynmoe.lab.config import RunConfig
-from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.experiment import At, Experiment, Results, Session
-from dynmoe.lab.figures import band, dots, new_figure, save
-from dynmoe.lab.files import write_json
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.measures import Tally, alignment, expert_similarity, use_of_experts, usefulness
-from dynmoe.tta.options import for_classes
+from dynmoe.tta.measures import Tally, expert_similarity, use_of_experts, usefulness
+from dynmoe.tta.options import for_classes, for_stream
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
@@ -54,7 +59,9 @@ class TestTimeAdaptation(Experiment):
         "window": 1,
         "lr_scale": 0.0,
         "routing_batches": 0,
-        "alignment": 0,
+        "gates": 0,
+        "clean_every": 0,
+        "clean_images": 1,
     }
     metric = "accuracy"
     at = "mean"
@@ -63,6 +70,7 @@ class TestTimeAdaptation(Experiment):
         ("accuracy", "accuracy", "mean"),
         ("last tenth", "accuracy", "last"),
         ("clean images", "clean", "mean"),
+        ("clean, held out, at the end", "held_out", "last"),
         ("most loaded expert", "largest_share", "last"),
         ("router entropy", "router_entropy", "last"),
         ("likeness of experts", "similarity", "last"),
@@ -78,13 +86,16 @@ class TestTimeAdaptation(Experiment):
                 raise unknown("stream", stream, STREAMS)
         if not config.streams or len(set(config.streams)) < len(config.streams):
             raise UserError("--streams needs one or more streams, each named once")
+        if 0 < config.gates < LEAST:
+            raise UserError(f"--gates {config.gates} is too small; use 0 or at least {LEAST}")
         if config.data == "embedded" and "validation" in config.streams:
             raise UserError("the stream validation needs --data imagenet: its corruptions have no "
                             "32-pixel version")  # fmt: skip
 
     def settle(self, config: Config) -> Config:
-        """With the method's options that follow the number of classes."""
-        return _fitted(config, make_source(config)[0].num_classes)
+        """With the method's options that follow the number of classes and the stream."""
+        fitted = _fitted(config, make_source(config)[0].num_classes)
+        return replace(fitted, method=for_stream(fitted.method, config.streams[0]))
 
     def variants(self, config: Config, shared: Shared) -> dict[str, dict[str, Config]]:
         """On every stream the method itself, then those compared with.
@@ -107,7 +118,8 @@ class TestTimeAdaptation(Experiment):
 
         def trial(label: str, one: Config, stream: str) -> Config:
             name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
-            return replace(one, streams=(stream,), name=name, resume=True)
+            method = for_stream(one.method, stream)
+            return replace(one, method=method, streams=(stream,), name=name, resume=True)
 
         return {s: {label: trial(label, one, s) for label, one in found.items()}
                 for s in config.streams}  # fmt: skip
@@ -130,6 +142,10 @@ class TestTimeAdaptation(Experiment):
             return summary["accuracy"] if at == "mean" else _part(summary["curve"], at)
         if metric == "clean":
             return summary["domains"].get("clean", {}).get("accuracy", math.nan)
+        if metric.startswith("gate_"):
+            return gate_value(summary.get("gates", {}), metric)
+        if metric == "held_out":
+            return _part([value for _, value in summary.get("forgetting", [])], at)
         if metric == "routing_gain":
             found = summary["routings"]
             return found["learned"]["accuracy"] - found["random"]["accuracy"] if found else math.nan
@@ -137,7 +153,7 @@ class TestTimeAdaptation(Experiment):
 
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Accuracies and shares in points; entropy and cosines as they are."""
-        if metric in ("balance", "used_experts", "router_entropy", "similarity"):
+        if metric in (*EXPERTS[2:], "balance", "gate_alignment") or "cosine" in metric:
             return 1.0, "", 2
         return super().unit(metric)
 
@@ -155,7 +171,14 @@ class TestTimeAdaptation(Experiment):
             "domains": [{d: v["accuracy"] for d, v in run["domains"].items()} for run in runs],
             "curve": [[round(x, 4) for x in run["curve"]] for run in runs],
         }
-        for metric in ("accuracy", "clean", "routing_gain", *EXPERTS):
+        entry["options"] = runs[0].get("options", {})
+        entry["similarity_by_depth"] = depth_profile(runs)
+        gates = [f"gate_{name}" for name in ("positive", "gain", "headroom", "alignment", *COLUMNS)]
+        for metric in gates:
+            values = results.values(stream, variant, metric, "mean")
+            if not any(map(math.isnan, values)):
+                entry[metric] = three(confidence_interval(values, "mean"))
+        for metric in ("accuracy", "clean", "held_out", "routing_gain", *EXPERTS):
             for at in ("first", "last", "mean"):
                 values = results.values(stream, variant, metric, at)
                 if not any(map(math.isnan, values)):
@@ -164,20 +187,7 @@ class TestTimeAdaptation(Experiment):
 
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Per stream: each variant's accuracy, and what it is above the source along the stream."""
-        figure = new_figure(title, 3.6 * len(results.streams))
-        grid = figure.subplots(len(results.streams), 2, squeeze=False)
-        for stream, (left, right) in zip(results.streams, grid, strict=True):
-            variants = results.runs[stream]
-            dots(left, {v: results.interval(stream, v, "accuracy", "mean") for v in variants}, 100)
-            left.set(title=stream, xlabel="accuracy (%)")
-            source = "noadapt" if "noadapt" in variants else next(iter(variants))
-            for number, (variant, runs) in enumerate(variants.items()):
-                points = list(zip(*map(_gains, runs, variants[source]), strict=True))
-                intervals = [confidence_interval(list(point), "mean") for point in points]
-                band(right, range(1, len(points) + 1), intervals, number, variant, 100)
-            right.set(title=stream, xlabel="window of the stream",
-                      ylabel=f"accuracy so far minus {source}'s (points)")  # fmt: skip
-        save(figure, path)
+        comparison_figure(path, results, title)
 
     def title(self, config: Config, shared: Shared) -> str:
         """Data, order and severity."""
@@ -188,17 +198,14 @@ class TestTimeAdaptation(Experiment):
         return Path(config.runs_dir) / "tta" / (config.name or preset)
 
     def report_more(self, folder: Path, config: Config, shared: Shared, results: Results) -> None:
-        """Domains, experts, routings, and how far the domains' gradients agree."""
+        """Domains, experts, routings, gates, costs."""
         title, stream = self.title(config, shared), config.streams[-1]
         experts_figure(folder / "experts.png", results.runs[stream], f"{title}: {stream}")
         print_domains(stream, results.runs[stream], config.seeds)
         print_routings(results.runs, config.routing_batches)
-        if config.alignment and len(STREAMS[stream]) > 1:
-            cosines = domain_alignment(config, shared.source, copy.deepcopy(shared.model))
-            write_json(folder / "alignment.json", cosines)
-            pairs = [row[b] for a, row in cosines.items() for b in row if a != b]
-            print(f"gradients of {stream}'s domains at the source model: mean cosine "
-                  f"{sum(pairs) / len(pairs):.2f}, least {min(pairs):.2f}")  # fmt: skip
+        report_gates(folder, results.runs)
+        print_depth(stream, results.runs[stream])
+        print_costs(results.runs, results.folders)
         runs = [
             run for variants in results.runs.values() for own in variants.values() for run in own
         ]
@@ -212,6 +219,11 @@ class StreamSession(Session):
 
     def __init__(self, run: Run, config: Config, source: ShiftSource, model: nn.Module) -> None:
         self.run, self.config, self.source = run, config, source
+        self.gates = Gates(config, source, run.device)
+        if run.restored is None:
+            self.gates.before(model)
+        self.forgetting = Forgetting(config, source, run.device)
+        self.cost = Cost(run.device)
         self.stream, self.adapter = shifted(config, source), make_adapter(config, model)
         self.model = self.adapter
         self.tally = Tally(self.stream.names, config.window)
@@ -227,16 +239,25 @@ class StreamSession(Session):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after a batch."""
         self.done, self.history = state["batch"], state["history"]
+        self.gates.figures, self.forgetting.points = (
+            state.get("gates", {}),
+            state.get("forgetting", []),
+        )
         self.tally.load_state_dict(state["tally"])
         self.adapter.load_state_dict(state["adapter"])
         self.recorder.progress.start_at(self.done)
 
     def work(self) -> None:
         """All batches that are left."""
+        if self.done == 0:
+            self._measure()
         for number in range(self.done, len(self.stream)):
             batch = self.stream.batch(number)
-            logits = self.adapter(self._images(batch.images))
+            images = self._images(batch.images)
+            with self.cost.step(len(images)):
+                logits = self.adapter(images)
             self.done = number + 1
+            self._measure()
             if self.tally.add(logits, batch.labels, batch.domains):
                 self.history.append(self._log())
             self.recorder.step_done(self.done, lambda: {"accuracy": self.tally.accuracy})
@@ -246,6 +267,7 @@ class StreamSession(Session):
         return {
             "batch": self.done, "tally": self.tally.state_dict(), "history": self.history,
             "adapter": dict(self.adapter.state_dict()),
+            "gates": self.gates.figures, "forgetting": self.forgetting.points,
         }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
@@ -253,14 +275,27 @@ class StreamSession(Session):
         config, adapter, tally = self.config, self.adapter, self.tally
         routings = self._routings()
         trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        options = {o: getattr(config.method, o) for o in adapter.by_stream(config.streams[0])}
+        images = self._images(self.stream.batch(len(self.stream) - 1).images)
+        self.cost.write(self.run.folder, adapter, images)
         return {
             "method": config.method.part.name, "data": self.source.name,
             "stream": config.streams[0], "order": config.order, "seed": config.seed,
             "images": self.stream.num_images, "accuracy": tally.accuracy,
             "domains": tally.domains(), "curve": tally.curve, "steps": adapter.steps,
             "skipped": adapter.skipped, "trained": trained, "history": self.history,
-            "routings": routings,
+            "routings": routings, "gates": self.gates.figures,
+            "forgetting": self.forgetting.points, "options": options,
         }  # fmt: skip
+
+    def _measure(self) -> None:
+        """Where it is time: the domains' alignment, and the clean images held out."""
+        aligned = self.gates.during(self.done, len(self.stream), self.adapter)
+        clean = self.forgetting.look(self.done, self.adapter)
+        found = {"gates/alignment": aligned, "accuracy/clean, held out": clean}
+        known = {tag: value for tag, value in found.items() if value is not None}
+        if known:
+            self.run.log.scalars(self.done, known)
 
     def _routings(self) -> dict[str, dict[str, float]]:
         """`usefulness` on the stream's last batches, at the weights that the stream has left."""
@@ -268,10 +303,11 @@ class StreamSession(Session):
         if not count:
             return {}
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for number in range(max(len(stream) - count, 0), len(stream)):
                 batch = stream.batch(number)
-                yield self._images(batch.images), batch.labels.to(self.run.device)
+                device = self.run.device
+                yield self._images(batch.images), batch.labels.to(device), batch.domains.to(device)
 
         generator = seeding.generator(self.config.seed, "usefulness")
         return usefulness(self.adapter.model, batches, generator)
@@ -307,28 +343,6 @@ def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> N
 def _fitted(config: Config, classes: int) -> Config:
     """The settings with the method's options that follow the number of classes."""
     return replace(config, method=for_classes(config.method, classes))
-
-
-def domain_alignment(
-    config: Config, source: ShiftSource, model: nn.Module
-) -> dict[str, dict[str, float]]:
-    """Cosines between the gradients of the last stream's domains at the trained model, by name."""
-    device, size = resolve(config.device), config.batch_size
-    make_deterministic(device)
-    model = model.to(device)
-    stream = make_stream(source, config.streams[-1], "sequential", config.severity, size,
-                         config.seed, config.alignment * size)  # fmt: skip
-    ends = list(itertools.accumulate(-(-len(s.indices) // size) for s in stream.segments))
-
-    def batches(first: int, end: int) -> Iterator[Tensor]:
-        for number in range(first, end):
-            images = stream.batch(number).images.to(device)
-            yield normalise(images, source.mean, source.std)
-
-    pairs = zip(stream.names, [0, *ends], ends, strict=False)
-    cosines = alignment(model, {name: batches(first, end) for name, first, end in pairs}).tolist()
-    return {name: dict(zip(stream.names, row, strict=True))
-            for name, row in zip(stream.names, cosines, strict=True)}  # fmt: skip
 
 
 def shifted(config: Config, source: ShiftSource) -> Stream:
@@ -370,15 +384,6 @@ def _source_batches(
         parts = (clean.images(part.tolist()) for part in chosen.split(config.batch_size))
     for part in parts:
         yield normalise(part.to(device), source.mean, source.std)
-
-
-def _gains(run: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Up to each window, the mean accuracy of a run minus that of another on the same images.
-
-    The windows' accuracies themselves mostly tell which images were in them.
-    """
-    gaps = [a - b for a, b in zip(run["curve"], other["curve"], strict=True)]
-    return [total / count for count, total in enumerate(accumulate(gaps), 1)]
 
 
 def _part(values: list[float], at: At) -> float:

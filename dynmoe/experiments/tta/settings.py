@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -61,7 +62,7 @@ class Config(RunConfig):
         "What to run": ("method", "compare", "streams", "seeds", "seed"),
         "Stream": ("order", "severity", "batch_size", "limit", "lr_scale"),
         "Data and source model": ("data", *REAL, "embedded", "vit"),
-        "Measurements": ("window", "routing_batches", "alignment"),
+        "Measurements": ("window", "routing_batches", "gates", "clean_every", "clean_images"),
         "Runs": (*KEEPING, *RUNNING),
     }
 
@@ -110,9 +111,14 @@ class Config(RunConfig):
     routing_batches: int = 10
     """batches at the end of a stream on which the learned routing is compared with others, at the
     weights that the stream has left; 0: none"""
-    alignment: int = place(2)
-    """batches of each domain of the last stream whose gradients are compared at the source model
-    (Tent's loss); 0: none"""
+    gates: int = 16
+    """images of each domain, on which Tent's runs measure whether the stream can show what experts
+    are worth (docs/tta.md, Gates), before they begin; 0: none, else at least 4"""
+    clean_every: int = 0
+    """batches between two looks at clean images that the stream does not show; 0: none"""
+    clean_images: int = 200
+    """how many clean images those are; of small sets, or without --limit, the stream may show some
+    of them"""
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
@@ -127,11 +133,13 @@ class Config(RunConfig):
             reasons["severity"] = "no stream of --streams has corruptions; add classical"
         elif self.order == "gradual":
             reasons["severity"] = "--order gradual has severities of its own; use another order"
-        if known and len(known[-1]) == 1:
-            reasons["alignment"] = "the last stream of --streams has one domain; add classical"
+        if not self.clean_every:
+            reasons["clean_images"] = "--clean-every 0 never looks at them"
         names = {self.method.part.name, *(text.partition(":")[0] for text in self.compare)}
         if names == {"noadapt"}:
             reasons["lr_scale"] = "noadapt learns nothing; add a method that does"
+        if "tent" not in names:
+            reasons["gates"] = "they are measured in runs of tent; add it to --compare"
         if names <= {*BASELINES, "mgtta"}:
             reasons["routing_batches"] = "no method has experts; add moetta"
         return reasons
@@ -149,7 +157,7 @@ def parse_variant(text: str, classes: int) -> PartConfig:
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas in a list stay
         option, equals, value = pair.partition("=")
         option = option.strip().replace("-", "_")
         if not equals:

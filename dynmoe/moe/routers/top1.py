@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -138,30 +139,50 @@ class StraightThroughRouter(
     """The most probable expert with gate 1, whose gradient is that of `log p`.
 
     The gate is p / stopgrad(p): its value says nothing about how sure the router is, its gradient
-    dp / p trains the router. Linear with a bias; weights Xavier-normal over all M rows (for layers
-    that do not grow these are the E of the authors' code), biases 0.
+    dp / p trains the router. With k experts a gate is p_e / stopgrad(sum of the k largest p), as in
+    the authors' code, which has k = 1 everywhere. Linear with a bias; weights Xavier-normal over
+    all M rows (for layers that do not grow these are the E of the authors' code), biases 0.
 
     Attributes:
         weight: Parameter [M, D]. bias: Parameter [M].
     """
 
-    k = 1
+    k: int
     steerable = True
 
-    def __init__(self, config: PartConfig, *size: *RouterSize) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the straight-through router."""
+
+        k: int = 1
+        """experts per sample; all of them while fewer exist"""
+        per: Literal["sample", "batch"] = "sample"
+        """sample: each sample gets its own experts; batch: all samples of a batch get those of the
+        largest mean probability, which then is p"""
+
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        check_option(config, "k", 1 <= config.k <= size[2], f"between 1 and {size[2]}")
         super().__init__(*size)
+        self.k, self.per = config.k, config.per
         self.bias = nn.Parameter(torch.zeros(size[2]))
 
     def route(self, inputs: RouterInput) -> Routing:
-        """Route x [N, D] to one expert each."""
+        """Route x [N, D] to k experts each."""
         logits = self.mask(F.linear(inputs.x, self.weight, self.bias))
-        chosen = self.choose(logits, 1)
         p = logits.softmax(dim=1)
-        fixed = p.detach()
-        # In this form the value is exactly 1, and 0 / 0 cannot happen.
-        gate = 1 + (p - fixed) / fixed.clamp_min(torch.finfo(p.dtype).tiny)
+        scores = logits
+        if self.per == "batch" and not self.independent:
+            p = _batch_mean(p, inputs.mask).expand_as(p)
+            scores = p
+        chosen, fixed = self.choose(scores, self.k), p.detach()
+        tiny = torch.finfo(p.dtype).tiny
+        if self.k == 1:  # in this form the value is exactly 1, and 0 / 0 cannot happen
+            gates = 1 + (p - fixed) / fixed.clamp_min(tiny)
+        else:
+            total = torch.where(chosen, fixed, 0.0).sum(dim=1, keepdim=True)
+            gates = p / total.clamp_min(tiny)
         return Routing(
-            gates=torch.where(chosen, gate, 0.0),
+            gates=torch.where(chosen, gates, 0.0),
             logits=logits,
             probabilities=p,
             active=self.active,
@@ -176,3 +197,11 @@ class StraightThroughRouter(
         for name, rows in [*self.named_parameters(recurse=False), *self.named_buffers()]:
             if name in ("bias", "logit_shift", "selection_bias"):
                 rows[index] = 0.0
+
+
+def _batch_mean(p: Tensor, mask: Tensor | None) -> Tensor:
+    """[1, M] mean over the real samples of probabilities [N, M]."""
+    if mask is None:
+        return p.mean(dim=0, keepdim=True)
+    real = mask.unsqueeze(1)
+    return torch.where(real, p, 0.0).sum(dim=0, keepdim=True) / mask.sum().clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from dynmoe.growth.triggers.clock import EveryTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import mean_of, softmax_entropy
+from dynmoe.tta.entropy import margin, mean_of, mean_prediction_entropy, softmax_entropy
 from dynmoe.tta.norm import MoELayerNorm
 from dynmoe.tta.options import sure_margin
 from dynmoe.tta.params import channel_last_norms
@@ -33,7 +34,9 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
     gradient), S = {H <= T_t}, alpha_t = lambda T_t. T_t follows the mean entropy of all samples so
     far, see `next_threshold`. Where S is empty the step balances only.
 
-    Ours: the experts may grow, see `grow_on`.
+    Ours: the experts may grow, see `grow_on`, and `-im H(mean_b p_b)` may be added to L. The
+    paper's ablations and the code's switches are options: `threshold`, `reweight`, `route_per`,
+    `top_k`, `frozen`.
 
     Attributes:
         norms: the MoELayerNorms, in module order.
@@ -50,10 +53,12 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         """how the threshold follows the stream. paper: the mean over all batches so far; official:
         as the authors' code computes it, in which the history's first entry follows the threshold.
         Both agree for two batches"""
-        num_experts: int = 9
-        """experts per layer (E); paper and code for ViT-B on classical (paper, potpourri: 11)"""
-        balance_weight: float = 0.2
-        """lambda; paper and code for ViT-B on classical (paper, potpourri: 0.5)"""
+        num_experts: int | None = None
+        """experts per layer (E); by default 9, paper and code for ViT-B on classical, and in the
+        command on the stream potpourri 11, paper"""
+        balance_weight: float | None = None
+        """lambda; by default 0.2, paper and code for ViT-B on classical, and in the command on the
+        stream potpourri 0.5, paper"""
         lr: float = 1e-3
         """learning rate of SGD, for batches of 64, of experts and routers; code"""
         momentum: float = 0.9
@@ -64,6 +69,23 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         keep: int = 1
         """LayerNorms that stay as they are, the first ones; code (1 for ViT-B, 15 for ViT-L, 4 for
         ConvNeXt-B)"""
+        frozen: tuple[int, ...] = ()
+        """LayerNorms that stay as they are, by number in module order from 0, in place of the first
+        `keep`; code's `disabled_layer`"""
+        top_k: int = 1
+        """experts per image and layer, with gates p_e / stopgrad(sum of the largest p); code, where
+        it is 1"""
+        route_per: Literal["sample", "batch"] = "sample"
+        """batch: all images of a batch get the expert of the largest mean probability; paper,
+        ablation"""
+        threshold: Literal["dynamic", "fixed"] = "dynamic"
+        """T. dynamic: follows the stream, see `setting`; fixed: 0.4 ln(classes), as EATA's margin
+        (ours)"""
+        reweight: bool = True
+        """weigh samples by exp(E0 - H); without it L is the mean of H over S; paper, ablation"""
+        im: float = 0.0
+        """weight of -H(mean p), the entropy of the batch's mean prediction over all its samples
+        (ours, see tent)"""
         max_experts: int = 0
         """most experts that a layer can grow to; 0: num_experts"""
         grow: Literal["no", "drift", "every"] = "no"
@@ -81,30 +103,25 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         """The margin."""
         return {"margin": sure_margin(classes)}
 
+    @staticmethod
+    def by_stream(stream: str) -> dict[str, Any]:
+        """Experts and lambda: the paper's for the stream `potpourri`, else those for classical."""
+        experts, balance = (11, 0.5) if stream == "potpourri" else (9, 0.2)
+        return {"num_experts": experts, "balance_weight": balance}
+
     def prepare(self) -> None:
         """Replace the LayerNorms."""
-        config = self.config
-        if config.num_experts < 1 or 0 < config.max_experts < config.num_experts or config.keep < 0:
-            raise UserError(
-                f"moetta: num_experts={config.num_experts} must be at least 1, max_experts="
-                f"{config.max_experts} no fewer (or 0), keep={config.keep} at least 0"
-            )
-        if not config.balance_weight >= 0 or config.grow_wait < 1 or config.granularity < 1:
-            raise UserError(
-                f"moetta: balance_weight={config.balance_weight} must be at least 0, grow_wait="
-                f"{config.grow_wait} and granularity={config.granularity} at least 1"
-            )
-        norms = channel_last_norms(self.model)[config.keep :]
-        if not norms:
-            raise UserError(
-                "moetta puts experts into LayerNorms over the last axis; the model has none beyond "
-                f"the first {config.keep}; use another model, another method or a smaller keep"
-            )
+        values = {k: v for k, v in self.by_stream("").items() if getattr(self.config, k) is None}
+        config = self.config = dataclasses.replace(self.config, **values)
+        check_options(config)
+        norms = self._chosen()
         generator = torch.Generator().manual_seed(config.seed)
         self.norms: list[MoELayerNorm] = []
         for _, norm in norms:
             most = config.max_experts or config.num_experts
-            new = MoELayerNorm(norm, config.num_experts, most, generator)
+            new = MoELayerNorm(
+                norm, config.num_experts, most, generator, config.top_k, config.route_per
+            )
             replace_module(self.model, norm, new)
             self.norms.append(new.train())  # in which layers compute their losses
         for module in self.model.modules():
@@ -119,6 +136,29 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
             self.grow_on(DriftTrigger.Config(cooldown=wait, threshold=1.0, warmup=10))
         elif config.grow == "every":
             self.grow_on(EveryTrigger.Config(steps=wait))
+
+    def _chosen(self) -> list[tuple[str, nn.LayerNorm]]:
+        """The LayerNorms that get experts.
+
+        Raises:
+            UserError: there are none, or no such LayerNorm as one of `frozen`.
+        """
+        found, config = channel_last_norms(self.model), self.config
+        for number in config.frozen:
+            if not 0 <= number < len(found):
+                raise UserError(
+                    f"moetta: frozen={list(config.frozen)} names LayerNorm {number}, and the "
+                    f"model's are 0 to {len(found) - 1}"
+                )
+        frozen = config.frozen or range(config.keep)
+        norms = [norm for number, norm in enumerate(found) if number not in frozen]
+        if not norms:
+            which = "those in frozen" if config.frozen else f"the first {config.keep}"
+            raise UserError(
+                "moetta puts experts into LayerNorms over the last axis; the model has none beyond "
+                f"{which}; use another model, another method or keep fewer"
+            )
+        return norms
 
     def grow_on(self, trigger: PartConfig) -> None:
         """Let `trigger` decide after each batch whether all layers get `granularity` experts more.
@@ -141,16 +181,20 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step, then growth if it is time."""
-        logits = self.model(images)
+        logits, config = self.model(images), self.config
         h = softmax_entropy(logits)
-        e0, fixed = self.option("margin", logits), h.detach()
+        fixed = h.detach()
         mean = fixed.mean()
-        memory = next_threshold(self.memory, mean, self.config.setting)
-        threshold = memory["threshold"]
-        loss = mean_of((e0 - fixed).exp() * h, fixed <= threshold)
-        if self.config.balance_weight:
+        memory = next_threshold(self.memory, mean, config.setting)
+        dynamic = config.threshold == "dynamic"
+        threshold = memory["threshold"] if dynamic else mean.new_tensor(margin(None, 0.4, logits))
+        weighted = (self.option("margin", logits) - fixed).exp() * h if config.reweight else h
+        loss = mean_of(weighted, fixed <= threshold)
+        if config.im:
+            loss = loss - config.im * mean_prediction_entropy(logits)
+        if config.balance_weight:
             balance = torch.stack([norm.balance for norm in self.norms]).sum()
-            loss = loss + self.config.balance_weight * threshold * balance
+            loss = loss + config.balance_weight * threshold * balance
         if self.learn(loss, logits):
             self.memory = memory
             self._grow(images, mean)
@@ -174,6 +218,39 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         super().set_extra_state(state)
         if self.controller is not None:
             self.controller.load_state_dict(state["growth"])
+
+
+def check_options(config: Any) -> None:
+    """Refuse options of MoETTA that cannot work, or that would have no effect.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if config.num_experts < 1 or 0 < config.max_experts < config.num_experts or config.keep < 0:
+        raise UserError(
+            f"moetta: num_experts={config.num_experts} must be at least 1, max_experts="
+            f"{config.max_experts} no fewer (or 0), keep={config.keep} at least 0"
+        )
+    if not config.balance_weight >= 0 or config.grow_wait < 1 or config.granularity < 1:
+        raise UserError(
+            f"moetta: balance_weight={config.balance_weight} must be at least 0, grow_wait="
+            f"{config.grow_wait} and granularity={config.granularity} at least 1"
+        )
+    if not 0 <= config.im < float("inf") or not 1 <= config.top_k <= config.num_experts:
+        raise UserError(
+            f"moetta: im={config.im} must be at least 0, and top_k={config.top_k} from 1 to "
+            f"num_experts={config.num_experts}"
+        )
+    if config.frozen and config.keep != 1:
+        raise UserError(
+            f"moetta: keep={config.keep} has no effect beside frozen={list(config.frozen)}; give "
+            "one of them"
+        )
+    if config.threshold == "fixed" and config.setting != "paper":
+        raise UserError(
+            "moetta: setting=official says how a dynamic threshold follows the stream, and "
+            "threshold=fixed has none; give one of them"
+        )
 
 
 def unmasked_shock(before: Tensor, after: Tensor, labels: Tensor | None) -> dict[str, float]:

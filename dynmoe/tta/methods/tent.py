@@ -10,12 +10,15 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import softmax_entropy
+from dynmoe.tta.entropy import tent_loss
 from dynmoe.tta.params import affine_parameters
 
 
 class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Section 3"):
-    """Entropy minimisation: `L = mean_b H(logits_b)`, by the normalisation layers' affines."""
+    """Entropy minimisation: `L = mean_b H(logits_b)`, by the normalisation layers' affines.
+
+    Options (ours) leave unsure samples out, and add `-im H(mean_b p_b)` (information maximisation).
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -26,16 +29,23 @@ class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Se
         code: 1e-3)"""
         momentum: float = 0.9
         """momentum of SGD; MoETTA's code, as upstream"""
+        reliable: bool = False
+        """learn from samples with H < 0.4 ln(classes) alone (EATA's margin)"""
+        im: float = 0.0
+        """weight of -H(mean p), the entropy of the batch's mean prediction; 1: information
+        maximisation (Krause et al. 2010; SHOT)"""
 
     def prepare(self) -> None:
         """All scales and shifts."""
+        if not 0 <= self.config.im < float("inf"):
+            raise UserError(f"tent: im={self.config.im} must be at least 0")
         parameters = affine_parameters(self.model, self.name)
         self.use_sgd(parameters, self.config.lr, self.config.momentum)
 
     def adapt(self, images: Tensor) -> Tensor:
-        """One step down the mean entropy."""
+        """One step down the loss."""
         logits = self.model(images)
-        self.learn(softmax_entropy(logits).mean(), logits)
+        self.learn(tent_loss(logits, self.config.reliable, self.config.im), logits)
         return logits
 
 

@@ -85,7 +85,7 @@ def _flags(root: Path, runs: Path, extra: str) -> list[str]:
     return (
         f"--preset imagenet --data-dir {root} --weights {root}/weights.pth --model {MODEL} "
         f"--streams rendition --seeds 1 --compare --method noadapt --batch-size 8 --limit 200 "
-        f"--threads 1 --window 1 --alignment 0 --allow-unused --runs-dir {runs} {extra}"
+        f"--threads 1 --window 1 --gates 0 --allow-unused --runs-dir {runs} {extra}"
     ).split()
 
 

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from tta_models import NaiveSGD, shannon, stream, vit
+from tta_models import CLASSES, NaiveSGD, shannon, stream, vit
 
 from dynmoe.errors import UserError
 from dynmoe.moe import moe_layers, routing_stats
 from dynmoe.tta import MoELayerNorm, adapt
 from dynmoe.tta.methods.moetta import next_threshold
+from dynmoe.tta.options import for_stream, make_config
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -20,8 +21,9 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 class NaiveNorm(nn.Module):
     """One sample after the other; keeps P and the choices of the last pass."""
 
-    def __init__(self, norm: nn.LayerNorm, twin: MoELayerNorm) -> None:
+    def __init__(self, norm: nn.LayerNorm, twin: MoELayerNorm, k: int, per: str) -> None:
         super().__init__()
+        self.k, self.per = k, per
         self.scale, self.shift, self.eps = norm.weight.detach(), norm.bias.detach(), norm.eps
         self.weight = nn.Parameter(torch.zeros_like(twin.experts_weight))
         self.bias = nn.Parameter(torch.zeros_like(twin.experts_bias))
@@ -31,22 +33,24 @@ class NaiveNorm(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs, self.p, self.choice = [], [], []
-        for sample in x:
-            p = self.router(sample.mean(dim=0)).softmax(dim=0)
-            e = int(p.argmax())
-            s = p[e] / p[e].detach()
-            scale, shift = self.scale + s * self.weight[e], self.shift + s * self.bias[e]
+        outputs, self.choice = [], []
+        self.p = [self.router(sample.mean(dim=0)).softmax(dim=0) for sample in x]
+        if self.per == "batch":
+            self.p = [sum(self.p) / len(self.p)] * len(self.p)
+        for sample, p in zip(x, self.p, strict=True):
+            best = sorted(range(len(p)), key=lambda e: -float(p[e].detach()))[: self.k]
+            total = sum(p[e].detach() for e in best)
+            scale = self.scale + sum(p[e] / total * self.weight[e] for e in best)
+            shift = self.shift + sum(p[e] / total * self.bias[e] for e in best)
             mean = sample.mean(dim=1, keepdim=True)
             variance = ((sample - mean) ** 2).mean(dim=1, keepdim=True)
             outputs.append((sample - mean) / (variance + self.eps).sqrt() * scale + shift)
-            self.p.append(p)
-            self.choice.append(e)
+            self.choice += best
         return torch.stack(outputs)
 
     def balance(self) -> Tensor:
         experts, n = len(self.weight), len(self.p)
-        f = [self.choice.count(e) / n for e in range(experts)]
+        f = [self.choice.count(e) / len(self.choice) for e in range(experts)]
         m = sum(self.p) / n
         return experts * sum(f[e] * m[e] for e in range(experts))
 
@@ -71,41 +75,66 @@ class NaiveThreshold:
         return self.value.clone()
 
 
-def naive_twin(adapter: nn.Module, keep: int, **options: object) -> nn.Module:
+def naive_twin(adapter: nn.Module, frozen: tuple[int, ...], k: int, per: str) -> nn.Module:
     """The source model with naive norms that hold the adapter's routers."""
-    model = vit(**options).requires_grad_(False)
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)][keep:]
+    model = vit().requires_grad_(False)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    names = [name for number, name in enumerate(names) if number not in frozen]
     for name, twin in zip(names, adapter.norms, strict=True):
         parent, _, own = name.rpartition(".")
         norm = model.get_submodule(name)
-        setattr(model.get_submodule(parent), own, NaiveNorm(norm, twin))
+        setattr(model.get_submodule(parent), own, NaiveNorm(norm, twin, k, per))
     return model
 
 
-@pytest.mark.parametrize("setting", ["paper", "official"])
-@pytest.mark.parametrize("balance", [0.0, 0.2])
-def test_every_step_equals_the_restatement(setting, balance):
-    options = {"lr": 0.02, "num_experts": 4, "balance_weight": balance, "setting": setting}
-    options["margin"] = 0.4 * math.log(1000)  # the code's, whatever the classes
-    adapter = adapt(vit(), "moetta", **options)
-    model = naive_twin(adapter, keep=1)
+E0 = 0.4 * math.log(1000)  # the code's, whatever the classes
+SWITCHES = {
+    "paper": {},
+    "paper, no balance": {"balance_weight": 0.0},
+    "official": {"setting": "official"},
+    "official, no balance": {"setting": "official", "balance_weight": 0.0},
+    "two experts": {"top_k": 2},
+    "all experts": {"top_k": 4},
+    "one expert per batch": {"route_per": "batch"},
+    "two experts per batch": {"route_per": "batch", "top_k": 2},
+    "fixed threshold": {"threshold": "fixed"},
+    "no weights": {"reweight": False},
+    "information": {"im": 0.7},
+    "frozen": {"frozen": (1, 3)},
+}
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_every_step_equals_the_restatement(case):
+    given = SWITCHES[case]
+    adapter = adapt(vit(), "moetta", **{"lr": 0.02, "num_experts": 4, "margin": E0, **given})
+    per, k = given.get("route_per", "sample"), given.get("top_k", 1)
+    balance, frozen = given.get("balance_weight", 0.2), given.get("frozen", (0,))
+    model = naive_twin(adapter, frozen, k, per)
     norms = [m for m in model.modules() if isinstance(m, NaiveNorm)]
-    assert len(norms) == 4 == len(adapter.norms)
+    assert len(norms) == 5 - len(frozen) == len(adapter.norms)
     trained = [p for norm in norms for p in norm.parameters()]
-    sgd, threshold = NaiveSGD(trained, 0.02, 0.9), NaiveThreshold(setting == "official")
+    sgd, threshold = NaiveSGD(trained, 0.02, 0.9), NaiveThreshold("official" in case)
     dropped = kept = 0
     for images in stream(7):
         logits = model(images)
         h = [shannon(row) for row in logits]
         limit = threshold(torch.stack(h).detach().mean())
+        if case == "fixed threshold":
+            limit = torch.tensor(0.4 * math.log(CLASSES), dtype=torch.double)
         chosen = [v for v in h if v <= limit]
         dropped, kept = dropped + len(h) - len(chosen), kept + len(chosen)
-        loss = sum((0.4 * math.log(1000) - v.detach()).exp() * v for v in chosen) / len(chosen)
+        weights = [1.0 if case == "no weights" else (E0 - v.detach()).exp() for v in chosen]
+        loss = sum(w * v for w, v in zip(weights, chosen, strict=True)) / max(len(chosen), 1)
         loss = loss + balance * limit * sum(norm.balance() for norm in norms)
+        mean = sum(row.exp() / row.exp().sum() for row in logits) / len(logits)
+        loss = loss - given.get("im", 0.0) * -sum(q * q.log() for q in mean)
         sgd.step(torch.autograd.grad(loss, trained))
         torch.testing.assert_close(adapter(images), logits.detach(), **CLOSE)
-        torch.testing.assert_close(adapter.memory["threshold"], limit, **CLOSE)
-    assert dropped and kept and any(len(set(norm.choice)) > 1 for norm in norms)
+        if case != "fixed threshold":
+            torch.testing.assert_close(adapter.memory["threshold"], limit, **CLOSE)
+    assert dropped and kept
+    assert per == "batch" or any(len(set(norm.choice)) > k for norm in norms) or k == 4
     for naive, ours in zip(norms, adapter.norms, strict=True):
         assert naive.weight.abs().max() > 1e-3
         for got, want in [
@@ -114,6 +143,16 @@ def test_every_step_equals_the_restatement(setting, balance):
         ]:  # fmt: skip
             torch.testing.assert_close(got.detach(), want.detach(), **CLOSE)
     assert (adapter.steps, adapter.skipped) == (7, 0)
+
+
+def test_the_paper_s_constants_follow_the_stream():
+    config = make_config("moetta", {})
+    for stream_name, values in {"potpourri": (11, 0.5), "classical": (9, 0.2)}.items():
+        filled = for_stream(config, stream_name)
+        assert (filled.num_experts, filled.balance_weight) == values
+    given = for_stream(make_config("moetta", {"num_experts": 9}), "potpourri")
+    assert (given.num_experts, given.balance_weight) == (9, 0.5)
+    assert adapt(vit(), "moetta").config.num_experts == 9
 
 
 def run_thresholds(means: Tensor, setting: str) -> list[Tensor]:
@@ -197,6 +236,13 @@ def test_routers_are_xavier_normal_and_the_model_starts_as_it_was():
         ({"lr": 0.0}, "lr=0.0"),
         ({"momentum": 1.0}, "momentum=1.0"),
         ({"grow_wait": 0}, "grow_wait=0"),
+        ({"top_k": 10}, "top_k=10 from 1 to num_experts=9"),
+        ({"im": -1.0}, "im=-1"),
+        ({"frozen": (5,)}, "LayerNorm 5, and the model's are 0 to 4"),
+        ({"frozen": (0, 1, 2, 3, 4)}, "none beyond those in frozen"),
+        ({"frozen": (1,), "keep": 2}, "keep=2 has no effect beside frozen"),
+        ({"threshold": "fixed", "setting": "official"}, "threshold=fixed has none"),
+        ({"route_per": "image"}, "neither sample nor batch"),
     ],
 )
 def test_bad_options(options, message):

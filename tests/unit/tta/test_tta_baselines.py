@@ -32,17 +32,27 @@ def test_noadapt_is_the_source_model():
     assert adapter.steps == 0
 
 
-def test_tent():
-    adapter, model = adapt(vit(), "tent", lr=0.01), vit()
-    trained = affines(model)
+@pytest.mark.parametrize(("reliable", "im"), [(False, 0.0), (True, 0.0), (False, 1.0), (True, 0.3)])
+def test_tent(reliable, im):
+    adapter, model = adapt(vit(), "tent", lr=0.01, reliable=reliable, im=im), vit()
+    trained, kept = affines(model), 0
     sgd = NaiveSGD(trained, 0.01, 0.9)
     for images in stream(5):
         logits = model(images)
-        loss = sum(shannon(row) for row in logits) / len(logits)
+        h = [shannon(row) for row in logits]
+        h = [v for v in h if not reliable or v < 0.4 * LN_C]
+        mean = sum(row.exp() / row.exp().sum() for row in logits) / len(logits)
+        loss = sum(h) / len(h) + im * sum(q * q.log() for q in mean)
         sgd.step(torch.autograd.grad(loss, trained))
         torch.testing.assert_close(adapter(images), logits.detach(), **CLOSE)
+        kept += len(h)
     same_weights(adapter, model)
-    assert adapter.steps == 5
+    assert adapter.steps == 5 and (0 < kept < 30) == reliable
+
+
+def test_tent_refuses_a_negative_weight():
+    with pytest.raises(UserError, match="im=-1"):
+        adapt(vit(), "tent", im=-1.0)
 
 
 def naive_fisher(model, trained, batches) -> list[Tensor]:

@@ -18,7 +18,7 @@ from dynmoe.experiments.tta.settings import parse_variant
 from dynmoe.lab.config import parse
 from dynmoe.tta import adapt
 from dynmoe.tta.__main__ import presets
-from dynmoe.tta.options import for_classes, make_config
+from dynmoe.tta.options import for_classes, for_stream, make_config
 
 
 def sized(classes: int) -> nn.Module:
@@ -46,7 +46,7 @@ def test_defaults_are_the_same_both_ways(method, classes):
         for field in dataclasses.fields(adapter.config)
     }
     for config in (parse_variant(method, classes), commanded(f"--method {method}", classes)):
-        assert dataclasses.asdict(config) == mine
+        assert dataclasses.asdict(for_stream(config, "classical")) == mine
     assert all(mine[name] is not None for name in adapter.by_classes(classes))
 
 
@@ -115,6 +115,11 @@ def test_a_config_of_one_s_own_is_checked_too():
     kind = type(make_config("sar", {}))
     with pytest.raises(UserError, match="'papre' is neither"):
         kind(setting="papre").build(sized(10))
+
+
+def test_a_list_is_an_option_of_a_variant():
+    assert parse_variant("moetta:frozen=[0,3],top_k=2", 10).frozen == (0, 3)
+    assert commanded("--method moetta --method.frozen 0 3", 10).frozen == (0, 3)
 
 
 def test_lists_and_numbers_of_other_libraries_are_options():

@@ -23,7 +23,6 @@ from dynmoe.lab import cache
 from dynmoe.tta import adapt
 from dynmoe.tta.measures import (
     Tally,
-    alignment,
     expert_similarity,
     similarity,
     use_of_experts,
@@ -134,25 +133,3 @@ def test_timm_weights_from_a_file(tmp_path: Path) -> None:
         timm_model("test_convnext", False, tmp_path / "w.pth", 1000)
     with pytest.raises(UserError, match="--pretrained or --weights"):
         timm_model("test_vit", True, tmp_path / "w.pth", 1000)
-
-
-def test_alignment_of_domains() -> None:
-    torch.manual_seed(0)
-    model = small_vit(VIT, 16, 3).double().requires_grad_(False)
-    x = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64)
-    cosines = alignment(model, {"a": [x[0]], "b": [x[1]], "ab": [x[0], x[1]]})
-    torch.testing.assert_close(cosines.diagonal(), torch.ones(3, dtype=torch.float64))
-    norms = [p for n, p in model.named_parameters() if "norm" in n]
-    rows = []
-    for images in x[:2]:
-        for parameter in norms:
-            parameter.requires_grad_(True)
-        p = model(images).softmax(1)
-        torch.distributions.Categorical(probs=p).entropy().mean().backward()
-        rows.append(torch.cat([q.grad.flatten() for q in norms]))  # type: ignore[union-attr]
-        model.zero_grad()
-    rows.append(rows[0] + rows[1])
-    for i in range(3):
-        for j in range(3):
-            expected = rows[i] @ rows[j] / (rows[i].norm() * rows[j].norm())
-            torch.testing.assert_close(cosines[i, j], expected)

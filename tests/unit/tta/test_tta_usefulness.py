@@ -27,18 +27,22 @@ def learnt(experts: int = 3, model: nn.Module | None = None) -> Adapter:
     return adapter
 
 
-def batches(side: int = 16) -> list[tuple[Tensor, Tensor]]:
-    labels = torch.arange(15) % CLASSES
-    return list(zip(stream(3, size=5, side=side, seed=4), labels.split(5), strict=True))
+Given = list[tuple[Tensor, Tensor, Tensor]]
 
 
-def measure(adapter: Adapter, given: Iterable[tuple[Tensor, Tensor]]) -> dict[str, dict]:
+def batches(side: int = 16) -> Given:
+    labels, domains = torch.arange(15) % CLASSES, torch.arange(15) * 2 % 5
+    images = stream(3, size=5, side=side, seed=4)
+    return list(zip(images, labels.split(5), domains.split(5), strict=True))
+
+
+def measure(adapter: Adapter, given: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, dict]:
     return usefulness(adapter.model, lambda: given, torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def naive(
-    adapter: Adapter, given: list[tuple[Tensor, Tensor]], paths: list[list[Tensor]] | None
+    adapter: Adapter, given: Given, paths: list[list[Tensor]] | None
 ) -> tuple[dict[str, float], list[list[Tensor]]]:
     """Scores and choices, by router weights that pick paths[batch][layer] [B]; None: the own.
 
@@ -46,7 +50,7 @@ def naive(
     """
     loss, right, taken = 0.0, 0, []
     twin = copy.deepcopy(adapter)
-    for number, (images, labels) in enumerate(given):
+    for number, (images, labels, _) in enumerate(given):
         picks: list[list[int]] = [[] for _ in twin.norms]  # type: ignore[attr-defined]
         for i, image in enumerate(images):
             for depth, norm in enumerate(twin.norms):  # type: ignore[attr-defined]
@@ -59,7 +63,7 @@ def naive(
             for depth, norm in enumerate(twin.norms):  # type: ignore[attr-defined]
                 picks[depth].append(int(norm.layer.last_routing.chosen[0].int().argmax()))
         taken.append([torch.tensor(p) for p in picks])
-    count = sum(len(labels) for _, labels in given)
+    count = sum(len(labels) for _, labels, _ in given)
     return {"loss": loss / count, "accuracy": right / count}, taken
 
 
@@ -71,7 +75,7 @@ def close(got: dict[str, float], want: dict[str, float]) -> None:
 def test_every_score_equals_the_restatement():
     adapter, given = learnt(), batches()
     found = measure(adapter, given)
-    assert set(found) == {"learned", "random", "most_loaded", "best"}
+    assert set(found) == {"learned", "random", "most_loaded", "best", "by_domain", "by_image"}
     own, taken = naive(adapter, given, None)
     close(found["learned"], own)
     layers = len(adapter.norms)  # type: ignore[attr-defined]
@@ -86,8 +90,23 @@ def test_every_score_equals_the_restatement():
     generator = torch.Generator().manual_seed(0)
     drawn = [[torch.randint(3, (5,), generator=generator) for _ in range(layers)] for _ in range(3)]
     close(found["random"], naive(adapter, given, drawn)[0])
+    oracles = {"by_domain": 0.0, "by_image": 0.0}
+    for domain in range(5):
+        losses = []
+        for e in range(3):
+            one = [[torch.full((1,), e)] * layers]
+            losses.append([
+                naive(adapter, [(x[None], y[None], d)], one)[0]["loss"]
+                for images, labels, ds in given
+                for x, y, d in zip(images, labels, ds, strict=True) if d == domain
+            ])  # fmt: skip
+        oracles["by_domain"] += min(map(sum, losses)) / 15
+        oracles["by_image"] += sum(map(min, zip(*losses, strict=True))) / 15
+    for name, loss in oracles.items():
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-10)
+    assert found["by_image"]["accuracy"] >= found["best"]["accuracy"]
     scores = [row["loss"] for row in found.values()]
-    assert len(set(scores)) == 4  # or the four would not be told apart here
+    assert len(set(scores)) == 6  # or they would not be told apart here
 
 
 def test_nothing_is_touched():
