@@ -17,7 +17,7 @@ from cl_benchmarks.domain_set import batch_indices, split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
-from dynmoe.experiments.dg.measure import accuracies, feature_arrays, landscape_array
+from dynmoe.experiments.dg.measure import confidence, feature_arrays, landscape_array
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
 from dynmoe.growth import GrowthController, GrowthEvent, Signals
@@ -27,6 +27,7 @@ from dynmoe.lab.experiment import Session
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.moe import finish_step, moe_layers
+from dynmoe.plasticity.calibration import calibration
 
 PROBE = 64
 """Images of a domain on which the shock of a growth, and a method's own figures, are measured."""
@@ -199,7 +200,10 @@ class Fold:
         return value
 
     def _evaluate(self, loss: float) -> None:
-        """Add an evaluation to the curve: accuracy on "in" and "out" of each domain."""
+        """Add an evaluation to the curve: accuracy on "in" and "out" of each domain.
+
+        `ece` and `adaptive_ece` are those of the left-out domain's "in".
+        """
         names = self.trial.source.data.names
         point: dict[str, Any] = {"step": self.step, "loss": loss, "in": {}, "out": {}}
         for number, name in enumerate(names):
@@ -209,10 +213,13 @@ class Fold:
             which = zip(("in", "out"), parts, strict=True)
             for part, chosen in which:
                 if part == "out" or number == self.test:
-                    point[part][name] = accuracies(
+                    sure, right = confidence(
                         self.method, self.trial.source, number, chosen, embedding,
                         self.config.eval_batch, self.trial.run.device,
                     )  # fmt: skip
+                    point[part][name] = int(right.sum()) / len(right)
+                    if part == "in":
+                        point |= calibration(sure, right)
         held = [point["out"][names[n]] for n in self.sources]
         point["validation"] = sum(held) / len(held)
         self.curve.append(point)
@@ -233,6 +240,7 @@ class Fold:
             "accuracy": chosen[self.config.selection]["in"][name],
             "selected_step": chosen[self.config.selection]["step"],
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
+            **{key: chosen[self.config.selection].get(key) for key in ("ece", "adaptive_ece")},
             "parameters": total,
             "trainable": trainable,
             "measures": self.method.measures(*self._images([self.test])),

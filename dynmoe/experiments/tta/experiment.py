@@ -35,6 +35,8 @@ from dynmoe.tta.options import for_classes
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
+CALIBRATION = ("ece", "adaptive_ece")
+"""Metrics of how far confidence and accuracy are apart, over the whole stream."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class TestTimeAdaptation(Experiment):
     """What `dynmoe.tta` does: one run is one method along one stream.
 
     Metrics: `accuracy`; `clean`, that of the clean images in the stream; `routing_gain`, accuracy
-    under the learned routing minus that under a random one; and those in `EXPERTS`. `at` is the
-    stream's first tenth, its last tenth, or all of it.
+    under the learned routing minus that under a random one; those in `CALIBRATION`, and those in
+    `EXPERTS`. `at` is the stream's first tenth, its last tenth, or all of it.
     """
 
     __test__ = False  # pytest reads the name as that of a test
@@ -63,6 +65,8 @@ class TestTimeAdaptation(Experiment):
         ("accuracy", "accuracy", "mean"),
         ("last tenth", "accuracy", "last"),
         ("clean images", "clean", "mean"),
+        ("ECE", "ece", "mean"),
+        ("adaptive ECE", "adaptive_ece", "mean"),
         ("most loaded expert", "largest_share", "last"),
         ("router entropy", "router_entropy", "last"),
         ("likeness of experts", "similarity", "last"),
@@ -130,6 +134,8 @@ class TestTimeAdaptation(Experiment):
             return summary["accuracy"] if at == "mean" else _part(summary["curve"], at)
         if metric == "clean":
             return summary["domains"].get("clean", {}).get("accuracy", math.nan)
+        if metric in CALIBRATION:
+            return _number(summary.get("calibration", {}).get(metric))
         if metric == "routing_gain":
             found = summary["routings"]
             return found["learned"]["accuracy"] - found["random"]["accuracy"] if found else math.nan
@@ -155,7 +161,7 @@ class TestTimeAdaptation(Experiment):
             "domains": [{d: v["accuracy"] for d, v in run["domains"].items()} for run in runs],
             "curve": [[round(x, 4) for x in run["curve"]] for run in runs],
         }
-        for metric in ("accuracy", "clean", "routing_gain", *EXPERTS):
+        for metric in ("accuracy", "clean", "routing_gain", *CALIBRATION, *EXPERTS):
             for at in ("first", "last", "mean"):
                 values = results.values(stream, variant, metric, at)
                 if not any(map(math.isnan, values)):
@@ -259,7 +265,7 @@ class StreamSession(Session):
             "images": self.stream.num_images, "accuracy": tally.accuracy,
             "domains": tally.domains(), "curve": tally.curve, "steps": adapter.steps,
             "skipped": adapter.skipped, "trained": trained, "history": self.history,
-            "routings": routings,
+            "routings": routings, "calibration": tally.calibration(),
         }  # fmt: skip
 
     def _routings(self) -> dict[str, dict[str, float]]:
