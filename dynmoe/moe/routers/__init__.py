@@ -1,5 +1,7 @@
 """Routers. A new one: a class in one of these files, or a file of its own, and a line here."""
 
+from dynmoe.moe.routers.assignment import BaseLayerRouter as BaseLayerRouter
+from dynmoe.moe.routers.assignment import MaxScoreRouter as MaxScoreRouter
 from dynmoe.moe.routers.competing import ExpertChoiceRouter as ExpertChoiceRouter
 from dynmoe.moe.routers.competing import SlotRouter as SlotRouter
 from dynmoe.moe.routers.fixed import HashRouter as HashRouter
