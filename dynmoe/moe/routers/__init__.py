@@ -9,6 +9,7 @@ from dynmoe.moe.routers.fixed import OracleRouter as OracleRouter
 from dynmoe.moe.routers.fixed import RandomRouter as RandomRouter
 from dynmoe.moe.routers.gaussian import GaussianRouter as GaussianRouter
 from dynmoe.moe.routers.hierarchical import HierarchicalRouter as HierarchicalRouter
+from dynmoe.moe.routers.nexus import NexusRouter as NexusRouter
 from dynmoe.moe.routers.prototypes import DomainRouter as DomainRouter
 from dynmoe.moe.routers.prototypes import PrototypeRouter as PrototypeRouter
 from dynmoe.moe.routers.soft import CosineRouter as CosineRouter
