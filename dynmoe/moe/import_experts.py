@@ -22,6 +22,7 @@ from dynmoe.errors import UserError
 from dynmoe.moe.experts.pool import HiddenPool
 from dynmoe.moe.layer import MoELayer, RoutePer
 from dynmoe.moe.router import Router
+from dynmoe.moe.routers.nexus import NexusRouter
 from dynmoe.moe.upcycle import mlp_parts
 from dynmoe.registry import PartConfig
 
@@ -111,8 +112,6 @@ def set_expert(layer: MoELayer, expert: int, mlp: nn.Module, domain: Tensor | No
         UserError: no such expert, another bank, an MLP that does not fit, or a domain for a router
             that knows none.
     """
-    from dynmoe.moe.routers.nexus import NexusRouter
-
     bank = layer.bank
     if not isinstance(bank, HiddenPool):
         raise UserError(f"set_expert: bank {bank.name!r} holds no MLPs; allowed is 'pool'")

@@ -14,6 +14,7 @@ from dynmoe.moe.routers.prototypes import DomainRouter as DomainRouter
 from dynmoe.moe.routers.prototypes import PrototypeRouter as PrototypeRouter
 from dynmoe.moe.routers.soft import CosineRouter as CosineRouter
 from dynmoe.moe.routers.soft import LaplaceRouter as LaplaceRouter
+from dynmoe.moe.routers.soft import ScalingRouter as ScalingRouter
 from dynmoe.moe.routers.soft import SoftmaxRouter as SoftmaxRouter
 from dynmoe.moe.routers.top1 import StraightThroughRouter as StraightThroughRouter
 from dynmoe.moe.routers.top1 import SwitchRouter as SwitchRouter
