@@ -35,6 +35,8 @@ DATA_SEED = 0
 """Embedded images are one fixed data set, as a downloaded one is; a run's seed deals them out."""
 TRANSFER = ("backward_transfer", "forward_transfer")
 """Metrics that are one number of a whole run, whatever part of it is asked for."""
+CALIBRATION = ("ece", "adaptive_ece")
+"""Metrics of how far confidence and accuracy on a task's test images are apart."""
 OF_OLD = ("old_accuracy", "forgetting")
 """Metrics that some tasks, or all, do not have: of the first nothing can be old."""
 NEWEST = "newest experts, now / old"
@@ -60,6 +62,8 @@ class ContinualLearning(Experiment):
         ("per task", "train_accuracy", "slope"),
         ("online, mean", "online_accuracy", "mean"),
         ("test, mean", "test_accuracy", "mean"),
+        ("ECE, mean", "ece", "mean"),
+        ("adaptive ECE", "adaptive_ece", "mean"),
         ("old tasks, end", "old_accuracy", "last"),
         ("forgetting", "forgetting", "last"),
     )
@@ -142,6 +146,9 @@ class ContinualLearning(Experiment):
             # The tasks of a run are not independent: its own IQM is one value.
             entry[f"{metric}_iqm"] = three(confidence_interval([iqm(t) for t in tasks], "mean"))
             for at in ("first", "last", "mean"):
+                entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
+        for metric in CALIBRATION:
+            for at in ("last", "mean"):
                 entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
         if has_old(results, stream):
             entry |= _old_entry(results, stream, variant)
@@ -290,6 +297,8 @@ def _old_entry(results: Results, stream: str, variant: str) -> dict[str, Any]:
 def _print_tasks(summary: dict[str, Any], title: str) -> None:
     """One row per task of a finished run."""
     headings = {"train_accuracy": "train", "test_accuracy": "test", "online_accuracy": "online"}
+    if summary["tasks"][-1].get("ece") is not None:
+        headings |= {"ece": "ECE", "adaptive_ece": "adaptive ECE"}
     if summary["tasks"][-1].get("old_accuracy") is not None:
         headings |= {"old_accuracy": "old tasks", "forgetting": "forgetting"}
     rows = [["task", *headings.values(), "experts", "parameters"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from dynmoe.moe.diagnostics import (
     weight_similarity,
 )
 from dynmoe.moe.model import undisturbed
+from dynmoe.plasticity.calibration import calibration, confidences
 
 
 @torch.no_grad()
@@ -30,13 +33,33 @@ def accuracy(
     index = torch.arange(len(dataset))
     if 0 < samples < len(dataset):
         index = torch.linspace(0, len(dataset) - 1, samples).long()
-    mean, std, right = dataset.mean.to(device), dataset.std.to(device), 0
+    answers = _answers(model, dataset, device, index)
+    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in answers) / len(index)
+
+
+@torch.no_grad()
+def generalisation(
+    model: nn.Module, dataset: ChunkDataset, device: torch.device
+) -> dict[str, float]:
+    """Of a chunk's images, in one pass: `test_accuracy`, `ece` and `adaptive_ece`, in 0..1.
+
+    The latter two are those of `dynmoe.plasticity.calibration`, over all outputs of the network.
+    """
+    answers = _answers(model, dataset, device, torch.arange(len(dataset)))
+    judged = [confidences(logits, labels) for logits, labels in answers]
+    confidence, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    return {"test_accuracy": int(right.sum()) / len(right), **calibration(confidence, right)}
+
+
+def _answers(
+    model: nn.Module, dataset: ChunkDataset, device: torch.device, index: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, C] and labels [B] of a chunk's images `index`, in evaluation mode, on `device`."""
+    mean, std = dataset.mean.to(device), dataset.std.to(device)
     with undisturbed(model):
         for part in index.split(512):
             images, labels = dataset.take(part)
-            logits = model(standardise(images.to(device), mean, std))
-            right += int((logits.argmax(1) == labels.to(device)).sum())
-    return right / len(index)
+            yield model(standardise(images.to(device), mean, std)), labels.to(device)
 
 
 def expert_maps(
@@ -84,6 +107,7 @@ LAYOUT = {
         "online accuracy of each task": _chart("task/online_accuracy"),
         "test accuracy at the end of each task": _chart("task/test_accuracy"),
         "accuracy during training": _chart("epoch/train_accuracy", "epoch/test_accuracy"),
+        "calibration on test images": _chart("task/ece", "task/adaptive_ece"),
     },
     "2 Indicators of plasticity loss": {
         "dormant units": _chart("dormant/0", r"dormant/0\.025", r"dormant/0\.1", "inactive_share"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_benchmarks.expert_probes import probe_experts
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.lock_out import lock_out_scalars, newest_shares
-from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps
+from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps, generalisation
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
@@ -54,6 +54,10 @@ class TaskRow:
     """of the whole network"""
     steps: int
     """optimizer steps taken by the end of this task"""
+    ece: float | None = None
+    """expected calibration error on its test images, in 0..1; None in older runs"""
+    adaptive_ece: float | None = None
+    """the same with bins of equal mass"""
     old_accuracy: float | None = None
     """mean accuracy on test images of all earlier tasks; None for the first, and where old tasks
     cannot be asked"""
@@ -172,7 +176,7 @@ class TaskRecorder(Recorder):
         gates = self._gates_of_probes(model, task) if task % self.measure_every == 0 else {}
         row = TaskRow(
             train_accuracy=accuracy(model, self.train[task], device),
-            test_accuracy=accuracy(model, self.test[task], device),
+            **generalisation(model, self.test[task], device),
             online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
             num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),

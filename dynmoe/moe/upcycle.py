@@ -67,7 +67,7 @@ def upcycle(
         raise UserError(f"upcycle: how={how!r} must be 'split' or 'copy'")
     if cluster and how == "copy":
         raise UserError("upcycle: cluster=True needs how='split'; copies are not clustered")
-    first, activation, second = _parts(mlp)
+    first, activation, second = mlp_parts(mlp)
     hidden, copies = first.out_features, num_experts if how == "copy" else 1
     layer = MoELayer(
         first.in_features,
@@ -139,8 +139,12 @@ def _fill(layer: MoELayer, first: nn.Linear, second: nn.Linear, units: Tensor, s
     bank.b_out.zero_() if second.bias is None else bank.b_out.copy_(second.bias / shares)
 
 
-def _parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
-    """First linear map, name of the activation, and second linear map of a two-layer MLP."""
+def mlp_parts(mlp: nn.Module) -> tuple[nn.Linear, str, nn.Linear]:
+    """First linear map, name of the activation, and second linear map of a two-layer MLP.
+
+    Raises:
+        UserError: another kind of module, see `upcycle`.
+    """
     known = isinstance(mlp, nn.Sequential) or all(hasattr(mlp, n) for n in ("fc1", "act", "fc2"))
     modules = [module for module in mlp.children() if not isinstance(module, nn.Identity)]
     for module in modules:

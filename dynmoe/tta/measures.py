@@ -19,6 +19,7 @@ from dynmoe.moe.diagnostics import entropy, routing_stats
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import moe_layers, undisturbed
 from dynmoe.moe.router import Routing, hard_routing
+from dynmoe.plasticity.calibration import calibration, confidences
 from dynmoe.tta.entropy import wide
 from dynmoe.tta.norm import MoELayerNorm
 
@@ -37,6 +38,8 @@ class Tally:
         self.seen = torch.zeros(len(names), dtype=torch.int64)
         self.curve: list[float] = []
         self._open = [0, 0, 0]  # right answers, images and batches of the window under way
+        self._confidence: list[float] = []  # of every image
+        self._right: list[bool] = []
 
     def add(self, logits: Tensor, labels: Tensor, domains: Tensor) -> bool:
         """Count a batch: logits [B, classes], labels [B], domains [B].
@@ -44,7 +47,9 @@ class Tally:
         Returns:
             whether it closed a window, whose accuracy then is the last of `curve`.
         """
-        right = logits.argmax(dim=1).cpu() == labels
+        confidence, right = confidences(logits, labels)
+        self._confidence += confidence.tolist()
+        self._right += right.tolist()
         self.correct += torch.bincount(domains[right], minlength=len(self.names))
         self.seen += torch.bincount(domains, minlength=len(self.names))
         hits, images, batches = self._open
@@ -60,6 +65,16 @@ class Tally:
         """Share of right answers among all images so far (micro average)."""
         return int(self.correct.sum()) / max(int(self.seen.sum()), 1)
 
+    def calibration(self) -> dict[str, float]:
+        """`ece` and `adaptive_ece` of all images so far, see `dynmoe.plasticity.calibration`.
+
+        Empty after a checkpoint that was written before confidences were noted.
+        """
+        if len(self._right) < int(self.seen.sum()):
+            return {}
+        sure = torch.tensor(self._confidence, dtype=torch.float64)
+        return calibration(sure, torch.tensor(self._right))
+
     def domains(self) -> dict[str, dict[str, float]]:
         """Per domain: images seen, and the share of right answers."""
         counts = zip(self.names, self.seen.tolist(), self.correct.tolist(), strict=True)
@@ -68,12 +83,15 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """All counts; plain values."""
         return {"correct": self.correct.tolist(), "seen": self.seen.tolist(),
-                "curve": list(self.curve), "open": list(self._open)}  # fmt: skip
+                "curve": list(self.curve), "open": list(self._open),
+                "confidence": list(self._confidence), "right": list(self._right)}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`."""
         self.correct, self.seen = torch.tensor(state["correct"]), torch.tensor(state["seen"])
         self.curve, self._open = list(state["curve"]), list(state["open"])
+        self._confidence = list(state.get("confidence", []))
+        self._right = list(state.get("right", []))
 
 
 def moe_norms(model: nn.Module) -> list[tuple[str, MoELayerNorm]]:

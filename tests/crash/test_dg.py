@@ -133,6 +133,7 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
             assert row["accuracy"] == best["in"][row["domain"]]
             assert row["oracle_accuracy"] == row["curve"][-1]["in"][row["domain"]]
             assert set(best["out"]) == {"plain", "coloured", "edges"}
+            assert row["ece"] == best["ece"] and 0 <= row["adaptive_ece"] <= 1
             measures = row["measures"]
             assert -1e-6 < measures["kl"] < 0.1 and 0 <= measures["agreement"] <= 1
             sources = set(best["out"]) - {row["domain"]}

@@ -29,6 +29,7 @@ from cl_benchmarks.stream import (
     chunk_datasets,
     crop_flip,
     make_benchmark,
+    standardise,
 )
 from dynmoe import cl
 from dynmoe.errors import UserError
@@ -36,6 +37,8 @@ from dynmoe.growth import Budget
 from dynmoe.lab import checkpoint
 from dynmoe.lab.runner import run_one
 from dynmoe.moe import moe_layers
+from dynmoe.moe.model import undisturbed
+from dynmoe.plasticity.calibration import calibration, confidences
 from dynmoe.registry import get
 
 CPU = torch.device("cpu")
@@ -99,6 +102,14 @@ def _train_plainly(
     return sum(right) / len(right)
 
 
+def _calibration(model: nn.Module, chunk: ChunkDataset) -> list[float]:
+    """Both calibration errors of a network on a chunk's images."""
+    images, labels = chunk.tensors()
+    with undisturbed(model), torch.no_grad():
+        logits = model(standardise(images, chunk.mean, chunk.std))
+    return [pytest.approx(v, abs=1e-6) for v in calibration(*confidences(logits, labels)).values()]
+
+
 # ---------------------------------------------------------------- methods
 
 
@@ -113,6 +124,7 @@ def test_dense_is_plain_training(data: ImageData, tmp_path: Path) -> None:
         assert row["online_accuracy"] == pytest.approx(online, abs=1e-6)
         assert row["train_accuracy"] == accuracy(model, train[task], CPU)
         assert row["test_accuracy"] == accuracy(model, test[task], CPU)
+        assert [row["ece"], row["adaptive_ece"]] == _calibration(model, test[task])
         assert row["steps"] == 6 * (task + 1)
     for name, value in _last_model(folder).items():
         assert torch.equal(value, model.state_dict()[name]), name

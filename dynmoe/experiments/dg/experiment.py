@@ -20,7 +20,10 @@ from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.figures import COLORS, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
-from dynmoe.lab.statistics import confidence_interval, three
+from dynmoe.lab.statistics import three
+
+CALIBRATION = ("ece", "adaptive_ece")
+"""Metrics of how far confidence and accuracy are apart; runs from before have none."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class DomainGeneralisation(Experiment):
     """What `dynmoe.dg` does: one run is one method in one trial, every domain left out in turn.
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
-    `oracle_accuracy`, at the last one; `trainable`, the trainable parameters; and the method's own
-    `measures`, of MoE² those of `dynmoe.dg.methods.moe2.departure`.
+    `oracle_accuracy`, at the last one; `ece` and `adaptive_ece`, at the selected one;
+    `trainable`, the trainable parameters; and the method's own `measures`, of MoE² those of
+    `dynmoe.dg.methods.moe2.departure`.
     """
 
     command = "dg"
@@ -41,6 +45,8 @@ class DomainGeneralisation(Experiment):
     columns = (
         ("accuracy", "accuracy", "mean"),
         ("last evaluation", "oracle_accuracy", "mean"),
+        ("ECE", "ece", "mean"),
+        ("adaptive ECE", "adaptive_ece", "mean"),
         ("trainable parameters", "trainable", "mean"),
     )
     references = ("linear-probe", "moa")
@@ -77,8 +83,9 @@ class DomainGeneralisation(Experiment):
         return Trial(run, config, shared)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
-        """Mean over the left-out domains; nan for a figure that the method does not have."""
-        values = [{**row, **row["measures"]}.get(metric, math.nan) for row in summary["tests"]]
+        """Mean over the left-out domains; nan for a figure that was not measured."""
+        values = [{**row, **row["measures"]}.get(metric) for row in summary["tests"]]
+        values = [math.nan if value is None else value for value in values]
         return sum(values) / len(values)
 
     def unit(self, metric: str) -> tuple[float, str, int]:
@@ -101,9 +108,8 @@ class DomainGeneralisation(Experiment):
                          for n in rows[0].get("measures", {})},
             "growths": [sum(len(row["growth"]) for row in run["tests"]) for run in runs],
         }  # fmt: skip
-        for metric in ("accuracy", "oracle_accuracy"):
-            values = results.values(stream, variant, metric)
-            entry[metric] = three(confidence_interval(values, "mean"))
+        for metric in ("accuracy", "oracle_accuracy", *CALIBRATION):
+            entry[metric] = three(results.interval(stream, variant, metric))
         return entry
 
     def draw(self, path: Path, results: Results, title: str) -> None:

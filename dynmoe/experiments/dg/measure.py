@@ -17,6 +17,7 @@ from dynmoe.lab.cache import Arrays
 from dynmoe.lab.figures import COLORS, new_figure, save
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import moe_layers
+from dynmoe.plasticity.calibration import confidences
 
 Embeddings = Callable[[DGMethod, int], Tensor | None]
 """(method, number of a domain) -> frozen embeddings [N, D] of its images, or None"""
@@ -27,7 +28,7 @@ PLANE = 1.0
 
 
 @torch.no_grad()
-def accuracies(
+def confidence(
     method: DGMethod,
     source: Source,
     number: int,
@@ -35,15 +36,19 @@ def accuracies(
     embedding: Tensor | None,
     batch: int,
     device: torch.device,
-) -> float:
-    """Share of the images `indices` of a domain whose class is found, in evaluation mode."""
-    domain, right = source.data.domains[number], 0
+) -> tuple[Tensor, Tensor]:
+    """Confidence [N] float64 in images `indices` [N] of a domain, and where it is right, [N] bool.
+
+    In evaluation mode; see `dynmoe.plasticity.calibration.confidences`.
+    """
+    domain, judged = source.data.domains[number], []
     method.eval()
     for chosen in indices.split(batch):
         known = None if embedding is None else embedding[chosen.to(device)]
         logits = method(source.prepare.batch(domain, chosen).to(device), known)
-        right += int((logits.argmax(1).cpu() == domain.labels[chosen]).sum())
-    return right / len(indices)
+        judged.append(confidences(logits, domain.labels[chosen]))
+    sure, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    return sure, right
 
 
 @torch.no_grad()

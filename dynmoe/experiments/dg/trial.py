@@ -19,7 +19,7 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
 from dynmoe.experiments.dg.measure import (
-    accuracies,
+    confidence,
     feature_arrays,
     landscape_array,
     mean_loss,
@@ -33,6 +33,7 @@ from dynmoe.lab.experiment import Session
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.moe import finish_step, moe_layers
+from dynmoe.plasticity.calibration import calibration
 
 PROBE = 64
 """Images of a domain on which the shock of a growth, and a method's own figures, are measured."""
@@ -222,7 +223,10 @@ class Fold:
         return value
 
     def _evaluate(self, loss: float) -> None:
-        """Add an evaluation to the curve: accuracy on "in" and "out" of each domain."""
+        """Add an evaluation to the curve: accuracy on "in" and "out" of each domain.
+
+        `ece` and `adaptive_ece` are those of the left-out domain's "in".
+        """
         if self.method.watches:
             self.method.watch(self._validation_loss())
         names = self.trial.source.data.names
@@ -234,10 +238,13 @@ class Fold:
             which = zip(("in", "out"), parts, strict=True)
             for part, chosen in which:
                 if part == "out" or number == self.test:
-                    point[part][name] = accuracies(
+                    sure, right = confidence(
                         self.method, self.trial.source, number, chosen, embedding,
                         self.config.eval_batch, self.trial.run.device,
                     )  # fmt: skip
+                    point[part][name] = int(right.sum()) / len(right)
+                    if part == "in":
+                        point |= calibration(sure, right)
         held = [point["out"][names[n]] for n in self.sources]
         point["validation"] = sum(held) / len(held)
         self.curve.append(point)
@@ -268,6 +275,7 @@ class Fold:
             "accuracy": chosen[self.config.selection]["in"][name],
             "selected_step": chosen[self.config.selection]["step"],
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
+            **{key: chosen[self.config.selection].get(key) for key in ("ece", "adaptive_ece")},
             "parameters": total,
             "trainable": trainable,
             "measures": self._measures(),

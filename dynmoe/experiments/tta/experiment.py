@@ -40,6 +40,8 @@ from dynmoe.tta.options import for_classes, for_stream
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
+CALIBRATION = ("ece", "adaptive_ece")
+"""Metrics of how far confidence and accuracy are apart, over the whole stream."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class TestTimeAdaptation(Experiment):
     """What `dynmoe.tta` does: one run is one method along one stream.
 
     Metrics: `accuracy`; `clean`, that of the clean images in the stream; `routing_gain`, accuracy
-    under the learned routing minus that under a random one; and those in `EXPERTS`. `at` is the
-    stream's first tenth, its last tenth, or all of it.
+    under the learned routing minus that under a random one; those in `CALIBRATION`, and those in
+    `EXPERTS`. `at` is the stream's first tenth, its last tenth, or all of it.
     """
 
     __test__ = False  # pytest reads the name as that of a test
@@ -71,6 +73,8 @@ class TestTimeAdaptation(Experiment):
         ("last tenth", "accuracy", "last"),
         ("clean images", "clean", "mean"),
         ("clean, held out, at the end", "held_out", "last"),
+        ("ECE", "ece", "mean"),
+        ("adaptive ECE", "adaptive_ece", "mean"),
         ("most loaded expert", "largest_share", "last"),
         ("router entropy", "router_entropy", "last"),
         ("likeness of experts", "similarity", "last"),
@@ -146,6 +150,8 @@ class TestTimeAdaptation(Experiment):
             return gate_value(summary.get("gates", {}), metric)
         if metric == "held_out":
             return _part([value for _, value in summary.get("forgetting", [])], at)
+        if metric in CALIBRATION:
+            return _number(summary.get("calibration", {}).get(metric))
         if metric == "routing_gain":
             found = summary["routings"]
             return found["learned"]["accuracy"] - found["random"]["accuracy"] if found else math.nan
@@ -178,7 +184,7 @@ class TestTimeAdaptation(Experiment):
             values = results.values(stream, variant, metric, "mean")
             if not any(map(math.isnan, values)):
                 entry[metric] = three(confidence_interval(values, "mean"))
-        for metric in ("accuracy", "clean", "held_out", "routing_gain", *EXPERTS):
+        for metric in ("accuracy", "clean", "held_out", "routing_gain", *CALIBRATION, *EXPERTS):
             for at in ("first", "last", "mean"):
                 values = results.values(stream, variant, metric, at)
                 if not any(map(math.isnan, values)):
@@ -284,7 +290,7 @@ class StreamSession(Session):
             "images": self.stream.num_images, "accuracy": tally.accuracy,
             "domains": tally.domains(), "curve": tally.curve, "steps": adapter.steps,
             "skipped": adapter.skipped, "trained": trained, "history": self.history,
-            "routings": routings, "gates": self.gates.figures,
+            "routings": routings, "calibration": tally.calibration(), "gates": self.gates.figures,
             "forgetting": self.forgetting.points, "options": options,
         }  # fmt: skip
 

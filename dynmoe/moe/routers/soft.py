@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynmoe.moe.draws import draw_linear, seeded_linear
 from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
@@ -82,6 +83,46 @@ class LaplaceRouter(
         """Route x [N, D]: `softmax(-||x - w_e|| / temperature)`."""
         logits = -distances(inputs.x, self.weight) / self.temperature
         return self.dense(logits.to(inputs.x.dtype))
+
+
+class ScalingRouter(
+    Router, name="xlora", source="Buehler and Buehler 2024 (arXiv 2402.07148), X-LoRA"
+):
+    """Softmax of a small network of x: X-LoRA's scaling head, a hidden layer deep.
+
+    `softmax(w_e . relu(A x + a))`. The head of each layer reads that layer's own input: the paper's
+    one head for all layers, which reads the hidden states of a first pass through the model, is
+    left out. `dynmoe.moe.xlora.mix_adapters` puts it before frozen adapters.
+
+    Attributes:
+        weight: Parameter [M, hidden]. head: submodule, A and a.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PartConfig):
+        """Options of the scaling head."""
+
+        hidden: int = 64
+        """units of the hidden layer"""
+        temperature: float = 1.0
+        """divides the logits"""
+
+    def __init__(self, config: Config, *size: *RouterSize) -> None:
+        dim, num_experts, most, generator = size
+        check_option(config, "hidden", config.hidden >= 1, "at least 1")
+        check_option(config, "temperature", config.temperature > 0, "above 0")
+        super().__init__(config.hidden, num_experts, most, generator)
+        self.temperature = config.temperature
+        self.head = seeded_linear(dim, config.hidden, generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start: rows and head."""
+        super().reset_parameters(generator)
+        draw_linear(self.head, generator)
+
+    def route(self, inputs: RouterInput) -> Routing:
+        """Route x [N, D] to all experts."""
+        return self.dense(F.linear(self.head(inputs.x).relu(), self.weight) / self.temperature)
 
 
 def distances(x: Tensor, rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random, shares": ("random", {"gate": "share"}),
     "slots, two each": ("slots", {"slots_per_expert": 2}),
     "domain, sparse": ("domain", {"k": 2}),
+    "nexus, sparse": ("nexus", {"k": 2}),
 }
 """Options that change what a router does, by the name of the case."""
 CASES = [*registry.names("router"), *VARIANTS]

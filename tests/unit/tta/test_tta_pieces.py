@@ -20,6 +20,7 @@ from dynmoe.experiments.tta.source_model import (
     timm_model,
 )
 from dynmoe.lab import cache
+from dynmoe.plasticity.calibration import calibration, confidences
 from dynmoe.tta import adapt
 from dynmoe.tta.measures import (
     Tally,
@@ -51,6 +52,13 @@ def test_tally_counts() -> None:
     for one in (tally, other):
         one.add(logits, torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2, 2, 0]))
     assert other.state_dict() == tally.state_dict() and other.curve == [4 / 6]
+    seen = torch.cat([logits, logits[:2], logits])
+    labels = torch.tensor([0, 1, 0, 3, 1, 1, 0, 0, 0, 0])
+    assert other.calibration() == calibration(*confidences(seen, labels))
+    older = Tally(["a", "b", "c"], window=2)
+    old_state = {k: v for k, v in tally.state_dict().items() if k not in ("confidence", "right")}
+    older.load_state_dict(old_state)
+    assert older.calibration() == {}
 
 
 def test_variants_are_read() -> None:
