@@ -19,7 +19,8 @@ from cl_benchmarks.shifts.stream import STREAMS, ShiftSource, Stream, make_strea
 from dynmoe import seeding
 from dynmoe.errors import UserError, unknown
 from dynmoe.experiments.tta.figures import experts_figure, print_domains, print_routings
-from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
+from dynmoe.experiments.tta.frozen import offer
+from dynmoe.experiments.tta.settings import Config, check_streams, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.device import make_deterministic, resolve
@@ -78,9 +79,7 @@ class TestTimeAdaptation(Experiment):
                 raise unknown("stream", stream, STREAMS)
         if not config.streams or len(set(config.streams)) < len(config.streams):
             raise UserError("--streams needs one or more streams, each named once")
-        if config.data == "embedded" and "validation" in config.streams:
-            raise UserError("the stream validation needs --data imagenet: its corruptions have no "
-                            "32-pixel version")  # fmt: skip
+        check_streams(config)
 
     def settle(self, config: Config) -> Config:
         """With the method's options that follow the number of classes."""
@@ -290,7 +289,8 @@ class StreamSession(Session):
 
     def _images(self, images: Tensor) -> Tensor:
         """Input of the model, on the run's device."""
-        return normalise(images.to(self.run.device), self.source.mean, self.source.std)
+        x = normalise(images.to(self.run.device), self.source.mean, self.source.std)
+        return offer(self.adapter.model, x)
 
 
 def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> None:
