@@ -35,7 +35,7 @@ from cl_benchmarks.weights import load_weights, read_weights
 from dynmoe import seeding
 from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import cache, checkpoint
-from dynmoe.lab.files import disk_full, remove_leftovers
+from dynmoe.lab.files import disk_full
 from dynmoe.lab.progress import ProgressLine
 
 VERSION = 1
@@ -192,7 +192,6 @@ def write_features(
     paths = [folder / f"part-{number:05d}.npy" for number in range(len(starts))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
         _check_room(folder, len(domain) - PART * sum(path.exists() for path in paths), model)
         with ProgressLine("stem of the source model", len(domain)) as progress:
             for path, start in zip(paths, starts, strict=True):

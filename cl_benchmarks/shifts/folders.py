@@ -18,8 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cl_benchmarks.datasets.tiny_imagenet import SIZE as TINY
-from cl_benchmarks.datasets.tiny_imagenet import TREE, validation_files
 from cl_benchmarks.images import (
     READER_VERSION,
     class_files,
@@ -33,6 +31,8 @@ from dynmoe.errors import UserError
 from dynmoe.lab import cache
 
 Split = Literal["train", "val"]
+TREE, TINY = "tiny-imagenet-200", 64
+"""Tiny ImageNet's folder, and the side of its images."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def tiny_imagenet(root: Path | None, split: Split = "val") -> ClassImages:
     Raises:
         UserError: it is not in `root` or `root/tiny-imagenet-200`, or is not whole.
     """
+    from cl_benchmarks.datasets.tiny_imagenet import validation_files
+
     root = _folder(root)
     places = [p for p in (root, root / TREE) if (p / "val").is_dir()]
     if not places:
@@ -95,7 +97,9 @@ def class_folder(root: Path | None, split: Split = "val") -> ClassImages:
     if not found:
         raise UserError(f"no class folders in {folder}; --data folder reads {folder}/<class>/*")
     files, labels = files_by_class(found, image_files, "folder")
-    return ClassImages(root.name, tuple(p.name for p in found), tuple(files), tuple(labels))
+    return ClassImages(
+        root.resolve().name, tuple(p.name for p in found), tuple(files), tuple(labels)
+    )
 
 
 @dataclass(frozen=True)

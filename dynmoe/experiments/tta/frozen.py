@@ -10,6 +10,7 @@ is known by its values, and a front part by what it makes of a fixed one.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Hidden(nn.Module):
         """What the module makes of x."""
         return self._held[0](x)
 
-    def _apply(self, fn: object, recurse: bool = True) -> Hidden:
+    def _apply(self, fn: Any, recurse: bool = True) -> Hidden:
         super()._apply(fn, recurse)
         self._held[0]._apply(fn, recurse)
         return self

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_benchmarks.stem_vit import load_stem_vit
+from cl_benchmarks.stem_vit import SIZE, load_stem_vit
 from cl_benchmarks.weights import load_weights, read_weights
 from dynmoe import seeding
 from dynmoe.errors import UserError
@@ -64,7 +64,8 @@ def trained_model(config: Config, classes: int) -> Trained:
     if config.model == STEM_VIT:
         if config.weights is None or config.pretrained:
             raise UserError(f"{STEM_VIT} is trained here: use --train-source, or --weights FILE")
-        return Trained(_stem_vit(config.weights, config.model_options, classes))
+        network = _stem_vit(config.weights, config.model_options, classes)
+        return Trained(network, size=SIZE if config.data == "folder" else None)
     options = _options(config.model_options)
     network, how = timm_model(config.model, config.pretrained, config.weights, None, options)
     size = options.get("img_size", how["input_size"][-1])

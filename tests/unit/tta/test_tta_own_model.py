@@ -158,7 +158,7 @@ class Fronted(nn.Module):
         return self.transformer(self.features(images))
 
 
-@pytest.mark.parametrize("method", ["tent", "moetta", "cotta", "sar"])
+@pytest.mark.parametrize("method", ["tent", "moetta", "cotta"])
 def test_methods_leave_a_front_part_as_it_is(method: str) -> None:
     torch.manual_seed(1)
     images = torch.rand(6, 3, 8, 8)
@@ -167,7 +167,7 @@ def test_methods_leave_a_front_part_as_it_is(method: str) -> None:
     front = with_front(Fronted())
     assert isinstance(front, FrozenFront) and with_front(nn.Linear(1, 1)).__class__ is nn.Linear
     options = {"keep": 0} if method == "moetta" else {}
-    adapter = adapt(front, method, **options)
+    adapter = adapt(front, method, lr=0.1, **options)
     names = {name for name, _ in adapter.named_parameters()}
     assert not any("stem" in name for name in (*names, *adapter.state_dict()))
     first = adapter(images)
