@@ -312,8 +312,8 @@ def _first(images: ClassImages, per_class: int) -> ClassImages:
         seen[label] = seen.get(label, 0) + 1
         if seen[label] <= per_class:
             kept.append(number)
-    files, labels = ([values[i] for i in kept] for values in (images.files, images.labels))
-    return ClassImages(images.name, images.classes, tuple(files), tuple(labels))  # type: ignore[arg-type]
+    files, labels = (tuple(images.files[i] for i in kept), tuple(images.labels[i] for i in kept))
+    return ClassImages(images.name, images.classes, files, labels)
 
 
 def _check_room(folder: Path, images: int, model: StemViT) -> None:
