@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_benchmarks.weights import load_weights, read_weights
 from dynmoe import seeding
 from dynmoe.errors import UserError
 
@@ -115,7 +116,7 @@ class StemViT(nn.Module):
 
 
 def load_stem_vit(file: Path, classes: int = 0, heads: int = 6) -> StemViT:
-    """The model of a safetensors file (16 or 32 bits), as float32 and in evaluation mode.
+    """The model of a file of weights (16 or 32 bits), as float32 and in evaluation mode.
 
     Width, depth and the MLPs' width are those of the file.
 
@@ -127,7 +128,7 @@ def load_stem_vit(file: Path, classes: int = 0, heads: int = 6) -> StemViT:
     Raises:
         UserError: no such file, another model's weights, or another number of classes.
     """
-    state = _read(file)
+    state = read_weights(file)
     try:
         width, own = state["embed.weight"].shape[0], state["head.weight"].shape[0]
         hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
@@ -145,23 +146,5 @@ def load_stem_vit(file: Path, classes: int = 0, heads: int = 6) -> StemViT:
         model = StemViT(classes, width, depth, heads, hidden / width)
     if not classes:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        line = " ".join(str(error).split())[:300]
-        raise UserError(f"weights {file} are not a stem-vit's: {line}") from None
+    load_weights(model, state, file)
     return model.eval()
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The file's tensors by name, those of real numbers as float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise UserError(f"weights {file}: there is no such file")
-    try:
-        state = load_file(str(file))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"weights {file} cannot be read as safetensors: {error}") from None
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}

@@ -103,7 +103,7 @@ def read_tree(tree: Path, config: TinyImagenet.Config | None = None) -> ImageDat
     train, train_labels, _ = class_tree_files(tree, "train", CLASSES, names)
     for name in names[:count]:
         _check_listed(tree / "train" / name)
-    test, test_labels = _validation(tree / "val", names)
+    test, test_labels = validation_files(tree / "val", names)
     train, train_labels, most = _thin(train, train_labels, count, config.per_class)
     test, test_labels, most_test = _thin(test, test_labels, count, config.test_per_class)
     train_images, test_images = decode_cached(
@@ -169,7 +169,7 @@ def _class_names(tree: Path, folders: list[Path]) -> list[str]:
     return names
 
 
-def _validation(val: Path, names: list[str]) -> tuple[list[Path], list[int]]:
+def validation_files(val: Path, names: list[str]) -> tuple[list[Path], list[int]]:
     """Files and labels, from val_annotations.txt with images/ or from one folder per class."""
     annotations = val / "val_annotations.txt"
     if annotations.is_file() and image_files(val / "images"):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cl_benchmarks.images import DECODERS, read_rgb, to_tensor
@@ -214,3 +215,22 @@ class Corrupted(Domain):
 
         made = cache.load_or_make(f"{self._folder}/{index:08d}", make)
         return torch.from_numpy(made["image"])
+
+
+class Resized(Domain):
+    """Another domain's images at another size, resized as they are asked for (bilinear).
+
+    Args:
+        domain: square images.
+        size: side in pixels, 1 or more.
+    """
+
+    def __init__(self, domain: Domain, size: int) -> None:
+        super().__init__(domain.name, domain.labels)
+        self.domain, self.size = domain, size
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """See Domain."""
+        x = self.domain.images(indices).float()
+        x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return x.round().clamp(0, 255).to(torch.uint8)

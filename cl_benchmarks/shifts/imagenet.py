@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from cl_benchmarks.images import READER_VERSION, class_folders, files_by_class, image_files
-from cl_benchmarks.shifts.domain import GROUPS, Corrupted, Domain, Files, check
+from cl_benchmarks.shifts.domain import Corrupted, Domain, Files, Resized, check
+from cl_benchmarks.shifts.folders import check_classes, corruption_folder
 from cl_benchmarks.shifts.stream import OTHERS, ShiftSource
 from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
@@ -54,6 +55,7 @@ class Imagenet(ShiftSource):
             cache, instead of reading imagenet-c.
         mean, std: what the model expects.
         seed: of the on-the-fly corruptions.
+        size: side of what the model gets; images are cropped, and corrupted, at 224 pixels.
 
     Raises:
         UserError: no folder given, or it is not there.
@@ -67,6 +69,7 @@ class Imagenet(ShiftSource):
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[float, float, float] = (0.5, 0.5, 0.5),
         seed: int = 0,
+        size: int = SIZE,
     ) -> None:
         if root is None:
             raise UserError("no data folder; give the one with imagenet-c in it as --data-dir DIR")
@@ -75,7 +78,7 @@ class Imagenet(ShiftSource):
             raise UserError(f"data folder {self.root} is not there; give another --data-dir")
         self.labels, self.on_the_fly, self.seed = labels, on_the_fly, seed
         self.name = "ImageNet" if labels == "all-1000" else "ImageNet, 200 classes"
-        self.num_classes, self.size, self.mean, self.std = CLASSES, SIZE, mean, std
+        self.num_classes, self.size, self.mean, self.std = CLASSES, size, mean, std
         if labels == "subset":
             self.num_classes = 200
 
@@ -87,21 +90,12 @@ class Imagenet(ShiftSource):
         """
         check(corruption, severity)
         if self.on_the_fly:
-            clean = self.other("clean")
-            assert isinstance(clean, Files)
-            return Corrupted(clean, _identity(clean), corruption, severity, self.seed)
+            clean = self._set("clean")
+            made = Corrupted(clean, _identity(clean), corruption, severity, self.seed)
+            return self._sized(made)
         root = self._place("corruption")
-        groups = [group for group, names in GROUPS.items() if corruption in names] or ["extra"]
-        places = [root / corruption, *(root / group / corruption for group in groups)]
-        found = [place for place in places if place.is_dir()]
-        if not found:
-            have = ", ".join(p.name for p in class_folders(root)) or "none"
-            raise UserError(f"no corruption {corruption!r} in {root}; folders there: {have}")
-        folder = found[0] / str(severity)
-        if not folder.is_dir():
-            have = ", ".join(p.name for p in class_folders(found[0])) or "none"
-            raise UserError(f"no severity {severity} of {corruption} in {found[0]}; there: {have}")
-        return self._read(corruption, folder, None, torch.arange(CLASSES))
+        folder = corruption_folder(root, corruption, severity)
+        return self._sized(self._read(corruption, folder, None, torch.arange(CLASSES)))
 
     def other(self, shift: str) -> Domain:
         """See ShiftSource.
@@ -111,8 +105,14 @@ class Imagenet(ShiftSource):
         """
         if shift not in (*OTHERS, "clean"):
             raise unknown("shift", shift, (*OTHERS, "clean"))
+        return self._sized(self._set(shift))
+
+    def _set(self, shift: str) -> Files:
         indices = subset(shift) if shift in SUBSETS else torch.arange(CLASSES)
         return self._read(shift, self._place(shift), RESIZE, indices)
+
+    def _sized(self, domain: Domain) -> Domain:
+        return domain if self.size == SIZE else Resized(domain, self.size)
 
     def _place(self, key: str) -> Path:
         for name in PLACES[key]:
@@ -121,14 +121,12 @@ class Imagenet(ShiftSource):
         raise UserError(f"no {PLACES[key][0]} in {self.root}; unpack it there, or leave it out of "
                         "the stream")  # fmt: skip
 
-    def _read(self, name: str, folder: Path, resize: int | None, indices: Tensor) -> Domain:
+    def _read(self, name: str, folder: Path, resize: int | None, indices: Tensor) -> Files:
         """Images in `folder/<wnid>`; class folder i, sorted, is ImageNet's class indices[i]."""
         wnids = _lines("imagenet_synsets.txt")
         expected = [wnids[i] for i in indices.tolist()]
         found = class_folders(folder)
-        names = [p.name for p in found]
-        if names != expected:
-            _refuse(folder, names, expected)
+        check_classes(folder, [p.name for p in found], expected)
         files, positions = files_by_class(found, image_files, "set")
         cut = self.labels == "subset" and name in SUBSETS
         labels = torch.tensor(positions) if cut else indices[positions]
@@ -152,17 +150,6 @@ def subset(shift: str) -> Tensor:
 def _lines(file: str) -> list[str]:
     """Lines of one of timm's packaged lists."""
     return (resources.files("timm.data") / "_info" / file).read_text().split()
-
-
-def _refuse(folder: Path, names: list[str], expected: list[str]) -> None:
-    """Say what is wrong with the class folders."""
-    missing, odd = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-    parts = [f"{len(missing)} are missing ({missing[0]}, ...)"] if missing else []
-    parts += [f"{len(odd)} do not belong there ({odd[0]}, ...)"] if odd else []
-    raise UserError(
-        f"{folder} must hold the {len(expected)} class folders of its set: {', '.join(parts)}; "
-        "unpack it again"
-    )
 
 
 def _identity(domain: Files) -> str:

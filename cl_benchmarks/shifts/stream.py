@@ -24,11 +24,14 @@ STREAMS: dict[str, tuple[str, ...]] = {
     "classical": CORRUPTIONS,
     "potpourri": (*CORRUPTIONS, *OTHERS),
     "potpourri+": (*CORRUPTIONS, *OTHERS, "clean"),
+    "classical+": (*CORRUPTIONS, "clean"),
     "validation": EXTRA,
+    "all-corruptions": CORRUPTIONS + EXTRA,
     **{name: (name,) for name in (*OTHERS, "clean")},
 }
-"""Stream -> its domains. The first three are those of MoETTA (arXiv 2511.13760); validation holds
-the four corruptions that are kept for tuning; the others are one domain alone."""
+"""Stream -> its domains. The first three are those of MoETTA (arXiv 2511.13760); classical+ shows
+forgetting where there are corruptions alone; validation holds the four that are kept for tuning;
+the last are one domain alone."""
 GRADUAL = (1, 2, 3, 4, 5, 4, 3, 2, 1)
 """Severities of the gradual order (Wang et al. 2022, CoTTA, arXiv 2203.13591, Section 4)."""
 

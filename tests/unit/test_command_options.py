@@ -130,6 +130,10 @@ WITHOUT_EFFECT = {
         "--gates 8 --compare noadapt", "--clean-images 5",
         "--method noadapt --compare --lr-scale 2",
         "--method tent --compare noadapt --routing-batches 3",
+        "--size 32", "--train-source", "--data imagenet --source.epochs 1",
+        "--data imagenet --corrupted-dir x", "--data tiny-imagenet --on-the-fly",
+        "--data folder --stem-weights x", "--data folder --train-source --model resnet18",
+        "--data folder --train-source --model stem-vit --std 1 1 1",
     ],
     "dg": [
         "--pretrained", "--weights x", "--model x --vit.depth 3", "--trigger every",

@@ -18,7 +18,7 @@ __all__ = ["Config", "experiment", "main", "presets", "run"]
 
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.experiments.tta.settings import Config, SmallVit
+from dynmoe.experiments.tta.settings import STEM_VIT, Config, SmallVit
 
 DESCRIPTION = """Test-time adaptation: a trained model meets corrupted and otherwise shifted images
 and goes on learning from them without labels. Every method runs on every stream with every seed;
@@ -27,7 +27,8 @@ figure go to runs/tta; `tensorboard --logdir runs` shows the runs.
 
 laptop: embedded fractals and a small vision transformer, which is trained once (about a minute)
 and cached; smoke: the same in seconds; imagenet: real sets (--data-dir DIR) and a timm model
-(--pretrained, or --weights FILE)."""
+(--pretrained, or --weights FILE); tiny-imagenet: a stem-vit (--train-source, or --weights
+FILE)."""
 
 
 def presets() -> dict[str, Config]:
@@ -43,7 +44,10 @@ def presets() -> dict[str, Config]:
         vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
     )
     imagenet = Config(data="imagenet", window=100, jobs=1)
-    return {"laptop": laptop, "smoke": smoke, "imagenet": imagenet}
+    tiny = Config(
+        data="tiny-imagenet", model=STEM_VIT, streams=("classical+",), window=25, threads=1
+    )
+    return {"laptop": laptop, "smoke": smoke, "imagenet": imagenet, "tiny-imagenet": tiny}
 
 
 LAPTOP_LR = 10.0

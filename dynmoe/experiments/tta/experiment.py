@@ -25,9 +25,10 @@ from dynmoe.experiments.tta.figures import (
     print_domains,
     print_routings,
 )
+from dynmoe.experiments.tta.frozen import offer
 from dynmoe.experiments.tta.gates import LEAST, Forgetting, Gates, gate_value, report_gates
 from dynmoe.experiments.tta.gates import METRICS as COLUMNS
-from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
+from dynmoe.experiments.tta.settings import Config, check_streams, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Experiment, Results, Session
@@ -92,9 +93,7 @@ class TestTimeAdaptation(Experiment):
             raise UserError("--streams needs one or more streams, each named once")
         if 0 < config.gates < LEAST:
             raise UserError(f"--gates {config.gates} is too small; use 0 or at least {LEAST}")
-        if config.data == "embedded" and "validation" in config.streams:
-            raise UserError("the stream validation needs --data imagenet: its corruptions have no "
-                            "32-pixel version")  # fmt: skip
+        check_streams(config)
 
     def settle(self, config: Config) -> Config:
         """With the method's options that follow the number of classes and the stream."""
@@ -332,7 +331,8 @@ class StreamSession(Session):
 
     def _images(self, images: Tensor) -> Tensor:
         """Input of the model, on the run's device."""
-        return normalise(images.to(self.run.device), self.source.mean, self.source.std)
+        x = normalise(images.to(self.run.device), self.source.mean, self.source.std)
+        return offer(self.adapter.model, x)
 
 
 def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
+from cl_benchmarks.stem_training import StemVitTraining
 from dynmoe.errors import UserError
 from dynmoe.lab.config import KEEPING, RUNNING, RunConfig, place
 from dynmoe.registry import PartConfig, slot
@@ -50,8 +51,16 @@ class SmallVit:
     """of initial weights and batches"""
 
 
-REAL = ("data_dir", "labels", "on_the_fly", "model", "pretrained", "weights")
-"""Settings of --data imagenet alone."""
+STEM_VIT = "stem-vit"
+"""The model that `--train-source` trains."""
+REAL = ("data_dir", "labels", "model", "pretrained", "weights", "train_source")
+FITTING = ("on_the_fly", "corrupted_dir", "model_options", "class_names", "size", "mean", "std",
+           "stem_weights")  # fmt: skip
+"""These two hold the settings of real data; the latter are told in short by `--help`."""
+TRAINING = ("train_source", "stem_weights", "source")
+"""Settings of the training of a source model on photographs."""
+MADE_HERE = ("tiny-imagenet", "folder")
+"""Data whose corruptions are made here, unless published ones are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +70,20 @@ class Config(RunConfig):
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "What to run": ("method", "compare", "streams", "seeds", "seed"),
         "Stream": ("order", "severity", "batch_size", "limit", "lr_scale"),
-        "Data and source model": ("data", *REAL, "embedded", "vit"),
+        "Data and source model": ("data", *REAL, "source", "embedded", "vit"),
+        "Fitting data and model to each other": FITTING,
         "Measurements": ("window", "routing_batches", "gates", "clean_every", "clean_images"),
         "Runs": (*KEEPING, *RUNNING),
     }
+    BRIEF: ClassVar[tuple[str, ...]] = ("Fitting data and model to each other",)
 
     method: PartConfig = slot("tta", "moetta")
     compare: tuple[str, ...] = place(BASELINES)
     """methods to run as well, each as NAME or NAME:OPTION=VALUE,OPTION=VALUE; none if nothing
     follows the flag"""
     streams: tuple[str, ...] = ("classical", "potpourri", "potpourri+")
-    """what is adapted to, one run each: classical, potpourri, potpourri+, validation, or one of
-    rendition, sketch, adversarial, clean alone"""
+    """what is adapted to, one run each: classical, classical+, potpourri, potpourri+, validation,
+    all-corruptions, or one of rendition, sketch, adversarial, clean alone"""
     seeds: int = place(3)
     """runs of each method and stream, with seeds `seed`, `seed` + 1, ...; a seed decides the
     stream's images and order and what the method draws"""
@@ -89,21 +100,42 @@ class Config(RunConfig):
     """images of each domain, drawn at random; None for all"""
     lr_scale: float = 1.0
     """multiplies the learning rate of every method"""
-    data: Literal["embedded", "imagenet"] = "embedded"
-    """embedded: fractals under our 32-pixel corruptions; imagenet: the real sets in --data-dir"""
+    data: Literal["embedded", "imagenet", "tiny-imagenet", "folder"] = "embedded"
+    """embedded: fractals under our 32-pixel corruptions; imagenet: the real sets in --data-dir;
+    tiny-imagenet: its validation images; folder: images of one folder per class"""
     data_dir: Path | None = None
-    """holds imagenet-c, imagenet-r, imagenet-a, imagenet-sketch/sketch, imagenet-1k_2012/val"""
+    """holds imagenet-c, imagenet-r, imagenet-a, imagenet-sketch/sketch, imagenet-1k_2012/val; or
+    tiny-imagenet-200; or class folders"""
     labels: Literal["all-1000", "subset"] = "all-1000"
-    """all-1000: the model answers with all classes (MoETTA's protocol). subset: its outputs are cut
-    down to the 200 classes of ImageNet-R or -A, in the streams rendition and adversarial alone"""
+    """all-1000: the model answers with all its classes (MoETTA's protocol). subset: its outputs are
+    cut down to the data's classes; of imagenet in the streams rendition and adversarial alone"""
     on_the_fly: bool = False
-    """make the corruptions of the clean validation set here (needs dynmoe[tta]), cached on disk"""
+    """make imagenet's corruptions of the clean validation set here (needs dynmoe[tta]), cached on
+    disk"""
+    corrupted_dir: Path | None = None
+    """published corruptions DIR/NAME/SEVERITY/CLASS/* of tiny-imagenet or folder, such as
+    Tiny-ImageNet-C; without it they are made here"""
     model: str = "vit_base_patch16_224"
-    """timm's name of the source model for imagenet"""
+    """source model of real data: timm's name, stem-vit, or path.py:function"""
     pretrained: bool = False
     """fetch the source model's weights through timm"""
     weights: Path | None = None
     """file with the source model's weights, for use without a network"""
+    train_source: bool = False
+    """train a stem-vit on the clean training images of tiny-imagenet or folder (once, resumable)"""
+    stem_weights: Path | None = None
+    """weights of its stem (timm's tf_efficientnet_lite0); without it timm fetches them"""
+    source: StemVitTraining = field(default_factory=StemVitTraining)
+    model_options: str = "{}"
+    """arguments of the model as JSON, such as '{"img_size": 70}'"""
+    class_names: Path | None = None
+    """names of the model's outputs, one per line: matched with the data's class folders"""
+    size: int = 0
+    """side of the model's input in pixels; 0: as the model tells, else the data's"""
+    mean: tuple[float, ...] = ()
+    """of the channels of images in 0 .. 1, three numbers; none: the model's"""
+    std: tuple[float, ...] = ()
+    """deviation of the channels, likewise"""
     embedded: EmbeddedConfig = field(default_factory=EmbeddedConfig)
     vit: SmallVit = field(default_factory=SmallVit)
     window: int = 5
@@ -124,10 +156,7 @@ class Config(RunConfig):
         """Setting -> why it has no effect, and what to do."""
         from cl_benchmarks.shifts.stream import OTHERS, STREAMS
 
-        if self.data == "embedded":
-            reasons = dict.fromkeys(REAL, "it is for --data imagenet (now embedded)")
-        else:
-            reasons = dict.fromkeys(("embedded", "vit"), "it is for --data embedded (now imagenet)")
+        reasons = self._unused_data()
         known = [STREAMS[name] for name in self.streams if name in STREAMS]
         if all(name in (*OTHERS, "clean") for domains in known for name in domains):
             reasons["severity"] = "no stream of --streams has corruptions; add classical"
@@ -143,6 +172,49 @@ class Config(RunConfig):
         if names <= {*BASELINES, "mgtta"}:
             reasons["routing_batches"] = "no method has experts; add moetta"
         return reasons
+
+    def _unused_data(self) -> dict[str, str]:
+        """`unused` of data and source model."""
+        if self.data == "embedded":
+            return dict.fromkeys((*REAL, *FITTING, "source"), "it is for --data imagenet, "
+                                 "tiny-imagenet or folder (now embedded)")  # fmt: skip
+        now = f"(now {self.data})"
+        reasons = dict.fromkeys(("embedded", "vit"), f"it is for --data embedded {now}")
+        if self.data in MADE_HERE:
+            reasons["on_the_fly"] = "corruptions are made here, unless --corrupted-dir is given"
+        else:
+            there = f"it is for --data {' or '.join(MADE_HERE)} {now}"
+            reasons |= dict.fromkeys(("corrupted_dir", *TRAINING), there)
+        if not self.train_source:
+            reasons |= dict.fromkeys(("stem_weights", "source"), "it is for --train-source")
+        else:
+            given = ("pretrained", "weights", "model_options", "class_names", "mean", "std")
+            reasons |= dict.fromkeys(given, "--train-source makes the model")
+            if self.model != STEM_VIT:
+                reasons["model"] = f"--train-source makes a {STEM_VIT}"
+        return reasons
+
+
+def check_streams(config: Config) -> None:
+    """Refuse streams with domains that the data do not have.
+
+    Raises:
+        UserError: names the stream, and those that there are.
+    """
+    from cl_benchmarks.shifts.stream import EXTRA, OTHERS, STREAMS
+
+    missing: tuple[str, ...] = EXTRA if config.data == "embedded" else ()
+    if config.data in MADE_HERE:
+        missing = OTHERS
+    for stream in config.streams:
+        if not set(STREAMS[stream]) & set(missing):
+            continue
+        if config.data == "embedded":
+            raise UserError(f"the stream {stream} needs --data imagenet: its corruptions have no "
+                            "32-pixel version")  # fmt: skip
+        usable = [name for name, domains in STREAMS.items() if not set(domains) & set(missing)]
+        raise UserError(f"--data {config.data} has nothing for the stream {stream}; use "
+                        f"--streams {', '.join(usable)}")  # fmt: skip
 
 
 def parse_variant(text: str, classes: int) -> PartConfig:

@@ -1,22 +1,34 @@
-"""The trained model that is adapted: a small ViT on the embedded images, or one of timm's."""
+"""The data and the trained model that is adapted to it, as the settings ask for them."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cl_benchmarks import fractals
+from cl_benchmarks import fractals, stem_vit
 from cl_benchmarks.backbone import train_classifier, trained_once, vision_transformer
 from cl_benchmarks.shifts.embedded import SEED, Embedded
+from cl_benchmarks.shifts.folders import (
+    TINY_FIT,
+    ClassImages,
+    Fit,
+    FolderShifts,
+    check_classes,
+    class_folder,
+    tiny_imagenet,
+)
 from cl_benchmarks.shifts.imagenet import SIZE, Imagenet, subset
 from cl_benchmarks.shifts.stream import ShiftSource
+from cl_benchmarks.stem_training import trained_stem_vit
 from dynmoe import seeding
 from dynmoe.errors import UserError
+from dynmoe.experiments.tta.classes import class_names, match
+from dynmoe.experiments.tta.frozen import with_front
+from dynmoe.experiments.tta.models import Trained, count_outputs, keep_classes, trained_model
 from dynmoe.experiments.tta.settings import Config, SmallVit
 from dynmoe.lab import cache
 from dynmoe.lab.progress import ProgressLine
@@ -24,8 +36,7 @@ from dynmoe.lab.progress import ProgressLine
 VERSION = 1
 """Raise it when the same settings give another model: a cached one is then trained again."""
 
-REASON = 240
-"""Letters of a library's error that are passed on; it may list every weight of a model."""
+Triple = tuple[float, float, float]
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -101,54 +112,6 @@ def _jittered(images: Tensor, jitter: float, generator: torch.Generator) -> Tens
     return x.clamp(0, 255).round().to(torch.uint8)
 
 
-def timm_model(
-    name: str, pretrained: bool, weights: Path | None, classes: int
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A model of timm's in evaluation mode, and how its images are to be made (mean, std, ...).
-
-    Raises:
-        UserError: no such model, weights that cannot be had or read, weights that do not fit, or
-            another number of classes.
-    """
-    import timm
-    from timm.data import resolve_model_data_config
-
-    if pretrained == (weights is not None):
-        raise UserError("the source model needs trained weights: --pretrained or --weights FILE")
-    if weights is not None and not weights.expanduser().is_file():
-        raise UserError(f"no weights file {weights}; give another --weights")
-    options: dict[str, Any] = {"checkpoint_path": str(weights.expanduser())} if weights else {}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
-    except Exception as error:  # unknown name, no network, a file of something else
-        lines = [line.strip() for line in str(error).strip().split("\n")]
-        reason = " ".join(lines[:2])[:REASON] or type(error).__name__
-        raise UserError(f"model {name!r} cannot be made: {reason}") from None
-    if model.num_classes != classes:
-        raise UserError(
-            f"model {name!r} has {model.num_classes} classes and the data {classes}; use a model "
-            "trained on ImageNet-1k"
-        )
-    return model.eval(), resolve_model_data_config(model)
-
-
-def keep_classes(model: nn.Module, indices: Tensor) -> None:
-    """Cut a timm model's classifier down to some outputs, in place.
-
-    Raises:
-        UserError: the classifier is no Linear.
-    """
-    head = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"labels subset needs a linear classifier, and this model's is {type(head).__name__}"
-        )
-    head.weight = nn.Parameter(head.weight.detach()[indices].clone())
-    if head.bias is not None:
-        head.bias = nn.Parameter(head.bias.detach()[indices].clone())
-    head.out_features = len(indices)
-
-
 class Shared(NamedTuple):
     """What the runs of a comparison share, on the CPU."""
 
@@ -158,26 +121,91 @@ class Shared(NamedTuple):
 
 
 def make_source(config: Config) -> Shared:
-    """The images and the trained model, on the CPU."""
+    """The images and the trained model, on the CPU.
+
+    Raises:
+        UserError: data, model or weights that are not there or do not fit together.
+    """
     if config.data == "embedded":
         if config.labels != "all-1000" or config.on_the_fly:
             raise UserError("--labels and --on-the-fly are options of --data imagenet")
         data = Embedded(config.embedded)
         return Shared(data, embedded_model(data, config.vit, config.threads))
+    if config.data == "imagenet":
+        return _imagenet(config)
+    images = tiny_imagenet(config.data_dir) if config.data == "tiny-imagenet" else class_folder(
+        config.data_dir)  # fmt: skip
+    return _folders(config, images)
+
+
+def _imagenet(config: Config) -> Shared:
+    """The sets for ImageNet's 1000 classes, or 200 of them."""
     Imagenet(config.data_dir)  # a wrong folder shows before a model is fetched
     kept = None
     if config.labels == "subset":
         if len(config.streams) != 1:
             raise UserError("--labels subset needs one stream: rendition or adversarial")
         kept = subset(config.streams[0])
-    model, how = timm_model(config.model, config.pretrained, config.weights, 1000)
-    if how["input_size"][-1] != SIZE:
+    model = trained_model(config, 1000)
+    size = config.size or model.size or SIZE
+    if size != SIZE and not config.size:
         raise UserError(
-            f"model {config.model!r} takes images of {how['input_size'][-1]} pixels, and the "
-            f"streams have {SIZE}; use a model for {SIZE}"
+            f"model {config.model!r} takes images of {size} pixels, and the streams have {SIZE}; "
+            f"use a model for {SIZE}, or --size {size} to have them resized"
+        )
+    outputs = count_outputs(model.network, config.model, size)
+    if outputs != 1000:
+        raise UserError(
+            f"model {config.model!r} has {outputs} classes and the data 1000; use a model "
+            "trained on ImageNet-1k"
         )
     if kept is not None:
-        keep_classes(model, kept)
-    mean, std = tuple(how["mean"]), tuple(how["std"])
-    images = Imagenet(config.data_dir, config.labels, config.on_the_fly, mean, std)
-    return Shared(images, model)
+        keep_classes(model.network, kept)
+    mean, std = _statistics(config, model)
+    images = Imagenet(config.data_dir, config.labels, config.on_the_fly, mean, std, size=size)
+    return Shared(images, with_front(model.network))
+
+
+def _folders(config: Config, images: ClassImages) -> Shared:
+    """Class folders and their corruptions, and a model of their classes or of more."""
+    tiny = config.data == "tiny-imagenet"
+    if config.train_source:
+        model = _trained_here(config, images.classes)
+    else:
+        model = trained_model(config, len(images.classes))
+    size = config.size or model.size or (TINY_FIT.crop if tiny else None)
+    if size is None:
+        raise UserError(f"model {config.model!r} does not tell the size of its images; give --size")
+    count = count_outputs(model.network, config.model, size)
+    outputs = match(images.classes, class_names(model.network, count, config.class_names), count)
+    if config.labels == "subset":
+        keep_classes(model.network, outputs)
+        outputs = torch.arange(len(outputs))
+        count = len(outputs)
+    fit = Fit(TINY_FIT.crop, None, size) if tiny else Fit(size, int(size / model.crop))
+    mean, std = _statistics(config, model)
+    source = FolderShifts(images, fit, outputs, count, config.corrupted_dir, mean, std)
+    return Shared(source, with_front(model.network))
+
+
+def _trained_here(config: Config, classes: tuple[str, ...]) -> Trained:
+    """The stem-vit, trained on the data's clean training images; from the cache if it is there."""
+    read = tiny_imagenet if config.data == "tiny-imagenet" else class_folder
+    images = read(config.data_dir, "train")
+    check_classes(images.files[0].parents[1], images.classes, classes)
+    size = config.size or (TINY_FIT.crop if config.data == "tiny-imagenet" else stem_vit.SIZE)
+    fit = TINY_FIT if config.data == "tiny-imagenet" else Fit(size, size)
+    network = trained_stem_vit(images, fit, config.source, config.stem_weights)
+    network.class_names = classes
+    return Trained(network, size=size)
+
+
+def _statistics(config: Config, model: Trained) -> tuple[Triple, Triple]:
+    """Mean and deviation of the channels: those asked for, else the model's."""
+    found = []
+    for flag, values in (("mean", config.mean or model.mean), ("std", config.std or model.std)):
+        if len(values) != 3 or (flag == "std" and min(values) <= 0):
+            shown = " ".join(f"{v:g}" for v in values)
+            raise UserError(f"--{flag} {shown}: give three numbers, deviations above 0")
+        found.append((values[0], values[1], values[2]))
+    return found[0], found[1]

@@ -64,9 +64,9 @@ def test_weights_of_16_bits_come_back_with_and_without_head(tmp_path: Path) -> N
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_stem_vit(tmp_path / "none")
-    (tmp_path / "text").write_text("no tensors")
+    (tmp_path / "text.pt").write_text("no tensors")
     with pytest.raises(UserError, match="cannot be read"):
-        load_stem_vit(tmp_path / "text")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+        load_stem_vit(tmp_path / "text.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="lack embed.weight"):
-        load_stem_vit(tmp_path / "other")
+        load_stem_vit(tmp_path / "other.safetensors")

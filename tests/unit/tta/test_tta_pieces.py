@@ -11,14 +11,9 @@ from torch import nn
 
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
 from dynmoe.errors import UserError
+from dynmoe.experiments.tta.models import keep_classes, timm_model
 from dynmoe.experiments.tta.settings import SmallVit, for_run, parse_variant
-from dynmoe.experiments.tta.source_model import (
-    embedded_model,
-    keep_classes,
-    normalise,
-    small_vit,
-    timm_model,
-)
+from dynmoe.experiments.tta.source_model import embedded_model, normalise, small_vit
 from dynmoe.lab import cache
 from dynmoe.plasticity.calibration import calibration, confidences
 from dynmoe.tta import adapt

@@ -1,0 +1,108 @@
+"""A frozen front part of a model: hidden from all methods, and computed once for an image.
+
+A model has one where it has a child `stem` and methods `features(images)` and
+`transformer(features)`, its forward being the one after the other. Methods then adapt the rest
+alone: the stem's BatchNorms keep their statistics, and no method finds its weights. The features of
+the stream's images are kept in the cache folder, so that every method and seed reads them. An image
+is known by its values, and a front part by what it makes of a fixed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe import seeding
+from dynmoe.lab import cache
+
+
+class Hidden(nn.Module):
+    """A module whose tensors are no parameters or buffers of the model around it; never trained."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._held = [module.eval().requires_grad_(False)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module makes of x."""
+        return self._held[0](x)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Hidden:
+        super()._apply(fn, recurse)
+        self._held[0]._apply(fn, recurse)
+        return self
+
+
+class FrozenFront(nn.Module):
+    """Images [B, 3, S, S] -> logits [B, classes], through a frozen front part.
+
+    Args:
+        model: with `stem`, `features` and `transformer`; its stem is hidden, in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model.stem = Hidden(model.stem)  # type: ignore[arg-type]
+        self.model = model
+        self._known: tuple[Tensor, Tensor] | None = None
+        self._folder = ""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits; the front part is not computed for the images that were `offer`ed last."""
+        if self._known is not None and self._known[0] is images:
+            features = self._known[1]
+        else:
+            with torch.no_grad():
+                features = self.model.features(images)  # type: ignore[operator]
+        return self.model.transformer(features)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def offer(self, images: Tensor) -> None:
+        """Have the features of these images ready, from the cache folder if they are there.
+
+        They are used for this very tensor alone, which must not change; what a method makes of it,
+        such as views of an image, is computed as ever. Each image goes through the front part by
+        itself, so that its features do not depend on its batch.
+
+        Args:
+            images: [B, 3, S, S], as the model takes them.
+        """
+        folder = self._folder or self._name(images)
+        found = []
+        for one in images:
+
+            def make(one: Tensor = one) -> cache.Arrays:
+                features = self.model.features(one[None])[0]  # type: ignore[operator]
+                return {"features": features.cpu().numpy()}
+
+            arrays = cache.load_or_make(f"{folder}/{_digest(one)}", make)
+            found.append(torch.from_numpy(arrays["features"]))
+        self._folder, self._known = folder, (images, torch.stack(found).to(images))
+
+    def _name(self, images: Tensor) -> str:
+        """A folder for the features of images of this size, dtype and device."""
+        generator = seeding.generator(0, "probe")
+        probe = torch.rand((1, *images.shape[1:]), generator=generator).to(images)
+        return f"features-{_digest(self.model.features(probe))}"  # type: ignore[operator]
+
+
+def with_front(model: nn.Module) -> nn.Module:
+    """The model with its front part hidden, where it has one; else as it is."""
+    parts = ("stem", "features", "transformer")
+    return FrozenFront(model) if all(hasattr(model, part) for part in parts) else model
+
+
+def offer(model: nn.Module, images: Tensor) -> Tensor:
+    """The images [B, 3, S, S], once a frozen front part of the model, if any, knows them."""
+    if isinstance(model, FrozenFront):
+        model.offer(images)
+    return images
+
+
+def _digest(values: Tensor) -> str:
+    """Of a tensor's values."""
+    data = values.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
