@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from cl_benchmarks.shifts.embedded import Embedded
-from cl_benchmarks.shifts.stream import STREAMS, ShiftSource, Stream, make_stream
-from dynmoe import seeding
+from cl_benchmarks.shifts.stream import STREAMS, Stream
 from dynmoe.errors import UserError, unknown
-from dynmoe.experiments.tta.costs import Cost, print_costs
+from dynmoe.experiments.tta.costs import print_costs
 from dynmoe.experiments.tta.figures import (
     comparison_figure,
     depth_profile,
@@ -25,18 +19,16 @@ from dynmoe.experiments.tta.figures import (
     print_domains,
     print_routings,
 )
-from dynmoe.experiments.tta.frozen import offer
-from dynmoe.experiments.tta.gates import LEAST, Forgetting, Gates, gate_value, report_gates
+from dynmoe.experiments.tta.gates import LEAST, gate_value, report_gates
 from dynmoe.experiments.tta.gates import METRICS as COLUMNS
-from dynmoe.experiments.tta.settings import Config, check_streams, for_run, parse_variant
-from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
+from dynmoe.experiments.tta.session import StreamSession, make_adapter, shifted
+from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
+from dynmoe.experiments.tta.source_model import Shared, make_source
 from dynmoe.lab.config import RunConfig
-from dynmoe.lab.experiment import At, Experiment, Results, Session
-from dynmoe.lab.recorder import Recorder
+from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.measures import Tally, expert_similarity, use_of_experts, usefulness
 from dynmoe.tta.options import for_classes, for_stream
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
@@ -219,122 +211,6 @@ class TestTimeAdaptation(Experiment):
             print(f"batches not learnt from, because their loss was not finite: {skipped}")
 
 
-class StreamSession(Session):
-    """One method along one stream."""
-
-    def __init__(self, run: Run, config: Config, source: ShiftSource, model: nn.Module) -> None:
-        self.run, self.config, self.source = run, config, source
-        self.gates = Gates(config, source, run.device)
-        if run.restored is None:
-            self.gates.before(model)
-        self.forgetting = Forgetting(config, source, run.device)
-        self.cost = Cost(run.device)
-        self.stream, self.adapter = shifted(config, source), make_adapter(config, model)
-        self.model = self.adapter
-        self.tally = Tally(self.stream.names, config.window)
-        self.history: list[dict[str, Any]] = []
-        self.done = 0
-        self.recorder = Recorder(
-            run, f"{config.method.part.name}, {config.streams[0]}", len(self.stream), self.state
-        )
-        if run.restored is None and self.adapter.source_images:
-            count = self.adapter.source_images
-            self.adapter.observe_source(_source_batches(config, source, count, run.device))
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after a batch."""
-        self.done, self.history = state["batch"], state["history"]
-        self.gates.figures, self.forgetting.points = (
-            state.get("gates", {}),
-            state.get("forgetting", []),
-        )
-        self.tally.load_state_dict(state["tally"])
-        self.adapter.load_state_dict(state["adapter"])
-        self.recorder.progress.start_at(self.done)
-
-    def work(self) -> None:
-        """All batches that are left."""
-        if self.done == 0:
-            self._measure()
-        for number in range(self.done, len(self.stream)):
-            batch = self.stream.batch(number)
-            images = self._images(batch.images)
-            with self.cost.step(len(images)):
-                logits = self.adapter(images)
-            self.done = number + 1
-            self._measure()
-            if self.tally.add(logits, batch.labels, batch.domains):
-                self.history.append(self._log())
-            self.recorder.step_done(self.done, lambda: {"accuracy": self.tally.accuracy})
-
-    def state(self) -> dict[str, Any]:
-        """After the latest batch."""
-        return {
-            "batch": self.done, "tally": self.tally.state_dict(), "history": self.history,
-            "adapter": dict(self.adapter.state_dict()),
-            "gates": self.gates.figures, "forgetting": self.forgetting.points,
-        }  # fmt: skip
-
-    def summary(self) -> dict[str, Any]:
-        """Accuracy in all, by window and by domain; use of the experts; the routing compared."""
-        config, adapter, tally = self.config, self.adapter, self.tally
-        routings = self._routings()
-        trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        options = {o: getattr(config.method, o) for o in adapter.by_stream(config.streams[0])}
-        images = self._images(self.stream.batch(len(self.stream) - 1).images)
-        self.cost.write(self.run.folder, adapter, images)
-        return {
-            "method": config.method.part.name, "data": self.source.name,
-            "stream": config.streams[0], "order": config.order, "seed": config.seed,
-            "images": self.stream.num_images, "accuracy": tally.accuracy,
-            "domains": tally.domains(), "curve": tally.curve, "steps": adapter.steps,
-            "skipped": adapter.skipped, "trained": trained, "history": self.history,
-            "routings": routings, "calibration": tally.calibration(), "gates": self.gates.figures,
-            "forgetting": self.forgetting.points, "options": options,
-        }  # fmt: skip
-
-    def _measure(self) -> None:
-        """Where it is time: the domains' alignment, and the clean images held out."""
-        aligned = self.gates.during(self.done, len(self.stream), self.adapter)
-        clean = self.forgetting.look(self.done, self.adapter)
-        found = {"gates/alignment": aligned, "accuracy/clean, held out": clean}
-        known = {tag: value for tag, value in found.items() if value is not None}
-        if known:
-            self.run.log.scalars(self.done, known)
-
-    def _routings(self) -> dict[str, dict[str, float]]:
-        """`usefulness` on the stream's last batches, at the weights that the stream has left."""
-        stream, count = self.stream, self.config.routing_batches
-        if not count:
-            return {}
-
-        def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for number in range(max(len(stream) - count, 0), len(stream)):
-                batch = stream.batch(number)
-                device = self.run.device
-                yield self._images(batch.images), batch.labels.to(device), batch.domains.to(device)
-
-        generator = seeding.generator(self.config.seed, "usefulness")
-        return usefulness(self.adapter.model, batches, generator)
-
-    def _log(self) -> dict[str, Any]:
-        """Write down a window's accuracy and what the experts do; returns the latter."""
-        use, similar = use_of_experts(self.adapter), expert_similarity(self.adapter)
-        scalars = {"accuracy/window": self.tally.curve[-1], "accuracy/so far": self.tally.accuracy,
-                   "adapter/skipped": float(self.adapter.skipped)}  # fmt: skip
-        scalars |= {f"routing/{key}": value for key, value in use.items()}
-        known = [s for s in similar if s is not None]
-        if known:
-            scalars["experts/similarity"] = sum(known) / len(known)
-        self.run.log.scalars(self.done, scalars)
-        return {"batch": self.done, **use, **({"similarity": similar} if similar else {})}
-
-    def _images(self, images: Tensor) -> Tensor:
-        """Input of the model, on the run's device."""
-        x = normalise(images.to(self.run.device), self.source.mean, self.source.std)
-        return offer(self.adapter.model, x)
-
-
 def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> None:
     """Refuse batches of one image, be it the last of a stream, where the method needs two."""
     for name, stream in zip(config.streams, streams, strict=True):
@@ -351,45 +227,9 @@ def _fitted(config: Config, classes: int) -> Config:
     return replace(config, method=for_classes(config.method, classes))
 
 
-def shifted(config: Config, source: ShiftSource) -> Stream:
-    """The stream of a run.
-
-    Raises:
-        UserError: its data are missing.
-    """
-    return make_stream(source, config.streams[0], config.order, config.severity,
-                       config.batch_size, config.seed, config.limit)  # fmt: skip
-
-
-def make_adapter(config: Config, model: nn.Module) -> Adapter:
-    """The method of a run, around the model.
-
-    Raises:
-        UserError: it cannot adapt this model, or an option is out of range.
-    """
-    return for_run(config.method, config.lr_scale, config.seed, model).build(model)
-
-
 def safe(text: str) -> str:
     """A label as part of a folder's name."""
     return "".join(c if c.isalnum() or c in "+._-" else "-" for c in text)
-
-
-def _source_batches(
-    config: Config, source: ShiftSource, count: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Clean images, a random choice: training images where there are some, else validation's."""
-    generator = seeding.generator(config.seed, "source-images")
-    if isinstance(source, Embedded):
-        images = source.training_images()[0]
-        chosen = torch.randperm(len(images), generator=generator)[:count]
-        parts = (images[part] for part in chosen.split(config.batch_size))
-    else:
-        clean = source.other("clean")
-        chosen = torch.randperm(len(clean), generator=generator)[:count]
-        parts = (clean.images(part.tolist()) for part in chosen.split(config.batch_size))
-    for part in parts:
-        yield normalise(part.to(device), source.mean, source.std)
 
 
 def _part(values: list[float], at: At) -> float:
