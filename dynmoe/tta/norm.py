@@ -106,5 +106,5 @@ def _mean_of_positions(x: Tensor) -> Tensor:
 
     As a sum, whose backward pass expands a view; that of torch's mean writes [B, T, D] numbers.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     return (x.sum(dim=1, dtype=wide) / x.shape[1]).to(x.dtype)

@@ -127,7 +127,7 @@ WITHOUT_EFFECT = {
         "--data-dir .", "--model x", "--pretrained", "--weights x", "--labels subset",
         "--on-the-fly", "--data imagenet --vit.patch 4", "--data imagenet --embedded.size 32",
         "--order gradual --severity 3", "--streams clean --severity 3",
-        "--gates 8 --compare noadapt", "--clean-images 5",
+        "--gates 8 --compare noadapt", "--streams clean --gates 8", "--clean-images 5",
         "--method noadapt --compare --lr-scale 2",
         "--method tent --compare noadapt --routing-batches 3",
         "--size 32", "--train-source", "--data imagenet --source.epochs 1",

@@ -67,7 +67,9 @@ def splits(config: Config, source: ShiftSource, device: torch.device) -> dict[st
 
 
 class Gates:
-    """What a run of Tent finds of its stream; of other methods, and with `--gates 0`, nothing.
+    """What a run of Tent finds of a stream of several domains.
+
+    Other methods, and all with `--gates 0`, find nothing.
 
     Attributes:
         figures: of `headroom.measure`, and `along`: [batches seen, alignment] after each quarter of
@@ -84,7 +86,7 @@ class Gates:
         if not config.gates or not isinstance(config.method, Tent.Config):
             return
         domains = splits(config, self.source, self.device)
-        if not domains:
+        if len(domains) < 2:  # of one domain all weights are its own
             return
 
         def adapter(copied: nn.Module, rate: float) -> Adapter:
@@ -118,6 +120,7 @@ def gate_value(gates: dict[str, Any], metric: str) -> float:
     name = metric.removeprefix("gate_")
     if not gates:
         return float("nan")
+    gates = averaged([gates])
     if name == "positive":
         return headroom.positive(gates)
     if name == "gain":
@@ -131,10 +134,14 @@ def gate_value(gates: dict[str, Any], metric: str) -> float:
 
 
 def averaged(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The gates of several seeds as those of one: means, domain by domain."""
+    """The gates of several seeds as those of one: means, domain by domain.
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+    A number that was not finite is null in a summary that was read; it is left out.
+    """
+
+    def mean(values: list[float | None]) -> float:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else float("nan")
 
     domains = {
         name: {c: mean([one["domains"][name][c] for one in seeds]) for c in row}
@@ -190,9 +197,8 @@ def report_gates(folder: Path, streams: dict[str, dict[str, list[dict[str, Any]]
         for label, gates in variants.items():
             print(f"{stream}, {label}: {verdict(gates)}")
             points = " ".join(f"{cosine:.2f}" for _, cosine in gates["along"])
-            if len(gates["domains"]) > 1:
-                print(f"  cosine between the domains' gradients: {gates['alignment']:.2f} at the "
-                      f"source model, {points} after each quarter of the stream")  # fmt: skip
+            print(f"  cosine between the domains' gradients: {gates['alignment']:.2f} at the "
+                  f"source model, {points} after each quarter of the stream")  # fmt: skip
 
 
 def _rows(gates: dict[str, Any]) -> list[list[str]]:

@@ -169,6 +169,8 @@ class Config(RunConfig):
             reasons["lr_scale"] = "noadapt learns nothing; add a method that does"
         if "tent" not in names:
             reasons["gates"] = "they are measured in runs of tent; add it to --compare"
+        elif all(len(domains) == 1 for domains in known):
+            reasons["gates"] = "no stream of --streams has several domains; add classical"
         if names <= {*BASELINES, "mgtta"}:
             reasons["routing_batches"] = "no method has experts; add moetta"
         return reasons

@@ -201,6 +201,9 @@ def test_a_stream_is_judged_by_both_gates():
     assert both["along"] == [[3, pytest.approx(0.1)]]
     assert gate_value(both, "gate_gain") == pytest.approx(0.05)
     assert gate_value(both, "gate_headroom") == pytest.approx(0.1)
+    unknown = gates(0.4, 0.5) | {"alignment": None, "along": [[3, None]]}  # as a file has nan
+    assert averaged([unknown, gates(0.4, 0.5)])["alignment"] == pytest.approx(0.4)
+    assert math.isnan(gate_value(unknown, "gate_alignment"))
     assert gate_value(both, "gate_positive") == 1 and math.isnan(gate_value({}, "gate_gain"))
 
 
