@@ -18,8 +18,8 @@ LABELS = torch.tensor([0, 1, 2, 1])
 
 
 def loud(**options: Any) -> Any:
-    method = make("becotta", domains=2, experts=3, top=2, rank=2, **options)
-    for layer in method.layers:  # type: ignore[attr-defined]
+    method: Any = make("becotta", domains=2, experts=3, top=2, rank=2, **options)
+    for layer in method.layers:
         torch.nn.init.uniform_(layer.up, -0.5, 0.5)
     return method.eval()
 
