@@ -9,7 +9,8 @@ from dynmoe.lab.experiment import Results
 from dynmoe.lab.study import Command, Preset, Study
 
 METHODS = ("erm", "linear-probe", "attention-only", "lora", "compacter", "kadaptation", "moa",
-           "moa-lora", "gmoe", "hmoe", "ensemble", "moe2")  # fmt: skip
+           "moa-lora", "gmoe", "hmoe", "ensemble", "swad", "miro", "gnn-moe", "becotta",
+           "meta-dmoe", "moe2")  # fmt: skip
 PAPER = "--preset paper --domains pacs --pretrained"
 
 

@@ -32,6 +32,9 @@ CASES = {
     "growth": f"{SHORT} --granularity 1 --trigger.steps 1 --method.experts 1 "
     "--method.max-experts 3",
     "deltas, augmented": f"{SHORT} --method.synthesis deltas --augment",
+    "prototypes": f"{SHORT} --method.prototypes kmeans --method.centre --headroom "
+    "--method.temperature-start 0.05",
+    "swad": "--method swad --test-domains edges --steps 3 --eval-every 1 --method.patience 1",
     "erm": "--method erm --test-domains edges --steps 3 --weight-decay 0.1",
 }
 GROWTH = CASES["growth"]

@@ -18,8 +18,8 @@ LABELS = torch.tensor([0, 1, 2, 1])
 
 
 def loud(**options: Any) -> Any:
-    method = make("becotta", domains=2, experts=3, top=2, rank=2, **options)
-    for layer in method.layers:  # type: ignore[attr-defined]
+    method: Any = make("becotta", domains=2, experts=3, top=2, rank=2, **options)
+    for layer in method.layers:
         torch.nn.init.uniform_(layer.up, -0.5, 0.5)
     return method.eval()
 
@@ -30,7 +30,7 @@ def reference(method: Any, image: Tensor, domain: int) -> Tensor:
     x = vit._pos_embed(vit.patch_embed(image.unsqueeze(0)))
     for layer in method.layers:
         y = layer.block(x)
-        logits = layer.gate[domain] @ y[0].mean(0)
+        logits = (layer.gate[domain] @ y[0].mean(0)).detach()
         first, second = logits.argsort(descending=True)[:2].tolist()
         a, b = math.exp(logits[first]), math.exp(logits[second])
         x = y
@@ -73,6 +73,9 @@ def test_mutual_information_is_its_double_sum() -> None:
     assert float(mutual_information(p, domains)) == pytest.approx(total)
     apart, even = torch.eye(2).double()[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
     assert float(mutual_information(apart, even)) == pytest.approx(math.log(2))
+    p.requires_grad_()
+    mutual_information(p, domains + 1).backward()  # of domain 0 there is no image
+    assert p.grad is not None and p.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{"top": 4}, {"rank": 0}, {"synergy": -1.0}])
