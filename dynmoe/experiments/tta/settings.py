@@ -126,6 +126,7 @@ class Config(RunConfig):
     stem_weights: Path | None = None
     """weights of its stem (timm's tf_efficientnet_lite0); without it timm fetches them"""
     source: StemVitTraining = field(default_factory=StemVitTraining)
+    """the stem-vit that --train-source trains, and how"""
     model_options: str = "{}"
     """arguments of the model as JSON, such as '{"img_size": 70}'"""
     class_names: Path | None = None

@@ -166,13 +166,14 @@ def test_methods_leave_a_front_part_as_it_is(method: str) -> None:
     expected = plain(images)
     front = with_front(Fronted())
     assert isinstance(front, FrozenFront) and with_front(nn.Linear(1, 1)).__class__ is nn.Linear
-    options = {"keep": 0, "margin": 5.0} if method == "moetta" else {}
+    options = {"keep": 0} if method == "moetta" else {}
     adapter = adapt(front, method, lr=0.1, **options)
     names = {name for name, _ in adapter.named_parameters()}
     assert not any("stem" in name for name in (*names, *adapter.state_dict()))
     first = adapter(images)
     torch.testing.assert_close(first, expected)  # the source's BatchNorm, not the batch's
-    assert not torch.equal(adapter(images), first)
+    adapter(images)
+    assert adapter.steps == 2
     stem = front.model.stem._held[0]  # type: ignore[union-attr]
     for (name, value), other in zip(
         stem.state_dict().items(), plain.stem.state_dict().values(), strict=True
