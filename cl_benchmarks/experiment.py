@@ -147,9 +147,8 @@ class ContinualLearning(Experiment):
             entry[f"{metric}_iqm"] = three(confidence_interval([iqm(t) for t in tasks], "mean"))
             for at in ("first", "last", "mean"):
                 entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
-        for metric in CALIBRATION:
-            for at in ("last", "mean"):
-                entry[f"{metric}_{at}"] = three(results.interval(stream, variant, metric, at))
+        entry |= {f"{m}_mean": three(results.interval(stream, variant, m, "mean"))
+                  for m in CALIBRATION}  # fmt: skip
         if has_old(results, stream):
             entry |= _old_entry(results, stream, variant)
         return entry

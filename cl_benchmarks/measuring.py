@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,24 @@ def accuracy(
     return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in answers) / len(index)
 
 
-@torch.no_grad()
-def generalisation(
-    model: nn.Module, dataset: ChunkDataset, device: torch.device
-) -> dict[str, float]:
-    """Of a chunk's images, in one pass: `test_accuracy`, `ece` and `adaptive_ece`, in 0..1.
+class Generalisation(NamedTuple):
+    """What is measured of test images, in 0..1; see `dynmoe.plasticity.calibration`."""
 
-    The latter two are those of `dynmoe.plasticity.calibration`, over all outputs of the network.
+    accuracy: float
+    ece: float
+    adaptive_ece: float
+
+
+@torch.no_grad()
+def generalisation(model: nn.Module, dataset: ChunkDataset, device: torch.device) -> Generalisation:
+    """Accuracy and calibration on a chunk's images, in one pass over them.
+
+    The calibration is over all outputs of the network.
     """
     answers = _answers(model, dataset, device, torch.arange(len(dataset)))
     judged = [confidences(logits, labels) for logits, labels in answers]
     confidence, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
-    return {"test_accuracy": int(right.sum()) / len(right), **calibration(confidence, right)}
+    return Generalisation(int(right.sum()) / len(right), **calibration(confidence, right))
 
 
 def _answers(

@@ -174,9 +174,12 @@ class TaskRecorder(Recorder):
         """Log and keep the task's row, and what its router and kernel look like."""
         task, model, device = trainer.position.task, trainer.model, self.run.device
         gates = self._gates_of_probes(model, task) if task % self.measure_every == 0 else {}
+        tested = generalisation(model, self.test[task], device)
         row = TaskRow(
             train_accuracy=accuracy(model, self.train[task], device),
-            **generalisation(model, self.test[task], device),
+            test_accuracy=tested.accuracy,
+            ece=tested.ece,
+            adaptive_ece=tested.adaptive_ece,
             online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
             num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),

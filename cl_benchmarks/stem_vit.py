@@ -47,8 +47,10 @@ class StemViT(nn.Module):
         stem: frozen; normalised images [B, 3, 128, 128] -> [B, F, 8, 8].
         embed: linear map F -> D.
         blocks: timm's blocks.
+        class_names: the outputs' names, if known.
     """
 
+    class_names: tuple[str, ...] | None = None
     mean: Tensor
     std: Tensor
 

@@ -91,7 +91,8 @@ class MetaDMoE(
         Raises:
             UserError: the batch has not as many domains as there are experts.
         """
-        count, penalties = self.config.experts, []
+        count = self.config.experts
+        penalties: list[Tensor] = []
         found = count if domains is None else int(domains.max()) + 1
         if found != count:
             raise UserError(

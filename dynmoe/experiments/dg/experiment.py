@@ -84,9 +84,8 @@ class DomainGeneralisation(Experiment):
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Mean over the left-out domains; nan for a figure that was not measured."""
-        values = [{**row, **row["measures"]}.get(metric) for row in summary["tests"]]
-        values = [math.nan if value is None else value for value in values]
-        return sum(values) / len(values)
+        found = [{**row, **row["measures"]}.get(metric) for row in summary["tests"]]
+        return sum(math.nan if value is None else float(value) for value in found) / len(found)
 
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Accuracies in points."""

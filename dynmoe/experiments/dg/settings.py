@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from cl_benchmarks.backbone import SmallVit
 from dynmoe import registry
@@ -106,8 +106,8 @@ class Config(RunConfig):
                 never = f"it never fires in --steps {self.steps}; change its options, or run longer"
                 reasons["trigger"] = never
         reasons["trigger.rows"] = "steps of dg are values as they are, not joined; leave it out"
-        parts = [self.method.part, *(registry.get("dg", name) for name in self.compare)]
-        if all(p.expert_logits is DGMethod.expert_logits for p in parts):  # type: ignore[attr-defined]
+        parts: list[Any] = [self.method.part, *(registry.get("dg", n) for n in self.compare)]
+        if all(part.expert_logits is DGMethod.expert_logits for part in parts):
             reasons["headroom"] = "no method has experts; add --compare domain-experts"
         if self.eval_every > self.steps:
             reasons["eval_every"] = f"the run ends before, at --steps {self.steps}; use fewer"
