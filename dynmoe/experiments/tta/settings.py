@@ -75,7 +75,7 @@ class Config(RunConfig):
         "Measurements": ("window", "routing_batches", "gates", "clean_every", "clean_images"),
         "Runs": (*KEEPING, *RUNNING),
     }
-    BRIEF: ClassVar[tuple[str, ...]] = ("Fitting data and model to each other",)
+    BRIEF: ClassVar[tuple[str, ...]] = ("Fitting data and model to each other", "Measurements")
 
     method: PartConfig = slot("tta", "moetta")
     compare: tuple[str, ...] = place(BASELINES)

@@ -195,7 +195,7 @@ def _trained_here(config: Config, classes: tuple[str, ...]) -> Trained:
     check_classes(images.files[0].parents[1], images.classes, classes)
     size = config.size or (TINY_FIT.crop if config.data == "tiny-imagenet" else stem_vit.SIZE)
     fit = TINY_FIT if config.data == "tiny-imagenet" else Fit(size, size)
-    network = trained_stem_vit(images, fit, config.source, config.stem_weights)
+    network: Any = trained_stem_vit(images, fit, config.source, config.stem_weights)
     network.class_names = classes
     return Trained(network, size=size)
 
