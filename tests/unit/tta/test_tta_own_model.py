@@ -216,7 +216,7 @@ def _flags(root: Path, code: Path, runs: Path, extra: str) -> list[str]:
     return (
         f"--preset tiny-imagenet --data folder --data-dir {root} --model {code}:net --size 32 "
         f"--streams classical --severity 1 --limit 2 --seeds 1 --method noadapt --compare moetta "
-        f"--alignment 0 --routing-batches 0 --window 1 --batch-size 15 --jobs 1 --allow-unused "
+        f"--gates 0 --routing-batches 0 --window 1 --batch-size 15 --jobs 1 --allow-unused "
         f"--runs-dir {runs} {extra}"
     ).split()
 
