@@ -56,19 +56,10 @@ def experts_from_mlps(
     """
     if not mlps:
         raise UserError("experts_from_mlps: no MLP is given; give one or more")
-    parts = [mlp_parts(mlp) for mlp in mlps]
-    first, activation, second = parts[0]
-    for number, (one, act, other) in enumerate(
-        [*parts, *([] if shared is None else [mlp_parts(shared)])]
-    ):
-        found = (one.in_features, act, other.out_features)
-        if found != (first.in_features, activation, second.out_features):
-            name = "shared" if number == len(parts) else f"number {number}"
-            raise UserError(
-                f"experts_from_mlps: MLP {name} is {_told(*found)}, the first one "
-                f"{_told(first.in_features, activation, second.out_features)}; all must agree"
-            )
-    sizes = [one.out_features for one, _, _ in parts]
+    named = {f"number {n}": mlp for n, mlp in enumerate(mlps)}
+    _check_agree(named if shared is None else {**named, "shared": shared})
+    first, activation, second = mlp_parts(mlps[0])
+    sizes = [mlp_parts(mlp)[0].out_features for mlp in mlps]
     layer = MoELayer(
         first.in_features,
         second.out_features,
@@ -93,6 +84,20 @@ def experts_from_mlps(
         assert isinstance(layer.shared, HiddenPool)
         _fill(layer.shared, 0, shared)
     return layer.train(mlps[0].training)
+
+
+def _check_agree(mlps: dict[str, nn.Module]) -> None:
+    """Refuse MLPs, by name, of other widths or another activation than the first one's."""
+    parts = {name: mlp_parts(mlp) for name, mlp in mlps.items()}
+    told = {
+        n: f"{a.in_features} -> {b.out_features} with {act}" for n, (a, act, b) in parts.items()
+    }
+    first = next(iter(told.values()))
+    for name, found in told.items():
+        if found != first:
+            raise UserError(
+                f"experts_from_mlps: MLP {name} is {found}, the first one {first}; all must agree"
+            )
 
 
 @torch.no_grad()
@@ -201,7 +206,3 @@ def _activation(mlp: nn.Module) -> nn.Module:
     """The activation between the two maps."""
     known = [m for m in mlp.children() if not isinstance(m, nn.Linear | nn.Dropout | nn.Identity)]
     return known[0]
-
-
-def _told(dim_in: int, activation: str, dim_out: int) -> str:
-    return f"{dim_in} -> {dim_out} with {activation}"

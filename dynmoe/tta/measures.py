@@ -220,10 +220,19 @@ def usefulness(
         found, domains = _score(model, batches, choices)
         found |= _score(model, batches, {"most_loaded": most_loaded})[0]  # as counted just now
     singles = torch.stack([found.pop(str(e)) for e in range(number)])
-    scores = {name: _mean(rows) for name, rows in found.items()}
+    return {name: _mean(rows) for name, rows in found.items()} | _in_hindsight(singles, domains)
+
+
+def _in_hindsight(singles: Tensor, domains: Tensor) -> dict[str, dict[str, float]]:
+    """`best`, `by_domain` and `by_image` of `usefulness`.
+
+    Args:
+        singles: [E, 2, N] loss and right answers of each image, all layers using number e.
+        domains: [N] of the images.
+    """
     losses = singles[:, 0].mean(dim=1).tolist()
-    best = min(range(number), key=lambda e: (math.isnan(losses[e]), losses[e]))
-    scores["best"] = _mean(singles[best]) | {"expert": best}
+    best = min(range(len(losses)), key=lambda e: (math.isnan(losses[e]), losses[e]))
+    scores = {"best": _mean(singles[best]) | {"expert": best}}
     known = singles[:, 0].nan_to_num(nan=math.inf)  # [E, N]
     by_domain = known.clone()
     for domain in domains.unique():

@@ -116,7 +116,7 @@ def test_a_name_that_another_setting_has(
     jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(tmp_path, "--seeds 2 --method tent --gates 0") == 0
-    assert _run(tmp_path, f"--seeds 2 --method tent --method.lr 0.1 --jobs {jobs}") == 2
+    assert _run(tmp_path, f"--seeds 2 --method tent --gates 0 --method.lr 0.1 --jobs {jobs}") == 2
     assert "other settings (method.lr: 0.0005 -> 0.1)" in error_line(capsys.readouterr().err)
 
 

@@ -29,7 +29,7 @@ def test_the_core_s_snippets_run(capsys):
 
 
 def test_the_snippets_on_inspection_run(capsys):
-    names = run_snippets("inspection.md", 4)
+    names = run_snippets("inspection.md", 5)
     changes = [names["function_change"](names["mlp"], names[n], names["x"]) for n in
                ("split", "copies")]  # fmt: skip
     assert all(change.largest < 1e-5 for change in changes)
