@@ -116,7 +116,7 @@ class Pairs(Study, name="pairs", source="Dohare et al. 2024 (Nature 632, 768-774
                 tasks = len(runs[0]["tasks"])
                 x = [tasks * (part + 1) / BLOCKS for part in range(BLOCKS)]
                 band(axes, x, means, number, variant, 100)
-            axes.set(xlabel="task", ylabel="test accuracy (%), mean over a tenth of the tasks")
+            axes.set(xlabel="task", ylabel="test accuracy (%), tenths of the tasks")
             axes.set_title(stream)
         save(figure, path)
 
