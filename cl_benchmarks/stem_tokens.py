@@ -22,7 +22,7 @@ from dynmoe.lab import cache
 VERSION = 1
 """Raise it when the same stem and images give other tokens."""
 MOST = 200_000
-"""Images whose tokens are kept, 2.9 GB; those of larger sets are computed anew in each step."""
+"""Images whose tokens are kept, 2.9 GB; those of larger sets are computed in each step."""
 BATCH = 64
 """Images per pass of the stem."""
 IMAGES = Preparation(SIZE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

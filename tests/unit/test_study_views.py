@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dynmoe import commands, registry
-from dynmoe.experiments.tta.figures import gains
+from dynmoe.experiments.tta.figures import gain_so_far
 from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.figures import dots
 from dynmoe.lab.statistics import Interval
@@ -76,7 +76,7 @@ def test_a_metric_that_runs_lack_has_no_interval() -> None:
 
 
 def test_gains_along_a_stream_are_against_another_run_on_the_same_images() -> None:
-    found = gains({"curve": [0.5, 0.6, 0.9]}, {"curve": [0.4, 0.7, 0.6]})
+    found = gain_so_far({"curve": [0.5, 0.6, 0.9]}, {"curve": [0.4, 0.7, 0.6]})
     assert found == pytest.approx([0.1, 0.0, 0.1])
 
 

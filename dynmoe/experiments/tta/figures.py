@@ -27,7 +27,7 @@ def comparison_figure(path: Path, results: Results, title: str) -> None:
         left.set(title=stream, xlabel="accuracy (%)")
         source = "noadapt" if "noadapt" in variants else next(iter(variants))
         for number, (variant, runs) in enumerate(variants.items()):
-            points = list(zip(*map(gains, runs, variants[source]), strict=True))
+            points = list(zip(*map(gain_so_far, runs, variants[source]), strict=True))
             intervals = [confidence_interval(list(point), "mean") for point in points]
             band(right, range(1, len(points) + 1), intervals, number, variant, 100)
         right.set(title=stream, xlabel="window of the stream",
@@ -35,7 +35,7 @@ def comparison_figure(path: Path, results: Results, title: str) -> None:
     save(figure, path)
 
 
-def gains(run: dict[str, Any], other: dict[str, Any]) -> list[float]:
+def gain_so_far(run: dict[str, Any], other: dict[str, Any]) -> list[float]:
     """Up to each window, the mean accuracy of a run minus that of another on the same images.
 
     The windows' accuracies themselves mostly tell which images were in them.
