@@ -206,7 +206,7 @@ class DGHeadroom(
 
 
 def _oracle(results: Results, stream: str, variant: str) -> str:
-    """One sentence: what the best expert per image gains over one MoA, both at their last step."""
+    """One sentence: how far the best expert per image is above one MoA, both at their last step."""
     best = results.values(stream, variant, "best_per_image")
     gap = results.gap(best, results.values(stream, "moa", "oracle_accuracy"))
     if math.isnan(gap.point):

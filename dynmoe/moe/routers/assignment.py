@@ -117,14 +117,14 @@ class MaxScoreRouter(
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=self.k > 1)
 
 
-@torch.library.custom_op("dynmoe::assign", mutates_args=())
+@torch.library.custom_op("dynmoe::share_out", mutates_args=())
 def assign(
     scores: Tensor, active: Tensor, real: Tensor, k: int, capacity: float, even: bool
 ) -> Tensor:
     """The assignment of largest total score; exact, on the CPU.
 
-    A transport problem: its matrix is totally unimodular, so that the simplex method's vertices
-    are whole numbers. 0.1 seconds for 2,048 samples and 8 experts (`scipy.optimize.linprog`).
+    A transport problem: its matrix is totally unimodular, so that the vertices which the simplex
+    method finds (`scipy.optimize.linprog`) are whole numbers.
 
     Args:
         scores: [N, M]. active: [M] bool, experts that exist. real: [N] bool, False for padding.
