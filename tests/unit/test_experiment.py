@@ -389,7 +389,7 @@ def test_accuracy_is_the_naive_share() -> None:
 
     assert accuracy(model, chunk, CPU) == naive(list(range(1300)))
     assert accuracy(model, chunk, CPU, samples=5000) == naive(list(range(1300)))
-    assert accuracy(model, chunk, CPU, samples=3) == naive([0, 649, 1299])
+    assert accuracy(model, chunk, CPU, samples=7) == naive([0, 216, 433, 649, 866, 1082, 1299])
     assert model.training
 
 

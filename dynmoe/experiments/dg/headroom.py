@@ -1,4 +1,4 @@
-"""What a perfect router of a method's experts could gain, and whether gates tell domains apart."""
+"""What a perfect router of a method's experts could reach, and whether gates tell domains apart."""
 
 from __future__ import annotations
 
@@ -8,40 +8,27 @@ import torch
 from torch import Tensor
 
 from dynmoe.dg.method import DGMethod
-from dynmoe.experiments.dg.source import Source
+from dynmoe.experiments.dg.measure import Batches
 
 
 @torch.no_grad()
-def headroom(
-    method: DGMethod,
-    source: Source,
-    number: int,
-    indices: Tensor,
-    embedding: Tensor | None,
-    batch: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """Accuracies of a method's experts alone on images of a domain; none where it has no experts.
+def headroom(method: DGMethod, batches: Batches) -> dict[str, float]:
+    """Accuracies of a method's experts alone; none where it has no experts.
 
     Args:
         method: in evaluation mode.
-        number: of the domain.
-        indices: int64, of its images.
-        embedding: [N, E] of the domain's images, or None.
-        batch: images per pass.
+        batches: of the images.
 
     Returns:
         best_per_image: share of images for which any expert is right, the bound of all routers that
         pick one. best_expert: of the best single one. mean_expert: their mean.
     """
-    domain, right = source.data.domains[number], []
-    for chosen in indices.split(batch):
-        known = None if embedding is None else embedding[chosen.to(device)]
-        images = source.prepare.batch(domain, chosen).to(device)
+    right = []
+    for images, known, labels in batches:
         logits = method.expert_logits(images, known)
         if logits is None:
             return {}
-        right.append(logits.argmax(dim=2).cpu() == domain.labels[chosen])
+        right.append(logits.argmax(dim=2).cpu() == labels)
     return oracle(torch.cat(right, dim=1))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe import seeding
@@ -19,6 +20,8 @@ from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import moe_layers
 from dynmoe.plasticity.calibration import confidences
 
+Batches = Iterator[tuple[Tensor, Tensor | None, Tensor]]
+"""Images [B, 3, H, W] or what stands for them, their embeddings [B, E] or None, labels int64 [B]"""
 Embeddings = Callable[[DGMethod, int], Tensor | None]
 """(method, number of a domain) -> frozen embeddings [N, D] of its images, or None"""
 TSNE_SEED = 0
@@ -28,48 +31,27 @@ PLANE = 1.0
 
 
 @torch.no_grad()
-def confidence(
-    method: DGMethod,
-    source: Source,
-    number: int,
-    indices: Tensor,
-    embedding: Tensor | None,
-    batch: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Confidence [N] float64 in images `indices` [N] of a domain, and where it is right, [N] bool.
+def confidence(method: DGMethod, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Confidence [N] float64 in images, and where it is right, [N] bool; in evaluation mode.
 
-    In evaluation mode; see `dynmoe.plasticity.calibration.confidences`.
+    See `dynmoe.plasticity.calibration.confidences`.
     """
-    domain, judged = source.data.domains[number], []
     method.eval()
-    for chosen in indices.split(batch):
-        known = None if embedding is None else embedding[chosen.to(device)]
-        logits = method(source.prepare.batch(domain, chosen).to(device), known)
-        judged.append(confidences(logits, domain.labels[chosen]))
+    judged = [confidences(method(images, known), labels) for images, known, labels in batches]
     sure, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
     return sure, right
 
 
 @torch.no_grad()
-def mean_loss(
-    method: DGMethod,
-    source: Source,
-    number: int,
-    indices: Tensor,
-    embedding: Tensor | None,
-    batch: int,
-    device: torch.device,
-) -> float:
-    """Mean cross-entropy, nats, on the images `indices` of a domain, in evaluation mode."""
-    domain, total = source.data.domains[number], 0.0
+def mean_loss(method: DGMethod, batches: Batches) -> float:
+    """Mean cross-entropy, nats, on images, in evaluation mode."""
     method.eval()
-    for chosen in indices.split(batch):
-        known = None if embedding is None else embedding[chosen.to(device)]
-        logits = method(source.prepare.batch(domain, chosen).to(device), known)
-        labels = domain.labels[chosen].to(device)
-        total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    return total / len(indices)
+    total, count = 0.0, 0
+    for images, known, labels in batches:
+        logits = method(images, known)
+        total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
+        count += len(labels)
+    return total / count
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
 from dynmoe.experiments.dg.measure import (
+    Batches,
     confidence,
     feature_arrays,
     landscape_array,
@@ -232,16 +233,11 @@ class Fold:
         names = self.trial.source.data.names
         point: dict[str, Any] = {"step": self.step, "loss": loss, "in": {}, "out": {}}
         for number, name in enumerate(names):
-            embedding = self.trial.embedding(self.method, number)
-            parts = self.trial.splits[number]
             # Accuracy on the sources' training images decides nothing, and is most of the work.
-            which = zip(("in", "out"), parts, strict=True)
+            which = zip(("in", "out"), self.trial.splits[number], strict=True)
             for part, chosen in which:
                 if part == "out" or number == self.test:
-                    sure, right = confidence(
-                        self.method, self.trial.source, number, chosen, embedding,
-                        self.config.eval_batch, self.trial.run.device,
-                    )  # fmt: skip
+                    sure, right = confidence(self.method, self._shown(number, chosen))
                     point[part][name] = int(right.sum()) / len(right)
                     if part == "in":
                         point |= calibration(sure, right)
@@ -256,13 +252,17 @@ class Fold:
 
     def _validation_loss(self) -> float:
         """Mean cross-entropy on all held-out images of the sources, each domain alike, in nats."""
-        trial, losses = self.trial, []
-        for number in self.sources:
-            losses.append(mean_loss(
-                self.method, trial.source, number, trial.splits[number][1],
-                trial.embedding(self.method, number), self.config.eval_batch, trial.run.device,
-            ))  # fmt: skip
+        held = {number: self.trial.splits[number][1] for number in self.sources}
+        losses = [mean_loss(self.method, self._shown(*pair)) for pair in held.items()]
         return sum(losses) / len(losses)
+
+    def _shown(self, number: int, indices: Tensor) -> Batches:
+        """Images `indices` of a domain as methods take them, in batches for evaluation."""
+        source, device = self.trial.source, self.trial.run.device
+        domain, embedding = source.data.domains[number], self.trial.embedding(self.method, number)
+        for chosen in indices.split(self.config.eval_batch):
+            known = None if embedding is None else embedding[chosen.to(device)]
+            yield source.prepare.batch(domain, chosen).to(device), known, domain.labels[chosen]
 
     def row(self) -> dict[str, Any]:
         """The figures of this left-out domain."""
@@ -294,10 +294,7 @@ class Fold:
         ]
         found |= gate_figures([g for g in gates if g is not None])
         if self.config.headroom:
-            found |= headroom(
-                self.method, trial.source, self.test, trial.splits[self.test][0],
-                trial.embedding(self.method, self.test), self.config.eval_batch, trial.run.device,
-            )  # fmt: skip
+            found |= headroom(self.method, self._shown(self.test, trial.splits[self.test][0]))
         return found
 
     def keep_figures(self) -> None:
