@@ -32,4 +32,4 @@ from dynmoe.studies.tta import TTALayers as TTALayers
 from dynmoe.studies.tta import TTAMethods as TTAMethods
 from dynmoe.studies.tta import TTARouter as TTARouter
 from dynmoe.studies.untold import Untold as Untold
-from dynmoe.studies.upcycling import UpcycleStudy as UpcycleStudy
+from dynmoe.studies.upcycling import DGUpcycling as DGUpcycling

@@ -1,73 +1,72 @@
-"""Upcycling as a study of training: a dense network becomes a mixture, and learns on."""
+"""Sparse upcycling as a study of training: a dense transformer gets experts and is trained on."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from dynmoe.lab.experiment import At, Results
-from dynmoe.lab.study import Preset, Study
+from dynmoe.lab.experiment import Results
+from dynmoe.lab.study import Preset
+from dynmoe.studies.dg import DGStudy
 
-FIRST_TASK = {"class": 640, "shuffle": 320, "iid": 4000}
-"""Optimizer steps of each stream's first task: of the laptop's, and of the paper's preset."""
-DOUBLE = {"class": 512, "shuffle": 512, "iid": 2048}
-"""Twice the hidden units of the stream's network."""
+RATES = ("2e-4", "5e-4", "2e-3")
+"""Learning rates; each variant gets the best of them, on a seed apart."""
+UNTRAINED = "--vit.epochs 0"
+LONGER = 4
+"""How much longer one mixture from scratch is trained."""
 
 
-class UpcycleStudy(
-    Study, name="upcycle-study", source="after Komatsuzaki et al. 2023 (arXiv 2212.05055)"
+class DGUpcycling(
+    DGStudy, name="dg-upcycling", source="after Komatsuzaki et al. 2023 (arXiv 2212.05055)"
 ):
-    """Is a trained dense network a better start for a mixture than none, at equal steps?
+    """Is a trained dense transformer a better start for a mixture of experts than none?
 
-    The network is dense in the first task: a mixture of one expert. Then its block is upcycled: by
-    splitting, three growths in three steps divide its units among four experts; by copying, one
-    growth adds a copy of the block, unit by unit with its output weights shared out unevenly. Both
-    keep the function (init `duplicate`). It is held against the dense network that goes on, and
-    against mixtures and dense networks of the same units from the start.
+    A small vision transformer is trained on other classes than those of the domains. `upcycled` is
+    GMoE: two late MLPs become six copies each with a token router, and everything is trained on.
+    It is held against the dense transformer trained on for the same steps, against experts that are
+    re-initialised in the same trained network, and against a mixture whose network is not trained
+    at all before, for the same steps and for four times as many. Each variant's learning rate is
+    chosen on a seed apart, by its accuracy on the left-out domains.
     """
 
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 3}
+
     def streams(self, preset: Preset) -> dict[str, str]:
-        """Class and shuffle streams; the paper's data at the paper's preset."""
-        if preset == "paper":
-            return {"iid": self.start["paper"]}
-        return super().streams(preset)
+        """The embedded domains, whose transformer is trained on the spot: in every preset.
+
+        Two of the four are left out in turn.
+        """
+        return {"embedded": "--test-domains coloured edges"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Upcycled and other networks, at the dense network's units and at twice as many."""
-        upcycled = "--granularity 1 --init duplicate --trigger at --trigger.steps"
+        """Both starts, dense and as a mixture, and the references."""
+        steps = LONGER * 200
         return {
-            "dense": "--method dense",
-            "fresh": "--method fresh",
-            "moe": "--method moe-static --method.experts 4",
-            "upcycled by splitting": f"{upcycled} {{splits}} --pruning utility",
-            "dense, twice the units": "--method wide --method.factor 2",
-            "moe, twice the units":
-                "--method moe-static --method.experts 2 --network.hidden {double}",
-            "upcycled by copying": f"{upcycled} {{first}} --budget.mode per-growth",
-        }  # fmt: skip
+            "linear-probe": "--method linear-probe",
+            "moa": "--method moa",
+            "dense": "--method erm",
+            "upcycled": "--method gmoe",
+            "fresh experts": "--method gmoe --method.start fresh",
+            "dense from scratch": f"--method erm {UNTRAINED}",
+            "moe from scratch": f"--method gmoe {UNTRAINED}",
+            LONG: f"--method gmoe {UNTRAINED} --steps {steps} --eval-every {steps // 5}",
+        }
 
-    def flags_on(self, stream: str, flags: str) -> str:
-        """The flags with the stream's steps and units."""
-        first = FIRST_TASK[stream]
-        splits = f"{first} {first + 1} {first + 2}"
-        return flags.format(first=first, splits=splits, double=DOUBLE[stream])
-
-    pairs: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("upcycled by splitting", "dense"),
-        ("upcycled by splitting", "moe"),
-        ("upcycled by copying", "dense"),
-        ("upcycled by copying", "dense, twice the units"),
-        ("upcycled by copying", "moe, twice the units"),
-    )
+    def searches(self, preset: Preset) -> dict[str, list[str]]:
+        """Learning rates of all but the references."""
+        return {
+            name: [f"{own} --lr {rate}" for rate in RATES]
+            for name, own in self.variants(preset).items()
+            if name not in ("linear-probe", "moa")
+        }
 
     def verdict(self, results: Results) -> list[str]:
-        """Upcycled minus others: what is learnt last, and on average; and what generalises."""
-        asked: tuple[tuple[str, At], ...] = (
-            ("train_accuracy", "last"), ("train_accuracy", "mean"), ("test_accuracy", "mean"),
-        )  # fmt: skip
+        """Upcycled against each other start: on unseen domains, and on the sources' own."""
+        (stream,) = results.streams
         return [
-            results.says(stream, a, b, metric, at)
-            for stream in results.streams
-            for a, b in self.pairs
-            for metric, at in asked
-            if (stream, metric) != ("shuffle", "test_accuracy")  # its labels are drawn
+            results.says(stream, "upcycled", other, metric)
+            for other in ("dense", "fresh experts", "moe from scratch", LONG)
+            for metric in ("accuracy", "source_accuracy")
         ]
+
+
+LONG = f"moe from scratch, {LONGER} x the steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,16 @@ from dynmoe.moe.bank import ExpertBank
 from dynmoe.moe.draws import draw_linear, draw_normal, seeded_linear
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.losses.balance import ImportanceLoss, LoadLoss
-from dynmoe.moe.model import collect_aux_losses
+from dynmoe.moe.model import collect_aux_losses, moe_layers
 from dynmoe.moe.router import Routing
 from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.moe.routers.top1 import TokenRouter
 from dynmoe.moe.upcycle import upcycle_vit
 from dynmoe.registry import PartConfig
+
+
+Start = Literal["copy", "fresh"]
+"""Where GMoE's experts start."""
 
 
 class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMoE"):
@@ -42,11 +47,16 @@ class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMo
         """width of the space in which tokens and experts are compared"""
         balance: float = 0.01
         """weight of the mean of the importance and load losses, summed over layers"""
+        start: Start = "copy"
+        """where experts start. copy: each is the block's MLP (sparse upcycling); fresh: each is
+        re-initialised, an ablation of it"""
 
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Make the MLPs experts."""
         if config.experts < 1:
             raise UserError(f"gmoe: experts={config.experts} must be at least 1")
+        if config.start not in get_args(Start):
+            raise UserError(f"gmoe: start={config.start!r} must be one of copy, fresh")
         depth = len(self.backbone.blocks)  # type: ignore[arg-type]
         weight = config.balance / 2
         upcycle_vit(
@@ -58,6 +68,9 @@ class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMo
             losses=[ImportanceLoss.Config(weight=weight), LoadLoss.Config(weight=weight)],
             generator=generator,
         )
+        if config.start == "fresh":
+            for _, layer in moe_layers(self.backbone):
+                layer.bank.reset_parameters(generator)
 
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [1, B, C]; penalty "balance"."""

@@ -31,7 +31,8 @@ class DomainGeneralisation(Experiment):
     """What `dynmoe.dg` does: one run is one method in one trial, every domain left out in turn.
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
-    `oracle_accuracy`, at the last one; `ece` and `adaptive_ece`, at the selected one;
+    `oracle_accuracy`, at the last one; `source_accuracy`, on the sources' held-out images at the
+    selected one; `ece` and `adaptive_ece`, at the selected one;
     `trainable`, the trainable parameters; and the method's own `measures`, of MoE² those of
     `dynmoe.dg.methods.moe2.departure`.
     """

@@ -275,6 +275,7 @@ class Fold:
             "accuracy": chosen[self.config.selection]["in"][name],
             "selected_step": chosen[self.config.selection]["step"],
             **{f"{key}_accuracy": point["in"][name] for key, point in chosen.items()},
+            "source_accuracy": chosen[self.config.selection]["validation"],
             **{key: chosen[self.config.selection].get(key) for key in ("ece", "adaptive_ece")},
             "parameters": total,
             "trainable": trainable,
