@@ -1,7 +1,8 @@
 """What a frozen convolutional stem says of all images of a domain set: computed once, and kept.
 
-The tokens lie in the user's cache folder as 16-bit floats, under a digest of the stem's weights and
-of the images' files, so that all methods, trials and later runs share them. They are of the images
+The tokens lie in the user's cache folder as 16-bit floats (`dynmoe.lab.kept_rows`), under a digest
+of the stem's weights and of the images' files, so that all methods, trials and later runs share
+them; what was interrupted goes on where it was. They are of the images
 as they are: nothing can be augmented behind the stem.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from cl_benchmarks.domain_set import Domain, DomainSet, Preparation
 from cl_benchmarks.stem_vit import CHANNELS, SIZE, TOKENS, StemViT
 from dynmoe.lab import cache
+from dynmoe.lab.kept_rows import KeptRows
 
 VERSION = 1
 """Raise it when the same stem and images give other tokens."""
@@ -56,23 +58,24 @@ def keep_tokens(model: StemViT, data: DomainSet) -> StemTokens:
     for domain in data.domains:
         key = cache.digest({"version": VERSION, "stem": stem, "images": _images_key(domain)})
 
-        def make(domain: Domain = domain) -> cache.Arrays:
-            cache.notice(f"stem: computing {len(domain)} images of {domain.name} (once)")
-            return {"tokens": _tokens(model, domain)}
+        told: list[str] = []
 
-        arrays = cache.load_or_make(f"stem-{key}", make)
-        found[domain.name] = torch.from_numpy(arrays["tokens"])
+        def make(places: list[int], domain: Domain = domain, told: list[str] = told) -> np.ndarray:
+            if not told:
+                told.append(f"stem: computing {len(domain)} images of {domain.name} (once)")
+                cache.notice(told[0])
+            return _tokens(model, domain, places)
+
+        kept = KeptRows(f"stem-{key}", len(domain), (TOKENS, CHANNELS), np.float16, BATCH)
+        found[domain.name] = torch.from_numpy(kept.rows(range(len(domain)), make))
     return StemTokens(found)
 
 
 @torch.no_grad()
-def _tokens(model: StemViT, domain: Domain) -> np.ndarray:
-    """float16 [N, 64, 112]."""
-    found = np.empty((len(domain), TOKENS, CHANNELS), dtype=np.float16)
-    for chosen in torch.arange(len(domain)).split(BATCH):
-        values = model.features(IMAGES.batch(domain, chosen))
-        found[chosen.numpy()] = values.clamp(-65504, 65504).half().numpy()
-    return found
+def _tokens(model: StemViT, domain: Domain, places: list[int]) -> np.ndarray:
+    """float16 [n, 64, 112] of the images at these places."""
+    values = model.features(IMAGES.batch(domain, torch.tensor(places)))
+    return values.clamp(-65504, 65504).half().numpy()
 
 
 def _images_key(domain: Domain) -> Any:

@@ -8,10 +8,12 @@ images were stored as JPEG.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,11 @@ class Domain(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    @abstractmethod
+    def identity(self) -> str:
+        """Text that changes with the images or their order: what is kept of them is known by it."""
+
     @abstractmethod
     def images(self, indices: Sequence[int]) -> Tensor:
         """Images uint8 `[n, 3, S, S]` at n indices, in their order.
@@ -77,6 +84,12 @@ class Memory(Domain):
     def __init__(self, name: str, images: Tensor, labels: Tensor) -> None:
         super().__init__(name, labels)
         self.tensor = images
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the values."""
+        values = self.tensor.contiguous().numpy()
+        return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{values.shape}"
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See Domain."""
@@ -100,6 +113,12 @@ class Files(Domain):
     ) -> None:
         super().__init__(name, labels)
         self.files, self.resize, self.size = list(files), resize, size
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of the files' states, and how they are cropped."""
+        values = {"files": cache.file_states(self.files), "crop": [self.resize, self.size]}
+        return cache.digest(values)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See Domain.
@@ -203,6 +222,11 @@ class Corrupted(Domain):
         key = cache.digest({"version": VERSION, "images": identity, "seed": seed})
         self._folder = f"corrupted-{key}/{corruption}-{severity}"
 
+    @cached_property
+    def identity(self) -> str:
+        """As the corrupted images are known in the cache."""
+        return self._folder
+
     def images(self, indices: Sequence[int]) -> Tensor:
         """See Domain. An image is corrupted once; 150 kB each are cached at 224 pixels."""
         return torch.stack([self._one(int(i)) for i in indices])
@@ -228,6 +252,11 @@ class Resized(Domain):
     def __init__(self, domain: Domain, size: int) -> None:
         super().__init__(domain.name, domain.labels)
         self.domain, self.size = domain, size
+
+    @cached_property
+    def identity(self) -> str:
+        """The other domain's, and the size."""
+        return f"{self.domain.identity}, {self.size} px"
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See Domain."""

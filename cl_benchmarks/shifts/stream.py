@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -126,6 +126,8 @@ class Batch:
     """int64 [B]"""
     domains: Tensor
     """int64 [B], index into the stream's `names`"""
+    places: list[tuple[Domain, int]]
+    """[B] where each image is from: the domain and its index there"""
 
 
 class Stream:
@@ -191,13 +193,14 @@ class Stream:
         images: list[Tensor] = [torch.empty(0)] * len(chosen)
         labels = torch.empty(len(chosen), dtype=torch.int64)
         domains = torch.empty(len(chosen), dtype=torch.int64)
+        places: list[Any] = [None] * len(chosen)
         for s in segment.unique().tolist():
             rows = (segment == s).nonzero()[:, 0]
             domain = self.segments[s].domain
             indices = self.segments[s].indices[place[rows]]
             read = domain.images(indices.tolist())
-            for row, image in zip(rows.tolist(), read, strict=True):
-                images[row] = image
+            for row, image, index in zip(rows.tolist(), read, indices.tolist(), strict=True):
+                images[row], places[row] = image, (domain, index)
             labels[rows] = domain.labels[indices]
             domains[rows] = self.names.index(domain.name)
-        return Batch(torch.stack(images), labels, domains)
+        return Batch(torch.stack(images), labels, domains, places)

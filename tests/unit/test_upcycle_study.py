@@ -1,4 +1,4 @@
-"""The study of upcycling: its networks at the start, its settings, and what its verdict compares."""
+"""The study of upcycling: its networks at the start, its settings, and its verdict."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from cl_benchmarks.backbone import vision_transformer
 import dynmoe.experiments.dg.command as dg
+from cl_benchmarks.backbone import vision_transformer
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse
 from dynmoe.lab.experiment import Results

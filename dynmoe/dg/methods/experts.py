@@ -22,7 +22,6 @@ from dynmoe.moe.routers.top1 import TokenRouter
 from dynmoe.moe.upcycle import upcycle_vit
 from dynmoe.registry import PartConfig
 
-
 Start = Literal["copy", "fresh"]
 """Where GMoE's experts start."""
 

@@ -3,20 +3,25 @@
 A model has one where it has a child `stem` and methods `features(images)` and
 `transformer(features)`, its forward being the one after the other. Methods then adapt the rest
 alone: the stem's BatchNorms keep their statistics, and no method finds its weights. The features of
-the stream's images are kept in the cache folder, so that every method and seed reads them. An image
-is known by its values, and a front part by what it makes of a fixed one.
+the stream's images are kept in the cache folder, a file for each domain (`dynmoe.lab.kept_rows`),
+so that every method and seed reads them. An image is known by its place in its domain, and a front
+part by what it makes of a fixed image.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl_benchmarks.shifts.domain import Domain
 from dynmoe import seeding
 from dynmoe.lab import cache
+from dynmoe.lab.kept_rows import KeptRows
 
 
 class Hidden(nn.Module):
@@ -48,7 +53,8 @@ class FrozenFront(nn.Module):
         model.stem = Hidden(model.stem)  # type: ignore[arg-type]
         self.model = model
         self._known: tuple[Tensor, Tensor] | None = None
-        self._folder = ""
+        self._of_one: Tensor | None = None
+        self._files: dict[tuple[str, str], KeptRows] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits; the front part is not computed for the images that were `offer`ed last."""
@@ -60,7 +66,7 @@ class FrozenFront(nn.Module):
         return self.model.transformer(features)  # type: ignore[operator]
 
     @torch.no_grad()
-    def offer(self, images: Tensor) -> None:
+    def offer(self, images: Tensor, places: Sequence[tuple[Domain, int]], about: str) -> None:
         """Have the features of these images ready, from the cache folder if they are there.
 
         They are used for this very tensor alone, which must not change; what a method makes of it,
@@ -69,24 +75,42 @@ class FrozenFront(nn.Module):
 
         Args:
             images: [B, 3, S, S], as the model takes them.
+            places: [B] the domain of each, and its index there.
+            about: what was done to the domains' images to make these, such as their normalisation.
         """
-        folder = self._folder or self._name(images)
+        if self._of_one is None:
+            self._of_one = self._probe(images)
         found = []
-        for one in images:
+        for one, (domain, index) in zip(images, places, strict=True):
 
-            def make(one: Tensor = one) -> cache.Arrays:
-                features = self.model.features(one[None])[0]  # type: ignore[operator]
-                return {"features": features.cpu().numpy()}
+            def make(_: list[int], one: Tensor = one) -> np.ndarray:
+                return self.model.features(one[None]).cpu().numpy()  # type: ignore[operator]
 
-            arrays = cache.load_or_make(f"{folder}/{_digest(one)}", make)
-            found.append(torch.from_numpy(arrays["features"]))
-        self._folder, self._known = folder, (images, torch.stack(found).to(images))
+            values = self._rows(domain, about).rows([index], make)
+            found.append(torch.from_numpy(values[0]))
+        self._known = (images, torch.stack(found).to(images))
 
-    def _name(self, images: Tensor) -> str:
-        """A folder for the features of images of this size, dtype and device."""
+    def _rows(self, domain: Domain, about: str) -> KeptRows:
+        """The file of a domain's features."""
+        known = self._files.get((domain.identity, about))
+        if known is None:
+            name = cache.digest({"images": domain.identity, "about": about, "size": len(domain)})
+            of_one = self._of_one
+            assert of_one is not None
+            known = KeptRows(
+                f"features-{_digest(of_one)}/{name}",
+                len(domain),
+                tuple(of_one.shape[1:]),
+                of_one.numpy().dtype.type,
+            )
+            self._files[domain.identity, about] = known
+        return known
+
+    def _probe(self, images: Tensor) -> Tensor:
+        """[1, ...] features of a fixed image of the size, dtype and device of these."""
         generator = seeding.generator(0, "probe")
         probe = torch.rand((1, *images.shape[1:]), generator=generator).to(images)
-        return f"features-{_digest(self.model.features(probe))}"  # type: ignore[operator]
+        return self.model.features(probe).cpu()  # type: ignore[operator]
 
 
 def with_front(model: nn.Module) -> nn.Module:
@@ -95,10 +119,15 @@ def with_front(model: nn.Module) -> nn.Module:
     return FrozenFront(model) if all(hasattr(model, part) for part in parts) else model
 
 
-def offer(model: nn.Module, images: Tensor) -> Tensor:
-    """The images [B, 3, S, S], once a frozen front part of the model, if any, knows them."""
+def offer(
+    model: nn.Module, images: Tensor, places: Sequence[tuple[Domain, int]], about: str
+) -> Tensor:
+    """The images [B, 3, S, S], once a frozen front part of the model, if any, knows them.
+
+    The other arguments are those of `FrozenFront.offer`.
+    """
     if isinstance(model, FrozenFront):
-        model.offer(images)
+        model.offer(images, places, about)
     return images
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.shifts.embedded import Embedded
-from cl_benchmarks.shifts.stream import ShiftSource, Stream, make_stream
+from cl_benchmarks.shifts.stream import Batch, ShiftSource, Stream, make_stream
 from dynmoe import seeding
 from dynmoe.experiments.tta.costs import Cost
 from dynmoe.experiments.tta.frozen import offer
@@ -60,7 +60,7 @@ class StreamSession(Session):
             self._measure()
         for number in range(self.done, len(self.stream)):
             batch = self.stream.batch(number)
-            images = self._images(batch.images)
+            images = self._images(batch)
             with self.cost.step(len(images)):
                 logits = self.adapter(images)
             self.done = number + 1
@@ -83,7 +83,7 @@ class StreamSession(Session):
         routings = self._routings()
         trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
         options = {o: getattr(config.method, o) for o in adapter.by_stream(config.streams[0])}
-        images = self._images(self.stream.batch(len(self.stream) - 1).images)
+        images = self._images(self.stream.batch(len(self.stream) - 1))
         self.cost.write(self.run.folder, adapter, images)
         return {
             "method": config.method.part.name, "data": self.source.name,
@@ -114,7 +114,7 @@ class StreamSession(Session):
             for number in range(max(len(stream) - count, 0), len(stream)):
                 batch = stream.batch(number)
                 device = self.run.device
-                yield self._images(batch.images), batch.labels.to(device), batch.domains.to(device)
+                yield self._images(batch), batch.labels.to(device), batch.domains.to(device)
 
         generator = seeding.generator(self.config.seed, "usefulness")
         return usefulness(self.adapter.model, batches, generator)
@@ -131,10 +131,11 @@ class StreamSession(Session):
         self.run.log.scalars(self.done, scalars)
         return {"batch": self.done, **use, **({"similarity": similar} if similar else {})}
 
-    def _images(self, images: Tensor) -> Tensor:
+    def _images(self, batch: Batch) -> Tensor:
         """Input of the model, on the run's device."""
-        x = normalise(images.to(self.run.device), self.source.mean, self.source.std)
-        return offer(self.adapter.model, x)
+        source = self.source
+        x = normalise(batch.images.to(self.run.device), source.mean, source.std)
+        return offer(self.adapter.model, x, batch.places, f"{source.mean} {source.std}")
 
 
 def shifted(config: Config, source: ShiftSource) -> Stream:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import ACTIVATIONS, BankArguments, ExpertBank
@@ -126,6 +128,34 @@ def _mix(outputs: Tensor, gates: Tensor) -> Tensor:
     return torch.einsum("ne,eno->no", gates, outputs)
 
 
+PIECE = 8
+"""Samples whose share of a gradient is formed at a time, so that it stays in the cache."""
+
+
+class ScaleShift(torch.autograd.Function):
+    """`x gamma + beta` of x [B, T, D] with gamma and beta [B, D] of each sample.
+
+    As `torch.addcmul` to the bit. In the backward pass torch forms the products that the gradient
+    of gamma sums up for the whole batch, here they are formed and summed up piece by piece.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """[B, T, D]."""
+        ctx.save_for_backward(x, gamma)
+        return torch.addcmul(beta.unsqueeze(1), x, gamma.unsqueeze(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Of x, gamma and beta."""
+        x, gamma = ctx.saved_tensors
+        pieces = zip(gradient.split(PIECE), x.split(PIECE), strict=True)
+        of_gamma = torch.cat([(g * own).sum(dim=1) for g, own in pieces])
+        of_x = gradient * gamma.unsqueeze(1) if ctx.needs_input_grad[0] else None
+        return of_x, of_gamma, gradient.sum(dim=1)
+
+
 class AffineBank(
     ExpertBank,
     name="affine",
@@ -181,12 +211,17 @@ class AffineBank(
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
         """Scale and shift x [N, ..., D] by the mixed rows of each sample."""
-        gates = routing.gates * gate_scale
+        gates = routing.gates
+        if isinstance(gate_scale, Tensor) or gate_scale != 1:
+            gates = gates * gate_scale
         gamma, beta = gates @ self.gamma, gates @ self.beta
-        if self.base_gamma is not None and self.base_beta is not None:
-            gamma, beta = self.base_gamma + gamma, self.base_beta + beta
         one_position = (len(x), *[1] * (x.dim() - 2), x.shape[-1])
-        return torch.addcmul(beta.view(one_position), x, gamma.view(one_position))
+        if self.base_gamma is None or self.base_beta is None:
+            return torch.addcmul(beta.view(one_position), x, gamma.view(one_position))
+        gamma, beta = self.base_gamma + gamma, self.base_beta + beta
+        if x.dim() != 3:
+            return torch.addcmul(beta.view(one_position), x, gamma.view(one_position))
+        return ScaleShift.apply(x, gamma, beta)
 
     def expert_outputs(self, x: Tensor) -> Tensor:
         """[M, N, ..., D] what each expert alone says to x [N, ..., D], the base left out."""

@@ -13,6 +13,7 @@ from dynmoe.growth.triggers.changes import DriftTrigger
 from dynmoe.growth.triggers.clock import AtTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.moe import finish_step, moe_layers
+from dynmoe.moe.experts.rows import ScaleShift
 from dynmoe.tta import MoELayerNorm, adapt
 from dynmoe.tta.params import channel_last_norms
 
@@ -47,6 +48,21 @@ def test_shapes_and_values(shape):
         shift = layer.bank.base_beta + layer.experts_bias[e]
         expected = nn.functional.layer_norm(sample, (5,), scale, shift, 1e-3)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples_of_batch", [1, 8, 19])
+def test_scale_and_shift_are_torchs_to_the_bit_with_their_gradients(samples_of_batch):
+    shape = (samples_of_batch, 33, 16)
+    x, gamma, beta = torch.randn(shape), torch.randn(shape[0], 16), torch.randn(shape[0], 16)
+    inputs, upstream = [t.requires_grad_() for t in (x, gamma, beta)], torch.randn(shape)
+    one = ScaleShift.apply(*inputs)
+    other = torch.addcmul(beta.unsqueeze(1), x, gamma.unsqueeze(1))
+    assert torch.equal(one, other)
+    pairs = [torch.autograd.grad(y, inputs, upstream) for y in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+    assert torch.autograd.gradcheck(
+        ScaleShift.apply, [t.detach().double()[..., :2].requires_grad_() for t in inputs]
+    )
 
 
 def test_gradients_are_those_of_log_p_and_of_the_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from cl_benchmarks.shifts.domain import read_image
+from cl_benchmarks.shifts.domain import Corrupted, Files, Memory, Resized, read_image
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.classes import class_names, match
 from dynmoe.experiments.tta.frozen import FrozenFront, offer, with_front
@@ -182,24 +183,50 @@ def test_methods_leave_a_front_part_as_it_is(method: str) -> None:
 
 
 def test_features_are_computed_once_and_for_these_images_alone() -> None:
-    images = torch.rand(5, 3, 8, 8)
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    images, domain = pixels / 255, Memory("a", pixels, torch.zeros(5))
+    places = [(domain, n) for n in range(5)]
     model = Fronted()
     front = FrozenFront(model)
-    expected = front(images)
+    each = torch.cat([front(one[None]) for one in images])
     model.calls = 0
-    torch.testing.assert_close(front(offer(front, images)), expected)
+    assert torch.equal(front(offer(front, images, places, "as they are")), front(images))
     assert model.calls == 1 + 5  # a probe, and each image
-    assert len(list(cache.folder().rglob("features-*/*.npz"))) == 5
-    again = FrozenFront(Fronted())
-    torch.testing.assert_close(again(offer(again, images[[3, 1]])), expected[[3, 1]])
+    torch.testing.assert_close(front(images), each)
+    assert len(list(cache.folder().rglob("features-*/*.npy"))) == 1
+    again = copy.deepcopy(FrozenFront(Fronted()))
+    chosen = [places[3], places[1]]
+    torch.testing.assert_close(
+        again(offer(again, images[[3, 1]], chosen, "as they are")), each[[3, 1]]
+    )
     assert again.model.calls == 1  # type: ignore[union-attr]
+    offer(again, images[:2] * 2, places[:2], "twice as bright")
+    assert again.model.calls == 3  # type: ignore[union-attr]
     other = images.flip(3)
     torch.testing.assert_close(again(other), FrozenFront(Fronted())(other))
     changed = Fronted()
     changed.stem[0].bias.data.add_(1)
     third = FrozenFront(changed)
-    offer(third, images)
+    offer(third, images, places, "as they are")
     assert changed.calls == 6 and len(list(cache.folder().glob("features-*"))) == 2
+
+
+def test_domains_are_known_by_their_images(tmp_path: Path) -> None:
+    pixels, labels = torch.zeros(2, 3, 40, 40, dtype=torch.uint8), torch.zeros(2)
+    one, other = Memory("a", pixels, labels), Memory("a", pixels + 1, labels)
+    files = [p for p in sorted(_folder(tmp_path, ("a",)).rglob("*.png"))]
+    told = [
+        one.identity, other.identity, Files("f", files, labels, None, 32).identity,
+        Files("f", files, labels, 32, 32).identity,
+        Files("f", files[::-1], labels, 32, 32).identity,
+        Corrupted(one, one.identity, "fog", 1, 0).identity,
+        Corrupted(one, one.identity, "fog", 2, 0).identity,
+        Corrupted(other, other.identity, "fog", 1, 0).identity,
+        Corrupted(one, one.identity, "fog", 1, 1).identity, Resized(one, 20).identity,
+        Resized(other, 20).identity, Resized(one, 21).identity,
+    ]  # fmt: skip
+    assert len(set(told)) == len(told)
+    assert Memory("b", pixels.clone(), labels + 1).identity == one.identity
 
 
 def _folder(root: Path, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
