@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         values: Any = _load(file)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        raise UserError(f"weights {file} cannot be read: {_short(error)}") from None
+        reason = _short(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch's advice is to trust the file
+            reason = "it is no file of tensors as torch.save writes it, or it is damaged"
+        raise UserError(f"weights {file} cannot be read: {reason}") from None
     for key in INSIDE:
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]

@@ -81,8 +81,8 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     unknown flag or a value of the wrong type; `--help` prints and exits with 0.
 
     Raises:
-        UserError: unknown preset or part name, one that has been renamed, or an option that has no
-            effect.
+        UserError: unknown preset or part name, one that has been renamed, an option of a part that
+            is not chosen, or one that has no effect.
     """
     args = list(argv)
     preset = _pop(args, "preset") or next(iter(presets))
@@ -103,6 +103,7 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
         full = "--help-all" in args
         print(help_text(config, list(presets), preset, prog, description, full))
         sys.exit(0)
+    _refuse_others_options(config, args)
     import tyro
 
     parsed = tyro.cli(
@@ -112,6 +113,33 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
     if not parsed.allow_unused:  # type: ignore[attr-defined]
         refuse_unused(parsed, argv)
     return preset, parsed
+
+
+def _refuse_others_options(config: Any, args: list[str]) -> None:
+    """Refuse options of parts that are not chosen, such as --domains.data-dir of embedded domains.
+
+    Raises:
+        UserError: tells which parts have it; of an option that no part has tyro tells.
+    """
+    for field, kind in slots(config).items():
+        own = getattr(config, field).part
+        flag = f"--{field.replace('_', '-')}"
+        for word in args:
+            slot, _, option = word.split("=")[0].replace("_", "-").partition(".")
+            option = option.partition(".")[0].removeprefix("no-").replace("-", "_")
+            if slot != flag or not option or option in _options(own.Config):
+                continue
+            others = [n for n in registry.names(kind)
+                      if option in _options(registry.get(kind, n).Config)]  # fmt: skip
+            if others:
+                raise UserError(
+                    f"{word.split('=')[0]} is no option of {kind} {own.name}; it is one of "
+                    f"{', '.join(others)}: use {flag} {others[0]}, or leave it out"
+                )
+
+
+def _options(config: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)}
 
 
 def refuse_unused(config: Any, argv: list[str]) -> None:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,5 +136,6 @@ def _checksum(values: np.ndarray) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
-def _sound(record: np.ndarray) -> bool:
+def _sound(record: Any) -> bool:
+    """Whether a row's checksum is that of its values."""
     return int(record["sum"]) != 0 and int(record["sum"]) == _checksum(record["values"])

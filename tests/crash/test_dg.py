@@ -122,7 +122,8 @@ def test_what_a_comparison_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[
     report = tmp_path / "dg" / "y" / "report"
     assert {path.name for path in report.iterdir()} == {
         "results.json", "comparison.png", "routing_moe2.png",
-        *(f"{k}_{m}.png" for k in ("features", "landscape") for m in ("moe2", "linear-probe")),
+        *(f"{k}_{m}.png" for k in ("features", "landscape", "landscape_principal")
+          for m in ("moe2", "linear-probe")),
     }  # fmt: skip
     results = json.loads((report / "results.json").read_text())
     methods = results["streams"][""]

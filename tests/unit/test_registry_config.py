@@ -225,8 +225,7 @@ def test_naming_the_presets_own_part_keeps_the_presets_options():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--router.k", "3"],  # an option of another router
-        ["--router", "topk", "--router.temperature", "1"],
+        ["--router.sharpness", "3"],  # an option of no router
         ["--epochs", "many"],
         ["--epoch", "3"],
         ["--budget.mode", "free"],
@@ -248,6 +247,8 @@ def test_wrong_options_exit_with_2(argv, capsys):
         (["--preset", "smal"], "unknown preset 'smal'; known: small, large. Did you mean 'small'"),
         (["--router", "cosin"], "Did you mean 'cosine'"),
         (["--router"], "--router needs a value"),
+        (["--router.k", "3"], "--router.k is no option of router cosine; it is one of "),
+        (["--router", "topk", "--router.temperature=1"], "--router.temperature is no option of "),
         (["--budget.units", "-1"], "units=-1 must be at least 0"),
     ],
 )

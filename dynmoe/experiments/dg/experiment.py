@@ -11,10 +11,11 @@ import numpy as np
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.experiments.dg.measure import method_figures
+from dynmoe.experiments.dg.measure import beside_figure, method_figures
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
+from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Experiment, Results
 from dynmoe.lab.figures import COLORS, dots, new_figure, save
@@ -22,6 +23,10 @@ from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import three
 
+BESIDE = ("moe2", "erm")
+"""Methods whose features are shown side by side where both run, as in Figure 3 of MoE²."""
+ENOUGH = 10
+"""Images of a domain that are worth such a figure."""
 CALIBRATION = ("ece", "adaptive_ece")
 """Metrics of how far confidence and accuracy are apart; runs from before have none."""
 
@@ -146,6 +151,7 @@ class DomainGeneralisation(Experiment):
         (runs,), (folders,) = results.runs.values(), results.folders.values()
         caption = f"test accuracy in %, mean ± standard error over {config.seeds} trial(s)"
         print_table(self.title(config, shared), domain_table(runs), caption)
+        kept: dict[str, Arrays] = {}
         for name, own in runs.items():
             measures = self.entry(results, "", name)["measures"]
             if measures:
@@ -156,6 +162,10 @@ class DomainGeneralisation(Experiment):
                     arrays = {key: loaded[key] for key in loaded.files}
                 left_out = own[0]["tests"][0]["domain"]
                 method_figures(folder, name, arrays, own[0]["domains"], left_out)
+                if name in BESIDE and config.features >= ENOUGH and "features" in arrays:
+                    kept[name] = arrays
+        if len(kept) > 1:
+            beside_figure(folder / "features_beside.png", kept, shared.data.names, left_out)
 
 
 def by_domain(runs: list[dict[str, Any]]) -> dict[str, list[float]]:

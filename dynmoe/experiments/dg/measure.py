@@ -1,4 +1,4 @@
-"""What is measured and drawn of a method: accuracy, features and routing, the loss plane."""
+"""What is measured and drawn of a method: accuracy, features and routing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
+from dynmoe.experiments.dg.landscape import plane_figures
 from dynmoe.experiments.dg.source import Source
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.figures import COLORS, new_figure, save
@@ -26,8 +26,6 @@ Embeddings = Callable[[DGMethod, int], Tensor | None]
 """(method, number of a domain) -> frozen embeddings [N, D] of its images, or None"""
 TSNE_SEED = 0
 MARKERS = "os^DvP*Xph"
-PLANE = 1.0
-"""The loss plane reaches this far in each direction, in lengths of the weights."""
 
 
 @torch.no_grad()
@@ -94,57 +92,6 @@ def feature_arrays(
     return found
 
 
-@torch.no_grad()
-def landscape_array(fold: Any, side: int) -> Arrays:
-    """Loss on a plane through the last weights, for source images and for the left-out domain.
-
-    The plane is spanned by two random directions, each tensor of a direction scaled to the length
-    of the weights it moves: Li et al. 2018 (arXiv 1712.09913), Section 4, with whole tensors for
-    filters (our choice). Mean loss in nats over 64 images of "out" of all sources, and of the test.
-
-    Returns:
-        `plane_source` and `plane_test` [side, side], `plane_axis` [side].
-    """
-    method, source = fold.method, fold.trial.source
-    weights = method.trainable()
-    start = [w.detach().clone() for w in weights]
-    generator = seeding.generator(fold.config.seed, "landscape", fold.test)
-    directions = []
-    for _ in range(2):
-        drawn = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
-        directions.append([
-            d * (w.norm() / d.norm().clamp(min=1e-12)) for d, w in zip(drawn, start, strict=True)
-        ])  # fmt: skip
-    batches = {
-        "plane_source": [(n, fold.trial.splits[n][1]) for n in fold.sources],
-        "plane_test": [(fold.test, fold.trial.splits[fold.test][1])],
-    }
-    axis = torch.linspace(-PLANE, PLANE, side)
-    found: Arrays = {"plane_axis": axis.numpy()}
-    found |= {name: np.zeros((side, side)) for name in batches}
-    method.eval()
-    try:
-        for i, a in enumerate(axis.tolist()):
-            for j, b in enumerate(axis.tolist()):
-                for w, base, u, v in zip(weights, start, *directions, strict=True):
-                    w.copy_(base + a * u + b * v)
-                for name, parts in batches.items():
-                    losses = [_loss(fold, method, source, n, c[:64]) for n, c in parts]
-                    found[name][i, j] = sum(losses) / len(losses)
-    finally:
-        for w, base in zip(weights, start, strict=True):
-            w.copy_(base)
-    return found
-
-
-def _loss(fold: Any, method: DGMethod, source: Source, number: int, chosen: Tensor) -> float:
-    device = fold.trial.run.device
-    domain, known = source.data.domains[number], fold.trial.embedding(method, number)
-    known = None if known is None else known[chosen.to(device)]
-    logits = method(source.prepare.batch(domain, chosen).to(device), known)
-    return float(torch.nn.functional.cross_entropy(logits, domain.labels[chosen].to(device)))
-
-
 def _outer(method: DGMethod) -> MoELayer | None:
     """The layer of outer experts, where the method has one."""
     return next((layer for _, layer in moe_layers(method)), None)
@@ -153,14 +100,13 @@ def _outer(method: DGMethod) -> MoELayer | None:
 def method_figures(
     folder: Path, name: str, arrays: Arrays, domains: list[str], left_out: str
 ) -> None:
-    """Draw what a run kept of its first left-out domain: features, routing, the loss plane."""
+    """Draw what a run kept of its first left-out domain: features, routing, loss planes."""
     where = f"{name}, {left_out} left out"
     if "features" in arrays and len(arrays["features"]) > 5:
         features_figure(folder / f"features_{name}.png", arrays, domains, where)
     if "gates" in arrays:
         routing_figure(folder / f"routing_{name}.png", arrays["gates"], domains, where)
-    if "plane_axis" in arrays:
-        plane_figure(folder / f"landscape_{name}.png", arrays, where)
+    plane_figures(folder, name, arrays, where)
 
 
 def features_figure(path: Path, arrays: Arrays, domains: list[str], title: str) -> None:
@@ -184,6 +130,35 @@ def features_figure(path: Path, arrays: Arrays, domains: list[str], title: str) 
     save(figure, path)
 
 
+def beside_figure(
+    path: Path, methods: dict[str, Arrays], domains: list[str], left_out: str
+) -> None:
+    """t-SNE of the left-out domain's features, a panel for each method: Figure 3 of MoE².
+
+    Colour for the class. Over each panel the mean silhouette of the classes in the features
+    themselves (Rousseeuw 1987; 1: apart, 0: mixed), as t-SNE's distances say little.
+    """
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    figure = new_figure(f"t-SNE of {left_out}, left out", 4.2, 4.0 * len(methods))
+    for axes, (name, arrays) in zip(
+        figure.subplots(1, len(methods), squeeze=False)[0], methods.items(), strict=True
+    ):
+        own = arrays["domain"] == domains.index(left_out)
+        features, labels = arrays["features"][own], arrays["label"][own]
+        few = 1 < len(set(labels.tolist())) < len(labels)
+        apart = f", silhouette {silhouette_score(features, labels):.2f}" if few else ""
+        tsne = TSNE(
+            perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=TSNE_SEED
+        )
+        points = tsne.fit_transform(features)
+        colors = [COLORS[label % len(COLORS)] for label in labels]
+        axes.scatter(points[:, 0], points[:, 1], s=16, c=colors)
+        axes.set(xticks=[], yticks=[], title=f"{name}{apart}")
+    save(figure, path)
+
+
 def routing_figure(path: Path, gates: Any, domains: list[str], title: str) -> None:
     """Mean gate of each expert in each domain, [domains, E], as bars side by side."""
     figure = new_figure(f"routing by domain: {title}", 3.6, 6.4)
@@ -193,16 +168,4 @@ def routing_figure(path: Path, gates: Any, domains: list[str], title: str) -> No
         x = np.arange(gates.shape[1]) + width * (number - (len(domains) - 1) / 2)
         axes.bar(x, gates[number], width, color=COLORS[number % len(COLORS)], label=domain)
     axes.set(xlabel="expert", ylabel="mean gate", xticks=range(gates.shape[1]))
-    save(figure, path)
-
-
-def plane_figure(path: Path, arrays: Arrays, title: str) -> None:
-    """Contours of the loss on the plane of `landscape_array`: sources, and the test."""
-    figure = new_figure(f"loss around the last weights: {title}", 4, 8.6)
-    for axes, part in zip(figure.subplots(1, 2), ("source", "test"), strict=True):
-        axis, values = arrays["plane_axis"], arrays[f"plane_{part}"]
-        drawn = axes.contourf(axis, axis, values, levels=16, cmap="viridis")
-        axes.plot(0, 0, "x", color="white")
-        axes.set_title({"source": "source domains", "test": "left-out domain"}[part], fontsize=9)
-        figure.colorbar(drawn, ax=axes, label="nats")
     save(figure, path)

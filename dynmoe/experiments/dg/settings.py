@@ -80,7 +80,8 @@ class Config(RunConfig):
     features: int = 40
     """images per domain whose features and routing are kept for the figures; 0: none"""
     landscape: int = 0
-    """side of the grid on which the loss around the last weights is drawn; 0: none"""
+    """side of the grids on which the loss around the last weights is drawn: in random directions,
+    and in those in which the weights moved most; 0: none"""
 
     headroom: bool = False
     """measure what a perfect router of a method's experts could reach on all images of the left-out

@@ -18,13 +18,8 @@ from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
-from dynmoe.experiments.dg.measure import (
-    Batches,
-    confidence,
-    feature_arrays,
-    landscape_array,
-    mean_loss,
-)
+from dynmoe.experiments.dg.landscape import landscape_arrays, weights_now
+from dynmoe.experiments.dg.measure import Batches, confidence, feature_arrays, mean_loss
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
 from dynmoe.growth import GrowthController, GrowthEvent, Signals
@@ -144,6 +139,7 @@ class Fold:
         self.sources = [n for n in range(len(data.domains)) if n != test]
         self.step, self.loss = 0, math.nan
         self.curve: list[dict[str, Any]] = []
+        self.path: list[Tensor] = []  # weights at each evaluation, where they are drawn
         seeding.seed_global(seeding.derive(config.seed, "fold", test))
         generator = seeding.generator(config.seed, "weights", test)
         self.method: DGMethod = config.method.build(
@@ -244,6 +240,8 @@ class Fold:
         held = [point["out"][names[n]] for n in self.sources]
         point["validation"] = sum(held) / len(held)
         self.curve.append(point)
+        if self.place == 0 and self.config.landscape:
+            self.path.append(weights_now(self.method))
         step, test = self.place * self.config.steps + self.step, names[self.test]
         self.trial.run.log.scalars(step, {
             f"{test}/loss": loss, f"{test}/validation": point["validation"],
@@ -309,7 +307,7 @@ class Fold:
                 self.method, trial.source, trial.embedding, config.features, trial.run.device
             )
         if config.landscape:
-            arrays |= landscape_array(self, config.landscape)
+            arrays |= landscape_arrays(self, config.landscape)
         if arrays:
             write_npz(trial.run.folder / "figures.npz", arrays)
 
@@ -372,6 +370,7 @@ class Fold:
             "step": self.step,
             "loss": self.loss,
             "curve": self.curve,
+            "path": self.path,
             "method": self.method.learned_state(),
             "extra": self.method.extra_state(),
             "optimizer": self.optimizer.state_dict(),
@@ -382,6 +381,7 @@ class Fold:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.step, self.loss, self.curve = state["step"], state["loss"], state["curve"]
+        self.path = state.get("path", [])
         self.method.load_learned_state(state["method"])
         if state.get("extra"):
             self.method.load_extra_state(state["extra"])
