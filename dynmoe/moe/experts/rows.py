@@ -128,15 +128,11 @@ def _mix(outputs: Tensor, gates: Tensor) -> Tensor:
     return torch.einsum("ne,eno->no", gates, outputs)
 
 
-PIECE = 8
-"""Samples whose share of a gradient is formed at a time, so that it stays in the cache."""
-
-
 class ScaleShift(torch.autograd.Function):
     """`x gamma + beta` of x [B, T, D] with gamma and beta [B, D] of each sample.
 
-    As `torch.addcmul` to the bit. In the backward pass torch forms the products that the gradient
-    of gamma sums up for the whole batch, here they are formed and summed up piece by piece.
+    As `torch.addcmul` to the bit, with its gradients. Of the two products [B, T, D] of the backward
+    pass the second takes the memory of the first: fresh memory costs more than the product.
     """
 
     @staticmethod
@@ -147,13 +143,13 @@ class ScaleShift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of x, gamma and beta."""
         x, gamma = ctx.saved_tensors
-        pieces = zip(gradient.split(PIECE), x.split(PIECE), strict=True)
-        of_gamma = torch.cat([(g * own).sum(dim=1) for g, own in pieces])
-        of_x = gradient * gamma.unsqueeze(1) if ctx.needs_input_grad[0] else None
-        return of_x, of_gamma, gradient.sum(dim=1)
+        product = x * gradient
+        of_gamma = product.sum(dim=1)
+        torch.mul(gradient, gamma.unsqueeze(1), out=product)  # its memory is at hand
+        return product, of_gamma, gradient.sum(dim=1)
 
 
 class AffineBank(
