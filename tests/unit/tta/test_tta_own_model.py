@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cl_benchmarks.shifts.domain import Corrupted, Files, Memory, Resized, read_image
+from cl_benchmarks.weights import read_weights
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.classes import class_names, match
 from dynmoe.experiments.tta.frozen import FrozenFront, offer, with_front
@@ -227,6 +228,13 @@ def test_domains_are_known_by_their_images(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len(set(told)) == len(told)
     assert Memory("b", pixels.clone(), labels + 1).identity == one.identity
+
+
+def test_a_file_that_is_none_of_weights_is_told_without_torchs_advice(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_text("nothing")
+    with pytest.raises(UserError, match=r"w\.pt cannot be read: it is no file of tensors") as error:
+        read_weights(tmp_path / "w.pt")
+    assert "weights_only" not in str(error.value)
 
 
 def _folder(root: Path, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
