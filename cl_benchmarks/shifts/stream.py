@@ -34,6 +34,27 @@ forgetting where there are corruptions alone; validation holds the four that are
 the last are one domain alone."""
 GRADUAL = (1, 2, 3, 4, 5, 4, 3, 2, 1)
 """Severities of the gradual order (Wang et al. 2022, CoTTA, arXiv 2203.13591, Section 4)."""
+DOMAINS = (*CORRUPTIONS, *EXTRA, *OTHERS, "clean")
+"""All that a stream may hold."""
+
+
+def domains_of(stream: str) -> tuple[str, ...]:
+    """The domains of one of STREAMS, or of a stream of one's own: names joined by `+`.
+
+    Raises:
+        UserError: an unknown name, or one that stands there twice.
+    """
+    if stream in STREAMS:
+        return STREAMS[stream]
+    names = tuple(stream.split("+"))
+    wrong = [name for name in names if name not in DOMAINS]
+    if wrong and len(names) == 1:
+        raise unknown("stream", stream, (*STREAMS, *DOMAINS))
+    if wrong:
+        raise unknown(f"domain of the stream {stream}:", wrong[0], DOMAINS)
+    if len(set(names)) < len(names):
+        raise UserError(f"the stream {stream} names a domain twice; name each once")
+    return names
 
 
 class ShiftSource(ABC):
@@ -70,11 +91,11 @@ def make_stream(
     seed: int = 0,
     limit: int | None = None,
 ) -> Stream:
-    """One of STREAMS.
+    """One of STREAMS, or one of domains of one's own.
 
     Args:
         source: the domains.
-        stream: a key of STREAMS.
+        stream: see `domains_of`.
         order: mixed: all images shuffled together. sequential: one domain after another. gradual:
             the same, with the severity of a corruption rising and falling as in GRADUAL; its images
             are dealt over the nine steps (our choice), so that every order shows as many.
@@ -86,14 +107,12 @@ def make_stream(
     Raises:
         UserError: an unknown stream or order, data that are missing, a limit below 1.
     """
-    if stream not in STREAMS:
-        raise unknown("stream", stream, STREAMS)
     if order not in ("mixed", "sequential", "gradual"):
         raise unknown("order", order, ("mixed", "sequential", "gradual"))
     if limit is not None and limit < 1:
         raise UserError(f"limit {limit} is too small; use 1 or more images of each domain")
     segments: list[Segment] = []
-    for name in STREAMS[stream]:
+    for name in domains_of(stream):
         corruption = name in CORRUPTIONS + EXTRA
         domain = source.corrupted(name, severity) if corruption else source.other(name)
         shuffled = torch.randperm(len(domain), generator=seeding.generator(seed, "images", name))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dynmoe.moe import MoELayer, Router
 from dynmoe.moe.experts.rows import AffineBank
 from dynmoe.moe.losses.balance import SwitchLoss
+from dynmoe.moe.routers.fixed import OracleRouter
 from dynmoe.moe.routers.top1 import StraightThroughRouter
+from dynmoe.tta.clusters import Clusters
 
 
 class MoELayerNorm(nn.Module):
@@ -30,6 +32,9 @@ class MoELayerNorm(nn.Module):
         top_k: experts per sample; their changes are added up with gates p_e / stopgrad(sum of the
             top_k largest p), see `StraightThroughRouter`.
         per: "sample" or "batch", what gets experts of its own.
+        clusters: chooses the experts in place of a router, for several norms together; `top_k` and
+            `per` then have no effect.
+        leads: this norm is the first of those; its input decides.
 
     Attributes:
         layer: the MoELayer that holds router and experts; its loss is the balance of the batch.
@@ -43,17 +48,21 @@ class MoELayerNorm(nn.Module):
         generator: torch.Generator | None = None,
         top_k: int = 1,
         per: Literal["sample", "batch"] = "sample",
+        clusters: Clusters | None = None,
+        leads: bool = False,
     ) -> None:
         super().__init__()
         (dim,) = norm.normalized_shape
         self.eps = norm.eps
+        self.clusters, self.leads = clusters, leads
+        learned = StraightThroughRouter.Config(k=top_k, per=per)
         self.layer = MoELayer(
             dim,
             dim,
             num_experts,
             num_experts=num_experts,
             max_experts=max_experts,
-            router=StraightThroughRouter.Config(k=top_k, per=per),
+            router=OracleRouter.Config() if clusters else learned,  # which is told by clusters
             bank=AffineBank.Config(),
             losses=(SwitchLoss.Config(weight=1.0),),
             gate_scale="one",  # gates sum to 1 as they are
@@ -72,7 +81,11 @@ class MoELayerNorm(nn.Module):
         shape = x.shape[-1:]
         # Scale 1 and shift 0 change nothing, but without them torch's CPU kernel is twice as slow.
         normal = F.layer_norm(x, shape, x.new_ones(shape), x.new_zeros(shape), self.eps)
-        return self.layer(normal, routing_input=routing_input)
+        if self.clusters is None:
+            return self.layer(normal, routing_input=routing_input)
+        if self.leads:
+            self.clusters(routing_input)
+        return self.layer(normal, routing_input=routing_input, context=self.clusters.chosen)
 
     @property
     def bank(self) -> AffineBank:

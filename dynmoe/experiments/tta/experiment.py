@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cl_benchmarks.shifts.stream import STREAMS, Stream
-from dynmoe.errors import UserError, unknown
+from cl_benchmarks.shifts.stream import Stream, domains_of
+from dynmoe.errors import UserError
 from dynmoe.experiments.tta.costs import print_costs
 from dynmoe.experiments.tta.figures import (
     comparison_figure,
@@ -79,8 +79,7 @@ class TestTimeAdaptation(Experiment):
         """Also the streams' names."""
         super().check(config)
         for stream in config.streams:
-            if stream not in STREAMS:
-                raise unknown("stream", stream, STREAMS)
+            domains_of(stream)
         if not config.streams or len(set(config.streams)) < len(config.streams):
             raise UserError("--streams needs one or more streams, each named once")
         if 0 < config.gates < LEAST:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.shifts.domain import CORRUPTIONS, EXTRA, Domain
-from cl_benchmarks.shifts.stream import STREAMS, ShiftSource
+from cl_benchmarks.shifts.stream import ShiftSource, domains_of
 from dynmoe import seeding
 from dynmoe.experiments.tta.settings import Config, for_run
 from dynmoe.experiments.tta.source_model import normalise
@@ -55,7 +55,7 @@ def splits(config: Config, source: ShiftSource, device: torch.device) -> dict[st
     in another. Domains of fewer than 4 images are left out.
     """
     found = {}
-    for name in STREAMS[config.streams[0]]:
+    for name in domains_of(config.streams[0]):
         domain = domain_of(config, source, name)
         generator = seeding.generator(config.seed, "gates")
         chosen = torch.randperm(len(domain), generator=generator)[: config.gates]

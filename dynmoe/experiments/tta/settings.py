@@ -83,7 +83,7 @@ class Config(RunConfig):
     follows the flag"""
     streams: tuple[str, ...] = ("classical", "potpourri", "potpourri+")
     """what is adapted to, one run each: classical, classical+, potpourri, potpourri+, validation,
-    all-corruptions, or one of rendition, sketch, adversarial, clean alone"""
+    all-corruptions, or domains of your own joined by +, as in fog+snow+clean"""
     seeds: int = place(3)
     """runs of each method and stream, with seeds `seed`, `seed` + 1, ...; a seed decides the
     stream's images and order and what the method draws"""
@@ -155,10 +155,10 @@ class Config(RunConfig):
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
-        from cl_benchmarks.shifts.stream import OTHERS, STREAMS
+        from cl_benchmarks.shifts.stream import OTHERS, domains_of
 
         reasons = self._unused_data()
-        known = [STREAMS[name] for name in self.streams if name in STREAMS]
+        known = [domains_of(name) for name in self.streams]
         if all(name in (*OTHERS, "clean") for domains in known for name in domains):
             reasons["severity"] = "no stream of --streams has corruptions; add classical"
         elif self.order == "gradual":
@@ -204,13 +204,13 @@ def check_streams(config: Config) -> None:
     Raises:
         UserError: names the stream, and those that there are.
     """
-    from cl_benchmarks.shifts.stream import EXTRA, OTHERS, STREAMS
+    from cl_benchmarks.shifts.stream import EXTRA, OTHERS, STREAMS, domains_of
 
     missing: tuple[str, ...] = EXTRA if config.data == "embedded" else ()
     if config.data in MADE_HERE:
         missing = OTHERS
     for stream in config.streams:
-        if not set(STREAMS[stream]) & set(missing):
+        if not set(domains_of(stream)) & set(missing):
             continue
         if config.data == "embedded":
             raise UserError(f"the stream {stream} needs --data imagenet: its corruptions have no "

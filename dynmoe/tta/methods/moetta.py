@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
@@ -18,12 +19,21 @@ from dynmoe.growth.triggers.clock import EveryTrigger
 from dynmoe.interventions.weights import replace_module
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.entropy import margin, mean_of, mean_prediction_entropy, softmax_entropy
+from dynmoe.tta.clusters import Clusters
+from dynmoe.tta.entropy import (
+    margin,
+    mean_of,
+    mean_prediction_entropy,
+    softmax_entropy,
+    wide,
+)
 from dynmoe.tta.norm import MoELayerNorm
 from dynmoe.tta.options import sure_margin
 from dynmoe.tta.params import channel_last_norms
 
 Setting = Literal["paper", "official"]
+DECAY = 0.99
+"""What a sample counts in its expert's mean prediction, as a share of what the next one does."""
 
 
 class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"):
@@ -34,7 +44,8 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
     gradient), S = {H <= T_t}, alpha_t = lambda T_t. T_t follows the mean entropy of all samples so
     far, see `next_threshold`. Where S is empty the step balances only.
 
-    Ours: the experts may grow, see `grow_on`, and `-im H(mean_b p_b)` may be added to L. The
+    Ours: the experts may grow, see `grow_on`; `-im H(mean_b p_b)` may be added to L; the experts
+    may be clusters of images (`router`), each with a mean prediction of its own (`im_per`). The
     paper's ablations and the code's switches are options: `threshold`, `reweight`, `route_per`,
     `top_k`, `frozen`.
 
@@ -78,6 +89,10 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         route_per: Literal["sample", "batch"] = "sample"
         """batch: all images of a batch get the expert of the largest mean probability; paper,
         ablation"""
+        router: Literal["learned", "clusters"] = "learned"
+        """what chooses experts. learned: a router in each layer; clusters (ours): one choice for
+        all layers, the nearest of E centres that follow the stream (k-means on the input of the
+        first layer with experts)"""
         threshold: Literal["dynamic", "fixed"] = "dynamic"
         """T. dynamic: follows the stream, see `setting`; fixed: 0.4 ln(classes), as EATA's margin
         (ours)"""
@@ -86,6 +101,9 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         im: float = 0.0
         """weight of -H(mean p), the entropy of the batch's mean prediction over all its samples
         (ours, see tent)"""
+        im_per: Literal["batch", "expert"] = "batch"
+        """what has a mean prediction of its own in that term; expert (ours, with router=clusters):
+        each expert's samples, over the last hundred or so of the stream"""
         max_experts: int = 0
         """most experts that a layer can grow to; 0: num_experts"""
         grow: Literal["no", "drift", "every"] = "no"
@@ -112,16 +130,21 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
     def prepare(self) -> None:
         """Replace the LayerNorms."""
         values = {k: v for k, v in self.by_stream("").items() if getattr(self.config, k) is None}
+        if self.config.router == "clusters" and "balance_weight" in values:
+            values["balance_weight"] = 0.0  # no router learns to balance
         config = self.config = dataclasses.replace(self.config, **values)
         check_options(config)
         norms = self._chosen()
         generator = torch.Generator().manual_seed(config.seed)
         self.norms: list[MoELayerNorm] = []
+        clusters = None
+        if config.router == "clusters":
+            (dim,) = norms[0][1].normalized_shape
+            clusters = Clusters(config.num_experts, dim, config.seed).to(norms[0][1].weight.device)
         for _, norm in norms:
             most = config.max_experts or config.num_experts
-            new = MoELayerNorm(
-                norm, config.num_experts, most, generator, config.top_k, config.route_per
-            )
+            new = MoELayerNorm(norm, config.num_experts, most, generator, config.top_k,
+                               config.route_per, clusters, leads=not self.norms)  # fmt: skip
             replace_module(self.model, norm, new)
             self.norms.append(new.train())  # in which layers compute their losses
         for module in self.model.modules():
@@ -130,6 +153,8 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         parameters = [p for norm in self.norms for p in norm.parameters()]
         self.use_sgd(parameters, config.lr, config.momentum)
         self.memory = {"threshold": None, "first": None, "later": None, "batches": 0}
+        if config.im_per == "expert":
+            self.memory["predictions"] = None  # [E, classes] mean predictions, once there are some
         self.controller: GrowthController | None = None
         wait = config.grow_wait
         if config.grow == "drift":
@@ -190,7 +215,10 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         threshold = memory["threshold"] if dynamic else mean.new_tensor(margin(None, 0.4, logits))
         weighted = (self.option("margin", logits) - fixed).exp() * h if config.reweight else h
         loss = mean_of(weighted, fixed <= threshold)
-        if config.im:
+        if config.im_per == "expert":
+            spread, predictions = self._spread(logits)
+            loss, memory = loss - config.im * spread, memory | {"predictions": predictions}
+        elif config.im:
             loss = loss - config.im * mean_prediction_entropy(logits)
         if config.balance_weight:
             balance = torch.stack([norm.balance for norm in self.norms]).sum()
@@ -199,6 +227,27 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
             self.memory = memory
             self._grow(images, mean)
         return logits
+
+    def _spread(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropy of each expert's mean prediction, and the new mean predictions [E, classes].
+
+        q_e is the running mean of expert e's predictions p_b: a sample counts DECAY times as much
+        as the next. The scalar `-sum_b p_b log q_e(b) / B` has the gradient of the experts'
+        H(q_e), weighed by their samples, as if those of the batch were all there are. A batch holds
+        few samples of an expert, too few to say how its answers are spread.
+        """
+        p = wide(logits).softmax(dim=1)
+        clusters = self.norms[0].clusters
+        assert clusters is not None
+        own = F.one_hot(clusters.chosen, self.config.num_experts).to(p.dtype)  # [B, E]
+        count = own.sum(dim=0)[:, None]
+        old = self.memory["predictions"]
+        if old is None:
+            old = torch.full_like(own.T @ p.detach(), 1 / p.shape[1])
+        kept = DECAY**count
+        means = kept * old + (1 - kept) * (own.T @ p.detach()) / count.clamp(min=1)
+        log_q = means.clamp_min(torch.finfo(means.dtype).tiny).log()
+        return -(p * log_q[clusters.chosen]).sum() / len(p), means
 
     def _grow(self, images: Tensor, mean: Tensor) -> None:
         """Ask the trigger, while there is room."""
@@ -241,6 +290,21 @@ def check_options(config: Any) -> None:
             f"moetta: im={config.im} must be at least 0, and top_k={config.top_k} from 1 to "
             f"num_experts={config.num_experts}"
         )
+    if config.im_per == "expert" and not (config.router == "clusters" and config.im > 0):
+        raise UserError(
+            f"moetta: im_per=expert needs router=clusters and im above 0 (now router="
+            f"{config.router}, im={config.im})"
+        )
+    if config.router == "clusters":
+        idle = {"balance_weight": config.balance_weight != 0, "top_k": config.top_k != 1,
+                "route_per": config.route_per != "sample",
+                "max_experts": config.max_experts not in (0, config.num_experts),
+                "grow": config.grow != "no"}  # fmt: skip
+        for option in (name for name, given in idle.items() if given):
+            raise UserError(
+                f"moetta: {option}={getattr(config, option)} has no effect with router=clusters, "
+                "which neither learns by gradient nor grows; leave it out"
+            )
     if config.frozen and config.keep != 1:
         raise UserError(
             f"moetta: keep={config.keep} has no effect beside frozen={list(config.frozen)}; give "
