@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cl_benchmarks.shifts.domain import CORRUPTIONS, Domain, Memory, check
-from cl_benchmarks.shifts.stream import GRADUAL, STREAMS, Segment, ShiftSource, Stream, make_stream
+from cl_benchmarks.shifts.stream import (
+    GRADUAL,
+    STREAMS,
+    Segment,
+    ShiftSource,
+    Stream,
+    domains_of,
+    make_stream,
+)
 from dynmoe.errors import UserError
 
 EACH = 20
@@ -124,3 +132,14 @@ def test_bad_input() -> None:
     empty = Segment(source.other("clean"), torch.arange(0))
     with pytest.raises(UserError, match="holds no image"):
         Stream([empty], "mixed", 4, 0)
+
+
+def test_a_stream_of_chosen_domains() -> None:
+    assert domains_of("fog+clean") == ("fog", "clean") and domains_of("fog") == ("fog",)
+    assert domains_of("classical+") == (*CORRUPTIONS, "clean")
+    rows = shown(make_stream(Marked(), "fog+sketch"))
+    assert Counter(d for d, _, _ in rows) == {"fog": EACH, "sketch": EACH}
+    for name, message in {"fogg": "unknown stream 'fogg'", "fog+snoww": "'snow'",
+                          "fog+fog": "twice", "fog+": "unknown domain"}.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            make_stream(Marked(), name)
