@@ -32,7 +32,8 @@ class TTAPhotographs(TTAStudy, name="tta-photographs", source="Fan et al. 2025, 
     Validation images of Tiny ImageNet under five corruptions, mixed, at severity 1; the source
     model is a transformer over a frozen convolutional stem (data/source.safetensors, or as
     `--train-source` makes it). 1,000 images of each corruption, of 10,000. Each method's learning
-    rate is the best of three on a seed apart: other images in another order.
+    rate is the best of three on a seed apart: other images in another order; those with experts
+    choose between 5 and their default 9, too.
     """
 
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 5}
@@ -49,8 +50,12 @@ class TTAPhotographs(TTAStudy, name="tta-photographs", source="Fan et al. 2025, 
         return {"noadapt": "--method noadapt"}
 
     def searches(self, preset: Preset) -> dict[str, list[str]]:
-        """Three learning rates of each method."""
-        return {n: [f"{own} --lr-scale {rate}" for rate in RATES] for n, own in VARIANTS.items()}
+        """Three learning rates of each method; with experts, also five of them at two rates."""
+        found = {n: [f"{own} --lr-scale {rate}" for rate in RATES] for n, own in VARIANTS.items()}
+        for name, choices in found.items():
+            if "moetta" in VARIANTS[name]:
+                choices += [f"{own} --method.num-experts 5" for own in choices[1:]]
+        return found
 
     def verdict(self, results: Results) -> list[str]:
         """MoETTA and ours against each; then ours part by part."""
