@@ -12,12 +12,14 @@ STREAM = "gaussian_noise+defocus_blur+fog+contrast+pixelate"
 """Five corruptions of unlike kinds: noise, blur, weather, light, and what digital images suffer."""
 RATES = ("1", "10", "100")
 """Multiples of the published learning rates, which are for streams a hundred times as long."""
-CLUSTERS = "--method moetta --method.router clusters --method.im 1"
+MOETTA = "--method moetta --routing-batches 0"
+CLUSTERS = f"{MOETTA} --method.router clusters --method.im 1"
 PUBLISHED = ("tent", "eata", "sar", "deyo", "cotta", "moetta")
 VARIANTS = {
-    **{name: f"--method {name}" for name in PUBLISHED},
+    **{name: f"--method {name}" for name in PUBLISHED if name != "moetta"},
+    "moetta": MOETTA,
     "tent, information": "--method tent --method.im 1",
-    "moetta, information": "--method moetta --method.im 1",
+    "moetta, information": f"{MOETTA} --method.im 1",
     "clusters, information per batch": CLUSTERS,
     "clusters, information per expert": f"{CLUSTERS} --method.im-per expert",
 }
