@@ -23,7 +23,7 @@ from dynmoe.experiments.tta.settings import Config, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source, normalise
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.device import make_deterministic, resolve
-from dynmoe.lab.experiment import At, Experiment, Results, Session
+from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
 from dynmoe.lab.figures import band, dots, new_figure, save
 from dynmoe.lab.files import write_json
 from dynmoe.lab.recorder import Recorder
@@ -50,12 +50,8 @@ class TestTimeAdaptation(Experiment):
 
     command = "tta"
     least: ClassVar[dict[str, float]] = {
-        "batch_size": 1,
-        "window": 1,
-        "lr_scale": 0.0,
-        "routing_batches": 0,
-        "alignment": 0,
-    }
+        "batch_size": 1, "window": 1, "lr_scale": 0.0, "routing_batches": 0, "alignment": 0,
+    }  # fmt: skip
     metric = "accuracy"
     at = "mean"
     span = "first to last tenth of the stream"
@@ -69,6 +65,7 @@ class TestTimeAdaptation(Experiment):
         ("learned - random routing", "routing_gain", "mean"),
     )
     references = ("noadapt", "tent")
+    about = ("data", "streams", "order", "severity", "limit")
 
     def check(self, config: Config) -> None:
         """Also the streams' names."""
@@ -145,6 +142,12 @@ class TestTimeAdaptation(Experiment):
         """Such as "accuracy, whole stream"."""
         where = {"mean": "whole stream", "first": "its first tenth", "last": "its last tenth"}[at]
         return f"{metric.replace('_', ' ')}, {where}"
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """Accuracy by window, and what was adapted on how much."""
+        points = [(number, float(value)) for number, value in enumerate(summary["curve"], start=1)]
+        cost = {"trained parameters": summary["trained"], "images": summary["images"]}
+        return Details({"accuracy": Curve("window of the stream", points)}, cost=cost)
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed's accuracy, curve and domains; intervals of whatever is known."""
