@@ -35,7 +35,7 @@ RUN_COMMANDS = ("cl", "rl", "tta", "dg")
 class Config:
     """Settings of a report."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """folders of runs, folders above them, or those with the results.json of a study or a sweep"""
     out: Path = Path("runs/report")
     """where the page, tables and figures go"""
@@ -61,12 +61,13 @@ def main(argv: list[str]) -> None:
     for path in config.runs:
         found.add(path)
     groups = found.groups()
+    if not groups:
+        first, *others = found.left_out
+        more = f", and {len(others)} more" if others else ""
+        raise UserError(f"no finished run to report: {first}{more}; give folders such as runs/cl")
+    groups = with_first(groups, config.first)
     for one in found.left_out:
         print(f"warning: {one}", file=sys.stderr)
-    if not groups:
-        reasons = f", as {found.left_out[0]}" if len(found.left_out) == 1 else ""
-        raise UserError(f"no finished run is left to report{reasons}; give folders such as runs/cl")
-    groups = with_first(groups, config.first)
     write_report(config.out, groups, found.left_out, config.title, config.question)
     print(f"report: {config.out / 'report.html'}")
 

@@ -205,14 +205,12 @@ def _settings(name: str) -> Iterator[None]:
 
 def _save(figure: Any, kind: str) -> bytes:
     """The file of a figure, without the time and the program that made it."""
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    nothing = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Producer",
-               "Creator")}[kind]  # fmt: skip
-    canvas = FigureCanvasSVG(figure) if kind == "svg" else FigureCanvasPdf(figure)
+    nothing = {
+        "svg": ("Date", "Creator", "Format", "Type"),
+        "pdf": ("CreationDate", "Creator", "Producer"),
+    }
     buffer = io.BytesIO()
-    canvas.print_figure(buffer, format=kind, metadata=dict.fromkeys(nothing))
+    figure.savefig(buffer, format=kind, metadata=dict.fromkeys(nothing[kind]))
     return buffer.getvalue()
 
 
