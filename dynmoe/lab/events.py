@@ -30,7 +30,8 @@ def read_events(folder: Path, prefix: str | None = None) -> Events:
         folder: the run's.
         prefix: of the tags whose pictures are wanted; None for no pictures.
     """
-    seconds, images = 0.0, {}
+    seconds = 0.0
+    images: dict[str, bytes] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         times = []
         for record in _records(path.read_bytes()):

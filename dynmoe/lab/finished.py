@@ -216,7 +216,8 @@ class Collection:
     def _group(self, name: str, runs: list[FinishedRun]) -> Group:
         """Runs of one command, by what they are about and by their other settings."""
         experiment = self._command(name).experiment
-        about, rest = [], []
+        about: list[dict[str, Any]] = []
+        rest: list[dict[str, Any]] = []
         for run in runs:
             parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
             for key, value in run.settings.items():
