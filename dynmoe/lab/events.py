@@ -24,7 +24,9 @@ class Events:
 
 
 def read_events(folder: Path, prefix: str | None = None) -> Events:
-    """Read the files `events.out.tfevents.*` of a run's folder; what is cut off is left out.
+    """Read the files `events.out.tfevents.*` of a run's folder.
+
+    Of a file that is cut off, all before is read; one that may not be read is as if it were empty.
 
     Args:
         folder: the run's.
@@ -34,7 +36,11 @@ def read_events(folder: Path, prefix: str | None = None) -> Events:
     images: dict[str, bytes] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         times = []
-        for record in _records(path.read_bytes()):
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        for record in _records(data):
             if len(record) > 9 and record[0] == WALL_TIME:
                 times.append(struct.unpack_from("<d", record, 1)[0])
             if prefix is not None and PNG in record:

@@ -306,7 +306,9 @@ def show(value: Any) -> str:
         return " ".join(map(show, value)) or "none"
     if isinstance(value, float):
         return f"{value:g}"
-    return printable({None: "none", True: "yes", False: "no"}.get(value, value))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return printable(value)
 
 
 def printable(value: Any) -> str:

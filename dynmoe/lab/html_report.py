@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynmoe.errors import UserError
 from dynmoe.lab.comparison import Row, columns_table, compare, comparison_table, pairs
 from dynmoe.lab.events import Events, read_events
 from dynmoe.lab.files import make_folder, write_atomic
@@ -88,8 +89,15 @@ def write_report(
         left_out: what the page says that it does not show.
         title: of the page.
         question: stands above; "" for none.
+
+    Raises:
+        UserError: `out` cannot be made.
+        ResourceError: the disk is full.
     """
-    make_folder(out)
+    try:
+        make_folder(out)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.strerror}; use another --out") from None
     family = Family(max(1, sum(pairs(group, stream) for group in groups for stream in group.runs)))
     events: dict[Path, Events] = {}
     chapters = []

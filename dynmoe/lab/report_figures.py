@@ -95,7 +95,9 @@ def draw_all(group: Group, stream: str, rows: list[Row], name: str) -> list[Draw
         with _settings(f"{name}-{kind}"):
             figure = make()
             if figure is not None:
-                svg, pdf = _save(figure, "svg"), _save(figure, "pdf")
+                svg = _save(figure, "svg")
+                figure.set_layout_engine("none")  # laid out by now, and that takes its time
+                pdf = _save(figure, "pdf")
                 drawings.append(Drawing(f"{name}-{kind}", captions[kind], svg, pdf))
     return drawings
 

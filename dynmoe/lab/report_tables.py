@@ -65,12 +65,13 @@ def settings_tables(group: Group) -> tuple[Table, Table]:
     }
     every = list(settings.values())
     changed = differing(every)
-    rows = [["variant", *changed]]
+    rows = [["variant", *map(printable, changed)]]
     rows += [[name, *(_value(one, key) for key in changed)] for name, one in settings.items()]
     if len(changed) >= len(settings):
         rows = [list(cells) for cells in zip(*rows, strict=True)]
         rows[0][0] = "setting"
-    shared = [[key, show(value)] for key, value in sorted(every[0].items()) if key not in changed]
+    first = sorted(every[0].items())
+    shared = [[printable(key), show(value)] for key, value in first if key not in changed]
     return rows if changed else [], [["setting", "value"], *shared]
 
 

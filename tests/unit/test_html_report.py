@@ -20,7 +20,7 @@ from dynmoe.errors import UserError
 from dynmoe.lab.config import RunConfig, placed, run_command
 from dynmoe.lab.events import read_events
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
-from dynmoe.lab.finished import Collection, Command, label_all, with_first
+from dynmoe.lab.finished import Collection, Command, label_all, show, with_first
 from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.html_report import write_report
 from dynmoe.lab.latex import booktabs, escape
@@ -283,6 +283,9 @@ def test_labels_name_what_differs() -> None:
     assert label_all(settings, ["a", "a", "b", "a"]) == ["a lr 0.1", "a lr 0.2", "b", "a lr 0.1"]
     assert label_all(settings[:1] + settings[2:3], ["a", "a"]) == [
         "a trigger every", "a trigger drift, trigger.rows 4",
+    ]  # fmt: skip
+    assert [show(x) for x in (1, 0, True, None, 0.5, ["a", 2], {"b": 1})] == [
+        "1", "0", "yes", "none", "0.5", "a 2", "{'b': 1}",
     ]  # fmt: skip
     many = [{f"s{i}": i * j for i in range(1, 7)} for j in (1, 2)]
     assert label_all(many, ["a", "a"]) == ["a setting 1", "a setting 2"]
