@@ -148,10 +148,17 @@ class _Page(HTMLParser):
         self.text += f"{data} "
 
 
-def test_a_page_has_the_numbers_of_its_runs(runs: Path, tmp_path: Path) -> None:
-    page = _Page(_report(tmp_path, runs, question="Does it <grow>?"))
-    assert "Does it <grow>?" in page.text and "9 finished runs" in page.text
-    rows = _lines(tmp_path / "comparison.csv")
+@pytest.fixture(scope="module")
+def out(runs: Path) -> Path:
+    """The folder of a report of all of them."""
+    _report(runs.parent / "out", runs, question=HOSTILE)
+    return runs.parent / "out"
+
+
+def test_a_page_has_the_numbers_of_its_runs(out: Path) -> None:
+    page = _Page((out / "report.html").read_text())
+    assert "9 finished runs" in page.text
+    rows = _lines(out / "comparison.csv")
     assert [(row["stream"], row["variant"]) for row in rows] == [
         ("data digits", "dense"), ("data digits", HOSTILE), ("data faces", "dense"),
     ]  # fmt: skip
@@ -166,9 +173,7 @@ def test_a_page_has_the_numbers_of_its_runs(runs: Path, tmp_path: Path) -> None:
     assert f"{point:.1f} [{low:.1f}, {high:.1f}]" in page.text and "higher" in page.text
     assert "4" in page.text and "Growths" in page.text and "1,200" in page.text
     assert {"lr", "method"} <= set(page.text.split()) and "torch" in page.text
-    values = {
-        (v["variant"], v["seed"], v["name"]): v["value"] for v in _lines(tmp_path / "runs.csv")
-    }
+    values = {(v["variant"], v["seed"], v["name"]): v["value"] for v in _lines(out / "runs.csv")}
     assert float(values[HOSTILE, "2", "accuracy, last"]) == 0.71
 
 
@@ -182,9 +187,8 @@ def test_intervals_hold_for_all_comparisons_of_a_page(runs: Path, tmp_path: Path
     assert float(third["difference_to_first_low"]) == pytest.approx(float(gaps.mean()) - reach)
 
 
-def test_names_of_runs_stay_text_and_nothing_leaves_the_page(runs: Path, tmp_path: Path) -> None:
-    text = _report(tmp_path, runs, question=HOSTILE)
-    page = _Page(text)
+def test_names_of_runs_stay_text_and_nothing_leaves_the_page(out: Path) -> None:
+    page = _Page((out / "report.html").read_text())
     assert "script" not in page.tags and HOSTILE in page.text
     assert {"svg", "img", "table"} <= page.tags
     places = [v for name, v in page.attributes if name in ("src", "href", "xlink:href", "data")]
@@ -194,18 +198,17 @@ def test_names_of_runs_stay_text_and_nothing_leaves_the_page(runs: Path, tmp_pat
     assert not any("//" in value for value in others)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(set(ids)) == len(ids)
-    for path in tmp_path.glob("*.svg"):
+    for path in out.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
         assert "<script" not in path.read_text()
-    tex = (tmp_path / "tables.tex").read_text()
+    tex = (out / "tables.tex").read_text()
     assert escape(HOSTILE) in tex and r"\begin{tabular}{lrrrrr}" in tex
-    assert len(list(tmp_path.glob("*.pdf"))) == len(list(tmp_path.glob("*.svg"))) == 6
+    assert len(list(out.glob("*.pdf"))) == len(list(out.glob("*.svg"))) == 6
 
 
-def test_the_same_runs_give_the_same_bytes(runs: Path, tmp_path: Path) -> None:
-    for out in ("one", "two"):
-        _report(tmp_path / out, runs)
-    one, two = (sorted((tmp_path / out).iterdir()) for out in ("one", "two"))
+def test_the_same_runs_give_the_same_bytes(runs: Path, out: Path, tmp_path: Path) -> None:
+    _report(tmp_path, runs, question=HOSTILE)
+    one, two = (sorted(folder.iterdir()) for folder in (out, tmp_path))
     assert [p.name for p in one] == [p.name for p in two] and len(one) == 16
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
 
