@@ -27,8 +27,8 @@ def test_a_report_of_trained_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     small = replace(
         cl.presets()["smoke"], runs_dir=tmp_path, chunks=2, epochs=1, eval_samples=20,
         probe_samples=20, seeds=2, compare=("dense",),
-        protocol=get("protocol", "shuffle").Config(images=64),
-        network=get("network", "mlp").Config(width=8, hidden=8),
+        protocol=get("protocol", "shuffle").Config(images=150),
+        network=get("network", "mlp").Config(width=16, hidden=24),
     )  # fmt: skip
     cl.run(small)
     capsys.readouterr()
