@@ -80,6 +80,13 @@ COMMANDS = {
         LAB,
         TOP,
     ),
+    "report": Command(
+        "finished runs of any command as one page, with tables and figures for a paper",
+        "seconds",
+        "lab",
+        (*LAB, "jinja2"),
+        TOP,
+    ),
     "list": Command(
         "the parts that can be chosen by name, with their sources and options",
         "seconds",
