@@ -144,10 +144,29 @@ def run_jobs(
 ) -> None:
     """Run all jobs that are not done.
 
+    Args:
+        jobs, launcher, title, retries, keep_going: see `try_jobs`.
+
+    Raises:
+        UserError: jobs of one folder differ in their settings, or the folder holds others.
+        DynmoeError: a run failed; its message and exit code are passed on. Several are told one by
+            one on stderr, and the exit code is theirs if they share it.
+    """
+    failed = try_jobs(jobs, launcher, title, retries, keep_going)
+    if failed:
+        raise _told(failed)
+
+
+def try_jobs(
+    jobs: list[Job], launcher: Launcher, title: str, retries: int = 0, keep_going: bool = False
+) -> list[tuple[Job, Failure]]:
+    """Run all jobs that are not done, and return those that failed.
+
     Jobs of one folder and the same settings are one run. Folders of runs that never began are
     removed.
 
     Args:
+        jobs: the runs.
         launcher: where.
         title: shown with the progress.
         retries: further attempts, each when all others are done, at a run that failed for another
@@ -156,36 +175,36 @@ def run_jobs(
 
     Raises:
         UserError: jobs of one folder differ in their settings, or the folder holds others.
-        DynmoeError: a run failed; its message and exit code are passed on. Of several with
-            `keep_going`, each is told on stderr, and the exit code is theirs if they share it.
     """
     jobs = _distinct(jobs)
     todo = [job for job in jobs if not job.done]
     if not todo:
-        return
+        return []
     launcher.check()
+    failed: dict[Path, Failure] = {}
     with RunsShown(title, len(jobs), len(jobs) - len(todo)) as shown:
-        failed: dict[Path, Failure] = {}
         try:
-            for attempt in range(1 + retries):
-                again = [job for job in todo if attempt == 0 or _worth(failed.get(job.folder))]
-                with (
-                    _stopped_by_sigterm(launcher),
-                    closing(launcher.launch(carry_out, again)) as ended,
-                ):
-                    for job, failure in ended:
-                        failed.pop(job.folder, None)
-                        if failure is not None:
-                            failed[job.folder] = failure
-                        shown.ended(job.label, failure and failure.message, len(failed))
-                        if failure is not None and not keep_going:
-                            raise _told([(job, failure)], len(jobs))
+            again = todo
+            for _ in range(1 + retries):
+                for job, failure in _launched(launcher, again):
+                    failed.pop(job.folder, None)
+                    if failure is not None:
+                        failed[job.folder] = failure
+                    shown.ended(job.label, failure and failure.message, len(failed))
+                    if failure is not None and not keep_going:
+                        return [(job, failure)]
+                again = [job for job in todo if _worth(failed.get(job.folder))]
         finally:
             for job in todo:
                 if not _at_fault(failed.get(job.folder)):
                     remove_if_never_begun(job.folder)
-    if failed:
-        raise _told([(j, failed[j.folder]) for j in todo if j.folder in failed], len(jobs))
+    return [(job, failed[job.folder]) for job in todo if job.folder in failed]
+
+
+def _launched(launcher: Launcher, jobs: list[Job]) -> Iterator[tuple[Job, Failure | None]]:
+    """Each job and its outcome, as it ends; SIGTERM stops them meanwhile."""
+    with _stopped_by_sigterm(launcher):
+        yield from launcher.launch(carry_out, jobs)
 
 
 def _worth(failure: Failure | None) -> bool:
@@ -198,7 +217,7 @@ def _at_fault(failure: Failure | None) -> bool:
     return failure is not None and failure.exit_code == DynmoeError.exit_code
 
 
-def _told(failed: list[tuple[Job, Failure]], count: int) -> DynmoeError:
+def _told(failed: list[tuple[Job, Failure]]) -> DynmoeError:
     """One error for all runs that failed; several are told one by one on stderr."""
     lines = [f"{job.label}: {failure.message}" for job, failure in failed]
     codes = {failure.exit_code for _, failure in failed}
@@ -208,8 +227,7 @@ def _told(failed: list[tuple[Job, Failure]], count: int) -> DynmoeError:
         for line, (_, failure) in zip(lines, failed, strict=True):
             print(f"failed: {line} (exit code {failure.exit_code})", file=sys.stderr)
         error = DynmoeError(
-            f"{len(failed)} of {count} runs failed, as told above; the others are done: "
-            "start again to go on"
+            f"{len(failed)} runs failed, as told above; the others are done: start again to go on"
         )
     error.exit_code = codes.pop() if len(codes) == 1 else DynmoeError.exit_code
     return error
