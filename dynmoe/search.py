@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ begin("search", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.files import write_json, writing  # noqa: E402
-from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
+from dynmoe.lab.launchers import Launcher  # noqa: E402
 from dynmoe.lab.report import print_table  # noqa: E402
 from dynmoe.lab.runner import Job, plan, try_jobs  # noqa: E402
 from dynmoe.lab.space import (  # noqa: E402
@@ -50,7 +50,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Where):
     """Settings of a search."""
 
     command: Annotated[Command, tyro.conf.Positional] = "cl"
@@ -72,8 +72,6 @@ class Config:
     """seeds that the best trial is reported on: N for 0 .. N-1, or first..last"""
     name: str | None = None
     """names the folder of the results; none: the command and a hash of what is searched"""
-    jobs: int = os.cpu_count() or 1
-    """runs at a time; so many trials are chosen at once"""
     retries: int = 1
     """further attempts at a run that was killed"""
     runs_dir: Path = Path("runs")
@@ -142,12 +140,12 @@ def main(argv: list[str]) -> None:
         Config, args=argv[:cut], prog="python -m dynmoe.search", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
-    for setting, least in {"trials": 1, "search_seeds": 1, "jobs": 1, "retries": 0}.items():
+    for setting, least in {"trials": 1, "search_seeds": 1, "retries": 0}.items():
         value = getattr(config, setting)
         if value < least:
             flag = setting.replace("_", "-")
             raise UserError(f"--{flag} {value} is too small; use {least} or more")
-    search(config, argv[cut + 1 :], Local(config.jobs))
+    search(config, argv[cut + 1 :], config.make(config.runs_dir))
 
 
 def search(config: Config, flags: list[str], launcher: Launcher) -> Results:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ begin("sweep", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.experiment import Results  # noqa: E402
 from dynmoe.lab.forecast import print_forecast  # noqa: E402
 from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
@@ -41,7 +41,7 @@ DEFAULT = {"dense": "--method dense", "g2": "--granularity 2"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Where):
     """Settings of a sweep."""
 
     command: Annotated[Command, tyro.conf.Positional] = "cl"
@@ -55,8 +55,6 @@ class Config:
     """names the folder of the results; none: the command and a hash of what is swept"""
     seeds: str = "5"
     """seeds of each variant: N for 0 .. N-1, or first..last such as 10..19"""
-    jobs: int = os.cpu_count() or 1
-    """runs at a time"""
     retries: int = 1
     """further attempts at a run that failed, after all others"""
     dry_run: bool = False
@@ -94,10 +92,9 @@ def main(argv: list[str]) -> None:
         Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
-    for setting, least in {"jobs": 1, "retries": 0}.items():
-        value = getattr(config, setting)
-        if value < least:
-            raise UserError(f"--{setting} {value} is too small; use {least} or more")
+    if config.retries < 0:
+        raise UserError(f"--retries {config.retries} is too small; use 0 or more")
+    launcher = config.make(config.runs_dir)
     if config.variants == ():
         raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
     sweep(
@@ -107,7 +104,7 @@ def main(argv: list[str]) -> None:
         flags=argv[cut + 1 :],
         seeds=read_seeds(config.seeds),
         name=config.name,
-        launcher=Local(config.jobs),
+        launcher=launcher,
         retries=config.retries,
         runs_dir=config.runs_dir,
         dry_run=config.dry_run,
