@@ -36,7 +36,7 @@ STORE_BYTES = 100 * 2**20
 
 @dataclass(frozen=True)
 class Submitit(Launcher):
-    """Job arrays of SLURM, through submitit. Near its time limit a job saves and is queued again."""
+    """Job arrays of SLURM, by submitit. Near its time limit a job saves and is queued again."""
 
     jobs: int = 1
     """runs at a time"""

@@ -1,0 +1,197 @@
+"""What is swept and searched, what it would cost, and the trials of a search; trains nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe import search, sweep
+from dynmoe.errors import UserError
+from dynmoe.lab.config import to_dict
+from dynmoe.lab.files import writing
+from dynmoe.lab.launchers import Local
+from dynmoe.lab.run import remove_if_never_begun
+from dynmoe.lab.runner import Job
+from dynmoe.lab.space import Range, read_space
+
+FLAGS = ["--preset", "smoke"]
+
+
+def finish(job: Job, accuracy: float, seconds: float = 0.0) -> None:
+    """As the run would leave it, with one task."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "config.json").write_text(json.dumps(to_dict(job.config)))
+    began = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - seconds))
+    sessions = {"sessions": [{"started": began}]}
+    (job.folder / "environment.json").write_text(json.dumps(sessions))
+    tasks = [{"train_accuracy": accuracy}]
+    (job.folder / "summary.json").write_text(json.dumps({"tasks": tasks}))
+
+
+# sweeps ------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_values_with_every_variant() -> None:
+    grid = sweep.read_grid(("granularity: 1 2", "--router: cosine topk"))
+    assert sweep.combine({}, grid, "tta") == {
+        "granularity 1, router cosine": "--granularity 1 --router cosine",
+        "granularity 1, router topk": "--granularity 1 --router topk",
+        "granularity 2, router cosine": "--granularity 2 --router cosine",
+        "granularity 2, router topk": "--granularity 2 --router topk",
+    }
+    assert sweep.combine({"a": "--lr 1", "b": ""}, {"granularity": [3]}, "cl") == {
+        "a, granularity 3": "--lr 1 --granularity 3",
+        "b, granularity 3": "--granularity 3",
+    }
+    assert list(sweep.combine({}, {}, "rl")) == ["dense", "g2"]
+
+
+def test_seeds_are_a_number_or_a_range() -> None:
+    assert sweep.read_seeds("3") == range(3)
+    assert sweep.read_seeds("10..12") == range(10, 13)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "4..2"], r"--seeds 4\.\.2 is too small"),
+        (["--seeds", "x"], "--seeds x is no number of seeds"),
+        (["--grid", "granularity"], "setting 'granularity' must read"),
+        (["--grid", "granularity:"], "--grid 'granularity' needs one or more values"),
+        (["--grid", "granularity: 1 1"], "needs one or more values, each once"),
+        (["--retries", "-1"], "--retries -1 is too small"),
+    ],
+)
+def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
+
+
+def test_nothing_to_sweep() -> None:
+    with pytest.raises(UserError, match="nothing to sweep; give dg --variants"):
+        sweep.combine({}, {}, "dg")
+
+
+def test_a_dry_run_tells_what_is_left_from_finished_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["cl", "--runs-dir", str(tmp_path), "--jobs", "2", "--seeds", "2", "--dry-run",
+            "--grid", "granularity: 1 2", "--", *FLAGS]  # fmt: skip
+    sweep.main(argv)
+    out = capsys.readouterr().out
+    assert out.count("to do") == 4 and "cost unknown" in out and not list(tmp_path.iterdir())
+    module = sweep.load("cl")
+    for own, seconds in (("1", 1000.0), ("2", 4000.0)):
+        flags = [*FLAGS, "--granularity", own]
+        found = sweep.plan(module.experiment(), module.presets(), flags, [0], tmp_path, own)
+        finish(found[0], 0.5, seconds)
+    sweep.main(argv)
+    out = capsys.readouterr().out
+    assert out.count("finished  ") == 2 and out.count("to do") == 2
+    assert "4 runs, 2 finished" in out
+    assert "83.3 minutes of one process, 41.7 minutes on 2" in out  # 1000 s and 4000 s
+
+
+def test_two_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
+    argv = ["cl", "--runs-dir", str(tmp_path), "--name", "s", "--", *FLAGS]
+    with (
+        writing(tmp_path / "sweep" / "s"),
+        pytest.raises(UserError, match=f"s is in use by process {os.getpid()}"),
+    ):
+        sweep.main(argv)
+
+
+def test_folders_of_runs_that_never_began_are_removed(tmp_path: Path) -> None:
+    def folder(name: str, file: str, text: str) -> Path:
+        path = tmp_path / name / "seed-0"
+        (path / file).parent.mkdir(parents=True)
+        (path / file).write_text(text)
+        remove_if_never_begun(path)
+        return path
+
+    assert not folder("a", "output.txt", "x").parent.exists()
+    assert not folder("b", "log.jsonl", "").exists()
+    assert folder("c", "log.jsonl", "{}").exists()
+    assert folder("d", "summary.json", "{}").exists()
+    assert folder("e", "checkpoints/step-000000001.pt", "").exists()
+    with writing(tmp_path / "f" / "seed-0"):
+        remove_if_never_begun(tmp_path / "f" / "seed-0")  # another process has it
+        assert (tmp_path / "f" / "seed-0").exists()
+
+
+# searches ----------------------------------------------------------------------------------------
+
+
+def test_a_space_is_read() -> None:
+    assert read_space(("lr: 1e-4 1e-2 log", "granularity: 1 8 uniform", "router: a b")) == {
+        "lr": Range(1e-4, 1e-2, log=True, whole=False),
+        "granularity": Range(1, 8, log=False, whole=True),
+        "router": ["a", "b"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ((), "the search space is empty"),
+        (("lr",), "--space 'lr' must read"),
+        (("lr:",), "--space 'lr:' must read"),
+        (("lr: 0 1 log",), "has no such range; use 0 < low < high"),
+        (("lr: 2 1 uniform",), "has no such range; use low < high"),
+        (("lr: 1 log",), "needs two numbers before 'log'"),
+        (("lr: 1 1",), "has a value twice"),
+        (("lr: 1 2", "lr: 3 4"), "names 'lr' twice"),
+    ],
+)
+def test_a_space_that_cannot_work(space: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_space(space)
+
+
+def trials(tmp_path: Path, count: int, **changes: Any) -> tuple[str, list[dict[str, Any]]]:
+    """The best flags and all trials of a search whose runs are there already."""
+    config = search.Config(
+        command="cl", space=("granularity: 1 2 4", "epochs: 3 4"), trials=count, name="s",
+        jobs=1, runs_dir=tmp_path, **changes,
+    )  # fmt: skip
+    own = search.Search(config, FLAGS, read_space(config.space), Local(1))
+    for granularity in (1, 2, 4):
+        for epochs in (3, 4):
+            (job,) = own.plan({"granularity": granularity, "epochs": epochs}, "x")
+            finish(job, {1: 0.3, 2: 0.9, 4: 0.5}[granularity] + epochs / 100)
+    out = tmp_path / "search" / "s"
+    with writing(out):
+        best = search.run_trials(own, search.open_study(own, out), out, "command")
+    return best, json.loads((out / "search.json").read_text())["trials"]
+
+
+def test_a_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    best, found = trials(tmp_path / "at once", 14)
+    assert best == "--granularity 2 --epochs 4" and len(found) == 14
+    assert max(t["value"] for t in found) == pytest.approx(0.94)
+    trials(tmp_path / "stopped", 5)
+    study = search.open_study(
+        search.Search(search.Config(command="cl", space=("granularity: 1 2 4", "epochs: 3 4")),
+                      FLAGS, {}, Local(1)), tmp_path / "stopped" / "search" / "s",
+    )  # fmt: skip
+    assert len(study.trials) == 5
+    again, later = trials(tmp_path / "stopped", 14)
+    assert (again, later) == (best, found)
+    with pytest.raises(UserError, match="holds another search"):
+        trials(tmp_path / "stopped", 14, minimize=True, at="mean")
+
+
+def test_a_metric_that_runs_lack(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no number for --metric nothing --at last"):
+        trials(tmp_path, 1, metric="nothing")
+
+
+def test_the_report_has_other_seeds_than_the_trials(tmp_path: Path) -> None:
+    argv = ["cl", "--space", "granularity: 1 2", "--seeds", "999..1000", "--runs-dir"]
+    with pytest.raises(UserError, match="has seeds of the trials"):
+        search.main([*argv, str(tmp_path)])
