@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,7 +63,7 @@ class Submitit(Launcher):
                 "--cluster local"
             )
 
-    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:
+    def launch(self, work: Work, items: list[Any]) -> Generator[Outcome, None, None]:
         """One array; `local`, which has no queue, takes as many as run at a time."""
         import submitit
 
@@ -186,7 +186,7 @@ class Ray(Launcher):
                 "`ray start --head` names, or none to start Ray here"
             ) from None
 
-    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:
+    def launch(self, work: Work, items: list[Any]) -> Generator[Outcome, None, None]:
         """No more than `jobs` tasks at a time, so that few have to be stopped."""
         import ray
 

@@ -12,7 +12,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Launcher(ABC):
         """
 
     @abstractmethod
-    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:
+    def launch(self, work: Work, items: list[Any]) -> Generator[Outcome, None, None]:
         """Carry out `work(item)` for all items; each is given back when it has ended.
 
         Closing the iterator waits for what is under way and begins nothing more.
@@ -74,7 +74,7 @@ class Local(Launcher):
     jobs: int = 1
     """runs at a time"""
 
-    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:
+    def launch(self, work: Work, items: list[Any]) -> Generator[Outcome, None, None]:
         """One process per place, used again; that of a killed run is made anew."""
         waiting = deque(items)
         free = [_process() for _ in range(min(self.jobs, len(items)))]

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,13 +186,14 @@ def try_jobs(
         try:
             again = todo
             for _ in range(1 + retries):
-                for job, failure in _launched(launcher, again):
-                    failed.pop(job.folder, None)
-                    if failure is not None:
-                        failed[job.folder] = failure
-                    shown.ended(job.label, failure and failure.message, len(failed))
-                    if failure is not None and not keep_going:
-                        return [(job, failure)]
+                with closing(_launched(launcher, again)) as ended:
+                    for job, failure in ended:
+                        failed.pop(job.folder, None)
+                        if failure is not None:
+                            failed[job.folder] = failure
+                        shown.ended(job.label, failure and failure.message, len(failed))
+                        if failure is not None and not keep_going:
+                            return [(job, failure)]
                 again = [job for job in todo if _worth(failed.get(job.folder))]
         finally:
             for job in todo:
@@ -201,10 +202,12 @@ def try_jobs(
     return [(job, failed[job.folder]) for job in todo if job.folder in failed]
 
 
-def _launched(launcher: Launcher, jobs: list[Job]) -> Iterator[tuple[Job, Failure | None]]:
+def _launched(
+    launcher: Launcher, jobs: list[Job]
+) -> Generator[tuple[Job, Failure | None], None, None]:
     """Each job and its outcome, as it ends; SIGTERM stops them meanwhile."""
-    with _stopped_by_sigterm(launcher):
-        yield from launcher.launch(carry_out, jobs)
+    with _stopped_by_sigterm(launcher), closing(launcher.launch(carry_out, jobs)) as ended:
+        yield from ended
 
 
 def _worth(failure: Failure | None) -> bool:
