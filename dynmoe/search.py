@@ -221,9 +221,10 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
         ended = len(study.trials) - len(open_)
         batch = open_[: search.config.trials - ended]
         while len(batch) < min(search.launcher.jobs, search.config.trials - ended):
-            number = SEARCH_SEED + len(study.trials)
-            study.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
-            batch.append(study.trials[study.ask(space).number])
+            seed = SEARCH_SEED + len(study.trials)
+            study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            number = study.ask(space).number
+            batch.append(study.trials[number])
         if not batch:
             break
         told = _make(search, {trial.number: trial.params for trial in batch})

@@ -86,7 +86,7 @@ def test_a_dry_run_tells_what_is_left_from_finished_runs(
     out = capsys.readouterr().out
     assert out.count("to do") == 4 and "cost unknown" in out and not list(tmp_path.iterdir())
     module = sweep.load("cl")
-    for own, seconds in (("1", 1000.0), ("2", 4000.0)):
+    for own, seconds in (("1", 36_000.0), ("2", 144_000.0)):
         flags = [*FLAGS, "--granularity", own]
         found = sweep.plan(module.experiment(), module.presets(), flags, [0], tmp_path, own)
         finish(found[0], 0.5, seconds)
@@ -94,7 +94,7 @@ def test_a_dry_run_tells_what_is_left_from_finished_runs(
     out = capsys.readouterr().out
     assert out.count("finished  ") == 2 and out.count("to do") == 2
     assert "4 runs, 2 finished" in out
-    assert "83.3 minutes of one process, 41.7 minutes on 2" in out  # 1000 s and 4000 s
+    assert "2.1 days of one process, 25.0 hours on 2" in out
 
 
 def test_two_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
