@@ -1,9 +1,10 @@
-"""What is swept and searched, what it would cost, and the trials of a search; trains nothing."""
+"""What is swept and searched, what it would cost, and the trials of a search."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,44 @@ def test_the_report_has_other_seeds_than_the_trials(tmp_path: Path) -> None:
     argv = ["cl", "--space", "granularity: 1 2", "--seeds", "999..1000", "--runs-dir"]
     with pytest.raises(UserError, match="has seeds of the trials"):
         search.main([*argv, str(tmp_path)])
+
+
+# for real ----------------------------------------------------------------------------------------
+
+TINY = [*FLAGS, "--chunks", "2", "--epochs", "1", "--eval-samples", "60", "--probe-samples", "40"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["submitit", "--cluster", "local"], ["ray"]], ids=str)
+def test_a_sweep_is_the_same_wherever_it_runs(
+    engine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(engine[0])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    found = []
+    for launcher in (["local"], engine):
+        runs = tmp_path / launcher[0]
+        argv = ["cl", "--launcher", *launcher, "--jobs", "2", "--name", "s", "--seeds", "1",
+                "--grid", "granularity: 1 2", "--runs-dir", str(runs), "--", *TINY]  # fmt: skip
+        sweep.main(argv)
+        summaries = sorted(runs.rglob("summary.json"))
+        assert len(summaries) == 2
+        found.append([path.read_text() for path in summaries])
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_search_reports_on_other_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["cl", "--trials", "3", "--jobs", "2", "--seeds", "1", "--name", "s", "--runs-dir",
+            str(tmp_path), "--space", "lr: 1e-4 1e-2 log", "granularity: 1 2"]  # fmt: skip
+    search.main([*argv, "--", *TINY])
+    folder = tmp_path / "search" / "s"
+    trials = json.loads((folder / "search.json").read_text())
+    best = max(trials["trials"], key=lambda trial: trial["value"])
+    results = json.loads((folder / "results.json").read_text())["streams"][""]
+    assert trials["best"] == best["flags"] == results["best trial"]["flags"]
+    seeds = [path.parent.name for path in tmp_path.rglob("summary.json")]
+    assert set(seeds) == {"seed-1000", "seed-0"} and seeds.count("seed-0") == 2
+    assert "best trial against without the search" in capsys.readouterr().out
