@@ -126,8 +126,7 @@ def run_study(
         command: the command line that makes all this again.
         preset: of the study.
         only: streams to run; all where none are named.
-        retries: further attempts at a run that failed, while all others are carried out; None: the
-            first failure stops those not begun.
+        retries: see `try_jobs`; None: the first failure stops the runs not begun.
 
     Raises:
         UserError: flags that do not fit, an unknown stream, or another process writes to `out`.
@@ -139,23 +138,13 @@ def run_study(
         return plan(experiment, presets, argv, chosen, runs_dir, label)
 
     bases = {s: [*without(shlex.split(own), flags), *flags] for s, own in streams.items()}
-    common: dict[str, str] = {}
-    if study.searched_on in bases:
-        base = bases[study.searched_on]
-        common = _search(study, preset, planned, study.searched_on, base, launcher)
-    variants = {}
-    for stream, base in bases.items():
-        found = study.variants_on(stream, preset) | common
-        if study.searched_on is None:
-            found |= _search(study, preset, planned, stream, base, launcher)
-        variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
+    variants = _variants(study, preset, planned, bases, launcher)
+    labels = {stream: f"{stream}, " if stream else "" for stream in variants}
     planned_jobs = {
-        stream: {
-            label: planned(own, bases[stream], list(seeds), f"{stream}, {label}".lstrip(", "))
-            for label, own in chosen.items()
-        }
+        stream: {v: planned(own, bases[stream], list(seeds), labels[stream] + v)
+                 for v, own in chosen.items()}
         for stream, chosen in variants.items()
-    }
+    }  # fmt: skip
     by_variant = [own for chosen in planned_jobs.values() for own in chosen.values()]
     turns = [job for turn in zip(*by_variant, strict=True) for job in turn]
     with writing(out):
@@ -190,6 +179,27 @@ def without(own: list[str], flags: list[str]) -> list[str]:
         if keep:
             kept.append(word)
     return kept
+
+
+def _variants(
+    study: Study,
+    preset: Preset,
+    planned: Callable[[str, list[str], list[int], str], list[Job]],
+    bases: dict[str, list[str]],
+    launcher: Launcher,
+) -> dict[str, dict[str, str]]:
+    """Stream -> variant -> flags, the best ones where the study searches."""
+    common: dict[str, str] = {}
+    if study.searched_on in bases:
+        base = bases[study.searched_on]
+        common = _search(study, preset, planned, study.searched_on, base, launcher)
+    variants = {}
+    for stream, base in bases.items():
+        found = study.variants_on(stream, preset) | common
+        if study.searched_on is None:
+            found |= _search(study, preset, planned, stream, base, launcher)
+        variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
+    return variants
 
 
 def _search(
