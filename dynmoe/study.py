@@ -25,6 +25,7 @@ begin("study", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.launchers import Local  # noqa: E402
 from dynmoe.lab.study import Preset, Study, run_study  # noqa: E402
 
 
@@ -84,8 +85,8 @@ def carry_out(study: Study, config: Config, flags: list[str]) -> None:
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"
     module = load(study.command)
     run_study(
-        study, module.experiment(), module.presets(), flags, seeds, config.jobs, config.runs_dir,
-        out, command, config.preset, config.streams,
+        study, module.experiment(), module.presets(), flags, range(seeds), Local(config.jobs),
+        config.runs_dir, out, command, config.preset, config.streams,
     )  # fmt: skip
 
 
