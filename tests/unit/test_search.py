@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("optuna")  # the extra "search"
 
+from finished_runs import FLAGS, TINY, finish
+
 from dynmoe import search
 from dynmoe.errors import UserError
 from dynmoe.lab.files import writing
 from dynmoe.lab.launchers import Local
 from dynmoe.lab.space import Range, read_space
-from tests.unit.finished_runs import FLAGS, TINY, finish
 
 
 def test_a_space_is_read() -> None:

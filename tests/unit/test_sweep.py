@@ -1,40 +1,18 @@
-"""What is swept and searched, what it would cost, and the trials of a search."""
+"""What is swept, what it would cost, and where it runs."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from finished_runs import FLAGS, TINY, finish
 
-from dynmoe import search, sweep
+from dynmoe import sweep
 from dynmoe.errors import UserError
-from dynmoe.lab.config import to_dict
 from dynmoe.lab.files import writing
-from dynmoe.lab.launchers import Local
 from dynmoe.lab.run import remove_if_never_begun
-from dynmoe.lab.runner import Job
-from dynmoe.lab.space import Range, read_space
-
-FLAGS = ["--preset", "smoke"]
-
-
-def finish(job: Job, accuracy: float, seconds: float = 0.0) -> None:
-    """As the run would leave it, with one task."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "config.json").write_text(json.dumps(to_dict(job.config)))
-    began = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - seconds))
-    sessions = {"sessions": [{"started": began}]}
-    (job.folder / "environment.json").write_text(json.dumps(sessions))
-    tasks = [{"train_accuracy": accuracy}]
-    (job.folder / "summary.json").write_text(json.dumps({"tasks": tasks}))
-
-
-# sweeps ------------------------------------------------------------------------------------------
 
 
 def test_a_grid_is_the_product_of_its_values_with_every_variant() -> None:
@@ -127,8 +105,6 @@ def test_folders_of_runs_that_never_began_are_removed(tmp_path: Path) -> None:
 
 # for real ----------------------------------------------------------------------------------------
 
-TINY = [*FLAGS, "--chunks", "2", "--epochs", "1", "--eval-samples", "60", "--probe-samples", "40"]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [["submitit", "--cluster", "local"], ["ray"]], ids=str)
@@ -147,5 +123,3 @@ def test_a_sweep_is_the_same_wherever_it_runs(
         assert len(summaries) == 2
         found.append([path.read_text() for path in summaries])
     assert found[0] == found[1]
-
-
