@@ -15,6 +15,7 @@ from dynmoe.lab.statistics import (
     Family,
     Interval,
     confidence_interval,
+    least_seen,
     probability_of_improvement,
     seeds_to_see,
 )
@@ -125,9 +126,20 @@ def _against(
     gap, chance = family.difference(a, b), probability_of_improvement(_known(own), _known(first))
     word = gap.verdict("higher", "lower", "no difference seen")
     if gap.low <= 0 <= gap.high:
-        needed = seeds_to_see(a, b, family.confidence)
-        word += f"; {needed} seeds to see it" if needed else ""
+        word += _power_in_words(experiment, a, b, family.confidence)
     return gap, chance, word
+
+
+def _power_in_words(
+    experiment: Experiment, a: list[float], b: list[float], confidence: float
+) -> str:
+    """What so many seeds cannot tell, and how many would tell a difference such as this one."""
+    least, needed = least_seen(a, b, confidence), seeds_to_see(a, b, confidence)
+    factor, unit, digits = experiment.unit(experiment.metric)
+    if least is None:
+        return ""
+    told = f"; cannot tell a difference below {factor * least:.{digits}f}{unit} at {len(a)} seeds"
+    return told + (f", {needed} would tell this one" if needed else "")
 
 
 def _interval(own: dict[int, float]) -> Interval:

@@ -1,4 +1,4 @@
-"""Launchers on the engines of others: SLURM through submitit, Ray; and the options of all.
+"""Launchers on the engines of others: SLURM through submitit, and Ray; the options of all.
 
 What is under way is told to stop when this process is: runs save, and go on when they are given out
 again. Files are in a folder that all machines share.
@@ -30,6 +30,8 @@ POLL_S = 1.0
 """Seconds between two looks at the jobs of a cluster."""
 REACH_S = 5.0
 """Seconds to wait for a cluster's address."""
+ENDED_EARLY = 144
+"""Exit code of a job that SIGTERM ended; submitit's local executor begins such a one again."""
 STORE_BYTES = 100 * 2**20
 """Object store of a Ray that is started here: runs hand over next to nothing."""
 
@@ -77,6 +79,7 @@ class Submitit(Launcher):
             "gpus_per_node": self.gpus,
             "slurm_array_parallelism": self.jobs,
             "slurm_signal_delay_s": 120,
+            "slurm_additional_parameters": {"requeue": True},  # by SLURM itself, if it pre-empts
         }
         if self.partition is not None:
             options["slurm_partition"] = self.partition
@@ -123,7 +126,12 @@ def _result(job: Any) -> Failure | None:
 
 @dataclass(frozen=True)
 class Requeued:
-    """A piece of work as submitit calls it: at SIGUSR2 it saves, and is queued again."""
+    """A piece of work as submitit calls it: told to make room, it saves and is queued again.
+
+    SIGUSR2 (submitit's signal of a time limit that is near) queues it here. SIGTERM comes of a
+    pre-emption, after which SLURM queues the job itself, or of `scancel`, after which it must not
+    be queued: the process then ends without a result, and what follows is SLURM's to decide.
+    """
 
     work: Work
     data: bytes
@@ -145,8 +153,10 @@ class Requeued:
 
         signal.signal(signal.SIGUSR2, ask)
         failure = self.work(pickle.loads(self.data))
-        if failure is not None and asked:
-            queue_again(signal.SIGUSR2, None)  # ends this process
+        if failure is not None and failure.exit_code == 128 + signal.SIGTERM:
+            if asked:
+                queue_again(signal.SIGUSR2, None)  # ends this process
+            sys.exit(ENDED_EARLY)
         return failure
 
     def checkpoint(self) -> Any:

@@ -273,10 +273,10 @@ class Results:
         at: At | None = None,
     ) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
-        gap = self.difference(stream, a, b, metric, at)
+        gap, where = self.difference(stream, a, b, metric, at), f"{stream}: " if stream else ""
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
         if _lacking(ones + others):
-            return f"{stream}: {a} against {b}: not measured ({metric.replace('_', ' ')})."
+            return f"{where}{a} against {b}: not measured ({metric.replace('_', ' ')})."
         chance = probability_of_improvement(ones, others)
         needed = seeds_to_see(ones, others, self.family.confidence)
         metric, at = metric or self.experiment.metric, at or self.experiment.at
@@ -286,7 +286,7 @@ class Results:
         more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
         about = self.experiment.describe(metric, at)
         return (
-            f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
+            f"{where}{a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({about}; "
             f"higher with probability {chance.point:.2f}{more})."
         )

@@ -149,9 +149,11 @@ class Collection:
         places = [Path(os.path.normpath(path / ".." / "..")), self.runs_dir]
         runs: Runs = {}
         try:
+            first = int(study.get("first_seed", 0))  # older ones do not say it
+            seeds = range(first, first + int(study["seeds"]))
             for stream, variants in study["streams"].items():
                 for variant, entry in variants.items():
-                    for seed in range(int(study["seeds"])):
+                    for seed in seeds:
                         folder = self._find(str(entry["runs"]), seed, places)
                         run = None if folder is None else self._read(folder)
                         if run is not None:

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -266,7 +267,7 @@ def remove_if_never_begun(folder: Path) -> None:
         return
     with held:
         shutil.rmtree(folder, ignore_errors=True)
-    if not any(folder.parent.iterdir()):
+    with suppress(OSError):  # it holds other runs
         folder.parent.rmdir()
 
 

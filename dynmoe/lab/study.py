@@ -150,7 +150,7 @@ def run_study(
     with writing(out):
         run_jobs(turns, launcher, study.name, retries or 0, keep_going=retries is not None)
         results = results_of(planned_jobs, experiment)
-        _report(study, command, len(seeds), variants, results, out)
+        _report(study, command, seeds, variants, results, out)
     return results
 
 
@@ -240,20 +240,20 @@ def judge(study: Study, results: Results) -> tuple[list[str], int]:
 def _report(
     study: Study,
     command: str,
-    seeds: int,
+    seeds: range,
     variants: dict[str, dict[str, str]],
     results: Results,
     out: Path,
 ) -> None:
     """Write everything to `out`, and print the tables and the verdict."""
     verdict, comparisons = judge(study, results)
-    commits = _commits(results)
-    if comparisons > 1 and seeds > 1:
+    commits, count = _commits(results), len(seeds)
+    if comparisons > 1 and count > 1:
         level = f"{100 * Family(comparisons).confidence:.2f}"
         verdict.append(ALL_AT_ONCE.format(count=comparisons, level=level))
-    if seeds < 10:
-        verdict.append(FEW_SEEDS.format(seeds=seeds))
-    if seeds == 2:
+    if count < 10:
+        verdict.append(FEW_SEEDS.format(seeds=count))
+    if count == 2:
         verdict.append(TWO_SEEDS)
     streams = {
         stream: {
@@ -266,12 +266,13 @@ def _report(
     question = inspect.getdoc(study) or ""
     write_json(out / "results.json", {
         "study": study.name, "question": question, "command": command, "commits": commits,
-        "seeds": seeds, "comparisons": comparisons, "verdict": verdict, "streams": streams,
+        "seeds": count, "first_seed": seeds.start, "comparisons": comparisons, "verdict": verdict,
+        "streams": streams,
         **beside(results),
     })  # fmt: skip
-    study.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
+    study.draw(out / "figure.png", results, f"{study.name} ({count} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
-    about = caption(results.experiment, seeds)
+    about = caption(results.experiment, count)
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
     for stream, chosen in variants.items():
         rows = table(results, stream)

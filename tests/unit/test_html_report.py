@@ -25,6 +25,7 @@ from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.html_report import write_report
 from dynmoe.lab.latex import booktabs, escape
 from dynmoe.lab.run import Run
+from dynmoe.lab.statistics import least_seen, seeds_to_see
 
 HOSTILE = '</script><script>alert(1)</script><img src="http://evil.example/x"> $a_{b}$ & co_%'
 
@@ -178,13 +179,21 @@ def test_a_page_has_the_numbers_of_its_runs(out: Path) -> None:
 
 
 def test_intervals_hold_for_all_comparisons_of_a_page(runs: Path, tmp_path: Path) -> None:
-    for seed, values in GROWN.items():
-        _write(tmp_path / "runs", seed, values, data="faces", method="third")
-    _report(tmp_path, runs, tmp_path / "runs")
+    near = {0: [0.5, 0.42], 1: [0.6, 0.49], 2: [0.55, 0.45]}
+    for seed in DENSE:
+        _write(tmp_path / "runs", seed, GROWN[seed], data="faces", method="third")
+        _write(tmp_path / "runs", seed, near[seed], data="faces", method="near")
+    page = _Page(_report(tmp_path, runs, tmp_path / "runs"))
     [third] = [row for row in _lines(tmp_path / "comparison.csv") if row["variant"] == "third"]
     gaps = torch.tensor([GROWN[s][1] - DENSE[s][1] for s in DENSE], dtype=torch.float64)
-    reach = float(t.ppf(1 - 0.05 / 4, 2) * gaps.std() / 3**0.5)  # of two
+    reach = float(t.ppf(1 - 0.05 / 6, 2) * gaps.std() / 3**0.5)  # of three
     assert float(third["difference_to_first_low"]) == pytest.approx(float(gaps.mean()) - reach)
+    own = [near[s][1] for s in DENSE], [DENSE[s][1] for s in DENSE]
+    least, needed = least_seen(*own, 1 - 0.05 / 3), seeds_to_see(*own, 1 - 0.05 / 3)
+    assert least is not None and (
+        f"no difference seen; cannot tell a difference below {100 * least:.1f} points at 3 seeds, "
+        f"{needed} would tell this one" in page.text
+    )
 
 
 def test_names_of_runs_stay_text_and_nothing_leaves_the_page(out: Path) -> None:
@@ -253,13 +262,13 @@ def test_nothing_to_report_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 def test_runs_of_a_study_have_its_names(runs: Path, tmp_path: Path) -> None:
     place = tmp_path / "cl" / "studies"
     for number, changes in enumerate(({}, {"lr": 0.5}, {"lr": 0.25})):
-        for seed in (0, 1):
+        for seed in (7, 8):
             name = f"studies/v{number}"
             _write(tmp_path, seed, [0.1, 0.2 + 0.1 * number], name=name, **changes)
-    shutil.rmtree(place / "v2" / "seed-1")
+    shutil.rmtree(place / "v2" / "seed-8")
     entries = {f"variant {n}": {"runs": f"v{n}"} for n in range(3)} | {"gone": {"runs": "../x"}}
-    results = {"study": "pace", "question": "Is it\nfast?", "seeds": 2, "verdict": ["Yes."],
-               "streams": {"class": entries}}  # fmt: skip
+    results = {"study": "pace", "question": "Is it\nfast?", "seeds": 2, "first_seed": 7,
+               "verdict": ["Yes."], "streams": {"class": entries}}  # fmt: skip
     folder = tmp_path / "study" / "pace-laptop"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -267,9 +276,9 @@ def test_runs_of_a_study_have_its_names(runs: Path, tmp_path: Path) -> None:
     [group] = found.groups()
     assert group.title == "pace" and group.question == "Is it fast?" and group.verdict == ["Yes."]
     assert {v: list(own) for v, own in group.runs["class"].items()} == {
-        "variant 0": [0, 1], "variant 1": [0, 1], "variant 2": [0],
+        "variant 0": [7, 8], "variant 1": [7, 8], "variant 2": [7],
     }  # fmt: skip
-    assert [one.folder for one in found.left_out] == ["v2/seed-1", "../x/seed-0", "../x/seed-1"]
+    assert [one.folder for one in found.left_out] == ["v2/seed-8", "../x/seed-7", "../x/seed-8"]
     with pytest.raises(UserError, match="unknown variant 'variant 3'"):
         with_first([group], "variant 3")
     [moved] = with_first([group], "variant 2")

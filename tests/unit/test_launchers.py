@@ -17,6 +17,7 @@ from dynmoe.lab.engines import Ray, Submitit, Where
 from dynmoe.lab.launchers import Failure, Launcher, Local
 
 Item = tuple[Path, str]
+PRE_EMPTED = {"near its limit": signal.SIGUSR2, "pre-empted": signal.SIGTERM}
 
 
 def work(item: Item) -> Failure | None:
@@ -28,10 +29,10 @@ def work(item: Item) -> Failure | None:
     first = len(path.read_text().splitlines()) == 1
     if name == "killed" and first:
         os.kill(os.getpid(), signal.SIGKILL)
-    if name == "pre-empted" and first:
+    if name in PRE_EMPTED and first:
         told: list[int] = []
         handler = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-        os.kill(os.getpid(), signal.SIGUSR2)  # as a run, which saves at its next step
+        os.kill(os.getpid(), PRE_EMPTED[name])  # as a run, which saves at its next step
         signal.signal(signal.SIGTERM, handler)
         return Failure("saved" if told else "not told to save", 143)
     return Failure("bad", 3) if name == "bad" else None
@@ -61,13 +62,13 @@ def test_a_killed_process_costs_its_own_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("found_by_others")
-def test_submitit_queues_a_pre_empted_run_again(tmp_path: Path) -> None:
+def test_submitit_queues_a_run_again_that_had_to_make_room(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    launcher = Submitit(jobs=3, cluster="local", folder=tmp_path / "submitit")
+    launcher = Submitit(jobs=4, cluster="local", folder=tmp_path / "submitit")
     launcher.check()
-    found = outcomes(launcher, tmp_path, "pre-empted", "killed", "bad")
-    assert found == {"pre-empted": None, "killed": 4, "bad": 3}
-    assert attempts(tmp_path, "pre-empted") == 2 and attempts(tmp_path, "killed") == 1
+    found = outcomes(launcher, tmp_path, *PRE_EMPTED, "killed", "bad")
+    assert found == {"near its limit": None, "pre-empted": None, "killed": 4, "bad": 3}
+    assert [attempts(tmp_path, name) for name in (*PRE_EMPTED, "killed", "bad")] == [2, 2, 1, 1]
 
 
 @pytest.mark.slow

@@ -63,19 +63,19 @@ def trials(tmp_path: Path, count: int, **changes: Any) -> tuple[str, list[dict[s
 
 
 def test_a_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    best, found = trials(tmp_path / "at once", 14)
-    assert best == "--granularity 2 --epochs 4" and len(found) == 14
+    best, found = trials(tmp_path / "at once", 8)
+    assert best == "--granularity 2 --epochs 4" and len(found) == 8
     assert max(t["value"] for t in found) == pytest.approx(0.94)
-    trials(tmp_path / "stopped", 5)
+    trials(tmp_path / "stopped", 3)
     study = search.open_study(
         search.Search(search.Config(command="cl", space=("granularity: 1 2 4", "epochs: 3 4")),
                       FLAGS, {}, Local(1)), tmp_path / "stopped" / "search" / "s",
     )  # fmt: skip
-    assert len(study.trials) == 5
-    again, later = trials(tmp_path / "stopped", 14)
+    assert len(study.trials) == 3
+    again, later = trials(tmp_path / "stopped", 8)
     assert (again, later) == (best, found)
     with pytest.raises(UserError, match="holds another search"):
-        trials(tmp_path / "stopped", 14, minimize=True, at="mean")
+        trials(tmp_path / "stopped", 8, minimize=True, at="mean")
 
 
 def test_a_metric_that_runs_lack(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Sweeps whose runs are stopped in the middle end as undisturbed ones do, wherever they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynmoe import sweep
+from dynmoe.lab import checkpoint
+
+SWEEP = ["cl", "--jobs", "2", "--name", "s", "--seeds", "2", "--grid", "granularity: 2"]
+RUN = ["--preset", "smoke", "--chunks", "2", "--epochs", "8", "--eval-samples", "60",
+       "--probe-samples", "40", "--checkpoint-every-s", "0"]  # fmt: skip
+
+
+def argv(runs: Path, *launcher: str) -> list[str]:
+    return [*SWEEP, *launcher, "--runs-dir", str(runs), "--", *RUN]
+
+
+def found(runs: Path) -> dict[str, str]:
+    """Seed -> the summary of its run."""
+    return {path.parent.name: path.read_text() for path in runs.rglob("summary.json")}
+
+
+def sessions(runs: Path) -> list[int]:
+    """How often each run was begun or went on, fewest first."""
+    files = runs.rglob("environment.json")
+    return sorted(len(json.loads(file.read_text())["sessions"]) for file in files)
+
+
+def when_under_way(runs: Path, act: Callable[[list[int]], None]) -> threading.Thread:
+    """Act, in a thread, as soon as both runs have saved; with the ids of their processes."""
+
+    def wait() -> None:
+        folders: list[Path] = []
+        while len(folders) < 2:
+            time.sleep(0.02)
+            folders = [f for f in runs.glob("cl/studies/*/seed-*")
+                       if checkpoint.exists(f / "checkpoints")]  # fmt: skip
+        act([int((folder / ".lock").read_text()) for folder in folders])
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    runs = tmp_path_factory.mktemp("undisturbed")
+    sweep.main(argv(runs))
+    assert sessions(runs) == [1, 1]
+    return found(runs)
+
+
+@pytest.fixture(autouse=True)
+def _found_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes find our packages."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "dynmoe.sweep", *argv(tmp_path)])
+    when_under_way(tmp_path, lambda pids: process.kill()).join()
+    assert process.wait() == -signal.SIGKILL and len(found(tmp_path)) < 2
+    sweep.main(argv(tmp_path))
+    assert found(tmp_path) == undisturbed and sessions(tmp_path)[-1] == 2
+
+
+@pytest.mark.slow
+def test_runs_that_make_room_in_slurm_go_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    pytest.importorskip("submitit")
+
+    def signals(pids: list[int]) -> None:
+        os.kill(pids[0], signal.SIGUSR2)
+        os.kill(pids[1], signal.SIGTERM)
+
+    when_under_way(tmp_path, signals)
+    sweep.main(argv(tmp_path, "--launcher", "submitit", "--cluster", "local"))
+    assert found(tmp_path) == undisturbed and sessions(tmp_path) == [2, 2]
+
+
+@pytest.mark.slow
+def test_runs_of_a_lost_ray_node_go_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        lost = cluster.add_node(**node)
+        when_under_way(tmp_path, lambda pids: cluster.remove_node(lost, allow_graceful=False))
+        sweep.main(argv(tmp_path, "--launcher", "ray", "--address", cluster.address))
+        assert found(tmp_path) == undisturbed and sessions(tmp_path) == [1, 2]
+    finally:
+        cluster.shutdown()
