@@ -14,18 +14,19 @@ from __future__ import annotations
 import hashlib
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dynmoe.commands import begin, load
-from dynmoe.errors import DynmoeError, NumericError, UserError
+from dynmoe.errors import DynmoeError, NumericError, Pruned, UserError
 from dynmoe.lab.config import run_command
 
 begin("search", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.early_stop import Series, bar, logged_series  # noqa: E402
 from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.files import write_json, writing  # noqa: E402
@@ -66,6 +67,9 @@ class Config(Where):
     """part of the run that it is taken from; by default the command's own"""
     minimize: bool = False
     """want little of the metric instead"""
+    prune: str = ""
+    """tag of a logged number, such as task/train_accuracy: a trial that has less of it than the
+    median of the trials before at the same step is stopped; none: every trial is a whole run"""
     search_seeds: int = 1
     """seeds of each trial, from 1000 on; its value is their mean"""
     seeds: str = "5"
@@ -97,6 +101,7 @@ class Search:
         words += ["--metric", c.metric] if c.metric else []
         words += ["--at", c.at] if c.at else []
         words += ["--minimize"] if c.minimize else []
+        words += ["--prune", c.prune] if c.prune else []
         words += ["--search-seeds", str(c.search_seeds)] if c.search_seeds > 1 else []
         return shlex.join([*words, "--", *self.flags])
 
@@ -216,6 +221,7 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
     import optuna
 
     state, space = optuna.trial.TrialState, distributions(search.space)
+    earlier: dict[int, list[Series]] = {}
     while True:
         open_ = study.get_trials(deepcopy=False, states=(state.RUNNING,))  # of a killed search
         ended = len(study.trials) - len(open_)
@@ -227,35 +233,68 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
             batch.append(study.trials[number])
         if not batch:
             break
-        told = _make(search, {trial.number: trial.params for trial in batch})
-        for number, (value, message) in told.items():
-            study.set_user_attr(f"message {number}", message)
-            study.tell(number, value, state.FAIL if value is None else state.COMPLETE)
+        for trial in study.get_trials(deepcopy=False, states=(state.COMPLETE,)):
+            if search.config.prune and trial.number not in earlier:
+                earlier[trial.number] = _logged(search, trial.params)
+        told = _make(search, {trial.number: trial.params for trial in batch}, earlier)
+        for number, end in told.items():
+            study.set_user_attr(f"message {number}", end.message)
+            study.tell(number, end.value, state[end.state])
         _write(search, study, out, command)
     return _write(search, study, out, command)
 
 
-def _make(search: Search, trials: dict[int, dict[str, Any]]) -> dict[int, tuple[float | None, str]]:
-    """Number -> the value of each trial, or None and why it failed."""
-    told: dict[int, tuple[float | None, str]] = {}
+@dataclass(frozen=True)
+class End:
+    """How a trial ended."""
+
+    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    value: float | None = None
+    """of a complete one"""
+    message: str = ""
+    """of one that is not"""
+
+
+def _logged(search: Search, values: dict[str, Any]) -> list[Series]:
+    """What the runs of a complete trial have logged of the number that trials are stopped by.
+
+    Raises:
+        UserError: there is no such number.
+    """
+    tag = search.config.prune
+    folders = [job.folder for job in search.plan(values, "")]
+    found = [logged_series(folder, tag) for folder in folders]
+    if not all(found):
+        raise UserError(f"{folders[0] / 'log.jsonl'} has no number {tag!r} of --prune")
+    return found
+
+
+def _make(
+    search: Search, trials: dict[int, dict[str, Any]], earlier: dict[int, list[Series]]
+) -> dict[int, End]:
+    """Number -> how each trial ended, against the bar that earlier ones set."""
+    told: dict[int, End] = {}
     planned = {}
     for number, values in trials.items():
         try:
             planned[number] = search.plan(values, f"trial {number}: {flags_of(values)}")
         except UserError as error:
-            told[number] = None, str(error)
-    jobs = [job for own in planned.values() for job in own]
+            told[number] = End("FAIL", message=str(error))
+    runs = [series for own in earlier.values() for series in own]
+    wanted = bar(search.config.prune, runs, search.config.minimize)
+    jobs = [replace(job, bar=wanted) for own in planned.values() for job in own]
     failed = try_jobs(jobs, search.launcher, "search", search.config.retries, keep_going=True)
+    ends = {Pruned.exit_code: "PRUNED", UserError.exit_code: "FAIL", NumericError.exit_code: "FAIL"}
     messages = {}
     for job, failure in failed:
-        if failure.exit_code not in (UserError.exit_code, NumericError.exit_code):
+        if failure.exit_code not in ends:
             error = DynmoeError(f"{job.label}: {failure.message}")
             error.exit_code = failure.exit_code
             raise error  # no fault of the settings: the trial is made again
-        messages[job.folder] = failure.message
+        messages[job.folder] = End(ends[failure.exit_code], message=failure.message)
     for number, own in planned.items():
         bad = [messages[job.folder] for job in own if job.folder in messages]
-        told[number] = (None, bad[0]) if bad else (search.value(own), "")
+        told[number] = bad[0] if bad else End("COMPLETE", search.value(own))
     return dict(sorted(told.items()))
 
 
@@ -271,6 +310,7 @@ def _write(search: Search, study: optuna.Study, out: Path, command: str) -> str:
     good.sort(key=lambda pair: (sign * pair[0], pair[1].number))
     rows = [
         {"trial": trial.number, "flags": flags_of(trial.params), "value": trial.value,
+         "state": trial.state.name.lower(),
          "message": study.user_attrs.get(f"message {trial.number}", "")}
         for trial in ended
     ]  # fmt: skip
@@ -282,7 +322,11 @@ def _write(search: Search, study: optuna.Study, out: Path, command: str) -> str:
         raise UserError(f"no trial ended well; the last one: {rows[-1]['message']}")
     table = [["trial", "flags", "value"]]
     table += [[str(t.number), flags_of(t.params), f"{value:.4g}"] for value, t in good[:SHOWN]]
-    caption = f"{len(ended)} trials, {len(ended) - len(good)} failed; seeds from {SEARCH_SEED} on"
+    states = [row["state"] for row in rows]
+    caption = (
+        f"{len(ended)} trials, {states.count('fail')} failed, {states.count('pruned')} stopped "
+        f"early; seeds from {SEARCH_SEED} on"
+    )
     print_table("search", table, caption)
     return best
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from dynmoe.errors import DynmoeError, Interrupted, UserError
+from dynmoe.errors import DynmoeError, Interrupted, Pruned, UserError
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
+from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.launchers import Failure, Launcher
 from dynmoe.lab.progress import RunsShown
@@ -35,7 +36,9 @@ class Done:
     """the network, if it was trained by this call"""
 
 
-def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None) -> Done:
+def run_one(
+    experiment: Experiment, preset: str, config: Any, shared: Any = None, bar: Bar | None = None
+) -> Done:
     """Carry out one run, or read what an earlier run of the same settings found.
 
     Args:
@@ -43,8 +46,10 @@ def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None
         preset: begins the name of its folder where `config.name` is None.
         config: its settings.
         shared: what `experiment.load(config)` gives; None to load it here.
+        bar: what the run has to reach to be carried out to its end.
 
     Raises:
+        Pruned: it does not reach the bar.
         DynmoeError: see `Run` and the experiment.
     """
     experiment.check(config)
@@ -54,6 +59,7 @@ def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None
     with Run(experiment.command, preset, config, experiment.label(config, shared)) as run:
         now = run.summary is None
         if now:
+            run.log.bar = bar
             with closing(experiment.prepare(run, config, shared)) as session:
                 with session.recorder.progress:
                     if run.restored is not None:
@@ -80,6 +86,8 @@ class Job:
     """its settings"""
     folder: Path
     """where its summary.json will be"""
+    bar: Bar | None = None
+    """what it has to reach to be carried out to its end"""
 
     @property
     def done(self) -> bool:
@@ -212,7 +220,8 @@ def _launched(
 
 def _worth(failure: Failure | None) -> bool:
     """Whether another attempt may end otherwise."""
-    return failure is not None and failure.exit_code != UserError.exit_code
+    useless = (UserError.exit_code, Pruned.exit_code)
+    return failure is not None and failure.exit_code not in useless
 
 
 def _at_fault(failure: Failure | None) -> bool:
@@ -272,7 +281,7 @@ def carry_out(job: Job) -> Failure | None:
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
         try:
-            run_one(job.experiment, job.preset, job.config)
+            run_one(job.experiment, job.preset, job.config, bar=job.bar)
         except DynmoeError as error:
             return Failure(str(error), error.exit_code)
         except Exception as error:  # a fault of ours: the others go on

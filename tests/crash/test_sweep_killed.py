@@ -19,7 +19,7 @@ from dynmoe.lab import checkpoint
 
 SWEEP = ["cl", "--jobs", "2", "--name", "s", "--seeds", "2", "--grid", "granularity: 2"]
 RUN = ["--preset", "smoke", "--chunks", "2", "--epochs", "8", "--eval-samples", "60",
-       "--probe-samples", "40", "--checkpoint-every-s", "0"]  # fmt: skip
+       "--probe-samples", "40", "--checkpoint-every-s", "0.5"]  # fmt: skip
 
 
 def argv(runs: Path, *launcher: str) -> list[str]:

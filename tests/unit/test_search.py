@@ -13,9 +13,11 @@ pytest.importorskip("optuna")  # the extra "search"
 from finished_runs import FLAGS, TINY, finish
 
 from dynmoe import search
-from dynmoe.errors import UserError
+from dynmoe.errors import Pruned, UserError
+from dynmoe.lab.early_stop import Bar, bar, logged_series
 from dynmoe.lab.files import writing
 from dynmoe.lab.launchers import Local
+from dynmoe.lab.log import Logger
 from dynmoe.lab.space import Range, read_space
 
 
@@ -64,8 +66,8 @@ def trials(tmp_path: Path, count: int, **changes: Any) -> tuple[str, list[dict[s
 
 def test_a_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> None:
     best, found = trials(tmp_path / "at once", 8)
-    assert best == "--granularity 2 --epochs 4" and len(found) == 8
-    assert max(t["value"] for t in found) == pytest.approx(0.94)
+    assert best == "--granularity 2 --epochs 3" and len(found) == 8
+    assert max(t["value"] for t in found) == pytest.approx(0.93)
     trials(tmp_path / "stopped", 3)
     study = search.open_study(
         search.Search(search.Config(command="cl", space=("granularity: 1 2 4", "epochs: 3 4")),
@@ -89,16 +91,40 @@ def test_the_report_has_other_seeds_than_the_trials(tmp_path: Path) -> None:
         search.main([*argv, str(tmp_path)])
 
 
+def test_a_run_below_the_median_of_earlier_ones_is_stopped(tmp_path: Path) -> None:
+    earlier = [{10: float(n), 20: 0.5} | ({30: 0.0} if n else {}) for n in range(5)]
+    assert bar("a", earlier[:4], minimize=False) is None
+    wanted = bar("a", earlier, minimize=False)
+    assert wanted == Bar("a", {10: 2.0, 20: 0.5})  # not all have logged at step 30
+    logger = Logger(tmp_path)
+    logger.bar = wanted
+    logger.scalars(10, {"a": 2.0, "b": 0.0})
+    logger.scalars(15, {"a": 0.0})
+    logger.scalars(20, {"b": 0.0})
+    with pytest.raises(Pruned, match="^stopped at step 20: a 0.4, the median 0.5$"):
+        logger.scalars(20, {"a": 0.4})
+    with pytest.raises(Pruned, match="a 3, the median 2"):
+        Bar("a", {10: 2.0}, minimize=True).check(10, {"a": 3.0})
+    logger.event(25, "growth", {"a": 1.0})
+    logger.close()
+    assert logged_series(tmp_path, "a") == {10: 2.0, 15: 0.0, 20: 0.4}
+    assert logged_series(tmp_path, "c") == {}
+
+
 @pytest.mark.slow
-def test_a_search_reports_on_other_seeds(
+def test_a_search_stops_trials_early_and_reports_on_other_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["cl", "--trials", "3", "--jobs", "2", "--seeds", "1", "--name", "s", "--runs-dir",
-            str(tmp_path), "--space", "lr: 1e-4 1e-2 log", "granularity: 1 2"]  # fmt: skip
+    argv = ["cl", "--trials", "8", "--jobs", "2", "--seeds", "1", "--name", "s", "--runs-dir",
+            str(tmp_path), "--space", "lr: 1e-6 1e-2 log", "granularity: 1 2",
+            "--prune", "task/train_accuracy"]  # fmt: skip
     search.main([*argv, "--", *TINY])
     folder = tmp_path / "search" / "s"
     trials = json.loads((folder / "search.json").read_text())
-    best = max(trials["trials"], key=lambda trial: trial["value"])
+    states = [trial["state"] for trial in trials["trials"]]
+    assert states[:6] == ["complete"] * 6 and "pruned" in states[6:]
+    assert all(("stopped at" in t["message"]) == (t["value"] is None) for t in trials["trials"])
+    best = max(trials["trials"], key=lambda trial: trial["value"] or 0)
     results = json.loads((folder / "results.json").read_text())["streams"][""]
     assert trials["best"] == best["flags"] == results["best trial"]["flags"]
     seeds = [path.parent.name for path in tmp_path.rglob("summary.json")]
