@@ -17,8 +17,9 @@ import pytest
 from dynmoe import sweep
 from dynmoe.lab import checkpoint
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SWEEP = ["cl", "--jobs", "2", "--name", "s", "--seeds", "2", "--grid", "granularity: 2"]
-RUN = ["--preset", "smoke", "--chunks", "2", "--epochs", "8", "--eval-samples", "60",
+RUN = ["--preset", "smoke", "--chunks", "2", "--epochs", "6", "--eval-samples", "60",
        "--probe-samples", "40", "--checkpoint-every-s", "0.5"]  # fmt: skip
 
 
@@ -37,20 +38,27 @@ def sessions(runs: Path) -> list[int]:
     return sorted(len(json.loads(file.read_text())["sessions"]) for file in files)
 
 
-def when_under_way(runs: Path, act: Callable[[list[int]], None]) -> threading.Thread:
-    """Act, in a thread, as soon as both runs have saved; with the ids of their processes."""
-
-    def wait() -> None:
-        folders: list[Path] = []
-        while len(folders) < 2:
-            time.sleep(0.02)
-            folders = [f for f in runs.glob("cl/studies/*/seed-*")
-                       if checkpoint.exists(f / "checkpoints")]  # fmt: skip
-        act([int((folder / ".lock").read_text()) for folder in folders])
-
-    thread = threading.Thread(target=wait, daemon=True)
+def in_background(act: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=act, daemon=True)
     thread.start()
     return thread
+
+
+def wait_for(runs: Path, count: int, sign: Callable[[Path], bool]) -> list[Path]:
+    """The folders of so many runs, once they show a sign."""
+    while True:
+        found = [f for f in runs.glob("cl/studies/*/seed-*") if sign(f)]
+        if len(found) >= count:
+            return sorted(found)
+        time.sleep(0.02)
+
+
+def saved(folder: Path) -> bool:
+    return checkpoint.exists(folder / "checkpoints")
+
+
+def begun(folder: Path) -> bool:
+    return (folder / "log.jsonl").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +75,29 @@ def _found_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     process = subprocess.Popen([sys.executable, "-m", "dynmoe.sweep", *argv(tmp_path)])
-    when_under_way(tmp_path, lambda pids: process.kill()).join()
+    wait_for(tmp_path, 1, saved)
+    process.kill()
     assert process.wait() == -signal.SIGKILL and len(found(tmp_path)) < 2
     sweep.main(argv(tmp_path))
     assert found(tmp_path) == undisturbed and sessions(tmp_path)[-1] == 2
 
 
-@pytest.mark.slow
 def test_runs_that_make_room_in_slurm_go_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     pytest.importorskip("submitit")
 
-    def signals(pids: list[int]) -> None:
-        os.kill(pids[0], signal.SIGUSR2)
-        os.kill(pids[1], signal.SIGTERM)
+    def signals() -> None:
+        first = wait_for(tmp_path, 1, saved)[0]
+        os.kill(int((first / ".lock").read_text()), signal.SIGUSR2)
+        [other] = {*wait_for(tmp_path, 2, saved)} - {first}
+        os.kill(int((other / ".lock").read_text()), signal.SIGTERM)
 
-    when_under_way(tmp_path, signals)
+    in_background(signals)
     sweep.main(argv(tmp_path, "--launcher", "submitit", "--cluster", "local"))
     assert found(tmp_path) == undisturbed and sessions(tmp_path) == [2, 2]
 
 
-@pytest.mark.slow
 def test_runs_of_a_lost_ray_node_go_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
@@ -98,7 +106,12 @@ def test_runs_of_a_lost_ray_node_go_on(tmp_path: Path, undisturbed: dict[str, st
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
         lost = cluster.add_node(**node)
-        when_under_way(tmp_path, lambda pids: cluster.remove_node(lost, allow_graceful=False))
+
+        def lose() -> None:
+            wait_for(tmp_path, 2, begun)
+            cluster.remove_node(lost, allow_graceful=False)
+
+        in_background(lose)
         sweep.main(argv(tmp_path, "--launcher", "ray", "--address", cluster.address))
         assert found(tmp_path) == undisturbed and sessions(tmp_path) == [1, 2]
     finally:
