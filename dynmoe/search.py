@@ -244,11 +244,15 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
     return _write(search, study, out, command)
 
 
+State = Literal["COMPLETE", "PRUNED", "FAIL"]
+"""Optuna's names."""
+
+
 @dataclass(frozen=True)
 class End:
     """How a trial ended."""
 
-    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    state: State
     value: float | None = None
     """of a complete one"""
     message: str = ""
@@ -284,13 +288,15 @@ def _make(
     wanted = bar(search.config.prune, runs, search.config.minimize)
     jobs = [replace(job, bar=wanted) for own in planned.values() for job in own]
     failed = try_jobs(jobs, search.launcher, "search", search.config.retries, keep_going=True)
-    ends = {Pruned.exit_code: "PRUNED", UserError.exit_code: "FAIL", NumericError.exit_code: "FAIL"}
+    ends: dict[int, State] = {
+        Pruned.exit_code: "PRUNED", UserError.exit_code: "FAIL", NumericError.exit_code: "FAIL",
+    }  # fmt: skip
     messages = {}
     for job, failure in failed:
         if failure.exit_code not in ends:
-            error = DynmoeError(f"{job.label}: {failure.message}")
-            error.exit_code = failure.exit_code
-            raise error  # no fault of the settings: the trial is made again
+            fault = DynmoeError(f"{job.label}: {failure.message}")
+            fault.exit_code = failure.exit_code
+            raise fault  # no fault of the settings: the trial is made again
         messages[job.folder] = End(ends[failure.exit_code], message=failure.message)
     for number, own in planned.items():
         bad = [messages[job.folder] for job in own if job.folder in messages]

@@ -199,7 +199,9 @@ def try_jobs(
                         failed.pop(job.folder, None)
                         if failure is not None:
                             failed[job.folder] = failure
-                        shown.ended(job.label, failure and failure.message, len(failed))
+                        shown.ended(
+                            job.label, None if failure is None else failure.message, len(failed)
+                        )
                         if failure is not None and not keep_going:
                             return [(job, failure)]
                 again = [job for job in todo if _worth(failed.get(job.folder))]

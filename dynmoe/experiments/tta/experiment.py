@@ -162,7 +162,7 @@ class TestTimeAdaptation(Experiment):
 
     def details(self, summary: dict[str, Any]) -> Details:
         """Accuracy by window, and what was adapted on how much."""
-        points = [(number, float(value)) for number, value in enumerate(summary["curve"], start=1)]
+        points = [(float(n), float(value)) for n, value in enumerate(summary["curve"], start=1)]
         cost = {"trained parameters": summary["trained"], "images": summary["images"]}
         return Details({"accuracy": Curve("window of the stream", points)}, cost=cost)
 
