@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from dynmoe import cl, registry
+from dynmoe.lab.config import to_dict
+from dynmoe.lab.files import write_json
 from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.run import Run
 
@@ -29,11 +32,32 @@ VARIANTS = 10
 STREAMS = ("class", "shuffle")
 
 
-def write_run(folder: Path, variant: int, stream: str, seed: int, tasks: int) -> None:
-    """One finished run; better with each variant."""
+def write_runs(folder: Path, variant: int, stream: str, seeds: int, tasks: int) -> None:
+    """The finished runs of a variant, better with each; the first as a run writes it, then copies.
+
+    Each has numbers of its own; log and pictures are the first one's.
+    """
     protocol = registry.get("protocol", stream).Config()
-    config = replace(cl.presets()["smoke"], runs_dir=folder, seed=seed, protocol=protocol,
+    config = replace(cl.presets()["smoke"], runs_dir=folder, protocol=protocol, seed=0,
                      lr=0.001 * (variant + 1), device="cpu", chunks=tasks)  # fmt: skip
+    with Run("cl", "bench", config) as run:
+        draw = random.Random(f"{variant} {stream}")
+        for step in range(20 * tasks):
+            run.log.scalars(step, {f"epoch/{name}": draw.random() for name in "abcdef"})
+        for name in ("task", "class"):
+            numbers = [str(i) for i in range(10)]
+            run.log.image(0, f"experts/{name}/block", heat_map(torch.rand(10, 10), numbers,
+                          numbers, "load"))  # fmt: skip
+        run.finish(make_summary(variant, stream, 0, tasks))
+    for seed in range(1, seeds):
+        copy = run.folder.with_name(f"seed-{seed}")
+        shutil.copytree(run.folder, copy)
+        write_json(copy / "config.json", to_dict(replace(config, seed=seed)))
+        write_json(copy / "summary.json", make_summary(variant, stream, seed, tasks))
+
+
+def make_summary(variant: int, stream: str, seed: int, tasks: int) -> dict[str, Any]:
+    """What a run of `cl` finds, of random numbers."""
     draw = random.Random(f"{variant} {stream} {seed}")
     rows: list[dict[str, Any]] = []
     for task in range(tasks):
@@ -43,17 +67,10 @@ def write_run(folder: Path, variant: int, stream: str, seed: int, tasks: int) ->
     matrix = [[draw.random() for _ in range(tasks)] for _ in range(tasks)]
     growths = [{"step": 100 * (i + 1), "experts": 2 * (i + 2), "parameters": 10_000 * (i + 1)}
                for i in range(tasks - 1)]  # fmt: skip
-    with Run("cl", "bench", config) as run:
-        for step in range(20 * tasks):
-            run.log.scalars(step, {f"epoch/{name}": draw.random() for name in "abcdef"})
-        for name in ("task", "class"):
-            numbers = [str(i) for i in range(10)]
-            run.log.image(0, f"experts/{name}/block", heat_map(torch.rand(10, 10), numbers,
-                          numbers, "load"))  # fmt: skip
-        run.finish({
-            "method": "dynamicmoe", "seed": seed, "tasks": rows, "growth": growths,
-            "accuracy_matrix": {"before": matrix[0], "after": matrix},
-        })  # fmt: skip
+    return {
+        "method": "dynamicmoe", "seed": seed, "tasks": rows, "growth": growths,
+        "accuracy_matrix": {"before": matrix[0], "after": matrix},
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -64,10 +81,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in range(args.runs):
-            seed, rest = divmod(number, VARIANTS * len(STREAMS))
-            stream, variant = STREAMS[rest % len(STREAMS)], rest // len(STREAMS)
-            write_run(folder / "runs", variant, stream, seed, args.tasks)
+        for variant in range(VARIANTS):
+            for stream in STREAMS:
+                seeds = args.runs // (VARIANTS * len(STREAMS))
+                write_runs(folder / "runs", variant, stream, seeds, args.tasks)
         out = folder / "out"
         command = [sys.executable, "-m", "dynmoe.report", str(folder / "runs"), "--out", str(out)]
         begin = time.monotonic()
