@@ -225,7 +225,7 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
     while True:
         open_ = study.get_trials(deepcopy=False, states=(state.RUNNING,))  # of a killed search
         ended = len(study.trials) - len(open_)
-        batch = open_[: search.config.trials - ended]
+        batch = open_[: max(0, search.config.trials - ended)]
         while len(batch) < min(search.launcher.jobs, search.config.trials - ended):
             seed = SEARCH_SEED + len(study.trials)
             study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
