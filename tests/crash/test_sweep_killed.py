@@ -57,10 +57,6 @@ def saved(folder: Path) -> bool:
     return checkpoint.exists(folder / "checkpoints")
 
 
-def begun(folder: Path) -> bool:
-    return (folder / "log.jsonl").is_file()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     runs = tmp_path_factory.mktemp("undisturbed")
@@ -96,23 +92,3 @@ def test_runs_that_make_room_in_slurm_go_on(tmp_path: Path, undisturbed: dict[st
     in_background(signals)
     sweep.main(argv(tmp_path, "--launcher", "submitit", "--cluster", "local"))
     assert found(tmp_path) == undisturbed and sessions(tmp_path) == [2, 2]
-
-
-def test_runs_of_a_lost_ray_node_go_on(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-    try:
-        lost = cluster.add_node(**node)
-
-        def lose() -> None:
-            wait_for(tmp_path, 2, begun)
-            cluster.remove_node(lost, allow_graceful=False)
-
-        in_background(lose)
-        sweep.main(argv(tmp_path, "--launcher", "ray", "--address", cluster.address))
-        assert found(tmp_path) == undisturbed and sessions(tmp_path) == [1, 2]
-    finally:
-        cluster.shutdown()

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ def work(item: Item) -> Failure | None:
         os.kill(os.getpid(), PRE_EMPTED[name])  # as a run, which saves at its next step
         signal.signal(signal.SIGTERM, handler)
         return Failure("saved" if told else "not told to save", 143)
+    while name.startswith("long") and not (folder / "lost").exists():
+        time.sleep(0.05)
     return Failure("bad", 3) if name == "bad" else None
 
 
@@ -80,6 +84,36 @@ def test_ray_gives_a_run_to_another_worker(tmp_path: Path) -> None:
     found = outcomes(launcher, tmp_path, "killed", "a", "bad")
     assert found == {"killed": None, "a": None, "bad": 3}
     assert attempts(tmp_path, "killed") == 2 and attempts(tmp_path, "a") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("found_by_others")
+def test_ray_gives_the_run_of_a_lost_node_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "250")  # of a busy machine
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    names = ("long a", "long b")
+    try:
+        lost = cluster.add_node(**node)
+
+        def lose() -> None:
+            while not all((tmp_path / name).exists() for name in names):
+                time.sleep(0.05)
+            cluster.remove_node(lost, allow_graceful=False)
+            (tmp_path / "lost").touch()
+
+        threading.Thread(target=lose, daemon=True).start()
+        launcher = Ray(jobs=2, address=cluster.address)
+        launcher.check()
+        assert outcomes(launcher, tmp_path, *names) == dict.fromkeys(names)
+        assert sorted(attempts(tmp_path, name) for name in names) == [1, 2]
+    finally:
+        cluster.shutdown()
 
 
 @pytest.mark.parametrize(("name", "extra"), [("submitit", "slurm"), ("ray", "ray")])
