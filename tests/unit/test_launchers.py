@@ -88,11 +88,8 @@ def test_ray_gives_a_run_to_another_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("found_by_others")
-def test_ray_gives_the_run_of_a_lost_node_to_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_gives_the_run_of_a_lost_node_to_another(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "250")  # of a busy machine
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
