@@ -24,7 +24,7 @@ from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.device import keep_freed_memory
-from dynmoe.lab.experiment import At, Experiment, Results, Session
+from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
 from dynmoe.lab.figures import band, new_figure, save
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
@@ -46,6 +46,7 @@ class ReinforcementLearning(Experiment):
     )
     references = ("dense",)
     missing = "no episode ended"
+    about = ("env", "env_args")
 
     def check(self, config: Config) -> None:
         """Also what the intervention and the method say of the settings."""
@@ -114,6 +115,15 @@ class ReinforcementLearning(Experiment):
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Returns are no shares."""
         return 1.0, "", {"growths": 0, "parameters": 0, "of_the_most": 1}.get(metric, 2)
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """The learning curve, growths, and what was trained for how long."""
+        points = [(step, float(value)) for step, value in summary["curve"] if value is not None]
+        return Details(
+            {"episodic_return": Curve("environment steps", points)},
+            growths=summary["growth"],
+            cost={name: summary[name] for name in ("parameters", "env_steps")},
+        )
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed's return and learning curve, and intervals."""

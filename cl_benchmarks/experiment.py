@@ -12,7 +12,7 @@ import torch
 
 from cl_benchmarks import figures
 from cl_benchmarks.expert_probes import check_probes
-from cl_benchmarks.figures import PANELS, has_old, tasks_of
+from cl_benchmarks.figures import OLD, PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.lock_out import locked_out, tasks_with_lock_out, warn_of_lock_out
@@ -25,7 +25,7 @@ from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.lab.experiment import At, Experiment, Results, Session
+from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, iqm, three
@@ -39,6 +39,8 @@ CALIBRATION = ("ece", "adaptive_ece")
 """Metrics of how far confidence and accuracy on a task's test images are apart."""
 OF_OLD = ("old_accuracy", "forgetting")
 """Metrics that some tasks, or all, do not have: of the first nothing can be old."""
+MATRIX = "test accuracy before training and after each task (rows) on each task (columns)"
+"""Title of an accuracy matrix."""
 NEWEST = "newest experts, now / old"
 """Heading of their shares of the gates in a run's table of tasks."""
 
@@ -68,6 +70,7 @@ class ContinualLearning(Experiment):
         ("forgetting", "forgetting", "last"),
     )
     references = ("dense", "fresh")
+    about = ("dataset", "protocol", "access", "chunks")
 
     def check(self, config: Config) -> None:
         """Also what cannot work in any of the variants, such as where no task start is told."""
@@ -135,6 +138,18 @@ class ContinualLearning(Experiment):
         """Such as "train accuracy, last task"."""
         where = {"mean": "mean over tasks", "worst": "worst task", "slope": "change per task"}
         return f"{metric.replace('_', ' ')}, {where.get(at, f'{at} task')}"
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """Accuracies by task, the accuracy matrix, growths, and the network's final size."""
+        rows, matrix = summary["tasks"], summary.get("accuracy_matrix")
+        curves = {metric: _curve(rows, metric) for metric, _ in (*PANELS, OLD)}
+        table = [matrix["before"], *matrix["after"]] if matrix else []
+        return Details(
+            {metric: curve for metric, curve in curves.items() if curve.points},
+            {MATRIX: [[_or_nan(x) for x in row] for row in table]} if table else {},
+            summary["growth"],
+            {"parameters": rows[-1]["parameters"]},
+        )
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed and task, and intervals at the stream's ends and over all."""
@@ -276,6 +291,12 @@ def _compared(config: Config, name: str) -> Config:
         compare=(),
         name=own_name,
     )
+
+
+def _curve(rows: list[dict[str, Any]], metric: str) -> Curve:
+    """A field of the tasks' rows by task, from 1 on."""
+    values = [(number, row.get(metric)) for number, row in enumerate(rows, start=1)]
+    return Curve("task", [(number, float(value)) for number, value in values if value is not None])
 
 
 def _or_nan(value: float | None) -> float:

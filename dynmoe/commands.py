@@ -67,10 +67,17 @@ COMMANDS = {
         ("cl_benchmarks", "envs"),
     ),
     "sweep": Command(
-        "a command over variants and seeds, compared with intervals",
+        "a command over variants, a grid of settings and seeds, compared with intervals",
         "that of its runs",
         "lab",
         LAB,
+        TOP,
+    ),
+    "search": Command(
+        "settings of a command that do best, found by trials and told on other seeds",
+        "that of its runs",
+        "search",
+        (*LAB, "optuna"),
         TOP,
     ),
     "study": Command(
@@ -78,6 +85,13 @@ COMMANDS = {
         "that of its runs",
         "lab",
         LAB,
+        TOP,
+    ),
+    "report": Command(
+        "finished runs of any command as one page, with tables and figures for a paper",
+        "seconds",
+        "lab",
+        (*LAB, "jinja2"),
         TOP,
     ),
     "list": Command(

@@ -32,6 +32,12 @@ class ResourceError(DynmoeError):
     exit_code = 4
 
 
+class Pruned(DynmoeError):  # noqa: N818 - not an error
+    """A search has stopped a run that does worse than earlier ones; its checkpoints are kept."""
+
+    exit_code = 5
+
+
 class Interrupted(DynmoeError):  # noqa: N818 - not an error
     """Stopped by a signal after saving; the run can be resumed. Exit code 128 + signal number."""
 

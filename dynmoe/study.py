@@ -10,7 +10,6 @@ Finished runs are read, unfinished ones resumed: a study can be stopped and star
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ begin("study", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.study import Preset, Study, run_study  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Where):
     """Settings of a study."""
 
     study: Annotated[str, tyro.conf.Positional] = ""
@@ -42,8 +42,6 @@ class Config:
     """run only these of the study's streams; all by default"""
     seeds: int = 0
     """seeds 0 .. N-1 of each variant; 0 for the preset's number"""
-    jobs: int = os.cpu_count() or 1
-    """runs at a time, each a process"""
     runs_dir: Path = Path("runs")
     """where run folders are made"""
     out: Path | None = None
@@ -65,8 +63,6 @@ def main(argv: list[str]) -> None:
         return
     if config.seeds < 0:
         raise UserError(f"--seeds {config.seeds} is too small; use 1 or more, 0 for the preset's")
-    if config.jobs < 1:
-        raise UserError(f"--jobs {config.jobs} is too small; use 1 or more")
     study: Study = registry.get("study", config.study)()
     carry_out(study, config, argv[cut + 1 :])
 
@@ -84,8 +80,8 @@ def carry_out(study: Study, config: Config, flags: list[str]) -> None:
     out = config.out or config.runs_dir / "study" / f"{study.name}-{config.preset}"
     module = load(study.command)
     run_study(
-        study, module.experiment(), module.presets(), flags, seeds, config.jobs, config.runs_dir,
-        out, command, config.preset, config.streams,
+        study, module.experiment(), module.presets(), flags, range(seeds),
+        config.make(config.runs_dir), config.runs_dir, out, command, config.preset, config.streams,
     )  # fmt: skip
 
 

@@ -1,18 +1,20 @@
-"""`python -m dynmoe.sweep`: a command over variants and seeds, compared with intervals.
+"""`python -m dynmoe.sweep`: a command over variants, a grid of settings and seeds, compared.
 
     python -m dynmoe.sweep cl --seeds 5
         --variants "dense: --method dense" "g2: --granularity 2" -- --protocol class
+    python -m dynmoe.sweep rl --seeds 0..9 --grid "granularity: 1 2 4" "lr: 1e-4 1e-3" --dry-run
 
 What follows `--` are flags of every run. A sweep is a study without a question of its own: its runs
-are in folders named after their settings, finished ones are read, unfinished ones resumed. Results
-go to runs/sweep/NAME.
+are in folders named after their settings, finished ones are read, unfinished ones resumed. A run
+that fails is tried again when the others are done. Results go to runs/sweep/NAME.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,24 +27,38 @@ begin("sweep", __name__)  # before imports that may fail
 
 import tyro  # noqa: E402
 
+from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.experiment import Results  # noqa: E402
+from dynmoe.lab.forecast import print_forecast  # noqa: E402
+from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
+from dynmoe.lab.runner import plan  # noqa: E402
 from dynmoe.lab.study import Command, Preset, Study, run_study  # noqa: E402
+
+__all__ = ["Config", "Sweep", "main", "sweep"]
+
+DEFAULT = {"dense": "--method dense", "g2": "--granularity 2"}
+"""Variants of cl and rl where nothing is swept by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Where):
     """Settings of a sweep."""
 
     command: Annotated[Command, tyro.conf.Positional] = "cl"
     """the command to run"""
-    variants: tuple[str, ...] = ("dense: --method dense", "g2: --granularity 2")
-    """what is compared, each as "label: flags"; the others are told against the first"""
+    variants: tuple[str, ...] | None = None
+    """what is compared, each as "label: flags"; the others are told against the first. Without any,
+    the grid alone is swept, and without a grid dense and g2"""
+    grid: tuple[str, ...] = ()
+    """settings, each as "name: values"; every variant is run with every choice of values"""
     name: str | None = None
     """names the folder of the results; none: the command and a hash of what is swept"""
-    seeds: int = 5
-    """seeds 0 .. N-1 of each variant"""
-    jobs: int = os.cpu_count() or 1
-    """runs at a time, each a process"""
+    seeds: str = "5"
+    """seeds of each variant: N for 0 .. N-1, or first..last such as 10..19"""
+    retries: int = 1
+    """further attempts at a run that failed, after all others"""
+    dry_run: bool = False
+    """list the runs, which of them are finished, and what the others would cost; run nothing"""
     runs_dir: Path = Path("runs")
     """where run folders are made"""
     debug: bool = False
@@ -72,40 +88,178 @@ class Sweep(Study):  # not registered: it is made of a command line
 def main(argv: list[str]) -> None:
     """Run what is not finished yet; write the results, the figure and the page."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__)
-    flags, chosen = argv[cut + 1 :], read_variants(config.variants)
-    for setting in ("seeds", "jobs"):
-        if getattr(config, setting) < 1:
-            raise UserError(f"--{setting} {getattr(config, setting)} is too small; use 1 or more")
-    swept = shlex.join([config.command, "--variants", *config.variants, "--", *flags])
-    name = config.name or f"{config.command}-{hashlib.sha256(swept.encode()).hexdigest()[:8]}"
-    module = load(config.command)
-    run_study(
-        Sweep(name, chosen), module.experiment(), module.presets(), flags, config.seeds,
-        config.jobs, config.runs_dir, config.runs_dir / "sweep" / name,
-        f"python -m dynmoe.sweep --seeds {config.seeds} {swept}",
+    config = tyro.cli(
+        Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
+    if config.retries < 0:
+        raise UserError(f"--retries {config.retries} is too small; use 0 or more")
+    launcher = config.make(config.runs_dir)
+    if config.variants == ():
+        raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
+    sweep(
+        config.command,
+        variants=read_variants(config.variants or ()),
+        grid=read_grid(config.grid),
+        flags=argv[cut + 1 :],
+        seeds=read_seeds(config.seeds),
+        name=config.name,
+        launcher=launcher,
+        retries=config.retries,
+        runs_dir=config.runs_dir,
+        dry_run=config.dry_run,
+    )
+
+
+def sweep(
+    command: Command,
+    *,
+    variants: Mapping[str, str] | None = None,
+    grid: Mapping[str, Sequence[object]] | None = None,
+    flags: Sequence[str] = (),
+    seeds: int | range = 5,
+    name: str | None = None,
+    launcher: Launcher | None = None,
+    retries: int = 1,
+    runs_dir: Path = Path("runs"),
+    dry_run: bool = False,
+) -> Results | None:
+    """Run a command with each variant, choice of the grid and seed, and compare them.
+
+    Finished runs are read. Where runs are processes of this machine, call it below
+    `if __name__ == "__main__":`, as each imports the calling script.
+
+    Args:
+        command: cl, rl, tta or dg.
+        variants: label -> flags, such as `{"dense": "--method dense"}`.
+        grid: setting -> values, such as `{"granularity": [1, 2], "router": ["cosine", "topk"]}`.
+        flags: of every run.
+        seeds: their number from 0 on, or their range.
+        name: of the folder of the results, `runs_dir/sweep/NAME`; None: from what is swept.
+        launcher: where runs are carried out; None: one after another.
+        retries: further attempts at a run that failed.
+        runs_dir: where run folders are made.
+        dry_run: print what it would cost, run nothing and return None.
+
+    Raises:
+        UserError: what does not fit, told before anything is run.
+        DynmoeError: runs failed; the others are done.
+    """
+    chosen = combine(variants or {}, grid or {}, command)
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    launcher = launcher or Local(1)
+    words = _words(command, variants or {}, grid or {}, flags)
+    name = name or f"{command}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    module = load(command)
+    experiment, presets = module.experiment(), module.presets()
+    if dry_run:
+        planned = [
+            plan(experiment, presets, [*shlex.split(own), *flags], list(seeds), runs_dir, label)
+            for label, own in chosen.items()
+        ]
+        print_forecast([job for own in planned for job in own], runs_dir, launcher.jobs)
+        return None
+    span = f"{len(seeds)}" if seeds.start == 0 else f"{seeds.start}..{seeds.stop - 1}"
+    return run_study(
+        Sweep(name, chosen), experiment, presets, list(flags), seeds, launcher,
+        runs_dir, runs_dir / "sweep" / name, f"python -m dynmoe.sweep --seeds {span} {words}",
+        retries=retries,
+    )  # fmt: skip
+
+
+def combine(
+    variants: Mapping[str, str], grid: Mapping[str, Sequence[object]], command: str
+) -> dict[str, str]:
+    """Label -> flags of every variant with every choice of the grid's values.
+
+    Raises:
+        UserError: there is neither, and the command has no variants by default.
+    """
+    if not variants and not grid:
+        if command not in ("cl", "rl"):
+            raise UserError(
+                f'nothing to sweep; give {command} --variants "label: flags" or '
+                '--grid "name: values"'
+            )
+        variants = DEFAULT
+    choices = [[(key, str(value)) for value in values] for key, values in grid.items()]
+    combined = {}
+    for (label, own), *picked in itertools.product(variants.items() or [("", "")], *choices):
+        parts = [label, *(f"{key} {value}" for key, value in picked)]
+        more = [word for key, value in picked for word in (f"--{key}", value)]
+        combined[", ".join(filter(None, parts))] = " ".join(filter(None, [own, shlex.join(more)]))
+    return combined
+
+
+def _words(
+    command: str,
+    variants: Mapping[str, str],
+    grid: Mapping[str, Sequence[object]],
+    flags: Sequence[str],
+) -> str:
+    """The part of the command line that says what is swept."""
+    words = [command]
+    if variants or not grid:
+        words += ["--variants", *(f"{k}: {v}".strip() for k, v in (variants or DEFAULT).items())]
+    if grid:
+        words += ["--grid", *(f"{k}: {shlex.join(map(str, vs))}" for k, vs in grid.items())]
+    return shlex.join([*words, "--", *flags])
+
+
+def read_seeds(text: str) -> range:
+    """The seeds that "5" or "0..4" names.
+
+    Raises:
+        UserError: it names none.
+    """
+    first, dots, last = text.partition("..")
+    try:
+        seeds = range(int(first), int(last) + 1) if dots else range(int(text))
+    except ValueError:
+        raise UserError(
+            f"--seeds {text} is no number of seeds; use N for 0 .. N-1, or first..last"
+        ) from None
+    if not seeds or seeds.start < 0:
+        raise UserError(f"--seeds {text} is too small; use 1 or more, or first..last such as 0..9")
+    return seeds
 
 
 def read_variants(texts: tuple[str, ...]) -> dict[str, str]:
     """Label -> flags.
 
     Raises:
-        UserError: a variant that cannot be read or is named twice, or none at all.
+        UserError: a variant that cannot be read or is named twice.
     """
+    return _pairs(texts, "variant", '"label: flags", such as "g2: --granularity 2"')
+
+
+def read_grid(texts: tuple[str, ...]) -> dict[str, list[str]]:
+    """Setting -> values.
+
+    Raises:
+        UserError: one that cannot be read, has no or equal values, or is named twice.
+    """
+    found = {}
+    pairs = _pairs(texts, "setting", '"name: values", such as "granularity: 1 2 4"')
+    for key, value in pairs.items():
+        values = shlex.split(value)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--grid {key!r} needs one or more values, each once; got {value!r}")
+        found[key.removeprefix("--")] = values
+    return found
+
+
+def _pairs(texts: tuple[str, ...], what: str, form: str) -> dict[str, str]:
+    """What stands before and behind the first colon of each text."""
     chosen: dict[str, str] = {}
     for text in texts:
-        label, colon, flags = text.partition(":")
+        label, colon, rest = text.partition(":")
         label = label.strip()
         if not colon or not label:
-            raise UserError(
-                f'variant {text!r} must read "label: flags", such as "g2: --granularity 2"'
-            )
+            raise UserError(f"{what} {text!r} must read {form}")
         if label in chosen:
-            raise UserError(f"variant {label!r} is named twice; name each once")
-        chosen[label] = flags.strip()
-    if not chosen:
-        raise UserError('--variants needs one or more, such as "g2: --granularity 2"')
+            raise UserError(f"{what} {label!r} is named twice; name each once")
+        chosen[label] = rest.strip()
     return chosen
 
 

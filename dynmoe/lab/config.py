@@ -230,10 +230,15 @@ def from_dict(kind: type[C], values: dict[str, Any]) -> C:
     return kind(**given)
 
 
+def placed(config: Any) -> frozenset[str]:
+    """Names of the settings made with `place`; of a settings dataclass or an instance."""
+    return frozenset(f.name for f in dataclasses.fields(config) if f.metadata.get("place"))
+
+
 def identity(config: Any) -> dict[str, Any]:
     """The settings that decide a run's numbers: all but those made with `place`."""
-    placed = {f.name for f in dataclasses.fields(config) if f.metadata.get("place")}
-    return {k: v for k, v in to_dict(config).items() if k not in placed}
+    apart = placed(config)
+    return {k: v for k, v in to_dict(config).items() if k not in apart}
 
 
 def digest(config: Any) -> str:

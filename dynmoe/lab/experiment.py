@@ -35,6 +35,30 @@ Column = tuple[str, str, At]
 """heading, metric, part of the run"""
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A number along one run."""
+
+    clock: str
+    """what `points` count: "task", "environment steps" """
+    points: list[tuple[float, float]]
+    """(place, value) in order; places without a value are left out"""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a page about finished runs shows of one, beside its metrics."""
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """name -> curve; `Experiment.unit` of the name says how it is shown"""
+    matrices: dict[str, list[list[float]]] = field(default_factory=dict)
+    """title -> [R][C] shares; nan where there is none"""
+    growths: list[dict[str, Any]] = field(default_factory=list)
+    """one for each growth, in order: step, experts, parameters"""
+    cost: dict[str, float] = field(default_factory=dict)
+    """what it takes: heading -> number"""
+
+
 class Session(ABC):
     """One run at work.
 
@@ -79,6 +103,8 @@ class Experiment(ABC):
         columns: of the tables.
         references: variants that every study of the command must have.
         missing: shown in tables for a number that a run does not have.
+        about: settings that say what a run is about, not how it goes about it: where runs differ
+            in one, they are on different streams.
     """
 
     command: ClassVar[str]
@@ -89,6 +115,7 @@ class Experiment(ABC):
     columns: ClassVar[tuple[Column, ...]]
     references: ClassVar[tuple[str, ...]] = ()
     missing: ClassVar[str] = ""
+    about: ClassVar[tuple[str, ...]] = ()
 
     # -- settings
 
@@ -153,6 +180,14 @@ class Experiment(ABC):
         None by default. It has no seeds and no folder, and `value` may be nan.
         """
         return {}
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """What `dynmoe.report` shows of one run's summary beside the columns; nothing by default.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no summary of this command.
+        """
+        return Details()
 
     @abstractmethod
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
@@ -238,10 +273,10 @@ class Results:
         at: At | None = None,
     ) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
-        gap = self.difference(stream, a, b, metric, at)
+        gap, where = self.difference(stream, a, b, metric, at), f"{stream}: " if stream else ""
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))
         if _lacking(ones + others):
-            return f"{stream}: {a} against {b}: not measured ({metric.replace('_', ' ')})."
+            return f"{where}{a} against {b}: not measured ({metric.replace('_', ' ')})."
         chance = probability_of_improvement(ones, others)
         needed = seeds_to_see(ones, others, self.family.confidence)
         metric, at = metric or self.experiment.metric, at or self.experiment.at
@@ -251,7 +286,7 @@ class Results:
         more = f"; {needed} seeds to see it" if low <= 0 <= high and needed else ""
         about = self.experiment.describe(metric, at)
         return (
-            f"{stream}: {a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
+            f"{where}{a} against {b}: {factor * gap.point:+.{digits}f}{unit} "
             f"[{low:.{digits}f}, {high:.{digits}f}], {word} ({about}; "
             f"higher with probability {chance.point:.2f}{more})."
         )

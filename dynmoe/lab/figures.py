@@ -106,17 +106,22 @@ def front(means: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found[::-1]
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write the figure atomically, with one legend for all panels if curves have labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
+def finish(figure: Any) -> None:
+    """The look of all figures; one legend for all panels if curves have labels."""
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure atomically, with one legend for all panels if curves have labels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    finish(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.frombytes("RGBA", canvas.get_width_height(), canvas.buffer_rgba().tobytes())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -67,6 +70,40 @@ def make_folder(folder: Path) -> None:
     """Make the folder of a report where it is missing, and clear it of such temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Lock a folder; closing the file frees it, and the kernel does so however this process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "?"
+        file.close()
+        raise UserError(
+            f"{folder} is in use by process {owner}; wait for it, or use another --name"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a folder of results, made where it is missing, while they are worked out.
+
+    Raises:
+        UserError: another process does so.
+    """
+    make_folder(folder)
+    with lock(folder):
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

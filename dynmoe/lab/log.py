@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.files import disk_full, finite
 
 
@@ -28,6 +29,9 @@ class Logger:
             what is cut off hides what came after this step.
         events: bytes of each of TensorBoard's files to keep, when resuming; a file that is not
             named is deleted. None, of runs before this was saved, keeps all.
+
+    Attributes:
+        bar: what the metrics have to reach; None: nothing.
     """
 
     def __init__(
@@ -50,14 +54,21 @@ class Logger:
         self._file.seek(position)  # else `tell` counts what was cut off until the next write
         purge = None if step is None else step + 1
         self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
+        self.bar: Bar | None = None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics, and one TensorBoard point per tag, all in one event."""
+        """One line of metrics, and one TensorBoard point per tag, all in one event.
+
+        Raises:
+            Pruned: they do not reach the bar.
+        """
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._write({"step": step, **values})
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.tensorboard._get_file_writer().add_summary(Summary(value=points), step)
+        if self.bar is not None:
+            self.bar.check(step, values)
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """A picture for TensorBoard alone: uint8 [3, H, W]."""

@@ -1,4 +1,4 @@
-"""One line of progress: step, rate, time left, a few figures; plain lines without a terminal."""
+"""Lines of progress, plain ones without a terminal: of one run's steps, and of many runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LIVE_INTERVAL_S, PLAIN_INTERVAL_S = 0.2, 10.0
 """Seconds between two updates, on a terminal and elsewhere."""
@@ -75,3 +82,50 @@ class ProgressLine:
                 f"{self.label}: {step}/{self.total} steps, {rate:.0f}/s, {left:.0f} s left {shown}"
             )
             print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+class RunsShown:
+    """How many of `total` runs are done, on stderr, with the time left. Use as a context manager.
+
+    Args:
+        title: what they belong to.
+        total: runs in all.
+        done: those that were finished before.
+    """
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self.title = title
+        console = Console(stderr=True)
+        self._live = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failed]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, failed="")
+
+    def __enter__(self) -> RunsShown:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def ended(self, label: str, failure: str | None, failed: int) -> None:
+        """A run has ended: well, or with a message; `failed` runs have failed up to now."""
+        if failure is None:
+            self._bar.advance(self._task)
+        self._bar.update(self._task, failed=f"{failed} failed" if failed else "")
+        if not self._live:
+            how = "done" if failure is None else f"failed: {failure}"
+            print(f"{self.title}: {label} {how}", file=sys.stderr, flush=True)

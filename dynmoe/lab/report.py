@@ -12,6 +12,7 @@ import torch
 from dynmoe.lab.config import identity
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_json
+from dynmoe.lab.launchers import Local
 from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.runner import make_job, results_of, run_jobs, run_one
 from dynmoe.lab.statistics import Interval
@@ -43,7 +44,7 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
         if alone or job.done:  # a finished run is opened too, to see that its settings are ours
             done = run_one(experiment, preset, job.config, shared)
             model = done.model if job is flat[0] else model
-    run_jobs(flat, config.jobs, experiment.command)
+    run_jobs(flat, Local(config.jobs), experiment.command)
     folder = experiment.report_folder(preset, config, flat[0].folder)
     report(folder, config, shared, results_of(jobs, experiment))
     return Result(folder, tuple(read_run(job.folder) for job in flat), model)

@@ -11,15 +11,15 @@ with Run("cl", preset, config) as run:
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,7 +32,7 @@ from dynmoe.errors import Interrupted, UserError
 from dynmoe.lab import checkpoint
 from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
 from dynmoe.lab.device import make_deterministic, resolve
-from dynmoe.lab.files import remove_leftovers, write_json
+from dynmoe.lab.files import lock, remove_leftovers, write_json
 from dynmoe.lab.log import Logger
 
 PACKAGES = ("torch", "torchvision", "numpy", "avalanche-lib", "gymnasium", "craftax", "jax",
@@ -88,7 +88,7 @@ class Run:
             raise UserError(
                 f"cannot make {self.folder}: {error.strerror}; use another --runs-dir"
             ) from None
-        self._take_lock()
+        self._lock = lock(self.folder)
         try:
             self._open()
         except BaseException:
@@ -189,23 +189,6 @@ class Run:
             )
         return checkpoint.load_latest(self.checkpoints)
 
-    def _take_lock(self) -> None:
-        """Lock the folder; the kernel frees the lock however this process ends."""
-        self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 - closed in _release()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "?"
-            self._lock.close()
-            self._lock = None
-            raise UserError(
-                f"{self.folder} is in use by process {owner}; wait for it, or use another --name"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-
     def _release(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -270,6 +253,22 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds a run with other settings ({'; '.join(changed)}); "
             "use those settings, or another --name"
         )
+
+
+def remove_if_never_begun(folder: Path) -> None:
+    """Delete a run's folder in which nothing has been logged or saved, unless it is in use."""
+    log = folder / "log.jsonl"
+    begun = (folder / "summary.json").is_file() or checkpoint.exists(folder / "checkpoints")
+    if not folder.is_dir() or begun or (log.is_file() and log.stat().st_size):
+        return
+    try:
+        held = lock(folder)
+    except UserError:
+        return
+    with held:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it holds other runs
+        folder.parent.rmdir()
 
 
 def _command_line() -> str:

@@ -1,16 +1,12 @@
-"""Carries runs out: one here, or many, several processes at a time."""
+"""Carries runs out: one here, or many, wherever a launcher puts them."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from dynmoe.errors import DynmoeError, Interrupted, ResourceError, UserError
+from dynmoe.errors import DynmoeError, Interrupted, Pruned, UserError
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
+from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.run import Run, check_settings
-from dynmoe.registry import load_own_parts
+from dynmoe.lab.launchers import Failure, Launcher
+from dynmoe.lab.progress import RunsShown
+from dynmoe.lab.run import Run, check_settings, remove_if_never_begun
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,9 @@ class Done:
     """the network, if it was trained by this call"""
 
 
-def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None) -> Done:
+def run_one(
+    experiment: Experiment, preset: str, config: Any, shared: Any = None, bar: Bar | None = None
+) -> Done:
     """Carry out one run, or read what an earlier run of the same settings found.
 
     Args:
@@ -46,8 +46,10 @@ def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None
         preset: begins the name of its folder where `config.name` is None.
         config: its settings.
         shared: what `experiment.load(config)` gives; None to load it here.
+        bar: what the run has to reach to be carried out to its end.
 
     Raises:
+        Pruned: it does not reach the bar.
         DynmoeError: see `Run` and the experiment.
     """
     experiment.check(config)
@@ -57,6 +59,7 @@ def run_one(experiment: Experiment, preset: str, config: Any, shared: Any = None
     with Run(experiment.command, preset, config, experiment.label(config, shared)) as run:
         now = run.summary is None
         if now:
+            run.log.bar = bar
             with closing(experiment.prepare(run, config, shared)) as session:
                 with session.recorder.progress:
                     if run.restored is not None:
@@ -83,6 +86,8 @@ class Job:
     """its settings"""
     folder: Path
     """where its summary.json will be"""
+    bar: Bar | None = None
+    """what it has to reach to be carried out to its end"""
 
     @property
     def done(self) -> bool:
@@ -142,60 +147,104 @@ def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) ->
     )
 
 
-def run_jobs(jobs: list[Job], processes: int, title: str) -> None:
-    """Run all jobs that are not done; the first failure stops those not begun.
-
-    Jobs of one folder and the same settings are one run.
+def run_jobs(
+    jobs: list[Job], launcher: Launcher, title: str, retries: int = 0, keep_going: bool = False
+) -> None:
+    """Run all jobs that are not done.
 
     Args:
-        processes: runs at a time.
-        title: shown with the progress.
+        jobs, launcher, title, retries, keep_going: see `try_jobs`.
 
     Raises:
         UserError: jobs of one folder differ in their settings, or the folder holds others.
-        DynmoeError: a run failed; its message and exit code are passed on.
-        ResourceError: a process was killed.
+        DynmoeError: a run failed; its message and exit code are passed on. Several are told one by
+            one on stderr, and the exit code is theirs if they share it.
+    """
+    failed = try_jobs(jobs, launcher, title, retries, keep_going)
+    if failed:
+        raise _told(failed)
+
+
+def try_jobs(
+    jobs: list[Job], launcher: Launcher, title: str, retries: int = 0, keep_going: bool = False
+) -> list[tuple[Job, Failure]]:
+    """Run all jobs that are not done, and return those that failed.
+
+    Jobs of one folder and the same settings are one run. Folders of runs that never began are
+    removed.
+
+    Args:
+        jobs: the runs.
+        launcher: where.
+        title: shown with the progress.
+        retries: further attempts, each when all others are done, at a run that failed for another
+            reason than its settings; it goes on from its newest checkpoint.
+        keep_going: carry out all others when one fails; else its failure stops those not begun.
+
+    Raises:
+        UserError: jobs of one folder differ in their settings, or the folder holds others.
     """
     jobs = _distinct(jobs)
     todo = [job for job in jobs if not job.done]
     if not todo:
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    stop = context.Event()
-    with (
-        _sigterm_raises(),
-        Progress(console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(processes, context, _begin_worker, (stop,)) as pool,
-    ):
-        bar = progress.add_task(title, total=len(jobs), completed=len(jobs) - len(todo))
-        futures = {pool.submit(_run_one, job): job for job in todo}
+        return []
+    launcher.check()
+    failed: dict[Path, Failure] = {}
+    with RunsShown(title, len(jobs), len(jobs) - len(todo)) as shown:
         try:
-            for future in as_completed(futures):
-                job, error = futures[future], future.result()
-                if error is not None:
-                    failure = DynmoeError(f"{job.label}: {error[0]}")
-                    failure.exit_code = error[1]
-                    raise failure
-                progress.update(bar, advance=1)
-                if not progress.console.is_terminal:
-                    print(f"{title}: {job.label} done", file=sys.stderr, flush=True)
-        except (
-            BaseException
-        ) as reason:  # also Ctrl-C, which the runs under way get as well, and save
-            stop.set()
-            if isinstance(reason, Interrupted):  # SIGTERM came to this process alone
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(reason, BrokenProcessPool):
-                raise ResourceError(
-                    "a process with a run was killed, perhaps as memory ran out; start it again "
-                    "to go on, with fewer --jobs"
-                ) from None
-            raise
+            again = todo
+            for _ in range(1 + retries):
+                with closing(_launched(launcher, again)) as ended:
+                    for job, failure in ended:
+                        failed.pop(job.folder, None)
+                        if failure is not None:
+                            failed[job.folder] = failure
+                        shown.ended(
+                            job.label, None if failure is None else failure.message, len(failed)
+                        )
+                        if failure is not None and not keep_going:
+                            return [(job, failure)]
+                again = [job for job in todo if _worth(failed.get(job.folder))]
+        finally:
+            for job in todo:
+                if not _at_fault(failed.get(job.folder)):
+                    remove_if_never_begun(job.folder)
+    return [(job, failed[job.folder]) for job in todo if job.folder in failed]
+
+
+def _launched(
+    launcher: Launcher, jobs: list[Job]
+) -> Generator[tuple[Job, Failure | None], None, None]:
+    """Each job and its outcome, as it ends; SIGTERM stops them meanwhile."""
+    with _stopped_by_sigterm(launcher), closing(launcher.launch(carry_out, jobs)) as ended:
+        yield from ended
+
+
+def _worth(failure: Failure | None) -> bool:
+    """Whether another attempt may end otherwise."""
+    useless = (UserError.exit_code, Pruned.exit_code)
+    return failure is not None and failure.exit_code not in useless
+
+
+def _at_fault(failure: Failure | None) -> bool:
+    """Whether it is a fault of the program, whose traceback is in the run's output.txt."""
+    return failure is not None and failure.exit_code == DynmoeError.exit_code
+
+
+def _told(failed: list[tuple[Job, Failure]]) -> DynmoeError:
+    """One error for all runs that failed; several are told one by one on stderr."""
+    lines = [f"{job.label}: {failure.message}" for job, failure in failed]
+    codes = {failure.exit_code for _, failure in failed}
+    if len(failed) == 1:
+        error = DynmoeError(lines[0])
+    else:
+        for line, (_, failure) in zip(lines, failed, strict=True):
+            print(f"failed: {line} (exit code {failure.exit_code})", file=sys.stderr)
+        error = DynmoeError(
+            f"{len(failed)} runs failed, as told above; the others are done: start again to go on"
+        )
+    error.exit_code = codes.pop() if len(codes) == 1 else DynmoeError.exit_code
+    return error
 
 
 def _distinct(jobs: list[Job]) -> list[Job]:
@@ -213,52 +262,32 @@ def _distinct(jobs: list[Job]) -> list[Job]:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises Interrupted in the block."""
-    handler = signal.signal(signal.SIGTERM, _on_sigterm)
+def _stopped_by_sigterm(launcher: Launcher) -> Iterator[None]:
+    """SIGTERM, which comes to this process alone, stops the runs and raises Interrupted."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        launcher.stop()
+        raise Interrupted(
+            "stopped by SIGTERM; runs under way have saved: start it again to go on", number
+        )
+
+    handler = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(
-        "stopped by SIGTERM; runs under way have saved: start it again to go on", number
-    )
-
-
-_stop: Any = None
-"""In a worker: an event, set when no further run is to begin."""
-
-
-def _begin_worker(stop: Any) -> None:
-    global _stop
-    _stop = stop
-    load_own_parts()  # a job's settings may hold some, and could not be unpickled
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is gone, even killed: it would go on and keep runs locked."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_one(job: Job) -> tuple[str, int] | None:
-    """In a worker: carry the run out, its output into the run's folder.
-
-    Returns:
-        an error's text and exit code, or None.
-    """
-    if _stop.is_set():
-        return None
+def carry_out(job: Job) -> Failure | None:
+    """Carry a run out, wherever a launcher has put it; its output goes into the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with open(job.folder / "output.txt", "a") as out, redirect_stdout(out), redirect_stderr(out):
         try:
-            run_one(job.experiment, job.preset, job.config)
+            run_one(job.experiment, job.preset, job.config, bar=job.bar)
         except DynmoeError as error:
-            return str(error), error.exit_code
+            return Failure(str(error), error.exit_code)
+        except Exception as error:  # a fault of ours: the others go on
+            traceback.print_exc()
+            what = f"{type(error).__name__}: {error}".split("\n")[0]
+            return Failure(f"{what} (see {job.folder / 'output.txt'})", DynmoeError.exit_code)
     return None

@@ -221,6 +221,33 @@ def seeds_to_see(a: Sequence[float], b: Sequence[float], confidence: float = 0.9
     return needed if needed <= 10_000 else None
 
 
+def least_seen(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> float | None:
+    """The least difference that `paired_difference` would most likely see at these seeds.
+
+    The mean of a - b at which the two-sided t test at level 1 - `confidence` has 80 % power, with
+    the standard deviation that a - b shows here: a smaller difference cannot be told. From few
+    seeds that deviation is rough, and so is this.
+
+    Returns:
+        In the unit of a and b; None where there are fewer than two seeds.
+
+    Raises:
+        ValueError: a and b differ in length.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"pairs need equal lengths; these are {len(a)} and {len(b)}")
+    seeds = len(a)
+    if seeds < 2:
+        return None
+    from scipy.optimize import brentq
+    from scipy.stats import t
+
+    highest = 10 + 3 * t.ppf((1 + confidence) / 2, seeds - 1)  # has more power at any seeds
+    effect = brentq(lambda x: _power(x, seeds, confidence) - 0.8, 0, highest / math.sqrt(seeds))
+    gaps = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return float(effect * gaps.std(ddof=1))
+
+
 def _power(effect: float, seeds: int, confidence: float) -> float:
     """Chance that the two-sided t test sees a mean of `effect` standard deviations."""
     from scipy.stats import nct, t

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.files import make_folder, write_atomic, write_json
+from dynmoe.lab.files import write_atomic, write_json, writing
+from dynmoe.lab.launchers import Launcher
 from dynmoe.lab.report import beside, caption, entry, print_table, table
 from dynmoe.lab.runner import Job, plan, results_of, run_jobs
 from dynmoe.lab.statistics import Family
@@ -102,14 +103,15 @@ def run_study(
     experiment: Experiment,
     presets: dict[str, Any],
     flags: list[str],
-    seeds: int,
-    jobs: int,
+    seeds: range,
+    launcher: Launcher,
     runs_dir: Path,
     out: Path,
     command: str,
     preset: Preset = "laptop",
     only: tuple[str, ...] = (),
-) -> None:
+    retries: int | None = None,
+) -> Results:
     """Choose settings where the study searches, run all seeds, and write the results.
 
     Args:
@@ -117,46 +119,39 @@ def run_study(
         experiment, presets: the command that it is about.
         flags: more flags for every run, for instance to shorten it. A part that they name, such as
             `--dataset fractal`, stands in place of the study's own with its options.
-        seeds: 0 .. seeds - 1 of each variant.
-        jobs: runs at a time.
+        seeds: those of each variant.
+        launcher: where runs are carried out.
         runs_dir: where run folders are made.
         out: where results, figure and page go.
         command: the command line that makes all this again.
         preset: of the study.
         only: streams to run; all where none are named.
+        retries: see `try_jobs`; None: the first failure stops the runs not begun.
 
     Raises:
-        UserError: flags that do not fit, or an unknown stream.
+        UserError: flags that do not fit, an unknown stream, or another process writes to `out`.
     """
+    streams = _chosen(study, preset, only)
 
     def planned(own: str, base: list[str], chosen: list[int], label: str) -> list[Job]:
         argv = [*shlex.split(own), *base]
         return plan(experiment, presets, argv, chosen, runs_dir, label)
 
-    streams = _chosen(study, preset, only)
     bases = {s: [*without(shlex.split(own), flags), *flags] for s, own in streams.items()}
-    common: dict[str, str] = {}
-    if study.searched_on in bases:
-        base = bases[study.searched_on]
-        common = _search(study, preset, planned, study.searched_on, base, jobs)
-    variants = {}
-    for stream, base in bases.items():
-        found = study.variants_on(stream, preset) | common
-        if study.searched_on is None:
-            found |= _search(study, preset, planned, stream, base, jobs)
-        variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
+    variants = _variants(study, preset, planned, bases, launcher)
+    labels = {stream: f"{stream}, " if stream else "" for stream in variants}
     planned_jobs = {
-        stream: {
-            label: planned(
-                own, bases[stream], list(range(seeds)), f"{stream}, {label}".lstrip(", ")
-            )
-            for label, own in chosen.items()
-        }
+        stream: {v: planned(own, bases[stream], list(seeds), labels[stream] + v)
+                 for v, own in chosen.items()}
         for stream, chosen in variants.items()
-    }
+    }  # fmt: skip
     by_variant = [own for chosen in planned_jobs.values() for own in chosen.values()]
-    run_jobs([job for turn in zip(*by_variant, strict=True) for job in turn], jobs, study.name)
-    _report(study, command, seeds, variants, results_of(planned_jobs, experiment), out)
+    turns = [job for turn in zip(*by_variant, strict=True) for job in turn]
+    with writing(out):
+        run_jobs(turns, launcher, study.name, retries or 0, keep_going=retries is not None)
+        results = results_of(planned_jobs, experiment)
+        _report(study, command, seeds, variants, results, out)
+    return results
 
 
 def _chosen(study: Study, preset: Preset, only: tuple[str, ...]) -> dict[str, str]:
@@ -186,13 +181,34 @@ def without(own: list[str], flags: list[str]) -> list[str]:
     return kept
 
 
+def _variants(
+    study: Study,
+    preset: Preset,
+    planned: Callable[[str, list[str], list[int], str], list[Job]],
+    bases: dict[str, list[str]],
+    launcher: Launcher,
+) -> dict[str, dict[str, str]]:
+    """Stream -> variant -> flags, the best ones where the study searches."""
+    common: dict[str, str] = {}
+    if study.searched_on in bases:
+        base = bases[study.searched_on]
+        common = _search(study, preset, planned, study.searched_on, base, launcher)
+    variants = {}
+    for stream, base in bases.items():
+        found = study.variants_on(stream, preset) | common
+        if study.searched_on is None:
+            found |= _search(study, preset, planned, stream, base, launcher)
+        variants[stream] = {v: study.flags_on(stream, own) for v, own in found.items()}
+    return variants
+
+
 def _search(
     study: Study,
     preset: Preset,
     planned: Callable[[str, list[str], list[int], str], list[Job]],
     stream: str,
     base: list[str],
-    jobs: int,
+    launcher: Launcher,
 ) -> dict[str, str]:
     """The best flags of each variant that is searched, by the metric's mean on seeds apart."""
     seeds = list(range(SEARCH_SEED, SEARCH_SEED + study.search_seeds))
@@ -200,7 +216,9 @@ def _search(
         label: {own: planned(own, base, seeds, f"{stream}, {label} of {own}") for own in choices}
         for label, choices in study.searches(preset).items()
     }
-    run_jobs([job for t in trials.values() for own in t.values() for job in own], jobs, "search")
+    run_jobs(
+        [job for t in trials.values() for own in t.values() for job in own], launcher, "search"
+    )
 
     def score(own: list[Job]) -> float:
         return sum(study.score(job.experiment, job.summary()) for job in own)
@@ -222,21 +240,20 @@ def judge(study: Study, results: Results) -> tuple[list[str], int]:
 def _report(
     study: Study,
     command: str,
-    seeds: int,
+    seeds: range,
     variants: dict[str, dict[str, str]],
     results: Results,
     out: Path,
 ) -> None:
     """Write everything to `out`, and print the tables and the verdict."""
-    make_folder(out)
     verdict, comparisons = judge(study, results)
-    commits = _commits(results)
-    if comparisons > 1 and seeds > 1:
+    commits, count = _commits(results), len(seeds)
+    if comparisons > 1 and count > 1:
         level = f"{100 * Family(comparisons).confidence:.2f}"
         verdict.append(ALL_AT_ONCE.format(count=comparisons, level=level))
-    if seeds < 10:
-        verdict.append(FEW_SEEDS.format(seeds=seeds))
-    if seeds == 2:
+    if count < 10:
+        verdict.append(FEW_SEEDS.format(seeds=count))
+    if count == 2:
         verdict.append(TWO_SEEDS)
     streams = {
         stream: {
@@ -249,12 +266,13 @@ def _report(
     question = inspect.getdoc(study) or ""
     write_json(out / "results.json", {
         "study": study.name, "question": question, "command": command, "commits": commits,
-        "seeds": seeds, "comparisons": comparisons, "verdict": verdict, "streams": streams,
+        "seeds": count, "first_seed": seeds.start, "comparisons": comparisons, "verdict": verdict,
+        "streams": streams,
         **beside(results),
     })  # fmt: skip
-    study.draw(out / "figure.png", results, f"{study.name} ({seeds} seeds)")
+    study.draw(out / "figure.png", results, f"{study.name} ({count} seeds)")
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
-    about = caption(results.experiment, seeds)
+    about = caption(results.experiment, count)
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
     for stream, chosen in variants.items():
         rows = table(results, stream)

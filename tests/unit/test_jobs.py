@@ -13,6 +13,7 @@ import pytest
 from dynmoe import commands, sweep
 from dynmoe.errors import UserError
 from dynmoe.lab.config import identity, to_dict
+from dynmoe.lab.launchers import Local
 from dynmoe.lab.runner import Job, make_job, run_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
@@ -39,13 +40,13 @@ def test_a_finished_run_counts_for_its_own_settings_alone(command: str, tmp_path
     assert identity(job.config) == identity(config)
     _finish(job, config)
     assert job.done
-    run_jobs([job, job], 1, "nothing to do")
+    run_jobs([job, job], Local(1), "nothing to do")
     other, _ = _job(command, tmp_path, batch_size=config.batch_size + 1) if command != "rl" else (
         _job(command, tmp_path, num_envs=config.num_envs * 2)
     )  # fmt: skip
     assert other.folder == job.folder
     with pytest.raises(UserError, match=r"holds a run with other settings \(.* -> ") as caught:
-        run_jobs([other], 1, "refused")
+        run_jobs([other], Local(1), "refused")
     assert "\n" not in str(caught.value)
 
 
@@ -53,7 +54,7 @@ def test_two_jobs_of_one_folder_need_the_same_settings(tmp_path: Path) -> None:
     job, _ = _job("cl", tmp_path)
     other, _ = _job("cl", tmp_path, epochs=3)
     with pytest.raises(UserError, match=r"have one folder, .*, and other settings \(epochs: "):
-        run_jobs([job, other], 1, "refused")
+        run_jobs([job, other], Local(1), "refused")
 
 
 def test_settings_that_cannot_be_read_are_no_ones(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_settings_that_cannot_be_read_are_no_ones(tmp_path: Path) -> None:
     _finish(job, config)
     (job.folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read; delete"):
-        run_jobs([job], 1, "refused")
+        run_jobs([job], Local(1), "refused")
 
 
 @pytest.mark.parametrize(

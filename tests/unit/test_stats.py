@@ -14,6 +14,7 @@ from dynmoe.lab.statistics import (
     Interval,
     confidence_interval,
     iqm,
+    least_seen,
     paired_difference,
     probability_of_improvement,
     seeds_to_see,
@@ -202,6 +203,20 @@ def test_improvement_over_tasks():
     assert probability_of_improvement([5.0, 6, 7], [1.0, 2, 3]) == (1, 1, 1)
     with pytest.raises(ValueError, match="2 tasks and b 1"):
         probability_of_improvement(a, [1.0, 2.0])
+
+
+def test_the_least_difference_that_seeds_can_tell():
+    """Simulated, four of five samples of a difference of that size show it."""
+    assert least_seen([1.0], [0.0]) is None and least_seen([1.0, 1.0], [0.0, 0.0]) == 0
+    assert least_seen([1.0, 2.0], [0.0, 0.0], 1 - 0.05 / 1000) > 1000  # far out, but known
+    random = np.random.default_rng(0)
+    for seeds, level in ((2, 0.05), (3, 0.05), (5, 0.05 / 9)):
+        gaps = random.normal(size=seeds)
+        least = least_seen(list(gaps), [0.0] * seeds, 1 - level) / gaps.std(ddof=1)
+        draws = random.normal(least, 1.0, (20_000, seeds))
+        assert 0.79 < (ttest_1samp(draws, 0, axis=1).pvalue < level).mean() < 0.81
+    with pytest.raises(ValueError, match="2 and 1"):
+        least_seen([1.0, 2.0], [1.0])
 
 
 def test_seeds_to_see_a_difference():

@@ -221,6 +221,8 @@ def test_the_list_and_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
         main(["granulrity"])
     with pytest.raises(UserError, match="--seeds -1 is too small"):
         main(["granularity", "--seeds", "-1"])
+    with pytest.raises(UserError, match="--cpus has no effect with --launcher local"):
+        main(["granularity", "--cpus", "2"])
 
 
 def test_cells_of_a_table() -> None:

@@ -17,7 +17,7 @@ from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
-from dynmoe.lab.experiment import At, Experiment, Results
+from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.figures import COLORS, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
@@ -57,6 +57,7 @@ class DomainGeneralisation(Experiment):
     )
     references = ("linear-probe", "moa")
     at = "mean"
+    about = ("domains", "test_domains", "model")
 
     def variants(self, config: Config, shared: Source) -> dict[str, dict[str, Config]]:
         """The method of the settings, and each of `config.compare` with its defaults, not grown."""
@@ -100,6 +101,18 @@ class DomainGeneralisation(Experiment):
     def describe(self, metric: str, at: At) -> str:
         """A mean over domains."""
         return f"{metric.replace('_', ' ')}, mean over left-out domains"
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """Accuracy on left-out domains by step, their mean; growths of all; sizes."""
+        tests = summary["tests"]
+        steps = [row["step"] for row in tests[0]["curve"]]
+        by_test = [[row["out"][test["domain"]] for row in test["curve"]] for test in tests]
+        means = [float(np.mean(values)) for values in zip(*by_test, strict=True)]
+        return Details(
+            {"accuracy_on_left-out_domains": Curve("step", list(zip(steps, means, strict=True)))},
+            growths=[event for test in tests for event in test["growth"]],
+            cost={name: tests[-1][name] for name in ("parameters", "trainable")},
+        )
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed's accuracy by left-out domain, the method's own figures, and intervals."""

@@ -25,7 +25,7 @@ from dynmoe.experiments.tta.session import StreamSession, make_adapter, shifted
 from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source
 from dynmoe.lab.config import RunConfig
-from dynmoe.lab.experiment import At, Experiment, Results
+from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
@@ -74,6 +74,7 @@ class TestTimeAdaptation(Experiment):
         ("learned - random routing", "routing_gain", "mean"),
     )
     references = ("noadapt", "tent")
+    about = ("data", "streams", "order", "severity", "limit")
 
     def check(self, config: Config) -> None:
         """Also the streams' names."""
@@ -157,6 +158,12 @@ class TestTimeAdaptation(Experiment):
         """Such as "accuracy, whole stream"."""
         where = {"mean": "whole stream", "first": "its first tenth", "last": "its last tenth"}[at]
         return f"{metric.replace('_', ' ')}, {where}"
+
+    def details(self, summary: dict[str, Any]) -> Details:
+        """Accuracy by window, and what was adapted on how much."""
+        points = [(float(n), float(value)) for n, value in enumerate(summary["curve"], start=1)]
+        cost = {"trained parameters": summary["trained"], "images": summary["images"]}
+        return Details({"accuracy": Curve("window of the stream", points)}, cost=cost)
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed's accuracy, curve and domains; intervals of whatever is known."""

@@ -1,0 +1,152 @@
+"""Launchers, each on real processes: how work ends, is killed, pre-empted, and given out again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe.errors import UserError
+from dynmoe.lab import engines
+from dynmoe.lab.engines import Ray, Submitit, Where
+from dynmoe.lab.launchers import Failure, Launcher, Local
+
+Item = tuple[Path, str]
+PRE_EMPTED = {"near its limit": signal.SIGUSR2, "pre-empted": signal.SIGTERM}
+
+
+def work(item: Item) -> Failure | None:
+    """What a name asks for, at the first attempt; each attempt adds a line to a file."""
+    folder, name = item
+    path = folder / name
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    first = len(path.read_text().splitlines()) == 1
+    if name == "killed" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name in PRE_EMPTED and first:
+        told: list[int] = []
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+        os.kill(os.getpid(), PRE_EMPTED[name])  # as a run, which saves at its next step
+        signal.signal(signal.SIGTERM, handler)
+        return Failure("saved" if told else "not told to save", 143)
+    while name.startswith("long") and not (folder / "lost").exists():
+        time.sleep(0.05)
+    return Failure("bad", 3) if name == "bad" else None
+
+
+def outcomes(launcher: Launcher, folder: Path, *names: str) -> dict[str, int | None]:
+    """Name -> exit code."""
+    ended = launcher.launch(work, [(folder, name) for name in names])
+    return {name: failure and failure.exit_code for (_, name), failure in ended}
+
+
+def attempts(folder: Path, name: str) -> int:
+    return len((folder / name).read_text().splitlines())
+
+
+@pytest.fixture
+def found_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes find this file and our packages."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+
+
+def test_a_killed_process_costs_its_own_run_alone(tmp_path: Path) -> None:
+    found = outcomes(Local(2), tmp_path, "killed", "a", "bad", "b")
+    assert found == {"killed": 4, "a": None, "bad": 3, "b": None}
+    assert all(attempts(tmp_path, name) == 1 for name in found)
+    assert outcomes(Local(1), tmp_path, "killed") == {"killed": None}
+
+
+@pytest.mark.usefixtures("found_by_others")
+def test_submitit_queues_a_run_again_that_had_to_make_room(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    launcher = Submitit(jobs=4, cluster="local", folder=tmp_path / "submitit")
+    launcher.check()
+    found = outcomes(launcher, tmp_path, *PRE_EMPTED, "killed", "bad")
+    assert found == {"near its limit": None, "pre-empted": None, "killed": 4, "bad": 3}
+    assert [attempts(tmp_path, name) for name in (*PRE_EMPTED, "killed", "bad")] == [2, 2, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("found_by_others")
+def test_ray_gives_a_run_to_another_worker(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    launcher = Ray(jobs=2)
+    launcher.check()
+    found = outcomes(launcher, tmp_path, "killed", "a", "bad")
+    assert found == {"killed": None, "a": None, "bad": 3}
+    assert attempts(tmp_path, "killed") == 2 and attempts(tmp_path, "a") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("found_by_others")
+def test_ray_gives_the_run_of_a_lost_node_to_another(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    names = ("long a", "long b")
+    try:
+        lost = cluster.add_node(**node)
+
+        def lose() -> None:
+            while not all((tmp_path / name).exists() for name in names):
+                time.sleep(0.05)
+            cluster.remove_node(lost, allow_graceful=False)
+            (tmp_path / "lost").touch()
+
+        threading.Thread(target=lose, daemon=True).start()
+        launcher = Ray(jobs=2, address=cluster.address)
+        launcher.check()
+        assert outcomes(launcher, tmp_path, *names) == dict.fromkeys(names)
+        assert sorted(attempts(tmp_path, name) for name in names) == [1, 2]
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize(("name", "extra"), [("submitit", "slurm"), ("ray", "ray")])
+def test_an_engine_that_is_not_installed(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda package: None)
+    launcher = Where(launcher=name).make(Path("runs"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"needs {name}, .*pip install 'dynmoe\[{extra}\]'$"):
+        launcher.check()
+
+
+def test_a_cluster_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda package: True)
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))  # and listens to nobody
+        address = f"127.0.0.1:{own.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no Ray cluster at --address {address} "):
+            Ray(address=address).check()
+    with pytest.raises(UserError, match="no Ray cluster at --address nowhere "):
+        Ray(address="nowhere").check()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no SLURM here"):
+        Submitit().check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"address": "127.0.0.1:1"}, "--address has no effect with --launcher local; .* ray$"),
+        ({"launcher": "ray", "partition": "x"}, "--partition has no effect .* submitit$"),
+        ({"cpus": 2}, "--cpus has no effect .* submitit or ray$"),
+        ({"launcher": "ray", "cpus": 0}, "--cpus 0 is too small; use 1 or more"),
+        ({"jobs": 0}, "--jobs 0 is too small"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Where(**options).make(Path("runs"))

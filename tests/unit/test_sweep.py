@@ -1,0 +1,125 @@
+"""What is swept, what it would cost, and where it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from finished_runs import FLAGS, TINY, finish
+
+from dynmoe import sweep
+from dynmoe.errors import UserError
+from dynmoe.lab.files import writing
+from dynmoe.lab.run import remove_if_never_begun
+
+
+def test_a_grid_is_the_product_of_its_values_with_every_variant() -> None:
+    grid = sweep.read_grid(("granularity: 1 2", "--router: cosine topk"))
+    assert sweep.combine({}, grid, "tta") == {
+        "granularity 1, router cosine": "--granularity 1 --router cosine",
+        "granularity 1, router topk": "--granularity 1 --router topk",
+        "granularity 2, router cosine": "--granularity 2 --router cosine",
+        "granularity 2, router topk": "--granularity 2 --router topk",
+    }
+    assert sweep.combine({"a": "--lr 1", "b": ""}, {"granularity": [3]}, "cl") == {
+        "a, granularity 3": "--lr 1 --granularity 3",
+        "b, granularity 3": "--granularity 3",
+    }
+    assert list(sweep.combine({}, {}, "rl")) == ["dense", "g2"]
+
+
+def test_seeds_are_a_number_or_a_range() -> None:
+    assert sweep.read_seeds("3") == range(3)
+    assert sweep.read_seeds("10..12") == range(10, 13)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "4..2"], r"--seeds 4\.\.2 is too small"),
+        (["--seeds", "x"], "--seeds x is no number of seeds"),
+        (["--grid", "granularity"], "setting 'granularity' must read"),
+        (["--grid", "granularity:"], "--grid 'granularity' needs one or more values"),
+        (["--grid", "granularity: 1 1"], "needs one or more values, each once"),
+        (["--retries", "-1"], "--retries -1 is too small"),
+    ],
+)
+def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
+
+
+def test_nothing_to_sweep() -> None:
+    with pytest.raises(UserError, match="nothing to sweep; give dg --variants"):
+        sweep.combine({}, {}, "dg")
+
+
+def test_a_dry_run_tells_what_is_left_from_finished_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["cl", "--runs-dir", str(tmp_path), "--jobs", "2", "--seeds", "2", "--dry-run",
+            "--grid", "granularity: 1 2", "--", *FLAGS]  # fmt: skip
+    sweep.main(argv)
+    out = capsys.readouterr().out
+    assert out.count("to do") == 4 and "cost unknown" in out and not list(tmp_path.iterdir())
+    module = sweep.load("cl")
+    for own, seconds in (("1", 36_000.0), ("2", 144_000.0)):
+        flags = [*FLAGS, "--granularity", own]
+        found = sweep.plan(module.experiment(), module.presets(), flags, [0], tmp_path, own)
+        finish(found[0], 0.5, seconds)
+    sweep.main(argv)
+    out = capsys.readouterr().out
+    assert out.count("finished  ") == 2 and out.count("to do") == 2
+    assert "4 runs, 2 finished" in out
+    assert "2.1 days of one process, 25.0 hours on 2" in out
+
+
+def test_two_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
+    argv = ["cl", "--runs-dir", str(tmp_path), "--name", "s", "--", *FLAGS]
+    with (
+        writing(tmp_path / "sweep" / "s"),
+        pytest.raises(UserError, match=f"s is in use by process {os.getpid()}"),
+    ):
+        sweep.main(argv)
+
+
+def test_folders_of_runs_that_never_began_are_removed(tmp_path: Path) -> None:
+    def folder(name: str, file: str, text: str) -> Path:
+        path = tmp_path / name / "seed-0"
+        (path / file).parent.mkdir(parents=True)
+        (path / file).write_text(text)
+        remove_if_never_begun(path)
+        return path
+
+    assert not folder("a", "output.txt", "x").parent.exists()
+    assert not folder("b", "log.jsonl", "").exists()
+    assert folder("c", "log.jsonl", "{}").exists()
+    assert folder("d", "summary.json", "{}").exists()
+    assert folder("e", "checkpoints/step-000000001.pt", "").exists()
+    with writing(tmp_path / "f" / "seed-0"):
+        remove_if_never_begun(tmp_path / "f" / "seed-0")  # another process has it
+        assert (tmp_path / "f" / "seed-0").exists()
+
+
+# for real ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["submitit", "--cluster", "local"], ["ray"]], ids=str)
+def test_a_sweep_is_the_same_wherever_it_runs(
+    engine: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(engine[0])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    found = []
+    for launcher in (["local"], engine):
+        runs = tmp_path / launcher[0]
+        argv = ["cl", "--launcher", *launcher, "--jobs", "2", "--name", "s", "--seeds", "1",
+                "--grid", "granularity: 1 2", "--runs-dir", str(runs), "--", *TINY]  # fmt: skip
+        sweep.main(argv)
+        summaries = sorted(runs.rglob("summary.json"))
+        assert len(summaries) == 2
+        found.append([path.read_text() for path in summaries])
+    assert found[0] == found[1]
