@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,7 @@ def make(
         device: of all tensors: auto, cpu, cuda or cuda:N.
         observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
             environments have no such choice.
-        env_args: keyword arguments of a gymnasium environment.
+        env_args: keyword arguments of a gymnasium environment, or options of a debug one.
         normalize_observations, normalize_rewards, gamma: see envs.wrappers; gymnasium's only.
 
     Raises:
@@ -62,7 +64,6 @@ def make(
     values = (observation, renderer, env_device, max_timesteps)
     settings: dict[str, Any] = dict(zip(CRAFTAX_USUAL, values, strict=True))
     gymnasium_only: dict[str, Any] = {
-        "env_args": env_args or {},
         "normalize_observations": normalize_observations,
         "normalize_rewards": normalize_rewards,
     }
@@ -71,18 +72,32 @@ def make(
             raise UserError(
                 f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
             )
+    options = env_args or {}
     if name in craftax.NAMES:
+        _known(name, options, ())
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
     for setting, value in settings.items():
         if value != CRAFTAX_USUAL[setting] and (name in debug.GAMES or _in_gymnasium(name)):
             raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
     if name in debug.GAMES:
-        return debug.Stages(name, num_envs, seed, where)
+        _known(name, options, [field.name for field in fields(debug.StagesOptions)])
+        return debug.Stages(name, num_envs, seed, where, **options)
     if _in_gymnasium(name):
         from envs.gym import GymEnv
 
-        return GymEnv(name, num_envs, seed, where, gamma=gamma, **gymnasium_only)
+        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **gymnasium_only)
     raise _unknown(name, [*craftax.NAMES, *debug.GAMES])
+
+
+def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse options that an environment of ours does not have."""
+    for option, value in options.items():
+        if not known:
+            raise UserError(
+                f"env_args {options!r} is not for {name}, which has no options; leave it out"
+            )
+        if option not in known:
+            raise unknown(f"option of {name}", option, known, f"(env_args: {option}={value!r})")
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
