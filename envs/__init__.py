@@ -49,7 +49,8 @@ def make(
         device: of all tensors: auto, cpu, cuda or cuda:N.
         observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
             environments have no such choice.
-        env_args: keyword arguments of a gymnasium environment, or options of a debug one.
+        env_args: keyword arguments of a gymnasium environment; options of a debug one or of
+            Craftax-Phases-v1.
         normalize_observations, normalize_rewards, gamma: see envs.wrappers; gymnasium's only.
 
     Raises:
@@ -58,7 +59,9 @@ def make(
     if num_envs < 1:
         raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
     from dynmoe.lab.device import resolve
-    from envs import craftax, debug
+    from envs import craftax, craftax_phases, debug
+
+    ours = (*craftax.NAMES, craftax_phases.NAME, *debug.GAMES)
 
     where = resolve(str(device))
     values = (observation, renderer, env_device, max_timesteps)
@@ -68,7 +71,7 @@ def make(
         "normalize_rewards": normalize_rewards,
     }
     for setting, value in gymnasium_only.items():
-        if value and name in (*craftax.NAMES, *debug.GAMES):
+        if value and name in ours:
             raise UserError(
                 f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
             )
@@ -76,6 +79,9 @@ def make(
     if name in craftax.NAMES:
         _known(name, options, ())
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
+    if name == craftax_phases.NAME:
+        _known(name, options, craftax_phases.OPTIONS)
+        return craftax_phases.CraftaxPhases(num_envs, seed, where, **(settings | options))
     for setting, value in settings.items():
         if value != CRAFTAX_USUAL[setting] and (name in debug.GAMES or _in_gymnasium(name)):
             raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
@@ -86,7 +92,7 @@ def make(
         from envs.gym import GymEnv
 
         return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **gymnasium_only)
-    raise _unknown(name, [*craftax.NAMES, *debug.GAMES])
+    raise _unknown(name, list(ours))
 
 
 def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:
