@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 
     from envs.vector import TorchVectorEnv
 
-__all__ = ["make"]
+__all__ = ["has_floors", "has_phases", "make"]
 CRAFTAX_USUAL = {
     "observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None,
 }  # fmt: skip
 """Settings that only Craftax has, and their defaults."""
+
+
+def has_phases(name: str) -> bool:
+    """Whether environments of that name can begin their episodes on the floors of phases."""
+    return name in ("Stages-v0", "Craftax-Phases-v1")
+
+
+def has_floors(name: str) -> bool:
+    """Whether environments of that name tell floors apart, so that arrivals there are known."""
+    return has_phases(name) or name in ("Craftax-Pixels-v1", "Craftax-Symbolic-v1")
 
 
 def make(

@@ -42,6 +42,8 @@ class CraftaxPhases(CraftaxVectorEnv):
         UserError: any of these cannot be, or jax or craftax is not installed.
     """
 
+    phase: int = 0
+
     def __init__(
         self,
         num_envs: int,
@@ -56,7 +58,6 @@ class CraftaxPhases(CraftaxVectorEnv):
     ) -> None:
         self.floors, self.bounds = _floors(floors), _bounds(steps, len(floors))
         self.env_device, self._taken, self._cut = env_device, 0, False
-        self.phase = 0
         self.num_phases = len(self.floors)
         symbolic = observation == "symbolic"
         super().__init__(
@@ -70,6 +71,11 @@ class CraftaxPhases(CraftaxVectorEnv):
     def first_floor(self) -> int:
         """Where the episodes of the present phase begin."""
         return self.floors[self.phase]
+
+    @property
+    def stage_floors(self) -> list[int]:
+        """Floor of each phase."""
+        return self.floors
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -57,6 +57,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where observations, rewards and all else come out, and where actions may be.
         input_shape: shape of one unpacked observation, (C, H, W) or (D,).
         num_floors: stages the environment tells apart; 1 where it has none.
+        phase: the present phase of an environment that has a plan of them, or None.
         num_phases: parts of training whose episodes begin elsewhere, or floors that episodes can be
             begun on, see `on_phase`; 1 where there are none.
         achievements: names of what an episode can unlock, in the order of `info["achievements"]`.
@@ -68,6 +69,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     input_shape: tuple[int, ...]
     num_floors: int = 1
     num_phases: int = 1
+    phase: int | None = None
     achievements: tuple[str, ...] = ()
     max_return: float | None = None
     resumable: ClassVar[bool] = True
@@ -131,6 +133,11 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """Restore `state_dict()`; returns the present observations [N, ...]."""
+
+    @property
+    def stage_floors(self) -> list[int]:
+        """Floor of each stage that training may get to: those of the phases, or all floors."""
+        return list(range(self.num_floors))
 
     def on_phase(self, phase: int) -> TorchVectorEnv:
         """As many environments whose episodes all begin as those of a phase, 0..num_phases - 1."""
