@@ -164,6 +164,28 @@ class ReinforcementLearning(Experiment):
         return f"{config.env}, {config.encoder.part.name}, {config.num_envs} environments"
 
 
+@dataclass(frozen=True)
+class PhasedLearning(ReinforcementLearning):
+    """The same, with what is known of phases and floors in its tables (see `agents.phases`)."""
+
+    columns = (
+        ("final return", "final_return", "last"),
+        ("return of phases", "phase_return", "last"),
+        ("recovery, steps", "recovery", "last"),
+        ("last stage after", "last_stage", "last"),
+        ("earlier phases", "earlier_return", "last"),
+        ("lost of them", "forgetting", "last"),
+        ("newest on new floor, first", "newest_at_first", "last"),
+        ("at the end", "newest_on_new", "last"),
+        ("on older floors", "newest_on_old", "last"),
+        ("floor information", "floor_information", "last"),
+        ("SRP", "segment_routing", "last"),
+        ("SCH", "segment_cache", "last"),
+        ("parameters", "parameters", "last"),
+    )
+    missing = ""
+
+
 class AgentSession(Session):
     """One agent at all its updates."""
 
