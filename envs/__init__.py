@@ -98,11 +98,15 @@ def make(
     if name in debug.GAMES:
         _known(name, options, [field.name for field in fields(debug.StagesOptions)])
         return debug.Stages(name, num_envs, seed, where, **options)
+    if name == "SlipperyAnt-v0":
+        from envs import slippery
+
+        slippery.register()
     if _in_gymnasium(name):
         from envs.gym import GymEnv
 
         return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **gymnasium_only)
-    raise _unknown(name, list(ours))
+    raise _unknown(name, [*ours, "SlipperyAnt-v0"])
 
 
 def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:
