@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.study import Command, Preset, Study
 
-GROWN = ("1 -> 2", "1 -> k", "1 -> 2, clock", "1 -> 2, drift", "1 -> 2, rows kept")
-"""Variants whose experts come while they learn."""
-FIXED = ("1 expert", "2 experts", "k experts", "dense", "wide", "wide, k")
-"""Variants that stay as they are; k stands for as many experts as the world has stages."""
-RESETS = ("head reset", "shrink-perturb", "l2-init")
-"""What is done to the dense network instead: at each shift, but for l2-init, which acts always."""
+OTHERS = ("1 expert", "2 experts", "dense", "wide", "head reset", "shrink-perturb", "l2-init")
+"""What 1 -> 2 at arrival is compared with in all that is judged. Head reset and shrink-perturb act
+on the dense network at each shift, l2-init always."""
+TIMES = ("1 -> k", "1 -> 2, clock", "1 -> 2, drift", "1 -> 2, rows kept")
+"""Other ways to grow, compared in the first thing that is judged."""
+WATCHED = ("1 -> 2", "1 -> k", "1 -> 2, rows kept")
+"""Variants whose newest expert is looked at: it comes with a floor."""
 ARRIVAL = "--trigger stage --trigger.share 0.5"
 
 
@@ -26,8 +27,10 @@ def agents(stages: int, clock: int) -> dict[str, str]:
         clock: environment steps after which the growth comes that goes by the clock.
     """
     every = f"{ARRIVAL} --trigger.limit {stages - 1}"
-    drift = f"--trigger drift --trigger.unit deviation --trigger.threshold 8 --trigger.delta 0.5 \
---trigger.warmup 10 --trigger.cooldown {clock // 4} --trigger.limit 1"
+    drift = (
+        "--trigger drift --trigger.unit deviation --trigger.threshold 8 --trigger.delta 0.5 "
+        f"--trigger.warmup 10 --trigger.cooldown {clock // 4} --trigger.limit 1"
+    )
     return {
         "1 -> 2": f"--method dynamicmoe {ARRIVAL}",
         "1 -> k": f"--method dynamicmoe {every}",
@@ -60,13 +63,16 @@ class Shifting(Study):
         return PhasedLearning()
 
     def verdict(self, results: Results) -> list[str]:
-        """Growth at arrival against all others; the newest expert on new floors against old."""
+        """Growth at arrival against the others; the newest expert on new floors against old."""
         sentences = []
         for stream in results.streams:
-            others = [v for v in results.runs[stream] if v != "1 -> 2"]
             for metric in self.judged:
-                sentences += [results.says(stream, "1 -> 2", v, metric) for v in others]
-            for variant in (v for v in GROWN if v in results.runs[stream]):
+                sentences += [results.says(stream, "1 -> 2", other, metric) for other in OTHERS]
+            first = self.judged[0]
+            sentences += [results.says(stream, "1 -> 2", other, first) for other in TIMES]
+            for other in ("k experts", "wide, k"):
+                sentences.append(results.says(stream, "1 -> k", other, first))
+            for variant in WATCHED:
                 sentences.append(share_on_floors(results, stream, variant))
                 sentences.append(share_over_time(results, stream, variant))
         return sentences
