@@ -14,6 +14,8 @@ OTHERS = ("1 expert", "2 experts", "dense", "wide", "head reset", "shrink-pertur
 on the dense network at each shift, l2-init always."""
 TIMES = ("1 -> k", "1 -> 2, clock", "1 -> 2, drift", "1 -> 2, rows kept")
 """Other ways to grow, compared in the first thing that is judged."""
+FULL = ("k experts", "wide, k")
+"""What 1 -> k is compared with in the first thing that is judged, where a study has them."""
 WATCHED = ("1 -> 2", "1 -> k", "1 -> 2, rows kept")
 """Variants whose newest expert is looked at: it comes with a floor."""
 ARRIVAL = "--trigger stage --trigger.share 0.5"
@@ -70,7 +72,7 @@ class Shifting(Study):
                 sentences += [results.says(stream, "1 -> 2", other, metric) for other in OTHERS]
             first = self.judged[0]
             sentences += [results.says(stream, "1 -> 2", other, first) for other in TIMES]
-            for other in ("k experts", "wide, k"):
+            for other in (v for v in FULL if v in results.runs[stream]):
                 sentences.append(results.says(stream, "1 -> k", other, first))
             for variant in WATCHED:
                 sentences.append(share_on_floors(results, stream, variant))
@@ -118,8 +120,8 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
     judged: ClassVar = ("phase_return", "recovery", "earlier_return", "forgetting")
 
     def streams(self, preset: Preset) -> dict[str, str]:
-        """Three phases of 16,384 steps on a laptop."""
-        floors, each = (3, 16_384) if preset == "laptop" else (9, 10_000_000)
+        """Three phases of 10,240 steps on a laptop."""
+        floors, each, width = (3, 10_240, 64) if preset == "laptop" else (9, 10_000_000, 512)
         world = {
             "observation": "symbolic", "floors": list(range(floors)), "steps": each,
             "max_timesteps": 400,
@@ -129,13 +131,14 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
             envs = "--num-envs 1024 --rollout-steps 64 --minibatches 8 --probe-every 10"
         return {
             "phases": f"--preset craftax --env Craftax-Phases-v1 --env-args {quoted(world)} {envs} "
-            f"--total-steps {floors * each} --encoder mlp --encoder.widths 128 --encoder.hidden 64 "
+            f"--total-steps {floors * each} --encoder mlp --encoder.widths {width} --encoder.hidden 64 "
             "--lr 1e-3 --no-anneal-lr --threads 1 --phase-returns"
         }
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Those of `rl-floors`; the clock grows with the second phase."""
-        return agents(3, 16_384) if preset == "laptop" else agents(9, 10_000_000)
+        """Those of `rl-floors`, but for k from the start; the clock grows with the second phase."""
+        found = agents(3, 10_240) if preset == "laptop" else agents(9, 10_000_000)
+        return {name: own for name, own in found.items() if name not in FULL}
 
 
 def quoted(options: dict[str, Any]) -> str:

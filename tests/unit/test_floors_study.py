@@ -10,7 +10,7 @@ from dynmoe import registry
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.report import table
 from dynmoe.lab.study import judge
-from dynmoe.studies.floors import OTHERS, TIMES, WATCHED, Shifting
+from dynmoe.studies.floors import FULL, OTHERS, TIMES, WATCHED, Shifting
 
 
 def summary(seed: int, level: float, new: float, old: float, grown: bool) -> dict[str, Any]:
@@ -37,8 +37,10 @@ def test_the_verdict_follows_from_the_numbers(name: str) -> None:
         never = variant == "1 -> 2, rows kept"
         runs[variant] = [summary(s, level, 0.8, 0.1, grown and not never) for s in range(5)]
     own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
+    full = len(set(FULL) & set(runs))
+    assert full == (2 if name == "rl-floors" else 0)
     sentences, comparisons = judge(study, own)
-    assert len(sentences) == len(OTHERS) * len(study.judged) + len(TIMES) + 2 + 2 * len(WATCHED)
+    assert len(sentences) == len(OTHERS) * len(study.judged) + len(TIMES) + full + 2 * len(WATCHED)
     assert comparisons <= len(sentences)
     assert set(OTHERS) | set(TIMES) | set(WATCHED) <= set(runs)
     told = [text for text in sentences if text.startswith(f"s: 1 -> 2 against {OTHERS[0]}: +1.00")]
