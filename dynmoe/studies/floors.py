@@ -120,8 +120,8 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
     judged: ClassVar = ("phase_return", "recovery", "earlier_return", "forgetting")
 
     def streams(self, preset: Preset) -> dict[str, str]:
-        """Three phases of 10,240 steps on a laptop."""
-        floors, each, width = (3, 10_240, 64) if preset == "laptop" else (9, 10_000_000, 512)
+        """Three phases of 8,192 steps on a laptop."""
+        floors, each, width = (3, 8_192, 64) if preset == "laptop" else (9, 10_000_000, 512)
         world = {
             "observation": "symbolic", "floors": list(range(floors)), "steps": each,
             "max_timesteps": 400,
@@ -131,13 +131,13 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
             envs = "--num-envs 1024 --rollout-steps 64 --minibatches 8 --probe-every 10"
         return {
             "phases": f"--preset craftax --env Craftax-Phases-v1 --env-args {quoted(world)} {envs} "
-            f"--total-steps {floors * each} --encoder mlp --encoder.widths {width} --encoder.hidden 64 "
-            "--lr 1e-3 --no-anneal-lr --threads 1 --phase-returns"
+            f"--total-steps {floors * each} --encoder mlp --encoder.widths {width} "
+            "--encoder.hidden 64 --lr 1e-3 --no-anneal-lr --threads 1 --phase-returns"
         }
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of `rl-floors`, but for k from the start; the clock grows with the second phase."""
-        found = agents(3, 10_240) if preset == "laptop" else agents(9, 10_000_000)
+        found = agents(3, 8_192) if preset == "laptop" else agents(9, 10_000_000)
         return {name: own for name, own in found.items() if name not in FULL}
 
 
