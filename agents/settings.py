@@ -52,7 +52,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     env: str = "Craftax-Classic-Pixels-v1"
     """Craftax-Pixels-v1, CartPole-v1, ... (docs/rl.md)"""
     env_args: str = ""
-    """keyword arguments for gymnasium, such as '{"gravity": 5}'"""
+    """options of the environment, such as '{"gravity": 5}' (docs/rl.md)"""
     normalize_observations: bool = False
     """scale gymnasium's observations to mean 0 and deviation 1"""
     normalize_rewards: bool = False
