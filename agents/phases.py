@@ -19,6 +19,7 @@ from agents import ppo
 from agents.actor_critic import ActorCritic
 from agents.rollout import Rollout, collect
 from dynmoe import seeding
+from dynmoe.moe.diagnostics import gate_shares, most_experts
 from dynmoe.moe.local_routing import (
     experts_used,
     segment_cache_hit_rate,
@@ -85,23 +86,29 @@ class Shifts:
 
 def returns_on_phases(
     env: TorchVectorEnv, policy: ActorCritic, phases: int, seed: int, autocast: str = "none"
-) -> list[float]:
+) -> tuple[list[float], list[float]]:
     """[phases] mean returns of the first episodes of N environments on each of the first phases.
 
     Only the first 128 steps of an episode count, so that none is left out. Training goes on as if
-    nothing had been played.
+    nothing had been played. Also [phases] the newest expert's gate share while playing, the mean
+    over MoE layers; nan without any.
     """
-    found = []
+    found: list[tuple[float, float]] = []
     for phase in range(phases):
         own = env.on_phase(phase)
         with undisturbed(policy), ppo.autocast(env.device, autocast):
             found.append(_first_returns(own, policy, seeding.derive(seed, "phase", phase)))
         own.close()
-    return found
+    return [value for value, _ in found], [share for _, share in found]
 
 
-def _first_returns(env: TorchVectorEnv, policy: ActorCritic, seed: int) -> float:
-    """Mean over the environments of their first episodes' rewards, of at most PLAYED steps."""
+def _first_returns(env: TorchVectorEnv, policy: ActorCritic, seed: int) -> tuple[float, float]:
+    """Mean over the environments of their first episodes' rewards, of at most PLAYED steps.
+
+    And the newest expert's share in all that was played.
+    """
+    shares: list[float] = []
+    newest = most_experts(policy) - 1
     seen, info = env.reset(seed=seed)
     floors, generator = info["floor"], seeding.generator(seed, "actions", device=env.device)
     playing = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
@@ -109,12 +116,14 @@ def _first_returns(env: TorchVectorEnv, policy: ActorCritic, seed: int) -> float
     for _ in range(PLAYED // CHUNK):
         rollout = collect(env, policy, seen, floors, CHUNK, 0.0, generator)
         seen, floors = rollout.next_observations, rollout.next_floors
+        for gates in rollout.gates.values():
+            shares.append(float(gate_shares(gates.flatten(0, 1))[:, newest].mean()))
         for reward, done in zip(rollout.rewards, rollout.dones, strict=True):
             total += reward * playing
             playing &= ~done
         if not bool(playing.any()):
             break
-    return float(total.mean())
+    return float(total.mean()), _mean(shares)
 
 
 def consistency(gates: dict[str, Tensor], experts: int) -> dict[str, float]:
@@ -204,7 +213,11 @@ def _newest(summary: dict[str, Any], new: bool, at: int = -1) -> float:
         return math.nan
     stage = [stage for stage, steps in summary["shifts"] if steps <= came][-1]
     floor = summary["stage_floors"][stage]
-    return _mean([share for f, share in shares[at] if (f == floor if new else f < floor)])
+    seen = [share for f, share in shares[at] if (f == floor if new else f < floor)]
+    if not seen and at == -1 and summary["played_shares"]:  # nobody is there any more: play
+        played = summary["played_shares"][-1]
+        seen = [played[stage]] if new else played[:stage]
+    return _mean(seen)
 
 
 def _routing(summary: dict[str, Any], name: str) -> float:

@@ -59,7 +59,9 @@ class UpdateRecorder(Recorder):
         self.curve: list[list[float | None]] = []
         self.shifts = Shifts()
         self.arrived: list[Callable[[int], None]] = []
-        self.phases: dict[str, Any] = {"phase_returns": [], "newest_shares": [], "routing": {}}
+        self.phases: dict[str, Any] = {
+            "phase_returns": [], "played_shares": [], "newest_shares": [], "routing": {},
+        }  # fmt: skip
         self.began = (time.monotonic(), 0)
         self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
         self.update, self.floors = 0, torch.empty(0)
@@ -195,8 +197,11 @@ class UpdateRecorder(Recorder):
     def _play(self, steps: int, phases: int) -> None:
         """Keep the returns on the first `phases` phases."""
         config = self.config
-        found = returns_on_phases(self.env, self.policy, phases, config.seed, config.autocast)
+        found, shares = returns_on_phases(
+            self.env, self.policy, phases, config.seed, config.autocast
+        )
         self.phases["phase_returns"].append([steps, found])
+        self.phases["played_shares"].append(shares)
 
     def _keep_routing(self, steps: int, values: dict[str, float]) -> None:
         """Keep the newest expert's share by floor, and what the routing tells of floors and time.

@@ -21,6 +21,7 @@ def summary(seed: int, level: float, new: float, old: float, grown: bool) -> dic
         "curve": [[10 * (i + 1), level + noise] for i in range(8)],
         "shifts": [[0, 0], [1, 40]], "stage_floors": [0, 1],
         "phase_returns": [[40, [level]], [80, [level - noise, level]]],
+        "played_shares": [],
         "growth": [{"step": 40}] if grown else [],
         "newest_shares": [[50, [[0, 0.5], [1, 0.5]]], [80, [[0, old - noise], [1, new + noise]]]],
         "routing": {},

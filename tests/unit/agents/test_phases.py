@@ -54,6 +54,7 @@ def summary() -> dict[str, Any]:
         "shifts": [[0, 0], [1, 40], [2, 80]],
         "stage_floors": [0, 2, 5],
         "phase_returns": [[40, [4.0]], [80, [3.0, 10.0]], [120, [1.0, 6.0, -2.0]]],
+        "played_shares": [[1.0], [0.9, 0.8], [0.25, 0.35, 0.7]],
         "growth": [{"step": 80}],
         "newest_shares": [
             [80, [[0, 1.0], [2, 1.0]]],
@@ -85,6 +86,12 @@ def test_the_numbers_of_a_run_with_phases(summary: dict[str, Any]) -> None:
     assert all(math.isnan(figure(summary, metric)) for metric in missing)
 
 
+def test_shares_where_nobody_is_any_more_are_those_played(summary: dict[str, Any]) -> None:
+    gone = summary | {"newest_shares": [[90, [[5, 0.6]]], [120, [[6, 1.0]]]]}
+    assert figure(gone, "newest_on_old") == pytest.approx(0.3)
+    assert figure(gone, "newest_on_new") == 0.7 and figure(gone, "newest_at_first") == 0.6
+
+
 def test_a_run_without_shifts_has_no_numbers_of_them(summary: dict[str, Any]) -> None:
     alone = summary | {"shifts": [[0, 0]], "phase_returns": [], "growth": []}
     for metric in ("recovery", "earlier_return", "forgetting", "newest_on_new"):
@@ -110,9 +117,11 @@ def test_returns_on_phases_count_first_episodes(skilled: ActorCritic) -> None:
     env = Stages("Stages-v0", 32)
     env.reset(seed=1)
     before, drawn = env.state_dict(), torch.random.get_rng_state()
-    found = returns_on_phases(env, skilled, 3, seed=0)
-    assert found == returns_on_phases(env, skilled, 3, seed=0)
-    assert found != returns_on_phases(env, skilled, 3, seed=1)
+    found_and_shares = returns_on_phases(env, skilled, 3, seed=0)
+    found, shares = found_and_shares
+    assert found_and_shares == returns_on_phases(env, skilled, 3, seed=0)
+    assert found != returns_on_phases(env, skilled, 3, seed=1)[0]
+    assert len(shares) == 3 and all(0 < share < 1 for share in shares)
     assert 18 >= found[0] > found[1] > found[2] > 3 and found[2] <= 6
     assert torch.equal(drawn, torch.random.get_rng_state())
     after = env.state_dict()
