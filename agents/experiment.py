@@ -25,7 +25,7 @@ from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Periodic
 from dynmoe.lab.device import keep_freed_memory
-from dynmoe.lab.experiment import At, Experiment, Results, Session
+from dynmoe.lab.experiment import At, Column, Experiment, Results, Session
 from dynmoe.lab.figures import band, new_figure, save
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
@@ -39,7 +39,7 @@ class ReinforcementLearning(Experiment):
     command = "rl"
     least: ClassVar[dict[str, float]] = {"probe_every": 1, "probe_samples": 1}
     metric = "final_return"
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         ("final return", "final_return", "last"),
         ("of the most, %", "of_the_most", "last"),
         ("growths", "growths", "last"),
@@ -168,7 +168,7 @@ class ReinforcementLearning(Experiment):
 class PhasedLearning(ReinforcementLearning):
     """The same, with what is known of phases and floors in its tables (see `agents.phases`)."""
 
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         ("final return", "final_return", "last"),
         ("return of phases", "phase_return", "last"),
         ("recovery, steps", "recovery", "last"),

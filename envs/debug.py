@@ -84,6 +84,10 @@ class Stages(TorchVectorEnv):
         UserError: an option that cannot be.
     """
 
+    length: Tensor
+    score: Tensor
+    longest_row: Tensor
+
     def __init__(
         self,
         name: str,
