@@ -54,12 +54,14 @@ class GymEnv(TorchVectorEnv):
         self.device = torch.device(device)
         self.normaliser = Normaliser(normalize_observations, normalize_rewards, gamma)
         try:
-            base = gymnasium.make_vec(
+            base: Any = gymnasium.make_vec(
                 name, num_envs, "sync", wrappers=[self._prepared],
                 vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **(env_args or {}),
             )  # fmt: skip
         except Exception as error:  # the id, an argument, a package, or its own code
             raise UserError(f"environment {name}: {_one_line(error)}") from error
+        self.inner = [env.unwrapped for env in base.envs]
+        self.made = [(env.observation_space, env.action_space) for env in self.inner]
         self.envs = self.normaliser.wrap_all(base)
         self.input_shape = self.layout.input_shape
         acts = self.envs.single_action_space
@@ -81,8 +83,9 @@ class GymEnv(TorchVectorEnv):
         if seed is not None or not self.started:
             seed = self.seed if seed is None else seed
             first = seeding.derive(seed, self.name, self.resets) % 2**31
-        observations, _ = self.envs.reset(seed=first, options=options)
-        self.started, self.steps = True, 0
+        self.steps = 0
+        observations, _ = self._ask("reset", seed=first, options=options)
+        self.started = True
         self.score.zero_()
         self.length.zero_()
         self._check_finite("observation", observations)
@@ -98,8 +101,8 @@ class GymEnv(TorchVectorEnv):
         """
         chosen = self.as_actions(actions).numpy() + self.first_action
         chosen = chosen.astype(self.envs.single_action_space.dtype)
-        observations, reward, terminated, truncated, seen = self.envs.step(chosen)
         self.steps += 1
+        observations, reward, terminated, truncated, seen = self._ask("step", chosen)
         done = torch.from_numpy(terminated | truncated)
         gained = np.asarray(reward, dtype=np.float32)
         given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
@@ -159,6 +162,37 @@ class GymEnv(TorchVectorEnv):
         if self.normaliser.observations:
             self.layout = replace(self.layout, bounds=None)
         return self.normaliser.wrap(env)
+
+    def _ask(self, what: str, *args: Any, **kwargs: Any) -> Any:
+        """Reset or step all environments.
+
+        Raises:
+            UserError: their own code fails, such as where a process of theirs has died, or they no
+                longer have the spaces that they were made with.
+        """
+        try:
+            given = getattr(self.envs, what)(*args, **kwargs)
+        except Exception as error:
+            self._check_spaces()
+            raise UserError(
+                f"environment {self.name}: {what} failed at step {self.steps}: {_one_line(error)}"
+            ) from error
+        self._check_spaces()
+        return given
+
+    def _check_spaces(self) -> None:
+        """Stop at the first environment whose spaces are no longer those that all were made with.
+
+        What stands between it and the agent was set up for these.
+        """
+        for i, (env, made) in enumerate(zip(self.inner, self.made, strict=True)):
+            now = (env.observation_space, env.action_space)
+            for what, one, first in zip(("observations", "actions"), now, made, strict=True):
+                if one is not first and one != first:
+                    raise UserError(
+                        f"environment {self.name}: {what} of number {i} (of {self.num_envs}) were "
+                        f"{first} and are {one} at step {self.steps}; spaces must stay the same"
+                    )
 
     def _tensor(self, observations: np.ndarray) -> Tensor:
         """A copy on the device: gymnasium reuses its arrays."""

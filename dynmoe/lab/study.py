@@ -85,6 +85,10 @@ class Study(Part, ABC, kind="study"):
         """A variant's flags on one stream; as they are unless defined."""
         return flags
 
+    def experiment(self, own: Experiment) -> Experiment:
+        """What the command does; with other columns of the tables where a study defines it."""
+        return own
+
     def searches(self, preset: Preset) -> dict[str, list[str]]:
         """Variant -> flags to choose among before the seeds are run; none unless defined."""
         return {}
@@ -131,6 +135,7 @@ def run_study(
     Raises:
         UserError: flags that do not fit, an unknown stream, or another process writes to `out`.
     """
+    experiment = study.experiment(experiment)
     streams = _chosen(study, preset, only)
 
     def planned(own: str, base: list[str], chosen: list[int], label: str) -> list[Job]:

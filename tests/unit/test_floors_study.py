@@ -1,0 +1,54 @@
+"""The verdict of the studies of floors and phases, from made-up summaries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dynmoe import registry
+from dynmoe.lab.experiment import Results
+from dynmoe.lab.report import table
+from dynmoe.lab.study import judge
+from dynmoe.studies.floors import FULL, OTHERS, TIMES, WATCHED, Shifting
+
+
+def summary(seed: int, level: float, new: float, old: float, grown: bool) -> dict[str, Any]:
+    """A run of two phases of 40 steps that end at a level, with a growth at the shift."""
+    noise = 0.01 * seed
+    return {
+        "final_return": level + noise, "max_return": None, "parameters": 7, "env_steps": 80,
+        "curve": [[10 * (i + 1), level + noise] for i in range(8)],
+        "shifts": [[0, 0], [1, 40]], "stage_floors": [0, 1],
+        "phase_returns": [[40, [level]], [80, [level - noise, level]]],
+        "played_shares": [],
+        "growth": [{"step": 40}] if grown else [],
+        "newest_shares": [[50, [[0, 0.5], [1, 0.5]]], [80, [[0, old - noise], [1, new + noise]]]],
+        "routing": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["rl-floors", "rl-phases"])
+def test_the_verdict_follows_from_the_numbers(name: str) -> None:
+    study: Shifting = registry.get("study", name)()
+    runs = {}
+    for variant in study.variants("laptop"):
+        grown = variant.startswith("1 -> ")
+        level = 3.0 if variant == "1 -> 2" else 2.0
+        never = variant == "1 -> 2, rows kept"
+        runs[variant] = [summary(s, level, 0.8, 0.1, grown and not never) for s in range(5)]
+    own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
+    full = len(set(FULL) & set(runs))
+    assert full == (2 if name == "rl-floors" else 0)
+    sentences, comparisons = judge(study, own)
+    assert len(sentences) == len(OTHERS) * len(study.judged) + len(TIMES) + full + 2 * len(WATCHED)
+    assert comparisons <= len(sentences)
+    assert set(OTHERS) | set(TIMES) | set(WATCHED) <= set(runs)
+    told = [text for text in sentences if text.startswith(f"s: 1 -> 2 against {OTHERS[0]}: +1.00")]
+    assert told and "higher" in told[0]
+    (on,) = (t for t in sentences if t.startswith("s: 1 -> 2: newest expert's share on the floor"))
+    assert "+0.740 [" in on and "higher (5 of 5 seeds)" in on  # 0.8 - 0.1 + 0.02 + 0.02
+    assert [t for t in sentences if "rows kept: newest" in t and "not measured, no growth" in t]
+    headings, *rows = table(own, "s")
+    assert "recovery, steps" in headings and "SRP" not in headings  # which no run has
+    assert len(rows) == len(runs)
