@@ -91,7 +91,7 @@ class ActorCritic(nn.Module):
         outputs = self.distribution.outputs
         make = {place: make_block if place in encoder.place else dense_block for place in PLACES}
         frames: Encoder = encoder.build(shape)
-        features = frames.out_features
+        features, self.reads_bytes = frames.out_features, frames.reads_bytes
         self.trunk = nn.Sequential(frames)
         if "trunk" in encoder.place:
             self.trunk.append(make["trunk"](features, encoder.hidden, features))
@@ -110,7 +110,7 @@ class ActorCritic(nn.Module):
 
         The parameters are logits [B, A] where actions are Discrete(A).
         """
-        features = self.trunk(as_input(x))
+        features = self.trunk(x if self.reads_bytes else as_input(x))
         parameters = self.distribution(self.actor(features).float())
         return parameters, self.critic(features).squeeze(1).float()
 
