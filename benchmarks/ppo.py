@@ -15,7 +15,9 @@ Craftax-Classic-Pixels-v1 with the same sizes, on two cores of another processor
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -87,11 +89,11 @@ def passes(
 def play(env: TorchVectorEnv, steps: int, size: int) -> tuple[Tensor, Tensor]:
     """`size` frames of random play, the last after `steps` steps, and the last observations."""
     observations, _ = env.reset()
-    seen = [observations]
+    seen = deque([observations], maxlen=math.ceil(size / env.num_envs))
     for _ in range(steps):
-        seen = [*seen, env.step(env.action_space.sample())[0]][-(-(-size // env.num_envs)) :]
-    batch = env.unpack(torch.cat(seen))
-    return batch.repeat(-(-size // len(batch)), 1, 1, 1)[:size], seen[-1]
+        seen.append(env.step(env.action_space.sample())[0])
+    batch = env.unpack(torch.cat(tuple(seen)))
+    return batch.repeat(math.ceil(size / len(batch)), 1, 1, 1)[:size], seen[-1]
 
 
 def report(seconds: dict[str, list[float]], modes: list[str], size: int) -> None:
@@ -99,10 +101,8 @@ def report(seconds: dict[str, list[float]], modes: list[str], size: int) -> None
     for name, taken in seconds.items():
         print(f"  {name:24s} {size / statistics.median(taken):8.1f} steps/s")
     for mode in modes:
-        parts = zip(
-            seconds[f"forward dense, {mode}"], seconds[f"update dense, {mode}"], strict=True
-        )
-        seconds["network"] = [sum(both) for both in parts]
+        parts = [seconds[f"{part} dense, {mode}"] for part in ("forward", "update")]
+        seconds["network"] = [sum(both) for both in zip(*parts, strict=True)]
         for kind in ("dense", "tiled"):
             share = ratio(seconds, "network", f"end to end {kind}, {mode}")
             print(f"  end to end {kind} over the dense network alone, {mode}: {share:.2f}")
