@@ -16,13 +16,14 @@ from agents.actor_critic import ActorCritic
 from agents.figures import learning_figure
 from agents.growth import policy_shock
 from agents.methods import Agent
+from agents.phases import METRICS, figure
 from agents.ppo import train
 from agents.recorder import UpdateRecorder
 from agents.settings import Config
 from agents.statistics import learning_curve
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.intervention import Intervention, Periodic
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.lab.experiment import At, Experiment, Results, Session
 from dynmoe.lab.figures import band, new_figure, save
@@ -53,7 +54,8 @@ class ReinforcementLearning(Experiment):
         config.check()
         intervention: Intervention = config.intervention.build()
         reason = intervention.without_tasks()
-        if reason is not None:
+        told = envs.has_floors(config.env) and isinstance(intervention, Periodic)
+        if reason is not None and not told:  # arrivals on floors stand for task starts
             raise UserError(reason)
         agent: Agent = config.method.build()
         agent.make_block(config, _growing_steps(config), config.seed)(
@@ -108,12 +110,19 @@ class ReinforcementLearning(Experiment):
         if metric == "of_the_most":
             final, most = summary["final_return"], summary["max_return"]
             return 100 * final / most if final is not None and most else math.nan
+        if metric in METRICS:
+            return figure(summary, metric) if "shifts" in summary else math.nan
         found = summary[metric]
         return math.nan if found is None else float(found)
 
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Returns are no shares."""
-        return 1.0, "", {"growths": 0, "parameters": 0, "of_the_most": 1}.get(metric, 2)
+        whole = ("growths", "parameters", "recovery", "last_stage")
+        return 1.0, "", 0 if metric in whole else 1 if metric == "of_the_most" else 2
+
+    def describe(self, metric: str, at: At) -> str:
+        """What is told of phases in full."""
+        return METRICS.get(metric) or super().describe(metric, at)
 
     def entry(self, results: Results, stream: str, variant: str) -> dict[str, Any]:
         """Every seed's return and learning curve, and intervals."""
@@ -155,6 +164,28 @@ class ReinforcementLearning(Experiment):
         return f"{config.env}, {config.encoder.part.name}, {config.num_envs} environments"
 
 
+@dataclass(frozen=True)
+class PhasedLearning(ReinforcementLearning):
+    """The same, with what is known of phases and floors in its tables (see `agents.phases`)."""
+
+    columns = (
+        ("final return", "final_return", "last"),
+        ("return of phases", "phase_return", "last"),
+        ("recovery, steps", "recovery", "last"),
+        ("last stage after", "last_stage", "last"),
+        ("earlier phases", "earlier_return", "last"),
+        ("lost of them", "forgetting", "last"),
+        ("newest on new floor, first", "newest_at_first", "last"),
+        ("at the end", "newest_on_new", "last"),
+        ("on older floors", "newest_on_old", "last"),
+        ("floor information", "floor_information", "last"),
+        ("SRP", "segment_routing", "last"),
+        ("SCH", "segment_cache", "last"),
+        ("parameters", "parameters", "last"),
+    )
+    missing = ""
+
+
 class AgentSession(Session):
     """One agent at all its updates."""
 
@@ -181,6 +212,7 @@ class AgentSession(Session):
         self.recorder: UpdateRecorder = UpdateRecorder(
             run, config, self.state, env, self.policy, self.controller
         )
+        self.recorder.arrived.append(lambda stage: self.intervention.task_starts(stage, None))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after an update."""
@@ -223,6 +255,10 @@ class AgentSession(Session):
         known = [value for _, value in curve if value is not None]
         tail = known[-max(1, math.ceil(len(known) / 10)) :]
         events = self.controller.events if self.controller else []
+        phases: dict[str, Any] = {}
+        if self.env.num_floors > 1:
+            phases = {"shifts": self.recorder.shifts.begun, **self.recorder.phases}
+            phases["stage_floors"] = self.env.stage_floors
         return {
             "method": config.variant,
             "env": config.env,
@@ -233,6 +269,7 @@ class AgentSession(Session):
             "curve": curve,
             "final_return": sum(tail) / len(tail) if tail else None,
             "growth": [asdict(event) for event in events],
+            **phases,
         }
 
     def close(self) -> None:

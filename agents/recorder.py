@@ -14,6 +14,7 @@ from torch import Tensor
 from agents.actor_critic import ActorCritic, as_input
 from agents.figures import layout, router_figure, write_figure
 from agents.growth import sample, signals
+from agents.phases import Shifts, consistency, returns_on_phases
 from agents.ppo import UpdateStats, estimate_advantages
 from agents.rollout import Rollout
 from agents.settings import Config
@@ -36,6 +37,8 @@ class UpdateRecorder(Recorder):
         curve: (environment steps, mean return since the point before or None), one per look.
         update: how many are done.
         floors: where the agents stand after the latest one.
+        arrived: told the number of each new stage, before any growth.
+        phases: what is known of shifts and floors, for the summary.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class UpdateRecorder(Recorder):
         self.routing = FloorRouting(env.num_floors)
         self.traces = Traces()
         self.curve: list[list[float | None]] = []
+        self.shifts = Shifts()
+        self.arrived: list[Callable[[int], None]] = []
+        self.phases: dict[str, Any] = {"phase_returns": [], "newest_shares": [], "routing": {}}
         self.began = (time.monotonic(), 0)
         self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
         self.update, self.floors = 0, torch.empty(0)
@@ -72,7 +78,10 @@ class UpdateRecorder(Recorder):
         if last or update % config.probe_every == 0:
             self._look(steps, rollout)
         if not last:
+            self._see_shift(steps, rollout)
             self._grow(steps, rollout, stats)
+        elif config.phase_returns:
+            self._play(steps, self.env.num_phases)
         self.measured = {}
         if self.progress.due(steps) or last:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
@@ -88,6 +97,8 @@ class UpdateRecorder(Recorder):
             "episodes": self.episodes.state_dict(),
             "routing": self.routing.state_dict(),
             "traces": self.traces.state_dict(),
+            "shifts": self.shifts.begun,
+            "phases": self.phases,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -96,12 +107,17 @@ class UpdateRecorder(Recorder):
         self.began = (time.monotonic(), state["steps"])
         for part in ("episodes", "routing", "traces"):
             getattr(self, part).load_state_dict(state[part])
+        self.shifts.begun = state.get("shifts", self.shifts.begun)  # older runs lack them
+        self.phases = state.get("phases", self.phases)
 
     def _look(self, steps: int, rollout: Rollout) -> None:
         """Log episodes, routing and plasticity, and draw the best episode's routing."""
         values = self.episodes.values() | self.routing.values(self._experts())
         for layer, use in routing_stats(self.policy).items():
             values |= {f"router/{name}/{layer}": value for name, value in use.items()}
+        if self.traces.best is not None:
+            values |= consistency(self.traces.best.gates, self._experts())
+        self._keep_routing(steps, values)
         self.measured = self._plasticity(rollout)
         values |= self.measured
         self.run.log.scalars(steps, values)
@@ -166,6 +182,36 @@ class UpdateRecorder(Recorder):
         event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:
             self.log_growth(steps, asdict(event))
+
+    def _see_shift(self, steps: int, rollout: Rollout) -> None:
+        """Play what came before a shift, and tell of it."""
+        stage = self.shifts.see(steps, rollout, self.env.phase, self.env.num_floors)
+        if stage is not None:
+            if self.config.phase_returns:
+                self._play(steps, stage)
+            for tell in self.arrived:
+                tell(stage)
+
+    def _play(self, steps: int, phases: int) -> None:
+        """Keep the returns on the first `phases` phases."""
+        config = self.config
+        found = returns_on_phases(self.env, self.policy, phases, config.seed, config.autocast)
+        self.phases["phase_returns"].append([steps, found])
+
+    def _keep_routing(self, steps: int, values: dict[str, float]) -> None:
+        """Keep the newest expert's share by floor, and what the routing tells of floors and time.
+
+        Shares are means over the MoE layers.
+        """
+        loads, newest = self.routing.loads(self._experts()), self._experts() - 1
+        shares = [load[:, newest] for load in loads.values()]
+        if self.env.num_floors < 2 or not shares:
+            return
+        means = torch.stack(shares).mean(dim=0).tolist()
+        by_floor = [list(pair) for pair in zip(self.routing.visited(), means, strict=True)]
+        self.phases["newest_shares"].append([steps, by_floor])
+        kept = ("router/floor_information_share/", "router/segment_")
+        self.phases["routing"] |= {k: v for k, v in values.items() if k.startswith(kept)}
 
     def _experts(self) -> int:
         return most_experts(self.policy)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import envs
 from agents.encoders import Encoder
 from agents.ppo import PPOSettings
 from dynmoe import registry
@@ -39,7 +40,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         ),
         "More of PPO, and measurements": (
             "gae_lambda", "clip", "clip_value", "value_weight", "max_grad_norm",
-            "normalise_advantage", "adam_eps", "probe_every", "probe_samples",
+            "normalise_advantage", "adam_eps", "probe_every", "probe_samples", "phase_returns",
         ),
         "Environment": (
             "env_args", "normalize_observations", "normalize_rewards", "renderer",
@@ -71,6 +72,8 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     """updates between two measurements of plasticity and routing"""
     probe_samples: int = 256
     """observations of the latest rollout for the plasticity metrics"""
+    phase_returns: bool = False
+    """play the phases so far at each shift, and all at the end (Stages-v0, Craftax-Phases-v1)"""
     evaluate: Path | None = place(None)
     """a run's folder or checkpoint: play with that agent, train nothing"""
     video: Path | None = place(None)
@@ -94,6 +97,8 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         agents = [self.method.part, *(registry.get("agent", n) for n in self.compare if n in known)]
         names = "--method " + " ".join(dict.fromkeys(agent.name for agent in agents))
         reasons = self.unused_growth(names, {o for agent in agents for o in agent.reads})
+        if not envs.has_phases(self.env):
+            reasons["phase_returns"] = f"{self.env} has no phases; leave it out"
         reasons["trigger.rows"] = "updates of rl are values as they are, not joined; leave it out"
         if not any(agent.learns for agent in agents):
             reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}

@@ -7,20 +7,32 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import torch
 
     from envs.vector import TorchVectorEnv
 
-__all__ = ["make"]
+__all__ = ["has_floors", "has_phases", "make"]
 CRAFTAX_USUAL = {
     "observation": None, "renderer": "fast", "env_device": "auto", "max_timesteps": None,
 }  # fmt: skip
 """Settings that only Craftax has, and their defaults."""
+
+
+def has_phases(name: str) -> bool:
+    """Whether environments of that name can begin their episodes on the floors of phases."""
+    return name in ("Stages-v0", "Craftax-Phases-v1")
+
+
+def has_floors(name: str) -> bool:
+    """Whether environments of that name tell floors apart, so that arrivals there are known."""
+    return has_phases(name) or name in ("Craftax-Pixels-v1", "Craftax-Symbolic-v1")
 
 
 def make(
@@ -47,7 +59,8 @@ def make(
         device: of all tensors: auto, cpu, cuda or cuda:N.
         observation, renderer, env_device, max_timesteps: see envs.craftax.CraftaxVectorEnv; other
             environments have no such choice.
-        env_args: keyword arguments of a gymnasium environment.
+        env_args: keyword arguments of a gymnasium environment; options of a debug one or of
+            Craftax-Phases-v1.
         normalize_observations, normalize_rewards, gamma: see envs.wrappers; gymnasium's only.
 
     Raises:
@@ -56,33 +69,51 @@ def make(
     if num_envs < 1:
         raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
     from dynmoe.lab.device import resolve
-    from envs import craftax, debug
+    from envs import craftax, craftax_phases, debug
+
+    ours = (*craftax.NAMES, craftax_phases.NAME, *debug.GAMES)
 
     where = resolve(str(device))
     values = (observation, renderer, env_device, max_timesteps)
     settings: dict[str, Any] = dict(zip(CRAFTAX_USUAL, values, strict=True))
     gymnasium_only: dict[str, Any] = {
-        "env_args": env_args or {},
         "normalize_observations": normalize_observations,
         "normalize_rewards": normalize_rewards,
     }
     for setting, value in gymnasium_only.items():
-        if value and name in (*craftax.NAMES, *debug.GAMES):
+        if value and name in ours:
             raise UserError(
                 f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
             )
+    options = env_args or {}
     if name in craftax.NAMES:
+        _known(name, options, ())
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
+    if name == craftax_phases.NAME:
+        _known(name, options, craftax_phases.OPTIONS)
+        return craftax_phases.CraftaxPhases(num_envs, seed, where, **(settings | options))
     for setting, value in settings.items():
         if value != CRAFTAX_USUAL[setting] and (name in debug.GAMES or _in_gymnasium(name)):
             raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
     if name in debug.GAMES:
-        return debug.Stages(name, num_envs, seed, where)
+        _known(name, options, [field.name for field in fields(debug.StagesOptions)])
+        return debug.Stages(name, num_envs, seed, where, **options)
     if _in_gymnasium(name):
         from envs.gym import GymEnv
 
-        return GymEnv(name, num_envs, seed, where, gamma=gamma, **gymnasium_only)
-    raise _unknown(name, [*craftax.NAMES, *debug.GAMES])
+        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **gymnasium_only)
+    raise _unknown(name, list(ours))
+
+
+def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse options that an environment of ours does not have."""
+    for option, value in options.items():
+        if not known:
+            raise UserError(
+                f"env_args {options!r} is not for {name}, which has no options; leave it out"
+            )
+        if option not in known:
+            raise unknown(f"option of {name}", option, known, f"(env_args: {option}={value!r})")
 
 
 def _unknown(name: str, known: list[str]) -> UserError:

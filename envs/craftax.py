@@ -107,7 +107,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         """Forget all episodes."""
         self.seed = seed
         self._chance = _key(seed, "steps")
-        self._worlds = _Worlds(self._programs, self._jax_device, _key(seed, "worlds"))
+        self._worlds = self._new_worlds(_key(seed, "worlds"))
         self._waiting = np.zeros(0, np.int64)  # environments that are in a new world from now on
 
     def reset(
@@ -130,7 +130,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         taken = self.as_actions(actions).to(torch.int32).numpy()
         self._carry, out = self._programs.step(
             *(self._carry, self._worlds.worlds, rows, count),
-            *(taken, self._chance, np.int32(self.max_timesteps)),
+            *(taken, self._chance, np.int32(self._longest())),
         )
         self._worlds.use(self._waiting)
         observations = final = self._frames(self._look())
@@ -199,6 +199,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
             return jax.device_put(np.array(saved.cpu().numpy(), like.dtype), self._jax_device)
 
         self._begin(state["seed"])
+        self._resume(state)
         self._worlds.episodes[:] = state["episodes"].cpu().numpy()
         self._carry = jax.tree.map(restored, wanted, {name: state[name] for name in wanted})
         seen = self._look().clone()
@@ -217,6 +218,17 @@ class CraftaxVectorEnv(TorchVectorEnv):
             f"CraftaxVectorEnv({self.name!r}, {self.num_envs}, device={str(self.device)!r}, "
             f"observation={self.observation!r})"
         )
+
+    def _new_worlds(self, key: np.ndarray) -> Worlds:
+        """None made yet."""
+        return Worlds(self._programs, self._jax_device, key)
+
+    def _longest(self) -> int:
+        """Length at which the next step cuts episodes off."""
+        return self.max_timesteps
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """What a subclass has in `state_dict` besides, before any world is made."""
 
     def _enter(self, rows: np.ndarray) -> Tensor:
         """Have environments `rows` begin new episodes; what is seen of all next worlds [N, ...]."""
@@ -244,7 +256,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         return torch.from_numpy(np.array(values)).to(self.device)
 
 
-class _Worlds:
+class Worlds:
     """The next world of every environment, made by the block when one is wanted and not there.
 
     Attributes:
@@ -273,8 +285,12 @@ class _Worlds:
             self.worlds = self.programs.make(
                 self.worlds, self.key, block, episodes, np.int32(len(some))
             )
+            self.made()
             self.there[some] = True
         return not before
+
+    def made(self) -> None:
+        """More worlds are there; a subclass may change them."""
 
     def use(self, rows: np.ndarray) -> None:
         """Environments `rows` have begun the episodes of their worlds."""

@@ -225,7 +225,7 @@ def _build_view(classic: bool, n: int, what: str) -> Program:
         def see(state: Tree) -> Array:
             return jnp.round(frame(state)).astype(jnp.uint8) if whole else frame(state) / 255.0
 
-    return Program(lambda states: jax.vmap(see)(_tree(classic, states)), (_states(classic, n),))
+    return Program(lambda states: jax.vmap(see)(tree(classic, states)), (_states(classic, n),))
 
 
 def _upstream_frames(package: str) -> Callable[[Tree], Array]:
@@ -251,7 +251,7 @@ def _make(
 
     fold, make = jax.random.fold_in, game(classic).make
     new = jax.vmap(lambda i, episode: make(fold(fold(key, episode), i)))(rows, episodes)
-    return _copy(worlds, _by_name(new), jax.numpy.arange(len(rows)), rows, count)
+    return _copy(worlds, by_name(new), jax.numpy.arange(len(rows)), rows, count)
 
 
 def _step(
@@ -270,7 +270,7 @@ def _step(
     carry = _start(carry, worlds, rows, count)
     rules, now = game(classic), jax.random.fold_in(key, carry["step"])
     keys = jax.vmap(lambda i: jax.random.fold_in(now, i))(jnp.arange(len(actions)))
-    state, reward = jax.vmap(rules.step)(keys, _tree(classic, carry["state"]), actions)
+    state, reward = jax.vmap(rules.step)(keys, tree(classic, carry["state"]), actions)
     over = jax.vmap(rules.is_over, in_axes=(0, None))
     # upstream ends an episode for its length as for a death; at time 0 only the death is left
     terminated = over(state.replace(timestep=jnp.zeros_like(state.timestep)), most)
@@ -278,7 +278,7 @@ def _step(
     floor = jax.vmap(rules.floor)(state)
     returns, deepest = carry["returns"] + reward, jnp.maximum(carry["deepest"], floor)
     carry = {
-        "state": _by_name(state),
+        "state": by_name(state),
         "step": carry["step"] + 1,
         "returns": returns,
         "deepest": deepest,
@@ -322,7 +322,12 @@ def _world(classic: bool) -> Tree:
 
 def _states(classic: bool, n: int) -> State:
     """Shapes and types of n worlds."""
-    return {name: _spec((n, *x.shape), x.dtype) for name, x in _by_name(_world(classic)).items()}
+    return {name: _spec((n, *x.shape), x.dtype) for name, x in by_name(_world(classic)).items()}
+
+
+def shapes(num_envs: int) -> tuple[State, Any]:
+    """What programs over N worlds of Craftax take: the worlds, and one int32."""
+    return _states(False, num_envs), _spec((), np.int32)
 
 
 def _spec(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -331,15 +336,17 @@ def _spec(shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _by_name(tree: Tree) -> State:
+def by_name(tree: Tree) -> State:
+    """Upstream's states by the names of their fields."""
     import jax
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
-def _tree(classic: bool, state: State) -> Tree:
+def tree(classic: bool, state: State) -> Tree:
+    """Upstream's states, of their fields by name."""
     import jax
 
     world = _world(classic)
-    return jax.tree.unflatten(jax.tree.structure(world), [state[name] for name in _by_name(world)])
+    return jax.tree.unflatten(jax.tree.structure(world), [state[name] for name in by_name(world)])

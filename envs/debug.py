@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,53 @@ from gymnasium import spaces
 from torch import Tensor
 
 from dynmoe import seeding
+from dynmoe.errors import UserError
 from envs.vector import Actions, Info, TorchVectorEnv, step_info
 
 GAMES = {"Identity-v0": 1, "Stages-v0": 3}
 """Name -> number of floors."""
 SYMBOLS = 4
+"""actions; and symbols of a floor, unless others are asked for"""
 TO_NEXT_FLOOR = 6
 LONGEST_EPISODE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesOptions:
+    """What can be changed about the game; `--env-args` of the command line."""
+
+    need: int = 0
+    """right actions in a row that lead one floor down; 0: six in all"""
+    floors: int = 0
+    """number of floors; 0 for the game's own"""
+    symbols: int = SYMBOLS
+    """symbols of each floor"""
+    sights: int = 0
+    """numbers that show a symbol, where every floor has symbols of its own; 0: one-hot vectors of
+    floor and symbol, and the same symbols everywhere"""
+    longest: int = LONGEST_EPISODE
+    """steps after which an episode is cut off"""
+    first: int = 0
+    """floor that episodes begin on"""
+
+    def check(self, name: str) -> StagesOptions:
+        """With the game's own number of floors filled in.
+
+        Raises:
+            UserError: names the option that cannot be.
+        """
+        floors = self.floors or GAMES[name]
+        bounds = {
+            "need": (0, self.longest), "floors": (1, 256), "symbols": (1, 256),
+            "sights": (0, 4096), "longest": (1, 10**9), "first": (0, floors - 1),
+        }  # fmt: skip
+        for option, (low, high) in bounds.items():
+            value = floors if option == "floors" else getattr(self, option)
+            if not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"{name}: {option}={value} must be in {low}..{high}")
+        if self.need and floors == 1:
+            raise UserError(f"{name}: need={self.need} leads nowhere with one floor; leave it out")
+        return replace(self, floors=floors)
 
 
 class Stages(TorchVectorEnv):
@@ -27,21 +68,41 @@ class Stages(TorchVectorEnv):
     after 32 steps it is cut off (truncated). With one floor it lasts 32 steps: SB3's IdentityEnv.
     Observations are the bytes (floor, symbol), unpacked to a one-hot vector each.
 
+    With `need`, later floors come only after learning: so many right actions in a row lead on, a
+    wrong one sets the row back to 0, and a right one pays 1 where the row is the longest yet on
+    this floor. So nothing is gained by staying, and an episode returns at most need x floors. Of
+    actions at random, 5 % of episodes of 64 steps leave the first floor at need 5, 1 % at need 6.
+    With `sights`, each floor shows symbols of its own, as vectors of standard normal numbers that
+    belong to the game, not to the seed: what is learnt of one floor neither helps nor stays apart.
+
     Args:
         name: "Identity-v0" (1 floor) or "Stages-v0" (3 floors, each another task).
         num_envs, seed, device: as for all environments.
+        options: fields of `StagesOptions`.
+
+    Raises:
+        UserError: an option that cannot be.
     """
 
     def __init__(
-        self, name: str, num_envs: int, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        name: str,
+        num_envs: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        **options: int,
     ) -> None:
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device = torch.device(device)
-        self.num_floors = GAMES[name]
+        self.options = StagesOptions(**options).check(name)
+        self.need = self.options.need or TO_NEXT_FLOOR
+        self.num_floors = self.num_phases = self.options.floors
         self.achievements = tuple(f"enter_floor_{f}" for f in range(1, self.num_floors))
-        self.max_return = float(LONGEST_EPISODE if self.num_floors == 1 else 6 * self.num_floors)
-        self.input_shape = (self.num_floors + SYMBOLS,)
-        high = np.array([self.num_floors - 1, SYMBOLS - 1], dtype=np.uint8)
+        most = self.options.longest if self.num_floors == 1 else self.need * self.num_floors
+        self.max_return = float(most)
+        self.looks = self._looks().to(self.device)
+        self.input_shape = tuple(self.looks.shape[1:])
+        high = np.array([self.num_floors - 1, self.options.symbols - 1], dtype=np.uint8)
         shown = spaces.Box(np.zeros(2, np.uint8), high, dtype=np.uint8)
         self.set_spaces(shown, spaces.Discrete(SYMBOLS))
         self._start(seed)
@@ -61,35 +122,45 @@ class Stages(TorchVectorEnv):
     def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
         """One step of all environments with actions [N]."""
         right = self.as_actions(actions).to(self.device) == (self.symbol + self.floor) % SYMBOLS
+        self.progress += right
         reward = right.float()
+        if self.options.need:
+            self.progress[~right] = 0
+            reward = (self.progress > self.longest_row).float()
+            self.longest_row = torch.maximum(self.longest_row, self.progress)
         self.score += reward
         self.length += 1
-        self.progress += right
-        climbs = (self.progress == TO_NEXT_FLOOR) & (self.num_floors > 1)
+        climbs = (self.progress == self.need) & (self.num_floors > 1)
         self.progress[climbs] = 0
+        self.longest_row[climbs] = 0
         terminated = climbs & (self.floor == self.num_floors - 1)
         self.floor += (climbs & ~terminated).long()
-        truncated = (self.length == LONGEST_EPISODE) & ~terminated
+        truncated = (self.length == self.options.longest) & ~terminated
         done = terminated | truncated
         self.symbol: Tensor = self._draw()
         final = self._observe()
         stages = torch.arange(1, self.num_floors, device=self.device)
         ended = (self.score.clone(), self.length.clone(), self.floor.clone())
         unlocked = self.floor.unsqueeze(1) >= stages
-        for value in (self.floor, self.progress, self.length, self.score):
+        for value in (self.progress, self.longest_row, self.length, self.score):
             value[done] = 0
+        self.floor[done] = self.options.first
         info = step_info(final, done, *ended, unlocked, self.floor.clone())
         return self._observe(), reward, terminated, truncated, info
 
     def unpack(self, observations: Tensor) -> Tensor:
-        """One-hot floor and symbol, float32 [B, floors + 4]."""
+        """One-hot floor and symbol, float32 [B, floors + symbols]; or the symbols' sights."""
         floor, symbol = observations.long().unbind(1)
-        parts = [F.one_hot(floor, self.num_floors), F.one_hot(symbol, SYMBOLS)]
-        return torch.cat(parts, dim=1).float()
+        return self.looks[floor * self.options.symbols + symbol]
+
+    def on_phase(self, phase: int) -> Stages:
+        """The same game, with episodes that begin on that floor."""
+        options = asdict(replace(self.options, first=phase))
+        return Stages(self.name, self.num_envs, self.seed, self.device, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the generator."""
-        names = ("floor", "symbol", "progress", "length", "score")
+        names = ("floor", "symbol", "progress", "longest_row", "length", "score")
         return {name: getattr(self, name).cpu().clone() for name in names} | {
             "generator": self.generator.get_state()
         }
@@ -109,13 +180,24 @@ class Stages(TorchVectorEnv):
     def _begin(self) -> None:
         """New episodes everywhere."""
         counts = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
-        self.floor, self.progress, self.length = counts.clone(), counts.clone(), counts.clone()
+        self.floor = counts + self.options.first
+        self.progress, self.longest_row, self.length = (counts.clone() for _ in range(3))
         self.score = counts.float()
         self.symbol = self._draw()
 
+    def _looks(self) -> Tensor:
+        """What each floor's symbols look like, in order: [floors * symbols, D]."""
+        floors, symbols = self.num_floors, self.options.symbols
+        if self.options.sights:
+            own = seeding.generator(0, self.name, "sights")
+            return torch.randn(floors * symbols, self.options.sights, generator=own)
+        floor = F.one_hot(torch.arange(floors), floors).repeat_interleave(symbols, dim=0)
+        symbol = F.one_hot(torch.arange(symbols), symbols).repeat(floors, 1)
+        return torch.cat([floor, symbol], dim=1).float()
+
     def _draw(self) -> Tensor:
         """Next symbols [N]."""
-        drawn = torch.randint(SYMBOLS, (self.num_envs,), generator=self.generator)
+        drawn = torch.randint(self.options.symbols, (self.num_envs,), generator=self.generator)
         return drawn.to(self.device)
 
     def _observe(self) -> Tensor:

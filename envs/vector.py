@@ -57,6 +57,9 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where observations, rewards and all else come out, and where actions may be.
         input_shape: shape of one unpacked observation, (C, H, W) or (D,).
         num_floors: stages the environment tells apart; 1 where it has none.
+        phase: the present phase of an environment that has a plan of them, or None.
+        num_phases: parts of training whose episodes begin elsewhere, or floors that episodes can be
+            begun on, see `on_phase`; 1 where there are none.
         achievements: names of what an episode can unlock, in the order of `info["achievements"]`.
         max_return: the most an episode can return, or None where there is no such number.
     """
@@ -65,6 +68,8 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     device: torch.device
     input_shape: tuple[int, ...]
     num_floors: int = 1
+    num_phases: int = 1
+    phase: int | None = None
     achievements: tuple[str, ...] = ()
     max_return: float | None = None
     resumable: ClassVar[bool] = True
@@ -128,6 +133,15 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
         """Restore `state_dict()`; returns the present observations [N, ...]."""
+
+    @property
+    def stage_floors(self) -> list[int]:
+        """Floor of each stage that training may get to: those of the phases, or all floors."""
+        return list(range(self.num_floors))
+
+    def on_phase(self, phase: int) -> TorchVectorEnv:
+        """As many environments whose episodes all begin as those of a phase, 0..num_phases - 1."""
+        raise NotImplementedError(f"{type(self).__name__} has no phases")
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""

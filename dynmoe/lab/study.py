@@ -84,6 +84,10 @@ class Study(Part, ABC, kind="study"):
         """A variant's flags on one stream; as they are unless defined."""
         return flags
 
+    def experiment(self, own: Experiment) -> Experiment:
+        """What the command does; with other columns of the tables where a study defines it."""
+        return own
+
     def searches(self, preset: Preset) -> dict[str, list[str]]:
         """Variant -> flags to choose among before the seeds are run; none unless defined."""
         return {}
@@ -128,6 +132,7 @@ def run_study(
     Raises:
         UserError: flags that do not fit, or an unknown stream.
     """
+    experiment = study.experiment(experiment)
 
     def planned(own: str, base: list[str], chosen: list[int], label: str) -> list[Job]:
         argv = [*shlex.split(own), *base]
