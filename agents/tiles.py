@@ -31,6 +31,9 @@ REACH = 2
 POOL = 3
 REPEATED = 0.5
 """least share of a frame's tiles that must be elsewhere as well; else it takes the dense pass"""
+MOST = 0.25
+"""most positions of responses, as a share of the frames' pixels; beyond it all take the dense pass,
+which is cheaper per position"""
 
 
 class TiledConvolution(nn.Conv2d):
@@ -52,7 +55,8 @@ class TiledConvolution(nn.Conv2d):
         if x.dtype != torch.uint8 or x.device.type != "cpu":
             return self.dense(x)
         ids, tiles, repeated = distinct_tiles(x, self.tile)
-        if not len(tiles):
+        positions = len(tiles) * (self.tile + 2 * REACH) ** 2
+        if not len(tiles) or positions > MOST * len(ids) * x.shape[2] * x.shape[3]:
             return self.dense(x)
         responses = F.conv2d(self._scaled(tiles), self.weight, padding=2 * REACH)
         bias = self.bias if self.bias is not None else self.weight.new_zeros(len(self.weight))
