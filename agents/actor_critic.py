@@ -91,7 +91,7 @@ class ActorCritic(nn.Module):
         outputs = self.distribution.outputs
         make = {place: make_block if place in encoder.place else dense_block for place in PLACES}
         frames: Encoder = encoder.build(shape)
-        features = frames.out_features
+        features, self.reads_bytes = frames.out_features, frames.reads_bytes
         self.trunk = nn.Sequential(frames)
         if "trunk" in encoder.place:
             self.trunk.append(make["trunk"](features, encoder.hidden, features))
@@ -110,7 +110,7 @@ class ActorCritic(nn.Module):
 
         The parameters are logits [B, A] where actions are Discrete(A).
         """
-        features = self.trunk(as_input(x))
+        features = self.trunk(x if self.reads_bytes else as_input(x))
         parameters = self.distribution(self.actor(features).float())
         return parameters, self.critic(features).squeeze(1).float()
 
@@ -144,28 +144,29 @@ def as_input(x: Tensor) -> Tensor:
 @contextmanager
 def acting(policy: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block: nothing of the policy moves."""
-    with _kept(policy):
-        policy.eval()
+    with _flags(policy, lambda module: False):
         yield
 
 
 @contextmanager
 def learning(policy: nn.Module) -> Iterator[None]:
     """Training mode inside the block, but for modules whose outputs would differ in it."""
-    with _kept(policy):
-        policy.train()
-        for module in policy.modules():
-            if isinstance(module, CHANGEABLE):
-                module.eval()
+    still = {part for m in policy.modules() if isinstance(m, CHANGEABLE) for part in m.modules()}
+    with _flags(policy, lambda module: module not in still):
         yield
 
 
 @contextmanager
-def _kept(policy: nn.Module) -> Iterator[None]:
-    """Put all training flags back after the block."""
-    before = [(module, module.training) for module in policy.modules()]
+def _flags(policy: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Training flags as wanted inside the block, and as they were after it.
+
+    Only those that differ are set: this is done at every step, and setting one takes microseconds.
+    """
+    changed = [module for module in policy.modules() if module.training != wanted(module)]
     try:
+        for module in changed:
+            module.training = not module.training
         yield
     finally:
-        for module, flag in before:
-            module.training = flag
+        for module in changed:
+            module.training = not module.training

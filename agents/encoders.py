@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from agents.tiles import TiledConvolution
 from dynmoe.errors import UserError
 from dynmoe.registry import Part, PartConfig
 
@@ -34,10 +35,12 @@ class Encoder(nn.Module, Part, kind="encoder"):
         the Craftax baselines)"""
 
     out_features: int
+    reads_bytes: bool = False
+    """whether images come as they are, uint8; else they are floats"""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F] of float observations x [B, C, H, W] or [B, D]."""
+        """Features [B, F] of observations x [B, C, H, W] or [B, D]."""
 
 
 def image_shape(encoder: str, shape: tuple[int, ...], least: int) -> tuple[int, int, int]:
@@ -76,6 +79,19 @@ def check_sizes(encoder: str, least: int = 1, **sizes: int | tuple[int, ...]) ->
     for name, value in sizes.items():
         if min(value if isinstance(value, tuple) else (value,), default=least) < least:
             raise UserError(f"encoder {encoder}: {name}={value} must be at least {least}")
+
+
+def check_tile(encoder: str, tile: int, sides: list[int], given: int | None = None) -> None:
+    """Refuse tiles that do not fill frames of these sides.
+
+    Raises:
+        UserError: names the option, as it was `given`.
+    """
+    if tile < 1 or any(side % tile for side in sides):
+        raise UserError(
+            f"encoder {encoder}: tile={tile if given is None else given} does not suit frames of "
+            f"{sides[0]}x{sides[1]}; set --encoder.tile to a divisor of both"
+        )
 
 
 class Layered(Encoder):
@@ -148,13 +164,24 @@ class Conv(
         """one more linear layer, as wide as there are actions, behind the actor's block"""
         channels: int = 32
         """channels of each convolution"""
+        tile: int = 0
+        """pixels of the tiles that frames are made of (Craftax 10, Classic 7): computes the first
+        convolution once per distinct tile, on a CPU; 0 for from every pixel"""
 
     def __init__(self, config: Config, shape: tuple[int, ...]) -> None:
         check_sizes("conv", channels=config.channels)
+        check_sizes("conv", least=0, tile=config.tile)
+        channels, *sides = image_shape("conv", shape, 27)
         layers = nn.Sequential()
-        for before, after in pairwise([image_shape("conv", shape, 27)[0], *[config.channels] * 3]):
+        for before, after in pairwise([channels, *[config.channels] * 3]):
             convolution = orthogonal(nn.Conv2d(before, after, 5, padding=2))
             layers.extend([convolution, nn.MaxPool2d(3), nn.ReLU()])
+        if config.tile:
+            check_tile("conv", config.tile, sides)
+            tiled = TiledConvolution(channels, config.channels, config.tile)
+            tiled.load_state_dict(layers[0].state_dict())
+            layers[0], layers[1] = tiled, nn.Identity()  # it pools as well
+            self.reads_bytes = True
         super().__init__(layers.append(nn.Flatten()), shape)
 
 
@@ -216,11 +243,7 @@ class Patch(Layered, name="patch"):
         check_sizes("patch", channels=config.channels, mixed=config.mixed)
         channels, height, width = image_shape("patch", shape, 7)
         tile = config.tile or next((t for t in (10, 7) if not (height % t or width % t)), 0)
-        if tile < 1 or height % tile or width % tile:
-            raise UserError(
-                f"encoder patch: tile={config.tile} does not suit frames of {height}x{width}; set "
-                "--encoder.tile to a divisor of both"
-            )
+        check_tile("patch", tile, [height, width], config.tile)
         layers = nn.Sequential(
             orthogonal(nn.Conv2d(channels, config.channels, tile, stride=tile)),
             nn.ReLU(),

@@ -1,15 +1,13 @@
-"""Playing with a trained agent: `python -m dynmoe.rl --evaluate FOLDER --video x.mp4`.
+"""Playing with an agent: its episodes, what they say about it, and the best one in full.
 
-Its episodes, what they say about it, and the best one in full. Shapes: N environments, T steps of a
+Shapes: N environments, T steps of a
 rollout, L steps of an episode, A achievements.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +17,10 @@ from torch import Tensor
 
 from agents import ppo
 from agents.actor_critic import ActorCritic
-from agents.experiment import make_env, make_policy
-from agents.figures import router_figure, write_figure
 from agents.rollout import Episode, Rollout, collect
-from agents.settings import Config
 from agents.statistics import Trace
-from agents.video import write_video
 from dynmoe import seeding
-from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention
-from dynmoe.lab import checkpoint
-from dynmoe.lab.config import from_dict
-from dynmoe.lab.device import keep_freed_memory, resolve
-from dynmoe.lab.files import finite, write_json
+from dynmoe.lab.files import finite
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.statistics import Interval, confidence_interval, iqm
 from dynmoe.moe.model import undisturbed
@@ -173,15 +162,28 @@ def print_evaluation(summary: dict[str, Any], title: str) -> None:
     table.add_row("episodes", f"{summary['episodes']}{left_out}")
     if summary["episodes"]:
         _add_means(table, summary)
-        rates = sorted(summary["achievements"].items(), key=lambda item: -item[1])
         table.add_section()
-        for name, rate in rates:
-            if rate:
-                table.add_row(name, f"{100 * rate:.1f} %")
-        never = sum(not rate for _, rate in rates)
-        if never:
-            table.add_row(f"{never} other achievement{'s' * (never > 1)}", "never")
+        _add_achievements(table, summary["achievements"])
     Console().print(table)
+
+
+def print_achievements(rates: dict[str, float], title: str) -> None:
+    """A table of how many episodes unlocked each, 0..1; those never unlocked as a number."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    _add_achievements(table, rates)
+    Console().print(table)
+
+
+def _add_achievements(table: Table, rates: dict[str, float]) -> None:
+    """Rows by rate."""
+    for name, rate in sorted(rates.items(), key=lambda item: -item[1]):
+        if rate:
+            table.add_row(name, f"{100 * rate:.1f} %")
+    never = sum(not rate for rate in rates.values())
+    if never:
+        table.add_row(f"{never} other achievement{'s' * (never > 1)}", "never")
 
 
 def _add_means(table: Table, summary: dict[str, Any]) -> None:
@@ -201,65 +203,3 @@ def _add_means(table: Table, summary: dict[str, Any]) -> None:
 
 def _mean(values: list[int]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def run_evaluation(config: Config) -> None:
-    """Play with a trained agent (`config.evaluate`); print a table, draw, and write the video.
-
-    Raises:
-        UserError: there is no run, or nothing to film.
-        ResourceError: the checkpoint is damaged.
-    """
-    assert config.evaluate is not None
-    folder, trained, state = _find(config.evaluate)
-    keep_freed_memory()
-    device = resolve(config.device)
-    env = make_env(trained, device)
-    if config.video is not None and len(env.input_shape) != 3:
-        raise UserError(
-            f"--video has no effect: {trained.env} shows vectors of shape {env.input_shape} and no "
-            "images; leave it out"
-        )
-    env.normalise_as(state["env"])
-    intervention: Intervention = trained.intervention.build()
-    policy = make_policy(trained, env, device, intervention)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)  # for what the intervention rebuilds
-    intervention.attach(policy, optimizer, torch.Generator())
-    intervention.rebuild_from(state["intervention"])
-    policy.load_state_dict(state["policy"])
-    with ProgressLine("evaluation", config.max_steps) as progress:
-        episodes, unfinished, trace = play(
-            env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
-            autocast=trained.autocast, observations=config.video is not None, progress=progress,
-        )  # fmt: skip
-    summary = evaluation_summary(env, episodes, unfinished)
-    steps = state["update"] * trained.batch_size
-    title = f"{trained.variant} on {trained.env} after {steps:,} steps"
-    print_evaluation(summary, title)
-    name = f"evaluation-{steps}-seed-{config.seed}"
-    write_json(folder / f"{name}.json", summary)
-    if trace is not None and trace.gates:
-        write_figure(folder / f"{name}-router.png", router_figure(trace, title))
-    if config.video is not None:
-        if trace is None:
-            raise UserError(f"no episode ended within --max-steps {config.max_steps}: no video")
-        write_video(config.video, env, trace)
-        print(f"video: {config.video}")
-    env.close()
-    print(f"results: {folder / name}.json")
-
-
-def _find(path: Path) -> tuple[Path, Config, dict[str, Any]]:
-    """A run's folder, its settings, and the state in one of its checkpoints."""
-    folder = path.parent.parent if path.is_file() else path
-    settings = folder / "config.json"
-    if not settings.is_file():
-        raise UserError(
-            f"--evaluate {path}: no run of this command there; give a folder such as "
-            "runs/rl/NAME/seed-0, or a checkpoint in it"
-        )
-    one = path.is_file()
-    saved = checkpoint.load(path) if one else checkpoint.load_latest(folder / "checkpoints")
-    if saved is None:
-        raise UserError(f"--evaluate {path}: that run has saved no checkpoint yet")
-    return folder, from_dict(Config, json.loads(settings.read_text())), saved["state"]

@@ -13,6 +13,8 @@ import torch
 
 import envs
 from agents.actor_critic import ActorCritic
+from agents.evaluate import print_achievements
+from agents.evaluator import Evaluator
 from agents.figures import learning_figure
 from agents.growth import policy_shock
 from agents.methods import Agent
@@ -45,7 +47,9 @@ class ReinforcementLearning(Experiment):
     """What `dynmoe.rl` does. The metric is the mean return over the last tenth of training."""
 
     command = "rl"
-    least: ClassVar[dict[str, float]] = {"probe_every": 1, "probe_samples": 1}
+    least: ClassVar[dict[str, float]] = {
+        "probe_every": 1, "probe_samples": 1, "eval_every": 0, "eval_steps": 1,
+    }  # fmt: skip
     metric = "final_return"
     columns: ClassVar[tuple[Column, ...]] = (
         ("final return", "final_return", "last"),
@@ -109,6 +113,9 @@ class ReinforcementLearning(Experiment):
     def finished(self, run: Run, config: Config, shared: None, now: bool) -> None:
         """The run's learning curve."""
         assert run.summary is not None
+        if now and run.summary.get("achievements"):
+            steps = f"{run.summary['env_steps']:,}"
+            print_achievements(run.summary["achievements"], f"{config.env} after {steps} steps")
         own = Results({"": {config.variant: [run.summary]}}, {}, self)
         self.draw(run.folder / "learning.png", own, self.title(config, shared))
 
@@ -230,6 +237,10 @@ class AgentSession(Session):
         self.recorder: UpdateRecorder = UpdateRecorder(
             run, config, self.state, env, self.policy, self.controller
         )
+        if config.eval_every:
+            with seeding.kept():
+                own = make_env(config, run.device)
+            self.recorder.evaluator = Evaluator(run, config, self.policy, own, env, self.state)
         self.recorder.arrived.append(lambda stage: self.intervention.task_starts(stage, None))
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -273,10 +284,15 @@ class AgentSession(Session):
         known = [value for _, value in curve if value is not None]
         tail = known[-max(1, math.ceil(len(known) / 10)) :]
         events = self.controller.events if self.controller else []
-        phases: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if self.env.num_floors > 1:
-            phases = {"shifts": self.recorder.shifts.begun, **self.recorder.phases}
-            phases["stage_floors"] = self.env.stage_floors
+            more = {"shifts": self.recorder.shifts.begun, **self.recorder.phases}
+            more["stage_floors"] = self.env.stage_floors
+        if self.recorder.achievements:
+            more["achievements"] = self.recorder.achievements
+        if self.recorder.evaluator is not None:
+            more["evaluations"] = self.recorder.evaluator.scores
+            more["best_evaluation"] = self.recorder.evaluator.best
         return {
             "method": config.variant,
             "env": config.env,
@@ -287,12 +303,14 @@ class AgentSession(Session):
             "curve": curve,
             "final_return": sum(tail) / len(tail) if tail else None,
             "growth": [asdict(event) for event in events],
-            **phases,
+            **more,
         }
 
     def close(self) -> None:
         """The environments."""
         self.env.close()
+        if self.recorder.evaluator is not None:
+            self.recorder.evaluator.env.close()
 
 
 def _growing_steps(config: Config) -> int:

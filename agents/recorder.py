@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.actor_critic import ActorCritic, as_input
+from agents.evaluator import Evaluator
 from agents.figures import layout, router_figure, write_figure
 from agents.growth import sample, signals
 from agents.phases import Shifts, consistency, returns_on_phases
@@ -29,6 +30,8 @@ from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.probes import outside_experts, take_probe
 from envs.vector import TorchVectorEnv
 
+ACHIEVEMENT = "achievement/"
+
 
 class UpdateRecorder(Recorder):
     """The observer of one training run.
@@ -38,6 +41,8 @@ class UpdateRecorder(Recorder):
         update: how many are done.
         floors: where the agents stand after the latest one.
         arrived: told the number of each new stage, before any growth.
+        evaluator: plays now and then; None for never.
+        achievements: share of episodes that unlocked each, over the latest stretch with episodes.
         phases: what is known of shifts and floors, for the summary.
     """
 
@@ -62,6 +67,8 @@ class UpdateRecorder(Recorder):
         self.phases: dict[str, Any] = {
             "phase_returns": [], "played_shares": [], "newest_shares": [], "routing": {},
         }  # fmt: skip
+        self.evaluator: Evaluator | None = None
+        self.achievements: dict[str, float] = {}
         self.began = (time.monotonic(), 0)
         self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
         self.update, self.floors = 0, torch.empty(0)
@@ -84,6 +91,8 @@ class UpdateRecorder(Recorder):
             self._grow(steps, rollout, stats)
         elif config.phase_returns:
             self._play(steps, self.env.num_phases)
+        if self.evaluator is not None:
+            self.evaluator.update_done(update)
         self.measured = {}
         if self.progress.due(steps) or last:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
@@ -101,6 +110,8 @@ class UpdateRecorder(Recorder):
             "traces": self.traces.state_dict(),
             "shifts": self.shifts.begun,
             "phases": self.phases,
+            "achievements": self.achievements,
+            "evaluations": self.evaluator.scores if self.evaluator else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,10 +122,16 @@ class UpdateRecorder(Recorder):
             getattr(self, part).load_state_dict(state[part])
         self.shifts.begun = state.get("shifts", self.shifts.begun)  # older runs lack them
         self.phases = state.get("phases", self.phases)
+        self.achievements = state.get("achievements", {})
+        if self.evaluator is not None:
+            self.evaluator.scores = state.get("evaluations", [])
 
     def _look(self, steps: int, rollout: Rollout) -> None:
         """Log episodes, routing and plasticity, and draw the best episode's routing."""
         values = self.episodes.values() | self.routing.values(self._experts())
+        rates = {k: v for k, v in values.items() if k.startswith(ACHIEVEMENT)}
+        if rates:
+            self.achievements = {k.removeprefix(ACHIEVEMENT): v for k, v in rates.items()}
         for layer, use in routing_stats(self.policy).items():
             values |= {f"router/{name}/{layer}": value for name, value in use.items()}
         if self.traces.best is not None:

@@ -88,7 +88,7 @@ def collect(
         NumericError: the policy's outputs are not finite, or what the environments give.
     """
     out = _empty(env, policy, observations, floors, steps)
-    distribution = policy.distribution
+    distribution, layers = policy.distribution, list(moe_layers(policy))
     with acting(policy):
         for t in range(steps):
             parameters, values = policy(env.unpack(observations))
@@ -101,7 +101,7 @@ def collect(
                 log_probs, _ = distribution.evaluate(parameters, actions)
             out.observations[t], out.floors[t] = observations, floors
             out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
-            for name, layer in moe_layers(policy):
+            for name, layer in layers:
                 assert layer.last_routing is not None  # the policy ran just now
                 out.gates[name][t] = layer.last_routing.gates
             observations, rewards, terminated, truncated, info = env.step(out.actions[t])

@@ -41,6 +41,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         "More of PPO, and measurements": (
             "gae_lambda", "clip", "clip_value", "value_weight", "max_grad_norm",
             "normalise_advantage", "adam_eps", "probe_every", "probe_samples", "phase_returns",
+            "eval_every", "eval_steps",
         ),
         "Environment": (
             "env_args", "normalize_observations", "normalize_rewards", "renderer",
@@ -74,6 +75,11 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     """observations of the latest rollout for the plasticity metrics"""
     phase_returns: bool = False
     """play the phases so far at each shift, and all at the end (Stages-v0, Craftax-Phases-v1)"""
+    eval_every: int = 0
+    """environment steps between evaluations in environments of their own; the best agent is kept
+    in the run's folder best; 0 for none"""
+    eval_steps: int = 2000
+    """steps of such an evaluation after which episodes still running are left out"""
     evaluate: Path | None = place(None)
     """a run's folder or checkpoint: play with that agent, train nothing"""
     video: Path | None = place(None)
@@ -99,6 +105,8 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         reasons = self.unused_growth(names, {o for agent in agents for o in agent.reads})
         if not envs.has_phases(self.env):
             reasons["phase_returns"] = f"{self.env} has no phases; leave it out"
+        if not self.eval_every:
+            reasons["eval_steps"] = "nothing is evaluated; set --eval-every"
         reasons["trigger.rows"] = "updates of rl are values as they are, not joined; leave it out"
         if not any(agent.learns for agent in agents):
             reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}

@@ -95,7 +95,7 @@ def run(config: Config, preset: str = "own") -> Result:
         UserError: the settings are to play with a trained agent, which `main` does.
     """
     if config.evaluate is not None:
-        raise UserError("evaluate plays with a trained agent: use agents.evaluate.run_evaluation")
+        raise UserError("evaluate plays with a trained agent: use agents.playing.run_evaluation")
     from dynmoe.lab.report import run_all
 
     return run_all(experiment(), preset, config)
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     """Read the command line; train, or play with what was trained."""
     preset, config = parse(presets(), argv, "python -m dynmoe.rl", DESCRIPTION)
     if config.evaluate is not None:
-        from agents.evaluate import run_evaluation
+        from agents.playing import run_evaluation
 
         run_evaluation(config)
     else:

@@ -71,20 +71,14 @@ def make(
     from dynmoe.lab.device import resolve
     from envs import craftax, craftax_phases, debug
 
-    ours = (*craftax.NAMES, craftax_phases.NAME, *debug.GAMES)
-
     where = resolve(str(device))
     values = (observation, renderer, env_device, max_timesteps)
     settings: dict[str, Any] = dict(zip(CRAFTAX_USUAL, values, strict=True))
-    gymnasium_only: dict[str, Any] = {
+    normalising = {
         "normalize_observations": normalize_observations,
         "normalize_rewards": normalize_rewards,
     }
-    for setting, value in gymnasium_only.items():
-        if value and name in ours:
-            raise UserError(
-                f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
-            )
+    _only_gymnasium(name, normalising)
     options = env_args or {}
     if name in craftax.NAMES:
         _known(name, options, ())
@@ -105,8 +99,28 @@ def make(
     if _in_gymnasium(name):
         from envs.gym import GymEnv
 
-        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **gymnasium_only)
-    raise _unknown(name, [*ours, "SlipperyAnt-v0"])
+        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **normalising)
+    raise _unknown(name, [*_ours(), "SlipperyAnt-v0"])
+
+
+def _ours() -> list[str]:
+    """Names of environments that are no gymnasium ids."""
+    from envs import craftax, craftax_phases, debug
+
+    return [*craftax.NAMES, craftax_phases.NAME, *debug.GAMES]
+
+
+def _only_gymnasium(name: str, settings: dict[str, bool]) -> None:
+    """Refuse settings of gymnasium's environments for ours.
+
+    Raises:
+        UserError: one is given.
+    """
+    for setting, value in settings.items():
+        if value and name in _ours():
+            raise UserError(
+                f"{setting} {value!r} is for gymnasium's environments only; leave it out for {name}"
+            )
 
 
 def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:

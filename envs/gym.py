@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
+from envs.copying import restore, state_of
 from envs.vector import Actions, Info, TorchVectorEnv, step_info
 from envs.wrappers import Normaliser, as_array, layout_of
 
@@ -24,8 +25,9 @@ KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 class GymEnv(TorchVectorEnv):
     """Environments of gymnasium's registry, stepped one after another in this process.
 
-    They cannot be saved: when a run is resumed, their episodes start again. What they count starts
-    at 0 here: actions of Discrete(3, start=2) are 0, 1 and 2.
+    Those whose state is plain values are saved with it (`envs.copying`); when a run in others is
+    resumed, their episodes start again. What they count starts at 0 here: actions of
+    Discrete(3, start=2) are 0, 1 and 2.
 
     Args:
         name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
@@ -36,8 +38,6 @@ class GymEnv(TorchVectorEnv):
     Raises:
         UserError: it cannot be made, or shows what is neither a vector nor an image.
     """
-
-    resumable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -74,6 +74,12 @@ class GymEnv(TorchVectorEnv):
         self.score = torch.zeros(num_envs)
         self.length = torch.zeros(num_envs, dtype=torch.long)
         self.started, self.steps = False, 0
+        self.seen: np.ndarray | None = None  # the latest observations
+
+    @property
+    def resumable(self) -> bool:
+        """Whether all environments and wrappers are made of plain values."""
+        return state_of(self.envs) is not None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -89,6 +95,7 @@ class GymEnv(TorchVectorEnv):
         self.score.zero_()
         self.length.zero_()
         self._check_finite("observation", observations)
+        self.seen = np.array(observations)
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         return self._tensor(observations), {"floor": floor}
 
@@ -114,6 +121,7 @@ class GymEnv(TorchVectorEnv):
         self._check_finite("observation", observations)
         self.score += torch.from_numpy(given)
         self.length += 1
+        self.seen = np.array(observations)
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         info = step_info(
             self._tensor(final), done.to(self.device), self.score.to(self.device, copy=True),
@@ -132,18 +140,41 @@ class GymEnv(TorchVectorEnv):
         return self.layout.inputs(observations)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often the environments were started, and the statistics of what is normalised.
+        """How often the environments were started, statistics of what is normalised, and states.
 
-        Their own state cannot be had.
+        The last where they can be had: else `load_state_dict` starts new episodes.
         """
+        state: dict[str, Any] = {"resets": self.resets}
         statistics = self.normaliser.state_dict()
-        return {"resets": self.resets} | ({"normaliser": statistics} if statistics else {})
+        if statistics:
+            state["normaliser"] = statistics
+        inner = state_of(self.envs) if self.started else None
+        if inner is not None:
+            assert self.seen is not None
+            running = {"score": self.score.clone(), "length": self.length.clone()}
+            state["episodes"] = {
+                "envs": inner, "seen": torch.from_numpy(self.seen.copy()), "steps": self.steps,
+                **running,
+            }  # fmt: skip
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Start again, from another seed than before; returns the first observations."""
-        self.resets = state["resets"] + 1
-        self.normaliser.load_state_dict(state.get("normaliser", {}))
-        return self.reset(seed=self.seed)[0]
+        """Go on where `state_dict` was called; returns the present observations.
+
+        Without states of the environments: start again, from another seed than before.
+        """
+        running, statistics = state.get("episodes"), state.get("normaliser", {})
+        self.resets = state["resets"] + (running is None)
+        self.normaliser.load_state_dict(statistics)
+        first = self.reset(seed=self.seed)[0]
+        if running is None:
+            return first
+        self.normaliser.load_state_dict(statistics)
+        restore(self.envs, running["envs"])
+        self.steps, self.seen = running["steps"], running["seen"].numpy().copy()
+        self.score.copy_(running["score"])
+        self.length.copy_(running["length"])
+        return self._tensor(self.seen)
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,14 +72,17 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     phase: int | None = None
     achievements: tuple[str, ...] = ()
     max_return: float | None = None
-    resumable: ClassVar[bool] = True
-    """whether `state_dict` holds all that decides the rest of an episode"""
 
     def set_spaces(self, observation: spaces.Space, action: spaces.Space) -> None:
         """Set the spaces of one environment and of all `num_envs`."""
         self.single_observation_space, self.single_action_space = observation, action
         self.observation_space = batch_space(observation, self.num_envs)
         self.action_space = batch_space(action, self.num_envs)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether `state_dict` holds all that decides the rest of an episode."""
+        return True
 
     @property
     def num_actions(self) -> int:

@@ -199,10 +199,12 @@ def watch(
 
 
 class _Tracer(fx.Tracer):
-    """MoE layers are one piece."""
+    """MoE layers are one piece, and so is what derives from torch's own layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MoELayer) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, MoELayer | Producer) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def unit_banks(layer: MoELayer) -> list[UnitBank]:

@@ -1,0 +1,75 @@
+"""Evaluations while an agent learns, in environments of their own, and its best checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agents.actor_critic import ActorCritic
+from agents.evaluate import evaluation_summary, play
+from agents.settings import Config
+from dynmoe.lab import checkpoint
+from dynmoe.lab.run import Run
+from envs.vector import TorchVectorEnv
+
+BEST = "best"
+"""folder of a run whose newest checkpoint did best"""
+LOGGED = ("return_mean", "return_iqm", "length_mean", "deepest_mean", "unfinished")
+
+
+class Evaluator:
+    """Plays one episode in each of its environments every `config.eval_every` steps.
+
+    The episodes are the same worlds each time, and nothing of training depends on them. Where
+    observations are normalised, it is by the statistics of the training environments at that time.
+
+    Args:
+        run, config, policy: whose, and of whom.
+        env: the environments to play in, used for nothing else.
+        trained_in: those of training.
+        state: everything to go on from, kept where the mean return is the best so far.
+
+    Attributes:
+        scores: [environment steps, mean return or None] of each evaluation.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: Config,
+        policy: ActorCritic,
+        env: TorchVectorEnv,
+        trained_in: TorchVectorEnv,
+        state: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.run, self.config, self.policy, self.env = run, config, policy, env
+        self.trained_in, self.state = trained_in, state
+        self.scores: list[list[float | None]] = []
+
+    def update_done(self, update: int) -> None:
+        """Play if it is time, or training is over."""
+        every, size = self.config.eval_every, self.config.batch_size
+        passed = update * size // every > (update - 1) * size // every
+        if passed or update == self.config.updates:
+            self._play(update, update * size)
+
+    @property
+    def best(self) -> list[float | None] | None:
+        """The best of `scores`, the first of equals; None while no episode has ended."""
+        known = [score for score in self.scores if score[1] is not None]
+        return max(known, key=lambda score: score[1] or 0.0, default=None)
+
+    def _play(self, update: int, steps: int) -> None:
+        config = self.config
+        if config.normalize_observations or config.normalize_rewards:
+            self.env.normalise_as(self.trained_in.state_dict())
+        acts = config.method.build().acts
+        episodes, unfinished, _ = play(
+            self.env, self.policy, config.seed, config.eval_steps, not acts, config.autocast
+        )
+        found = evaluation_summary(self.env, episodes, unfinished)
+        known = {f"evaluation/{n}": found[n] for n in LOGGED if found[n] is not None}
+        self.run.log.scalars(steps, known)
+        self.scores.append([steps, found["return_mean"]])
+        if self.best == self.scores[-1]:
+            checkpoint.save(self.run.folder / BEST, update, {"step": update, "state": self.state()})

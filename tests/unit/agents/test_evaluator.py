@@ -1,0 +1,75 @@
+"""Evaluations during a run: training does not feel them, and the best agent is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agents.evaluate import play, print_achievements
+from agents.experiment import ReinforcementLearning, make_env, make_policy
+from agents.playing import run_evaluation
+from agents.settings import Config
+from dynmoe import registry
+from dynmoe.lab import checkpoint
+from dynmoe.lab.runner import Done, run_one
+
+
+def ran(folder: Path, name: str, **options: Any) -> tuple[Config, Done]:
+    """A short run that learns a little."""
+    made = {
+        "env": "CartPole-v1", "num_envs": 4, "rollout_steps": 32, "minibatches": 2, "lr": 3e-3,
+        "total_steps": 1024, "probe_every": 4, "normalize_observations": True,
+        "method": registry.get("agent", "dense").Config(), "runs_dir": folder, "name": name,
+        "encoder": registry.get("encoder", "mlp").Config(hidden=16, widths=(16,)),
+        "trigger": registry.get("trigger", "every").Config(steps=512),
+    }  # fmt: skip
+    config = Config(**(made | options))
+    return config, run_one(ReinforcementLearning(), "", config)
+
+
+def state_of(done: Done, part: str = "checkpoints") -> dict[str, Any]:
+    saved = checkpoint.load_latest(done.folder / part)
+    assert saved is not None
+    return saved["state"]
+
+
+def test_training_does_not_feel_it(tmp_path: Path) -> None:
+    _, plain = ran(tmp_path, "plain")
+    _, watched = ran(tmp_path, "watched", eval_every=256)
+    one, other = state_of(plain), state_of(watched)
+    for name, value in one["policy"].items():
+        assert torch.equal(value, other["policy"][name]), name
+    assert (
+        one["env"]["normaliser"]["observations"]["count"]
+        == (other["env"]["normaliser"]["observations"]["count"])
+    )
+    assert [s for s, _ in watched.summary["evaluations"]] == [256, 512, 768, 1024]
+    assert "evaluations" not in plain.summary
+
+
+def test_the_best_is_kept_and_plays_as_it_was_scored(tmp_path: Path) -> None:
+    config, done = ran(tmp_path, "best", eval_every=256)
+    scores = dict(done.summary["evaluations"])
+    steps, score = done.summary["best_evaluation"]
+    assert score == max(scores.values()) == scores[steps]
+    state = state_of(done, "best")
+    assert state["update"] * config.batch_size == steps
+    env = make_env(config, torch.device("cpu"))
+    env.normalise_as(state["env"])
+    policy = make_policy(config, env, torch.device("cpu"), config.intervention.build())
+    policy.load_state_dict(state["policy"])
+    episodes, _, _ = play(env, policy, config.seed, config.eval_steps)
+    assert sum(e.episode_return for e in episodes) / len(episodes) == pytest.approx(score)
+    run_evaluation(replace(config, evaluate=done.folder / "best"))
+    assert list(done.folder.glob(f"evaluation-{steps}-*.json"))
+
+
+def test_achievements_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    print_achievements({"collect wood": 0.25, "eat cow": 0.5, "diamond": 0.0}, "title")
+    shown = capsys.readouterr().out
+    assert shown.index("eat cow") < shown.index("collect wood") and "25.0 %" in shown
+    assert "1 other achievement" in shown and "diamond" not in shown
