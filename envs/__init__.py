@@ -69,7 +69,6 @@ def make(
     if num_envs < 1:
         raise UserError(f"num_envs {num_envs} is too small; use 1 or more")
     from dynmoe.lab.device import resolve
-    from envs import craftax, craftax_phases, debug
 
     where = resolve(str(device))
     values = (observation, renderer, env_device, max_timesteps)
@@ -80,6 +79,35 @@ def make(
     }
     _only_gymnasium(name, normalising)
     options = env_args or {}
+    own = _own_env(name, num_envs, seed, where, settings, options)
+    if own is not None:
+        return own
+    if name == "SlipperyAnt-v0":
+        from envs import slippery
+
+        slippery.register()
+    if _in_gymnasium(name):
+        from envs.gym import GymEnv
+
+        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **normalising)
+    raise _unknown(name, [*_ours(), "SlipperyAnt-v0"])
+
+
+def _own_env(
+    name: str,
+    num_envs: int,
+    seed: int,
+    where: torch.device,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> TorchVectorEnv | None:
+    """Craftax or a debug environment; None: the name is none of ours.
+
+    Raises:
+        UserError: a setting or an option that it does not have.
+    """
+    from envs import craftax, craftax_phases, debug
+
     if name in craftax.NAMES:
         _known(name, options, ())
         return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
@@ -92,15 +120,7 @@ def make(
     if name in debug.GAMES:
         _known(name, options, [field.name for field in fields(debug.StagesOptions)])
         return debug.Stages(name, num_envs, seed, where, **options)
-    if name == "SlipperyAnt-v0":
-        from envs import slippery
-
-        slippery.register()
-    if _in_gymnasium(name):
-        from envs.gym import GymEnv
-
-        return GymEnv(name, num_envs, seed, where, options, gamma=gamma, **normalising)
-    raise _unknown(name, [*_ours(), "SlipperyAnt-v0"])
+    return None
 
 
 def _ours() -> list[str]:
