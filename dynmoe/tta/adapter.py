@@ -85,8 +85,11 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         return {}
 
     @staticmethod
-    def by_stream(stream: str) -> dict[str, Any]:
-        """Options whose default (None) follows the stream that the command runs: their values."""
+    def by_stream(stream: str, config: PartConfig) -> dict[str, Any]:
+        """Options whose default (None) follows the stream that the command runs: their values.
+
+        They may depend on the other options, those of `config`.
+        """
         return {}
 
     @abstractmethod

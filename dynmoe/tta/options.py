@@ -73,7 +73,7 @@ def for_classes(config: PartConfig, classes: int) -> PartConfig:
 
 def for_stream(config: PartConfig, stream: str) -> PartConfig:
     """The options, with those filled in that are None and follow the stream's name."""
-    values = config.part.by_stream(stream)  # type: ignore[attr-defined]
+    values = config.part.by_stream(stream, config)  # type: ignore[attr-defined]
     return dataclasses.replace(
         config, **{name: v for name, v in values.items() if getattr(config, name) is None}
     )

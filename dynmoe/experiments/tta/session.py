@@ -82,7 +82,10 @@ class StreamSession(Session):
         config, adapter, tally = self.config, self.adapter, self.tally
         routings = self._routings()
         trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        options = {o: getattr(config.method, o) for o in adapter.by_stream(config.streams[0])}
+        options = {
+            o: getattr(config.method, o)
+            for o in adapter.by_stream(config.streams[0], config.method)
+        }
         images = self._images(self.stream.batch(len(self.stream) - 1))
         self.cost.write(self.run.folder, adapter, images)
         return {

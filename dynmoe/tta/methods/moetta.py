@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from dynmoe.tta.entropy import (
     wide,
 )
 from dynmoe.tta.norm import MoELayerNorm
-from dynmoe.tta.options import sure_margin
+from dynmoe.tta.options import for_stream, sure_margin
 from dynmoe.tta.params import channel_last_norms
 
 Setting = Literal["paper", "official"]
@@ -122,17 +121,18 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         return {"margin": sure_margin(classes)}
 
     @staticmethod
-    def by_stream(stream: str) -> dict[str, Any]:
-        """Experts and lambda: the paper's for the stream `potpourri`, else those for classical."""
+    def by_stream(stream: str, config: Any) -> dict[str, Any]:
+        """Experts and lambda: the paper's for the stream `potpourri`, else those for classical.
+
+        Clusters have no router that could learn to balance: lambda is 0.
+        """
         experts, balance = (11, 0.5) if stream == "potpourri" else (9, 0.2)
+        balance = 0.0 if config.router == "clusters" else balance
         return {"num_experts": experts, "balance_weight": balance}
 
     def prepare(self) -> None:
         """Replace the LayerNorms."""
-        values = {k: v for k, v in self.by_stream("").items() if getattr(self.config, k) is None}
-        if self.config.router == "clusters" and "balance_weight" in values:
-            values["balance_weight"] = 0.0  # no router learns to balance
-        config = self.config = dataclasses.replace(self.config, **values)
+        config = self.config = for_stream(self.config, "")
         check_options(config)
         norms = self._chosen()
         generator = torch.Generator().manual_seed(config.seed)

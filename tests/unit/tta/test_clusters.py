@@ -14,6 +14,7 @@ from dynmoe.tta import adapt
 from dynmoe.tta.clusters import Clusters
 from dynmoe.tta.methods import moetta
 from dynmoe.tta.methods.moetta import Moetta
+from dynmoe.tta.options import for_stream, make_config
 
 OURS = {"router": "clusters", "im": 1.0, "im_per": "expert", "num_experts": 3, "lr": 0.1}
 
@@ -137,3 +138,9 @@ def test_a_restored_adapter_goes_on_bit_for_bit_and_reset_begins_again() -> None
 def test_bad_options(options, message) -> None:
     with pytest.raises(UserError, match=message):
         adapt(vit(), "moetta", **options)
+
+
+@pytest.mark.parametrize(("stream_name", "experts"), [("classical", 9), ("potpourri", 11)])
+def test_the_command_s_defaults_have_no_balance(stream_name, experts) -> None:
+    config = for_stream(make_config("moetta", {"router": "clusters"}), stream_name)
+    assert (config.num_experts, config.balance_weight) == (experts, 0.0)
