@@ -132,7 +132,8 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
 
     def prepare(self) -> None:
         """Replace the LayerNorms."""
-        config = self.config = for_stream(self.config, "")
+        config: Any = for_stream(self.config, "")
+        self.config = config
         check_options(config)
         norms = self._chosen()
         generator = torch.Generator().manual_seed(config.seed)
