@@ -140,8 +140,8 @@ def requirements() -> list[Requirement]:
     else:
         lines = []
         for line in metadata.requires("dynmoe") or ():
-            extra = re.search(r"extra == [\"'](\w+)[\"']", line)
-            lines.append((extra[1] if extra else "", line))
+            of = re.search(r"extra == [\"'](\w+)[\"']", line)
+            lines.append((of[1] if of else "", line))
     out = []
     for extra, line in lines:
         found = re.match(r"([\w.-]+)\s*(?:>=\s*([\d.]+))?", line)

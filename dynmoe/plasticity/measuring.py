@@ -11,7 +11,7 @@ from dynmoe.errors import UserError
 from dynmoe.plasticity.kernel import entk_effective_rank
 from dynmoe.plasticity.metric import measure_all
 from dynmoe.plasticity.metrics import mean_activity
-from dynmoe.plasticity.probes import output_layer, take_probe
+from dynmoe.plasticity.probes import Probe, output_layer, take_probe
 
 
 def measure(
@@ -69,17 +69,21 @@ def measure(
         raise UserError(f"kernel_samples {kernel_samples} must be at least 0; 0 takes no kernel")
     classifier = output_layer(model) if classifier is None else classifier
     probe = take_probe(model, inputs, labels, classifier=classifier, functional=True)
-    values = measure_all(probe)
-    if probe.activations:
-        activity = torch.cat([mean_activity(h) for h in probe.activations.values()])
-        values |= {"units": float(len(activity)), "dead_units": float((activity == 0).sum())}
-    else:
+    values = measure_all(probe) | _units(probe)
+    if kernel_samples:
+        values["entk_effective_rank"] = entk_effective_rank(model, inputs, kernel_samples)
+    return values
+
+
+def _units(probe: Probe) -> dict[str, float]:
+    """Hidden units that were seen, and how many are dead; where there is none, a warning."""
+    if not probe.activations:
         warnings.warn(
             "no hidden unit was seen: the network has no activation module (nn.ReLU) and calls no "
             "activation function (F.relu); dormant shares are left out. Use one of them where the "
             "activation is written by hand, and pass the plain module, not a compiled one",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if kernel_samples:
-        values["entk_effective_rank"] = entk_effective_rank(model, inputs, kernel_samples)
-    return values
+        return {}
+    activity = torch.cat([mean_activity(h) for h in probe.activations.values()])
+    return {"units": float(len(activity)), "dead_units": float((activity == 0).sum())}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,23 @@ def test_a_check_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch)
     findings = list(examine(tmp_path, tmp_path))
     assert [f.text for f in findings if f.state == "problem"] == ["a check failed: no table"]
     assert any("runs can be written" in f.text for f in findings)
+
+
+def test_it_needs_python_alone(tmp_path: Path):
+    """Without torch, numpy and tyro it still ends with its list."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'tyro', 'rich'): sys.modules[name] = None\n"
+        "from dynmoe.commands import main\n"
+        f"sys.argv = ['dynmoe', 'doctor', '--runs-dir', {str(tmp_path)!r}]\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    assert re.search(r"^problem  torch .* cannot be imported .*; pip install", done.stdout, re.M)
+    assert "CPU cores" in done.stdout and "runs can be written" in done.stdout
 
 
 def test_requirements_are_those_of_the_project():
