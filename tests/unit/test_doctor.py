@@ -101,6 +101,16 @@ def test_requirements_are_those_of_the_project():
     assert {extra for extra, _ in needed} == {"", *doctor.EXTRAS}
 
 
+def test_installed_without_a_checkout_and_a_folder_that_hides_ours(tmp_path: Path, monkeypatch):
+    """Requirements come from what was installed; ours elsewhere than beside dynmoe is told."""
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    needed = {(one.extra, one.package): one.minimum for one in requirements()}
+    assert needed["", "torch"] and needed["rl", "jax"] and needed["cl", "avalanche-lib"]
+    first, *others = doctor.check_python()
+    assert first.state == "ok" and [f.state for f in others] == ["problem"] * len(doctor.TOP)
+    assert "hides dynmoe's own package agents; rename it" in others[1].text
+
+
 def test_data_that_are_there_and_data_that_lack_something(tmp_path: Path):
     for name in ("train", "val"):
         (tmp_path / "tiny-imagenet-200" / name).mkdir(parents=True)
