@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR",
                         help="where runs are to be written (runs)")  # fmt: skip
     parser.add_argument("--imports", action="store_true",
-                        help="import every optional package, too: 20 s or more")  # fmt: skip
+                        help="import every optional package, too: 15 s or more")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     findings = []
