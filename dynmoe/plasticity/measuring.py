@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,10 @@ def measure(
     """Plasticity of a network on one batch: every registered metric that applies to it.
 
     Units are seen behind modules such as `nn.ReLU` and behind functions such as `F.relu`. Not seen
-    are activations written by hand (`x * (x > 0)`) and those in fused or compiled parts (`nn.LSTM`,
-    `torch.compile`); where none is seen at all, a warning says so and their tags are left out. The
-    model is left as it was: training flags, buffers, `.grad`, hooks and torch's random state.
+    are activations written by hand (`x * (x > 0)`) and those in fused parts (`nn.LSTM`); where none
+    is seen at all, a warning says so and their tags are left out. Activations of four axes count as
+    [N, C, height, width]. The model is left as it was: training flags, buffers, `.grad`, hooks and
+    torch's random state.
 
     The tags that every network has; more are per layer (`dormant/0/<layer>`) and of MoE layers:
 
@@ -51,7 +54,8 @@ def measure(
             (SPHERE, arXiv 2605.04712). With `kernel_samples` only.
 
     Args:
-        model: any network of torch modules; not a DDP or compiled wrapper of it.
+        model: any network of torch modules; of a DDP wrapper its `module`. A compiled one is run
+            without its graph.
         inputs: [N, ...], on the model's device. Ranks are at most N: take more than features.
         labels: [N] int class indices of a classifier with logits [N, C]. None: no gradients.
         classifier: the module whose inputs are the features; by default the last linear map,
@@ -68,11 +72,22 @@ def measure(
     if kernel_samples < 0:
         raise UserError(f"kernel_samples {kernel_samples} must be at least 0; 0 takes no kernel")
     classifier = output_layer(model) if classifier is None else classifier
-    probe = take_probe(model, inputs, labels, classifier=classifier, functional=True)
+    with _uncompiled(model):
+        probe = take_probe(model, inputs, labels, classifier=classifier, functional=True)
     values = measure_all(probe) | _units(probe)
     if kernel_samples:
-        values["entk_effective_rank"] = entk_effective_rank(model, inputs, kernel_samples)
+        with _uncompiled(model):
+            values["entk_effective_rank"] = entk_effective_rank(model, inputs, kernel_samples)
     return values
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run compiled modules as they were written: hooks see nothing of a graph."""
+    compiled = any(
+        hasattr(part, "_orig_mod") or part._compiled_call_impl is not None
+        for part in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _units(probe: Probe) -> dict[str, float]:
@@ -81,7 +96,7 @@ def _units(probe: Probe) -> dict[str, float]:
         warnings.warn(
             "no hidden unit was seen: the network has no activation module (nn.ReLU) and calls no "
             "activation function (F.relu); dormant shares are left out. Use one of them where the "
-            "activation is written by hand, and pass the plain module, not a compiled one",
+            "activation is written by hand",
             stacklevel=3,
         )
         return {}

@@ -159,6 +159,19 @@ def test_the_network_is_left_as_it_was():
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_network_is_measured_without_its_graph(whole):
+    model, x = Mlp(), torch.randn(12, 6)
+    expected = measure_plasticity(model, x, LABELS)
+    if whole:
+        found = measure_plasticity(torch.compile(model, backend="eager"), x, LABELS)
+    else:
+        model.compile(backend="eager")
+        found = measure_plasticity(model, x, LABELS)
+    for tag in ("units", "dead_units", "dormant/0", "rank/effective_rank", "grad_norm/l2"):
+        assert found[tag] == expected[tag]
+
+
 def test_what_cannot_be_seen_is_said():
     class ByHand(Mlp):
         def forward(self, x: Tensor) -> Tensor:
