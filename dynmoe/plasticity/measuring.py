@@ -26,14 +26,13 @@ def measure(
 ) -> dict[str, float]:
     """Plasticity of a network on one batch: every registered metric that applies to it.
 
-    Units are seen behind modules such as `nn.ReLU` and behind functions such as `F.relu`. Not seen
+    Units are seen behind modules (`nn.ReLU`) and functions (`F.relu`). Not seen
     are activations written by hand (`x * (x > 0)`) and those in fused parts (`nn.LSTM`); where none
     is seen at all, a warning says so and their tags are left out. Activations of four axes count as
     [N, C, height, width]. The model is left as it was: training flags, buffers, `.grad`, hooks and
     torch's random state.
 
     The tags that every network has; more are per layer (`dormant/0/<layer>`) and of MoE layers:
-
         units: hidden units seen, a channel of a convolution being one.
         dead_units: of those, units that are 0 on all inputs.
         dormant/0, dormant/0.025, dormant/0.1: share, 0..1, of units whose ReDo score
@@ -43,10 +42,8 @@ def measure(
         rank/effective_rank: exp of the entropy of the normalised singular values of the features
             [N, d], 1..min(N, d) (Roy and Vetterli 2007, EUSIPCO).
         rank/stable_rank_fro: |H|_F^2 / |H|_2^2 (Rudelson and Vershynin 2007, math/0503442).
-        rank/srank99: singular values that make up 99 % of their sum (Kumar et al. 2021,
-            arXiv 2010.14498).
-        rank/feature_rank: singular values / sqrt(N) above 0.01 (Lyle et al. 2022,
-            arXiv 2204.09560).
+        rank/srank99: singular values that are 99 % of their sum (Kumar et al., arXiv 2010.14498).
+        rank/feature_rank: singular values / sqrt(N) above 0.01 (Lyle et al., arXiv 2204.09560).
         weight_norm/l2: L2 norm of all parameters; weight_norm/mean_abs: mean |w| (Dohare et al.).
         grad_norm/l2: L2 norm of the gradient of the mean cross entropy; grad_norm/zero_share:
             share, 0..1, of its entries that are exactly 0. With labels only.
