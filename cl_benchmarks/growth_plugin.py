@@ -150,15 +150,24 @@ class GrowthPlugin:
 
     def _samples(self, dataset: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The same with the task label of each sample, [N]; 0 in datasets that have none."""
-        count = min(self.probe_samples, len(dataset))
-        index = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-        samples = [dataset[i] for i in index]
-        images = torch.stack([sample[0] for sample in samples])
-        labels, tasks = (
-            torch.tensor([int(sample[place]) if len(sample) > place else 0 for sample in samples])
-            for place in (1, 2)
-        )
-        return images.to(device), labels.to(device), tasks.to(device)
+        return evenly_spaced(dataset, self.probe_samples, device)
+
+
+def evenly_spaced(dataset: Any, most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """At most so many samples of an Avalanche classification dataset, evenly spaced.
+
+    Returns:
+        images [N, C, H, W], labels [N] and task labels [N], 0 where the dataset has none.
+    """
+    count = min(most, len(dataset))
+    index = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+    samples = [dataset[i] for i in index]
+    images = torch.stack([sample[0] for sample in samples])
+    labels, tasks = (
+        torch.tensor([int(sample[place]) if len(sample) > place else 0 for sample in samples])
+        for place in (1, 2)
+    )
+    return images.to(device), labels.to(device), tasks.to(device)
 
 
 def _in_time_order(strategy: Any) -> bool:

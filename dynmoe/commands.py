@@ -101,6 +101,13 @@ COMMANDS = {
         ("tyro", "rich"),
         TOP,
     ),
+    "doctor": Command(
+        "what of this machine can be used, what is missing, and what to do about it",
+        "seconds",
+        "lab",
+        (),
+        (),
+    ),
 }
 
 
@@ -131,7 +138,7 @@ def check(name: str) -> None:
     need(name, command.extra, command.needs)
     root = Path(__file__).resolve().parents[1]
     for package in command.ours:
-        where = _place(package)
+        where = place_of(package)
         if where is not None and where != root / package:
             raise UserError(
                 f"{where} hides dynmoe's own package {package}; run `dynmoe {name} ...`, which "
@@ -193,7 +200,7 @@ def main() -> None:
     run_command(dispatch)
 
 
-def _place(package: str) -> Path | None:
+def place_of(package: str) -> Path | None:
     """The folder or file that an import of the package would take; None where there is none."""
     spec = find_spec(package)
     if spec is None:

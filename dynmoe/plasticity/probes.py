@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +21,14 @@ from dynmoe.errors import NumericError, UserError
 from dynmoe.moe import MoELayer, UnitBank, moe_layers
 from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.model import undisturbed
+from dynmoe.plasticity.functional import FunctionalActivations
 
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU,
     nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.Tanh,
     nn.Hardtanh, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold,
 )  # fmt: skip
-"""Module types whose outputs count as hidden units. Functional calls (`F.relu`) are not seen."""
-
+"""Module types whose outputs count as hidden units; for functions see `functional`."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OUTPUTS = (nn.Linear, *CONVOLUTIONS, MoELayer)
@@ -103,6 +103,7 @@ def take_probe(
     initial: dict[str, Tensor] | None = None,
     classifier: nn.Module | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    functional: bool = False,
 ) -> Probe:
     """Run `model` once, forward and backward, in eval mode, and record what the metrics need.
 
@@ -120,6 +121,7 @@ def take_probe(
             `output_layers()` names, or else the last `nn.Linear` in module order that is not part
             of an MoE layer.
         loss: (logits [N, C], labels) -> scalar; cross entropy by default.
+        functional: see activations that are called as functions, too, such as `F.relu`.
 
     Raises:
         ValueError: empty batch, logits not [N, C], no classifier to be found or one that was not
@@ -132,7 +134,7 @@ def take_probe(
     _check_initial(parameters, initial or {})
     classifier = output_layers(model)[0] if classifier is None else classifier
     with undisturbed(model), torch.set_grad_enabled(labels is not None):
-        with _hooked(model, classifier) as (activations, seen):
+        with _hooked(model, classifier, functional) as (activations, seen):
             logits = model(inputs)
         if not isinstance(logits, Tensor):
             raise ValueError(f"a probe needs a model that gives a tensor, not {type(logits)}")
@@ -215,11 +217,12 @@ def _loss(
 
 @contextmanager
 def _hooked(
-    model: nn.Module, classifier: nn.Module
+    model: nn.Module, classifier: nn.Module, functional: bool
 ) -> Iterator[tuple[dict[str, Tensor], dict[nn.Module, Tensor]]]:
     """Outputs of activation modules, by name, and inputs of MoE layers and the classifier.
 
-    All are clones: a later operation in place may overwrite them. Hooks are gone after the block.
+    With `functional`, outputs of activation functions, too. All are clones: a later operation in
+    place may overwrite them. Hooks are gone after the block.
     """
     outputs: dict[str, Tensor] = {}
     inputs: dict[nn.Module, Tensor] = {}
@@ -229,19 +232,28 @@ def _hooked(
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[module] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
 
-    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def keep(name: str, output: Tensor) -> None:
         calls[name] += 1
         outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = output.detach().clone()
 
+    def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        keep(name, output)
+
     handles: list[Any] = []
+    functions = FunctionalActivations(keep)
     try:
         for name, module in model.named_modules():
-            if module is classifier or (isinstance(module, MoELayer) and module not in inside):
+            is_layer = isinstance(module, MoELayer) and module not in inside
+            if module is classifier or is_layer:
                 handles.append(module.register_forward_pre_hook(keep_input, with_kwargs=True))
             if isinstance(module, ACTIVATIONS) and module not in inside:
                 hook = partial(keep_output, name or "model")
                 handles.append(module.register_forward_hook(hook))
-        yield outputs, inputs
+            if functional:
+                counted = not is_layer and not isinstance(module, ACTIVATIONS)
+                handles += functions.watch(name, module, counted)
+        with functions if functional else nullcontext():
+            yield outputs, inputs
     finally:
         for handle in handles:
             handle.remove()

@@ -79,7 +79,9 @@ def test_the_model_is_left_as_it_was(network):
 def test_figures_are_those_of_a_probe():
     model, inputs = networks()["mlp"]
     labels = torch.arange(12) % 5
-    assert measure(model, inputs, labels) == measure_all(take_probe(model, inputs, labels))
+    found = measure(model, inputs, labels)
+    assert (found.pop("units"), found.pop("dead_units")) == (16, 0)
+    assert found == measure_all(take_probe(model, inputs, labels))
     assert dynmoe.measure_plasticity is measure
 
 
