@@ -6,7 +6,7 @@ A number is finite and at least 0, unless the annotation has a `Range` of its ow
     bias: Signed = -1.0
     dropout: Annotated[float, Range(0, 1)] = 0.5
 
-What a setting must be beyond that (above 0, no more than there are experts), parts check themselves.
+What must hold beyond that (above 0, no more than there are experts), parts check themselves.
 """
 
 from __future__ import annotations

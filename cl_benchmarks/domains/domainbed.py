@@ -176,7 +176,7 @@ def read_duplicates(file: Path, folder: str) -> list[Path]:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"cannot read the list of duplicates {file}: {reason}") from None
     paths = [Path(line.strip()) for line in lines if line.strip()]
-    return [Path(*p.parts[1:]) if p.parts[0] == folder else p for p in paths]
+    return [Path(*p.parts[1:]) if p.parts[:1] == (folder,) else p for p in paths]
 
 
 def _folders(root: Path) -> list[str]:
@@ -224,7 +224,8 @@ def _images(folder: Path) -> list[Path]:
     A link to a folder that was read already, or to one above, is not followed: each image is once.
     """
     found: list[tuple[str, list[str]]] = []
-    seen = {os.path.realpath(folder)}
+    own = os.path.realpath(folder)
+    seen = {own, *map(str, Path(own).parents)}
     for place, folders, names in os.walk(folder, followlinks=True):
         real = {n: os.path.realpath(os.path.join(place, n)) for n in folders if not is_system(n)}
         folders[:] = [name for name in folders if name in real and real[name] not in seen]

@@ -13,6 +13,7 @@ from dynmoe.registry import PartConfig
 FEW = 200
 """Up to so many classes count as few: published defaults for 1000 classes do not fit them."""
 
+
 def sure_margin(classes: int) -> float:
     """E0 in nats: 0.4 ln 1000, MoETTA's code; for few classes 0.4 ln(classes), ours."""
     return 0.4 * math.log(classes if classes <= FEW else 1000)
