@@ -75,6 +75,8 @@ class ContinualLearning(Experiment):
     def check(self, config: Config) -> None:
         """Also what cannot work in any of the variants, such as where no task start is told."""
         super().check(config)
+        for part in (config.dataset, config.protocol, config.trigger, config.intervention):
+            part.build()  # before data are made: what it checks of its own options
         for one in _all_variants(config):
             check_probes(one)
         if config.protocol.build().in_time_order:

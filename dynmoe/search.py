@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import DynmoeError, NumericError, Pruned, UserError
-from dynmoe.lab.config import run_command
+from dynmoe.lab.config import check_name, run_command
+from dynmoe.ranges import check_settings
 
 begin("search", __name__)  # before imports that may fail
 
@@ -145,7 +146,9 @@ def main(argv: list[str]) -> None:
         Config, args=argv[:cut], prog="python -m dynmoe.search", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
-    for setting, least in {"trials": 1, "search_seeds": 1, "retries": 0}.items():
+    check_settings(config)
+    check_name(config.name)
+    for setting, least in {"trials": 1, "search_seeds": 1}.items():
         value = getattr(config, setting)
         if value < least:
             flag = setting.replace("_", "-")

@@ -19,6 +19,7 @@ from dynmoe import registry
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
+from dynmoe.ranges import check_settings
 
 begin("study", __name__)  # before imports that may fail
 
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         for name in registry.names("study"):
             print(f"{name}: {registry.summary('study', name)}")
         return
+    check_settings(config)
     if config.seeds < 0:
         raise UserError(f"--seeds {config.seeds} is too small; use 1 or more, 0 for the preset's")
     study: Study = registry.get("study", config.study)()

@@ -21,7 +21,8 @@ from typing import Annotated
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import run_command
+from dynmoe.lab.config import check_name, run_command
+from dynmoe.ranges import check_settings
 
 begin("sweep", __name__)  # before imports that may fail
 
@@ -92,8 +93,8 @@ def main(argv: list[str]) -> None:
         Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
-    if config.retries < 0:
-        raise UserError(f"--retries {config.retries} is too small; use 0 or more")
+    check_settings(config)
+    check_name(config.name)
     launcher = config.make(config.runs_dir)
     if config.variants == ():
         raise UserError('--variants needs one or more, such as "g2: --granularity 2"')

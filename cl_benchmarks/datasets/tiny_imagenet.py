@@ -159,7 +159,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _class_names(tree: Path, folders: list[Path]) -> list[str]:
     """Classes in the order of wnids.txt, as Avalanche numbers them; sorted where it is missing."""
     listing, found = tree / "wnids.txt", sorted(p.name for p in folders)
-    names = listing.read_text().split() if listing.is_file() else found
+    names = listing.read_text(errors="replace").split() if listing.is_file() else found
     if sorted(names) != found:
         odd = sorted(set(names) ^ set(found)) or ["a name given twice"]
         raise UserError(

@@ -176,7 +176,7 @@ def read_duplicates(file: Path, folder: str) -> list[Path]:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"cannot read the list of duplicates {file}: {reason}") from None
     paths = [Path(line.strip()) for line in lines if line.strip()]
-    return [Path(*p.parts[1:]) if p.parts[0] == folder else p for p in paths]
+    return [Path(*p.parts[1:]) if p.parts[:1] == (folder,) else p for p in paths]
 
 
 def _folders(root: Path) -> list[str]:
@@ -219,10 +219,17 @@ def _domain(root: Path, classes: list[str], drop: set[Path]) -> Domain:
 
 
 def _images(folder: Path) -> list[Path]:
-    """Image files at any depth, in ImageFolder's order: by folder, then by name."""
+    """Image files at any depth, in ImageFolder's order: by folder, then by name.
+
+    A link to a folder that was read already, or to one above, is not followed: each image is once.
+    """
     found: list[tuple[str, list[str]]] = []
+    own = os.path.realpath(folder)
+    seen = {own, *map(str, Path(own).parents)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_system(name)]
+        real = {n: os.path.realpath(os.path.join(place, n)) for n in folders if not is_system(n)}
+        folders[:] = [name for name in folders if name in real and real[name] not in seen]
+        seen.update(real.values())
         found.append(
             (place, [n for n in names if n.lower().endswith(SUFFIXES) and not is_system(n)])
         )

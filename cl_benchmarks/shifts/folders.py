@@ -71,7 +71,11 @@ def tiny_imagenet(root: Path | None, split: Split = "val") -> ClassImages:
                         "--data-dir")  # fmt: skip
     tree = places[0]
     listed = tree / "wnids.txt"
-    found = listed.read_text().split() if listed.is_file() else []
+    found = listed.read_text(errors="replace").split() if listed.is_file() else []
+    for name in found:
+        if name == ".." or Path(name).name != name or len(set(found)) < len(found):
+            raise UserError(f"{listed} must name each class folder once; {name!r} is none, or some "
+                            "name stands twice; unpack it again")  # fmt: skip
     names = sorted(found or [p.name for p in class_folders(tree / "train")])
     if not names:
         raise UserError(f"neither wnids.txt nor class folders in train in {tree}; unpack it again")

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dynmoe.errors import UserError
 from dynmoe.growth.pace import Entries, Pace
 from dynmoe.moe import MoELayer, Router, moe_layers
+from dynmoe.ranges import Signed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class NewExperts:
     whose scale Adam ignores)"""
     lr_steps: int = 100
     """optimizer steps after a growth for which that holds"""
-    logit: float = 0.0
+    logit: Signed = 0.0
     """added to their router logits at a growth: negative for a small share of the gate at first,
     positive for a large one; has no effect on routers that do not use `logit_shift`"""
     logit_steps: int = 100

@@ -16,11 +16,12 @@ import sys
 import traceback
 import typing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from dynmoe import registry
-from dynmoe.errors import UserError, unknown
+from dynmoe.errors import ResourceError, UserError, unknown
+from dynmoe.ranges import check_settings
 from dynmoe.registry import PartConfig
 
 C = TypeVar("C")
@@ -69,6 +70,10 @@ class RunConfig:
     """show the traceback of an error"""
 
 
+SMALLER = "use a smaller --batch-size or smaller layers; a run goes on from its checkpoint"
+"""What helps where memory does not suffice."""
+
+
 def slots(config: Any) -> dict[str, str]:
     """Field name -> kind, for each slot of a settings dataclass (class or instance)."""
     return {f.name: f.metadata["kind"] for f in dataclasses.fields(config) if "kind" in f.metadata}
@@ -82,7 +87,7 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
 
     Raises:
         UserError: unknown preset or part name, one that has been renamed, an option of a part that
-            is not chosen, or one that has no effect.
+            is not chosen, a value out of range, or an option that has no effect.
     """
     args = list(argv)
     preset = _pop(args, "preset") or next(iter(presets))
@@ -110,9 +115,27 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
         type(config), default=config, args=args, prog=prog, description=description,
         config=(tyro.conf.AvoidSubcommands,),
     )  # fmt: skip
+    check_settings(parsed)
+    check_name(parsed.name)  # type: ignore[attr-defined]
     if not parsed.allow_unused:  # type: ignore[attr-defined]
         refuse_unused(parsed, argv)
     return preset, parsed
+
+
+def check_name(name: str | None) -> None:
+    """Refuse a name of runs or results that leads out of the folder of runs.
+
+    Raises:
+        UserError: it does.
+    """
+    if name is None:
+        return
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UserError(
+            f"--name {name!r} must name a folder below --runs-dir, such as first-try; to keep runs "
+            "elsewhere use --runs-dir"
+        )
 
 
 def _refuse_others_options(config: Any, args: list[str]) -> None:
@@ -177,12 +200,29 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: out of memory: {_first_line(error)}; {SMALLER}", file=sys.stderr)
+        sys.exit(ResourceError.exit_code)
     except BrokenPipeError:  # of `dynmoe cl --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:  # before a run began or after its end; a run has its own handling
         print("error: stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether memory was asked for that is not there; torch has no class of its own for it."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from dynmoe.errors import UserError
-from dynmoe.lab.config import RunConfig
+from dynmoe.lab.config import RunConfig, check_name
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import (
@@ -28,6 +28,7 @@ from dynmoe.lab.statistics import (
     probability_of_improvement,
     seeds_to_see,
 )
+from dynmoe.ranges import check_settings
 
 At = Literal["first", "last", "mean", "worst", "slope"]
 """part of a run: its first task, its last one, all; experiments without tasks say what it means"""
@@ -125,6 +126,8 @@ class Experiment(ABC):
         Raises:
             UserError: names the flag.
         """
+        check_settings(config)
+        check_name(config.name)
         for name, least in {"seeds": 1, "jobs": 1, "threads": 0, **self.least}.items():
             value = getattr(config, name)
             if not value >= least:  # also refuses nan

@@ -255,7 +255,7 @@ def test_a_name_that_another_setting_has(
 
 BAD = {
     "--steps 0": "--steps 0 is too small; use 1 or more",
-    "--lr nan": "--lr nan is too small",
+    "--lr nan": "--lr nan is no finite number",
     "--method moe3": "unknown dg 'moe3'.*Did you mean 'moe2'",
     "--compare moa moa": "--compare names moa twice",
     "--compare mao": "unknown dg 'mao'",

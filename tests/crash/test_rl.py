@@ -153,7 +153,7 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
         ("--minibatches 7", "do not divide into --minibatches 7"),
         ("--total-steps 10", "less than one rollout"),
         ("--num-envs 0", "--num-envs 0 is too small"),
-        ("--lr nan", "--lr nan is too small"),
+        ("--lr nan", "--lr nan is no finite number"),
         ("--trigger every --trigger.steps 5000", "never fires in"),
         ("--trigger task", "never fires"),
         ("--env Identity-v0", "there are no stages here"),

@@ -20,7 +20,7 @@ HEAVY = ("avalanche", "torchvision", "timm", "jax", "matplotlib", "tensorboard",
 LIBRARY = tuple(
     f"dynmoe.{name}" for name in ("moe", "growth", "plasticity", "interventions", "tta", "dg")
 )
-BASE = ("dynmoe.errors", "dynmoe.registry", "dynmoe.seeding")
+BASE = ("dynmoe.errors", "dynmoe.ranges", "dynmoe.registry", "dynmoe.seeding")
 """What every package may use."""
 NEIGHBOURS = ("cl_benchmarks", "agents", "envs")
 OURS = ("dynmoe", *NEIGHBOURS)

@@ -59,12 +59,17 @@ class DomainGeneralisation(Experiment):
     at = "mean"
     about = ("domains", "test_domains", "model")
 
+    def check(self, config: Config) -> None:
+        """Also what is compared."""
+        super().check(config)
+        for name in config.compare:
+            registry.get("dg", name)
+            if config.compare.count(name) > 1:
+                raise UserError(f"--compare names {name} twice; name each once")
+
     def variants(self, config: Config, shared: Source) -> dict[str, dict[str, Config]]:
         """The method of the settings, and each of `config.compare` with its defaults, not grown."""
         own = config.method.part.name
-        for name in config.compare:
-            if config.compare.count(name) > 1:
-                raise UserError(f"--compare names {name} twice; name each once")
         found = {own: replace(config, resume=True)}
         for name in config.compare:
             if name != own:

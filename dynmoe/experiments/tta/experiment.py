@@ -29,7 +29,7 @@ from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
-from dynmoe.tta.options import for_classes, for_stream
+from dynmoe.tta.options import FEW, for_classes, for_stream
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
@@ -77,7 +77,7 @@ class TestTimeAdaptation(Experiment):
     about = ("data", "streams", "order", "severity", "limit")
 
     def check(self, config: Config) -> None:
-        """Also the streams' names."""
+        """Also the streams' names, and the variants' options before a model is made."""
         super().check(config)
         for stream in config.streams:
             domains_of(stream)
@@ -86,6 +86,8 @@ class TestTimeAdaptation(Experiment):
         if 0 < config.gates < LEAST:
             raise UserError(f"--gates {config.gates} is too small; use 0 or at least {LEAST}")
         check_streams(config)
+        for text in self._compared(config):
+            parse_variant(text, FEW)  # what follows the classes is filled in later
 
     def settle(self, config: Config) -> Config:
         """With the method's options that follow the number of classes and the stream."""
@@ -99,11 +101,7 @@ class TestTimeAdaptation(Experiment):
             UserError: a variant that cannot be read, is named twice, or cannot work.
         """
         own, classes = config.method.part.name, shared.source.num_classes
-        texts = [t for t in config.compare if config.compare != Config.compare or t != own]
-        if len({own, *texts}) < 1 + len(texts):
-            raise UserError(
-                f"--compare {' '.join(texts)}: a method is named twice ({own} runs anyway)"
-            )
+        texts = self._compared(config)
         methods = {text: parse_variant(text, classes) for text in texts}
         found = {own: _fitted(config, classes)}
         found |= {label: replace(config, method=method) for label, method in methods.items()}
@@ -118,6 +116,16 @@ class TestTimeAdaptation(Experiment):
 
         return {s: {label: trial(label, one, s) for label, one in found.items()}
                 for s in config.streams}  # fmt: skip
+
+    def _compared(self, config: Config) -> list[str]:
+        """The variants beside the method itself; by default it is left out of them."""
+        own = config.method.part.name
+        texts = [t for t in config.compare if config.compare != Config.compare or t != own]
+        if len({own, *texts}) < 1 + len(texts):
+            raise UserError(
+                f"--compare {' '.join(texts)}: a method is named twice ({own} runs anyway)"
+            )
+        return texts
 
     def label(self, config: Config, shared: Shared) -> str:
         """Method and stream."""
