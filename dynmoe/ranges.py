@@ -89,7 +89,8 @@ def hints_of(config: type) -> dict[str, Any]:
 
 def _values(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
     """(name as one types it, value, annotation) of every field that is no dataclass itself."""
-    hints = hints_of(type(config))
+    kind: type = type(config)
+    hints = hints_of(kind)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}{field.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):

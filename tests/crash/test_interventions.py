@@ -100,7 +100,7 @@ def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.M
     ("flags", "message"),
     [
         ("--intervention dash", "no tasks here"),
-        ("--intervention fire", "set its every"),
+        ("--env Identity-v0 --intervention fire", "set its every"),
         ("--intervention injection", "set its step"),
         ("--intervention injection --intervention.step 3", "needs linear output layers"),
         ("--intervention redo --intervention.tau 2", "redo: tau=2.0"),

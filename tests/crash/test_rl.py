@@ -148,7 +148,7 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
         ("--env Pendulum-v1 --env-args {g:5}", "--env-args {g:5} is no JSON object"),
         ("--env Pendulum-v1 --env-args [5]", "--env-args [5] is no JSON object"),
         ('--env Pendulum-v1 --env-args {"gravity":5}', "unexpected keyword argument 'gravity'"),
-        ('--env Stages-v0 --env-args {"g":5}', "gymnasium's environments only"),
+        ('--env Stages-v0 --env-args {"g":5}', "unknown option of Stages-v0 'g'"),
         ("--env Stages-v0 --normalize-rewards", "gymnasium's environments only"),
         ("--minibatches 7", "do not divide into --minibatches 7"),
         ("--total-steps 10", "less than one rollout"),

@@ -85,7 +85,7 @@ def test_rules_are_upstreams() -> None:
         for i, action in enumerate(actions.tolist()):
             _, states[i], gain, done, _ = game.step(key_of(t, i), states[i], action)
             assert (float(gain), bool(done)) == (float(reward[i]), bool(terminated[i]))
-            for name, value in craftax_game._by_name(states[i]).items():
+            for name, value in craftax_game.by_name(states[i]).items():
                 assert np.array_equal(np.asarray(value), state_of[name][i].numpy()), name
             assert np.array_equal(states[i].achievements, info["achievements"][i].numpy())
         assert not truncated.any()
