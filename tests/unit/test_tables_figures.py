@@ -168,7 +168,7 @@ def test_sweep_reports_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(UserError, match="variant 'x' must read"):
         sweep.main(["cl", "--variants", "x", "--runs-dir", str(tmp_path)])
     argv = ["cl", "--name", "s", "--seeds", "1", "--jobs", "1", "--runs-dir", str(tmp_path),
-            "--variants", "bad: --granularity 0", "worse: --granularity -1", "--",
+            "--variants", "bad: --granularity 0", "worse: --granularity 0 --lr 0.1", "--",
             *FLAGS.split()]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
         run_command(sweep.main, argv)
@@ -176,7 +176,7 @@ def test_sweep_reports_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     told = [line for line in lines if line.startswith("failed")]
     assert len(told) == 2 and "bad, seed 0: granularity 0 must be at least 1" in told[0]
-    assert "worse, seed 0: granularity -1" in told[1] and told[1].endswith("(exit code 2)")
+    assert "worse, seed 0: granularity 0" in told[1] and told[1].endswith("(exit code 2)")
     error = [line for line in lines if line.startswith("error")]
     assert len(error) == 1 and error[0].startswith("error: 2 runs failed")
     assert not list(tmp_path.rglob("seed-*"))  # they never began

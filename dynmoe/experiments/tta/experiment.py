@@ -112,7 +112,9 @@ class TestTimeAdaptation(Experiment):
         def trial(label: str, one: Config, stream: str) -> Config:
             name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
             method = for_stream(one.method, stream)
-            return replace(one, method=method, streams=(stream,), name=name, resume=True)
+            return replace(
+                one, method=method, compare=(), streams=(stream,), name=name, resume=True
+            )
 
         return {s: {label: trial(label, one, s) for label, one in found.items()}
                 for s in config.streams}  # fmt: skip

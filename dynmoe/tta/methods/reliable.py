@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.model import undisturbed
-from dynmoe.ranges import Range
+from dynmoe.ranges import MOST, Range
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import margin, mean_of, softmax_entropy, sound, wide
@@ -261,7 +261,7 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         """tau in nats; by default 0.5 ln(classes) (paper), 0.4 ln(classes) (official)"""
         margin: float | None = None
         """E0 in nats; by default 0.4 ln(classes) (paper), 0.5 ln(classes) (official)"""
-        plpd: Annotated[float | None, Range(-1, 1)] = None
+        plpd: Annotated[float | None, Range(-MOST, MOST)] = None
         """threshold of PLPD; by default 0.2 (paper), 0.5 (official)"""
         destroy: Literal["patch", "pixel", "occlusion"] = "patch"
         """patch: shuffled patches, each image in its own order (both codes' default); pixel:
