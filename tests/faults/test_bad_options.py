@@ -195,7 +195,7 @@ OTHERS = [
     ("search", "cl --trials -1", "--trials -1 is too small"),
     ("search", "cl --search-seeds 0", "--search-seeds 0 is too small"),
     ("search", "cl --retries -1", "--retries -1 is too small"),
-    ("search", "cl --name /elsewhere/out", "--name '/elsewhere/out' must name a folder below --runs-dir"),
+    ("search", "cl --name /else/out", "--name '/else/out' must name a folder below --runs-dir"),
     ("search", "cl", "--space"),
     ("search", "cl --space lr", "lr"),
     ("report", "", "name the folders of runs"),
