@@ -30,6 +30,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from dynmoe.errors import UserError
+
 Info = dict[str, Any]
 Actions = Tensor | np.ndarray | Sequence[Any]
 """[N, ...] one action per environment"""
@@ -54,6 +56,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     """Base of all environments that agents train on.
 
     Attributes:
+        name: as `envs.make` takes it.
         device: where observations, rewards and all else come out, and where actions may be.
         input_shape: shape of one unpacked observation, (C, H, W) or (D,).
         num_floors: stages the environment tells apart; 1 where it has none.
@@ -69,6 +72,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     input_shape: tuple[int, ...]
     num_floors: int = 1
     num_phases: int = 1
+    name: str
     phase: int | None = None
     achievements: tuple[str, ...] = ()
     max_return: float | None = None
@@ -143,8 +147,12 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return list(range(self.num_floors))
 
     def on_phase(self, phase: int) -> TorchVectorEnv:
-        """As many environments whose episodes all begin as those of a phase, 0..num_phases - 1."""
-        raise NotImplementedError(f"{type(self).__name__} has no phases")
+        """As many environments whose episodes all begin as those of a phase, 0..num_phases - 1.
+
+        Raises:
+            UserError: these have no phases; worlds that do say here how one begins.
+        """
+        raise UserError(f"{self.name} has no phases; use Craftax-Phases-v1 or Stages-v0")
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""

@@ -58,7 +58,7 @@ class Small(Experiment):
         return None
 
     def prepare(self, run: Run, config: Config, shared: None) -> Session:
-        raise NotImplementedError
+        raise AssertionError("a report runs nothing")
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         return float(summary["accuracies"][0 if at == "first" else -1])
@@ -77,7 +77,7 @@ class Small(Experiment):
         return {}
 
     def draw(self, path: Path, results: Results, title: str) -> None:
-        raise NotImplementedError
+        raise AssertionError("a report draws its own figures")
 
     def title(self, config: Config, shared: None) -> str:
         return "small"

@@ -159,3 +159,9 @@ jax_setup.prepare()
     else:
         assert done.stdout.split()[0] == "None"
         assert len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr
+
+
+def test_an_environment_without_phases_says_so() -> None:
+    env = envs.make("CartPole-v1", 2)
+    with pytest.raises(UserError, match="CartPole-v1 has no phases; use Craftax-Phases-v1"):
+        env.on_phase(0)
