@@ -23,6 +23,8 @@ from dynmoe.studies.keeping import RouterShiftDomains as RouterShiftDomains
 from dynmoe.studies.mechanism import Mechanism as Mechanism
 from dynmoe.studies.pairs import Pairs as Pairs
 from dynmoe.studies.photographs import TTAPhotographs as TTAPhotographs
+from dynmoe.studies.photographs import TTAPhotographsLong as TTAPhotographsLong
+from dynmoe.studies.photographs import TTAPhotographsParts as TTAPhotographsParts
 from dynmoe.studies.shifts import AdaptiveGrowth as AdaptiveGrowth
 from dynmoe.studies.shifts import Baselines as Baselines
 from dynmoe.studies.shifts import BlurredBoundaries as BlurredBoundaries
