@@ -1,6 +1,6 @@
 """A small vision transformer that is trained on the spot: the embedded stand-in for a real one.
 
-It learns to tell fractals apart, drawn in all styles of `domains.embedded`, from classes that no
+It learns to tell fractals apart, drawn in styles of `domains.embedded`, from classes that no
 embedded benchmark uses (100 to 199). Its weights are kept in the user's cache folder under a digest
 of all that decides them. The network is timm's, so that whatever works on it works on timm's
 pre-trained ones.
@@ -20,7 +20,7 @@ from cl_benchmarks import fractals
 from cl_benchmarks.domains.embedded import STYLES, draw
 from cl_benchmarks.images import check_least
 from dynmoe import seeding
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 from dynmoe.lab import cache
 
 VERSION = 1
@@ -55,6 +55,8 @@ class SmallVit:
     """passes over them"""
     seed: int = 0
     """of its weights and batches; no part of a run's seed, as a downloaded network has none"""
+    styles: tuple[str, ...] = ()
+    """styles of its training images; all by default, so that no domain is new to it"""
 
     def check(self) -> None:
         """Refuse a geometry that cannot be built.
@@ -62,6 +64,11 @@ class SmallVit:
         Raises:
             UserError: names the value.
         """
+        for style in self.styles:
+            if style not in STYLES:
+                raise unknown("style of the backbone", style, STYLES)
+            if self.styles.count(style) > 1:
+                raise UserError(f"--vit.styles names {style} twice; name each once")
         if self.patch < 1 or self.size % self.patch:
             raise UserError(f"backbone patch {self.patch} does not divide its size {self.size}")
         if self.heads < 1 or self.dim % self.heads:
@@ -103,7 +110,10 @@ def embedded_vit(settings: SmallVit) -> Any:
         finally:
             torch.set_num_threads(threads)
 
-    key = cache.digest({"version": VERSION, **asdict(settings)})
+    decides = asdict(settings)
+    if not settings.styles:  # as it was named before there was a choice
+        del decides["styles"]
+    key = cache.digest({"version": VERSION, **decides})
     return trained_once(model, f"small-vit-{key}", train)
 
 
@@ -128,7 +138,7 @@ def training_images(settings: SmallVit) -> tuple[Tensor, Tensor]:
     classes = range(FIRST_CLASS, FIRST_CLASS + CLASSES)
     gray = fractals.render(classes, settings.per_class, settings.size, VIEWS, 0, "train")[:, 0]
     images = torch.empty(len(gray), 3, settings.size, settings.size, dtype=torch.uint8)
-    names = list(STYLES)
+    names = list(settings.styles or STYLES)
     for number, style in enumerate(names):
         generator = seeding.generator(settings.seed, "backbone", style)
         images[number :: len(names)] = draw(gray[number :: len(names)], style, generator)

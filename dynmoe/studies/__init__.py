@@ -7,6 +7,7 @@ from dynmoe.studies.dg import DGHeadroom as DGHeadroom
 from dynmoe.studies.dg import DGMethods as DGMethods
 from dynmoe.studies.dg import DGParameters as DGParameters
 from dynmoe.studies.dg import DGRouter as DGRouter
+from dynmoe.studies.dg import DGUnseen as DGUnseen
 from dynmoe.studies.floors import RLFloors as RLFloors
 from dynmoe.studies.floors import RLPhases as RLPhases
 from dynmoe.studies.growth import DynamicAgainstStatic as DynamicAgainstStatic

@@ -278,3 +278,43 @@ def _gates(results: Results, stream: str, variant: str) -> str:
         f"{stream}: {variant}: mutual information of gate and source domain {nmi} (1: each domain "
         f"has its expert), entropy of the gates {entropy} (1: even)."
     )
+
+
+UNSEEN = "--vit.styles plain rotated blocky --domains.per-class 130 --eval-every 200"
+"""The backbone learns from three styles, the domains are four others; 1,040 test images each."""
+FIGURE_1 = (1, 2, 3, 4, 6)
+"""Numbers of outer experts around that of the source domains, which is 3."""
+APART = "3 outer experts, apart"
+
+
+class DGUnseen(DGStudy, name="dg-unseen", source="Radwan et al. 2026 (AAAI), MoE², Figure 1"):
+    """Do more outer experts help where the backbone has seen no domain, asked of more images?"""
+
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 10, "paper": 3}
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """One; CLIP has seen what it has seen."""
+        return {"unseen styles": UNSEEN} if preset == "laptop" else super().streams(preset)
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Numbers of outer experts; and three whose gates start by domain, from experts apart."""
+        moe2 = "--method moe2 --method.experts"
+        return {
+            "linear-probe": "--method linear-probe",
+            "moa": "--method moa",
+            **{named(k): f"{moe2} {k}" for k in FIGURE_1},
+            APART: f"{moe2} 3 {STARTS['domains']} --method.temperature 0.05 "
+            "--method.init-noise 0.01",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Each number against MoA and one outer expert; gates, and how far experts are apart."""
+        (stream,) = results.streams
+        many = [named(k) for k in FIGURE_1 if k > 1] + [APART]
+        return [
+            results.says(stream, "moa", "linear-probe"),
+            *(results.says(stream, name, "moa") for name in (named(1), *many)),
+            *(results.says(stream, name, named(1)) for name in many),
+            *(_gates(results, stream, name) for name in (named(3), APART)),
+            *(_departure(results, stream, name) for name in (named(3), APART)),
+        ]

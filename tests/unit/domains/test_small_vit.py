@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from cl_benchmarks.backbone import SmallVit, embedded_vit, fit, new_vit, training_images
 from dynmoe.dg.backbone import check_backbone
 from dynmoe.errors import UserError
+from dynmoe.lab import cache
 
 TINY = SmallVit(size=16, dim=16, depth=2, heads=2, per_class=3, epochs=1)
 
@@ -73,6 +75,17 @@ def test_its_images() -> None:
     assert labels.bincount().tolist() == [3] * 100
 
 
+def test_its_styles_can_be_kept_from_it(own_cache: Path) -> None:
+    """Plain and blocky images are gray. With all styles the cached file has its old name."""
+    gray, _ = training_images(replace(TINY, styles=("plain", "blocky")))
+    mixed, _ = training_images(TINY)
+    assert torch.equal(gray[:, 0], gray[:, 1]) and not torch.equal(mixed[:, 0], mixed[:, 1])
+    settings = {name: value for name, value in asdict(TINY).items() if name != "styles"}
+    embedded_vit(TINY)
+    (kept,) = own_cache.glob("dynmoe/small-vit-*.npz")
+    assert cache.digest({"version": 1, **settings}) in kept.name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -82,6 +95,11 @@ def test_its_images() -> None:
         ({"depth": 0}, "depth 0 is too small"),
         ({"per_class": 0}, "per_class 0 is too small"),
         ({"epochs": -1}, "epochs -1 is too small"),
+        (
+            {"styles": ("plain", "plane")},
+            "unknown style .*Did you mean 'plain",
+        ),
+        ({"styles": ("plain", "plain")}, "--vit.styles names plain twice"),
     ],
 )
 def test_bad_geometry(options: dict[str, Any], message: str) -> None:
