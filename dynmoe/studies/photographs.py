@@ -85,7 +85,8 @@ class TTAPhotographsLong(TTAPhotographs, name="tta-photographs-long", source="ou
     """Does the lead of experts grow with the stream? What does the balance loss do there?
 
     The stream of `tta-photographs` twice as long: 2,000 images of each corruption. Learning rates
-    and numbers of experts are those chosen there, on another seed.
+    and numbers of experts are those chosen there, on another seed; MoETTA's falls back at its own
+    in the second half, so it may choose again.
     """
 
     def streams(self, preset: Preset) -> dict[str, str]:
@@ -94,20 +95,19 @@ class TTAPhotographsLong(TTAPhotographs, name="tta-photographs-long", source="ou
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Source model, the best published methods, MoETTA with and without balance, and ours."""
-        moetta = f"{MOETTA} --lr-scale 100"
         return {
             "noadapt": "--method noadapt",
             "eata": "--method eata --lr-scale 10",
             "sar": "--method sar --lr-scale 10",
             "tent, information": "--method tent --method.im 1 --lr-scale 100",
-            "moetta": moetta,
-            "moetta, lambda 0": f"{moetta} --method.balance-weight 0",
+            "moetta, rate 100": f"{MOETTA} --lr-scale 100",
+            "moetta, rate 100, lambda 0": f"{MOETTA} --lr-scale 100 --method.balance-weight 0",
             OURS: GROUPED,
         }
 
     def searches(self, preset: Preset) -> dict[str, list[str]]:
-        """None."""
-        return {}
+        """MoETTA's learning rate."""
+        return {"moetta": [f"{MOETTA} --lr-scale {rate}" for rate in RATES[1:]]}
 
     def verdict(self, results: Results) -> list[str]:
         """Ours and MoETTA against the others; MoETTA's balance loss."""
@@ -115,7 +115,8 @@ class TTAPhotographsLong(TTAPhotographs, name="tta-photographs-long", source="ou
         others = ("noadapt", "eata", "sar", "tent, information")
         return [
             *(results.says(stream, OURS, name) for name in (*others, "moetta")),
-            *(results.says(stream, "moetta", name) for name in (*others, "moetta, lambda 0")),
+            *(results.says(stream, "moetta", name) for name in others),
+            results.says(stream, "moetta, rate 100", "moetta, rate 100, lambda 0"),
         ]
 
 
