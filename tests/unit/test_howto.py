@@ -1,8 +1,12 @@
-"""The code on the how-to pages runs as pasted: parts of one's own, an environment, a model."""
+"""The code on the how-to pages runs as pasted, and the commands of all pages can be given.
+
+The commands are not run: their flags are read. Those with a shell's variables are left out.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from dynmoe import registry
+import dynmoe.dg.__main__ as dg
+import dynmoe.tta.__main__ as tta
+from dynmoe import cl, registry, rl
 from dynmoe.growth import GrowthController, Signals
+from dynmoe.lab.config import parse
 from dynmoe.moe import MoELayer
 
-PAGES = Path(__file__).parents[2] / "docs" / "howto"
+ROOT = Path(__file__).parents[2]
+HOWTO = ROOT / "docs" / "howto"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FIRST = {"README.md", "index.md", "howto"}
+"""Pages (and folders of pages) whose commands are read by default; those of others are slow."""
+COMMANDS = {"cl": cl, "rl": rl, "tta": tta, "dg": dg}
 
 
 @pytest.fixture
@@ -36,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def paste(page: str, folder: Path) -> dict[str, object]:
     """Write the page's files, then run its other python blocks; what these defined."""
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", (HOWTO / page).read_text(), re.DOTALL):
         if file := re.match(r"# (my_\w+\.py)\n", block):
             (folder / file.group(1)).write_text(block)
         else:
@@ -93,3 +105,35 @@ def test_the_study(folder: Path) -> None:
     study = module("study.md", "my_study", folder).MyRouters
     assert registry.get("study", "my-routers") is study
     assert study().streams("laptop") == {"shuffle": "--preset smoke --protocol shuffle"}
+
+
+def test_the_first_page(folder: Path) -> None:
+    names = paste("../index.md", folder)
+    assert names["model"][0].num_experts == 4 and names["logits"].shape == (32, 10)  # type: ignore
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of each `python -m dynmoe...` line in the page's blocks of shell commands."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "-m dynmoe." in line and "$" not in line and "..." not in line:
+                yield shlex.split(line.partition("-m dynmoe.")[2], comments=True)
+
+
+CASES = [
+    pytest.param(page, id=str(page.relative_to(ROOT)),
+                 marks=() if FIRST & {page.name, page.parent.name} else pytest.mark.slow)
+    for page in PAGES if "studies" not in page.parts and list(commands(page))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", CASES)
+def test_commands_can_be_given(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, text in re.findall(r"```python\n# (my_\w+\.py)\n(.*?)```", page.read_text(), re.S):
+        (folder / file).write_text(text)
+        monkeypatch.setenv(registry.VARIABLE, file)
+    for name, *words in commands(page):
+        if name in COMMANDS and "--help" not in words:
+            parse(COMMANDS[name].presets(), words, name, "What it does.")
+        elif name == "study" and words[0] != "--list":
+            registry.get("study", words[0])
