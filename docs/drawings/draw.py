@@ -66,34 +66,24 @@ def shared(experts: int, units: int = UNITS) -> list[int]:
 
 def growth() -> None:
     """An expert, a pool and a budget: before a growth, and after it under both budgets."""
-    axes = canvas(80, 46)
+    axes = canvas(80, 36)
+    wider = shared(4, 2 * UNITS)
     rows = [
-        (35, "before", "", "2 experts of 8 hidden units", shared(2)),
-        (20, "after a growth,", "constant budget", "4 experts of 4 units", shared(4)),
-        (
-            5,
-            "or,",
-            "budget per growth",
-            "4 experts of 8 units",
-            shared(4, 2 * UNITS),
-        ),
+        (27, "before", "", "2 experts of 8 hidden units", shared(2)),
+        (15, "after a growth,", "constant budget", "4 experts of 4 units", shared(4)),
+        (3, "or,", "budget per growth", "4 experts of 8 units", wider),
     ]
     for y, first, second, third, owners in rows:
         say(axes, 1, y + (3.4 if second else 2.4), first, weight="bold")
         say(axes, 1, y + 1.4, second)
         say(axes, 1, y - (0.8 if second else -0.2), third, color=GREY)
         pool(axes, 27, y, owners, 1.62)
-    say(axes, 27, 39.5, "one pool of 16 hidden units; a colour is an expert", color=GREY)
-    say(
-        axes,
-        27,
-        24.5,
-        "the same 16 units, shared out again: as many parameters as before",
-        color=GREY,
-    )
-    say(axes, 27, 9.5, "16 units more: the layer gets wider", color=GREY)
-    arrow(axes, (20, 33), (20, 27))
-    say(axes, 19, 30, "growth", 8, ha="right", color=GREY)
+    words = "the same 16 units, shared out again: as many parameters as before"
+    say(axes, 27, 31.5, "one pool of 16 hidden units; a colour is an expert", color=GREY)
+    say(axes, 27, 19.5, words, color=GREY)
+    say(axes, 27, 7.5, "16 units more: the layer gets wider", color=GREY)
+    arrow(axes, (20, 25.5), (20, 20))
+    say(axes, 19, 22.7, "growth", 8, ha="right", color=GREY)
     save(axes, "growth")
 
 
