@@ -69,7 +69,9 @@ class GrowthController:
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
             move what moves once per step (see `dynmoe.moe.finish_step`).
         granularity: experts added per growth (the paper's g).
-        trigger, pruning, init: Configs of registered parts; defaults: at tasks, reinit, random.
+        trigger: Config of a registered trigger; default: at tasks.
+        pruning: Config of a pruning criterion; default: reinit.
+        init: Config of an initialisation; default: random.
         budget: constant, or units per growth.
         moments: optimizer state of fresh entries, see `optimizer_state.mean_moments`.
         measure_shock: compares what the model returns on the probe before and after a growth.

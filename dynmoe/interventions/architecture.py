@@ -74,7 +74,7 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
 
 
 class Mirror(nn.Module):
-    """x [B, U, ...] -> [x, -x] [B, 2U, ...]: what a ReLU behind it makes a CReLU.
+    """x [B, U, ...] -> `[x, -x]` [B, 2U, ...]: what a ReLU behind it makes a CReLU.
 
     Vectors and their sequences [B, T, U] are mirrored in the last axis, images in the second.
     """

@@ -34,7 +34,8 @@ class HyperMoE(nn.Module):
     the layer inside; put a new hypernetwork around what it returns.
 
     Args:
-        dim_in, dim_out: widths of the layer.
+        dim_in: input width, D_in.
+        dim_out: output width, D_out.
         make_layer: makes the layer, called once with (D_in, D_out): one with a sparse router, and
             a bank of rows [N, D].
         code_dim: C.

@@ -48,7 +48,9 @@ def experts_from_mlps(
         shared: an MLP that every sample uses beside them with gate 1, as Nexus keeps the model that
             all experts began as.
         max_experts: most experts the layer can grow to; default: as many as MLPs.
-        router, losses, route_per: as in `MoELayer`.
+        router: as in `MoELayer`.
+        losses: as in `MoELayer`.
+        route_per: as in `MoELayer`.
         generator: draws the router; None: torch's global one.
 
     Raises:

@@ -28,7 +28,8 @@ class MoELayer(nn.Module):
     """Experts mixed by a router, `[..., D_in] -> [..., D_out]`.
 
     Args:
-        dim_in, dim_out: input and output width.
+        dim_in: input width, D_in.
+        dim_out: output width, D_out.
         hidden: hidden units of all experts together (the parameter budget).
         num_experts: experts at the start.
         max_experts: most experts the layer can grow to; default `num_experts`.

@@ -25,7 +25,8 @@ class MultiHead(nn.Module):
     compete there in routers whose tokens do.
 
     Args:
-        dim_in, dim_out: widths of the whole.
+        dim_in: input width of the whole.
+        dim_out: output width of the whole.
         heads: h; divides both.
         make_layer: makes the layer, called once with (D_in/h, D_out/h).
         generator: draws the weights of the two linear maps; None: torch's global one.

@@ -56,7 +56,10 @@ def upcycle(
             become zeros that can learn.
         how: see above.
         cluster: split by balanced k-means of the units' input weights, not by their order.
-        max_experts, router, losses, route_per: as in `MoELayer`.
+        max_experts: as in `MoELayer`.
+        router: as in `MoELayer`.
+        losses: as in `MoELayer`.
+        route_per: as in `MoELayer`.
         generator: draws the router and the clusters' start; None: torch's global one.
 
     Raises:

@@ -114,7 +114,8 @@ def set_adapter(layer: MoELayer, expert: int, a: Tensor, b: Tensor) -> None:
     Args:
         layer: with the bank `lora`.
         expert: its number.
-        a, b: A [r, D_in] and B [D_out, r], r the expert's ranks.
+        a: A [r, D_in], r the expert's ranks.
+        b: B [D_out, r].
 
     Raises:
         UserError: another bank, no such expert, or shapes that do not fit.

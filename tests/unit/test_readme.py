@@ -1,4 +1,4 @@
-"""The README's Python snippet runs as pasted, and ends where the README says."""
+"""README's Python runs as pasted, and the loop on the results page ends where the page says."""
 
 from __future__ import annotations
 
@@ -7,30 +7,47 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results" / "README.md"
 
 
-def snippet() -> str:
-    [block] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def snippet(page: Path) -> str:
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     return block
 
 
 def accuracies(code: str, capsys: pytest.CaptureFixture[str]) -> list[float]:
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "results", "exec"), {})
     return [float(text) for text in re.findall(r"accuracy ([\d.]+)%", capsys.readouterr().out)]
 
 
-def test_the_snippet_runs(capsys):
+def test_the_readme_s_snippet_grows(capsys):
+    names: dict = {}
+    exec(compile(snippet(README), "README.md", "exec"), names)
+    assert names["model"][1].num_experts == 4
+    assert float(capsys.readouterr().out) > 1
+
+
+def test_the_readme_quotes_the_results():
+    """Its five lines have the numbers of the pages that they link to."""
+    text, results = README.read_text(), RESULTS.read_text()
+    for number in ("9.9", "97.7", "100.0", "28.8", "17.1", "25.4", "4.59", "4.54"):
+        assert re.search(rf"\b{re.escape(number)}\b", text), number
+        assert re.search(rf"\b{re.escape(number)}\b", results), number
+
+
+def test_the_loop_runs(capsys):
     """With one epoch a task, for the time it takes."""
-    code = snippet()
+    code = snippet(RESULTS)
     assert code.count("EPOCHS = 20") == 1
     found = accuracies(code.replace("EPOCHS = 20", "EPOCHS = 1"), capsys)
     assert len(found) == 10 and max(found) > 5
 
 
 @pytest.mark.slow
-def test_the_snippet_gives_the_default_row(capsys):
-    bold = re.search(r"\*\*DynamicMoE g2\*\* \(default\) \| ([\d.]+) ", README.read_text())
+def test_the_loop_gives_the_default_row(capsys):
+    bold = re.search(r"\*\*DynamicMoE g2\*\* \(default\) \| ([\d.]+) ", RESULTS.read_text())
     assert bold is not None
-    found = accuracies(snippet(), capsys)
+    found = accuracies(snippet(RESULTS), capsys)
     assert found[-1] == float(bold.group(1))

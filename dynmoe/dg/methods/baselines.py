@@ -173,7 +173,8 @@ class Bottleneck(nn.Module):
     """`h + up(gelu(down(h)))` with hypercomplex maps D -> m -> D.
 
     Args:
-        dim, width: D and m, both multiples of n.
+        dim: D, a multiple of n.
+        width: m, a multiple of n.
         rules: A of the down and of the up maps, [n, n, n]; registered elsewhere.
         generator: draws s and t.
     """

@@ -218,7 +218,8 @@ def router_identity(p: Tensor, w: Tensor, experts: Tensor, labels: Tensor) -> Te
     """[B] `log((p . S_y) / (w . S_y))`, the excess loss of routing by w where p is right (Eq. 6).
 
     Args:
-        p, w: [B, K] weights that add up to 1.
+        p: [B, K] weights that add up to 1.
+        w: the same of another mixture.
         experts: [B, K, C] class probabilities of each expert.
         labels: [B] classes y.
     """
