@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     A damaged one is named on stderr and passed over for the one before it.
 
     Raises:
-        ResourceError: there are checkpoints and none of them can be read.
+        ResourceError: there are checkpoints and none of them can be read, or the newest holds code.
     """
     if not folder.is_dir():
         return None
@@ -65,7 +66,7 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
     for path in reversed(paths):
         data = path.read_bytes()
         if _checksum(data) in _known_checksums(path):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return _unpacked(path, data)
         print(f"warning: checkpoint {path} is damaged; trying the one before", file=sys.stderr)
     if paths:
         raise ResourceError(
@@ -78,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
     """The checkpoint in one file, its tensors on the CPU.
 
     Raises:
-        ResourceError: it cannot be read, or is damaged.
+        ResourceError: it cannot be read, is damaged, or holds code.
     """
     try:
         data = path.read_bytes()
@@ -86,7 +87,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ResourceError(f"cannot read checkpoint {path}: {error.strerror}") from None
     if _checksum(data) not in _known_checksums(path):
         raise ResourceError(f"checkpoint {path} is damaged: it does not match its .sha256 file")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return _unpacked(path, data)
 
 
 def exists(folder: Path) -> bool:
@@ -100,6 +101,17 @@ def _write(path: Path, data: bytes) -> None:
     write_atomic(path, data)
     if replaced:
         write_atomic(_checksum_file(path), checksum.encode())
+
+
+def _unpacked(path: Path, data: bytes) -> dict[str, Any]:
+    """Tensors and plain values alone: nothing in the file is run as code."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ResourceError(
+            f"checkpoint {path} holds more than tensors and plain values, so it was not made by "
+            "dynmoe; it is not loaded, as it could run code"
+        ) from None
 
 
 def _checksum(data: bytes) -> str:

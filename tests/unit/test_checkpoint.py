@@ -177,3 +177,22 @@ def test_full_disk_never_costs_the_only_one(
     with pytest.raises(ResourceError):
         _save(tmp_path, 4)
     assert load_latest(tmp_path)["step"] == 3  # type: ignore[index]
+
+
+class Code:
+    """Unpickled without care it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    path = checkpoint.save(tmp_path / "c", 1, {"state": Code(made)})
+    for load in (lambda: checkpoint.load_latest(path.parent), lambda: checkpoint.load(path)):
+        with pytest.raises(ResourceError, match="it could run code"):
+            load()
+    assert not made.exists()
