@@ -77,7 +77,7 @@ class TTAPhotographs(TTAStudy, name="tta-photographs", source="Fan et al. 2025, 
 
 
 TUNED = "--lr-scale 100 --method.num-experts 5"
-LEARNT = f"--method moetta --method.im 1 {TUNED}"
+LEARNT = f"{MOETTA} --method.im 1 {TUNED}"
 GROUPED = f"{CLUSTERS} --method.im-per expert {TUNED}"
 
 
@@ -146,7 +146,7 @@ class TTAPhotographsParts(
         }
         return {
             "noadapt": "--method noadapt",
-            "learned": LEARNT,
+            "learned": LEARNT.replace("--routing-batches 0 ", ""),
             **{f"learned, {name}": f"{LEARNT} {flag}" for name, flag in own.items()},
             **{f"learned, {k} experts": _experts(LEARNT, k) for k in (3, 9, 15)},
             "learned, growing 1 to 5": f"{grown} --method.grow-wait 12",
