@@ -151,7 +151,7 @@ class TTAPhotographsParts(
             **{f"learned, {k} experts": _experts(LEARNT, k) for k in (3, 9, 15)},
             "learned, growing 1 to 5": f"{grown} --method.grow-wait 12",
             "clusters": GROUPED,
-            **{f"clusters, {name}": f"{GROUPED} {own[name]}" for name in list(own)[3:]},
+            "clusters, no re-weighting": f"{GROUPED} {own['no re-weighting']}",
             **{f"clusters, {k} experts": _experts(GROUPED, k) for k in (3, 9, 15)},
         }
 
