@@ -51,10 +51,9 @@ def upcycle(
     `diagnostics.function_change(mlp, layer, x)` tells how close the two are.
 
     Args:
-        mlp: `nn.Sequential` of Linear, activation and Linear, or a module with these as `fc1`,
-            `act` and `fc2` whose output is `fc2(act(fc1(x)))`, as timm's Mlp. Missing biases
-            become zeros that can learn.
-        how: see above.
+        mlp: `nn.Sequential` of Linear, activation and Linear, or `fc2(act(fc1(x)))` of a module
+            with these names, as timm's Mlp. Missing biases become zeros that can learn.
+        how: "split" shares the units out among the experts, "copy" gives each expert all.
         cluster: split by balanced k-means of the units' input weights, not by their order.
         max_experts: as in `MoELayer`.
         router: as in `MoELayer`.
