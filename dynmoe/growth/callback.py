@@ -75,7 +75,7 @@ class GrowthCallback:
         """The gradients of a step are there, not clipped yet; `loss` is its training loss."""
         needs = self.controller.trigger.needs
         if "loss" in needs:
-            self._latest["loss"] = float(loss)
+            self._latest["loss"] = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if "grad_norm" in needs:
             own = (p.grad for p in self.controller.model.parameters())
             self._latest["grad_norm"] = float(

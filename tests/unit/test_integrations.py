@@ -28,7 +28,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
-        self.layer = MoELayer(8, 8, 12, 1, max_experts=4)
+        self.layer = MoELayer(8, 8, hidden=12, num_experts=1, max_experts=4)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         logits = self.head(F.relu(self.layer(F.relu(self.first(x)))))

@@ -43,7 +43,7 @@ class Watching(Trigger, name="watching-in-test"):
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    layer = MoELayer(8, 8, 12, 1, max_experts=4)
+    layer = MoELayer(8, 8, hidden=12, num_experts=1, max_experts=4)
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 3))
 
 
