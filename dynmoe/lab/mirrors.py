@@ -69,6 +69,7 @@ class Mirror:
         self.file = folder / f"mirror-{name}.json"
         self.final: dict[str, float] | None = None
         self._ends, self._given_up = threading.Event(), False
+        self._place, self._passed, self._sent = 0, 0, 0  # bytes and lines read, lines sent
         self._thread = threading.Thread(target=self._work, name=f"mirror {name}", daemon=True)
         self._thread.start()
 
@@ -86,16 +87,16 @@ class Mirror:
 
     def _work(self) -> None:
         try:
-            known, sent = self._known()
+            known, self._sent = self._known()
             known = self.store.open(known, self.folder, self.title, self.settings)
-            self._keep(known, sent)
+            self._keep(known)
             last = False
             while not last:
                 last = self._ends.wait(POLL_S)
-                while not self._given_up and (lines := self._lines(sent)):
+                while not self._given_up and (lines := self._lines()):
                     self.store.send([numbers(line) for line in lines])
-                    sent += len(lines)
-                    self._keep(known, sent)
+                    self._sent += len(lines)
+                    self._keep(known)
             self.store.close(self.final)
         except BaseException as error:  # whatever a store's package raises, exits included
             reason = (str(error).strip().split("\n")[0] or "no reason given")[:200]
@@ -110,15 +111,20 @@ class Mirror:
         except (OSError, ValueError, LookupError, TypeError):
             return None, 0
 
-    def _keep(self, known: str, sent: int) -> None:
-        write_json(self.file, {"run": known, "lines": sent})
+    def _keep(self, known: str) -> None:
+        write_json(self.file, {"run": known, "lines": self._sent})
 
-    def _lines(self, sent: int) -> list[dict[str, Any]]:
-        """At most LINES whole lines of the log behind the first `sent`."""
+    def _lines(self) -> list[dict[str, Any]]:
+        """At most LINES whole lines of the log that were not read or sent before."""
+        found: list[dict[str, Any]] = []
         with open(self.folder / "log.jsonl", "rb") as file:
-            found = []
-            for number, line in enumerate(file):
-                if number >= sent and line.endswith(b"\n"):
+            file.seek(self._place)
+            for line in file:
+                if not line.endswith(b"\n"):  # the rest is still to be written
+                    break
+                self._place += len(line)
+                self._passed += 1
+                if self._passed > self._sent:
                     found.append(json.loads(line))
                 if len(found) == LINES:
                     break

@@ -87,7 +87,7 @@ class Config(RunConfig):
     """measure what a perfect router of a method's experts could reach on all images of the left-out
     domain; costs a pass per expert"""
     keep_model: bool = place(False)
-    """keep what has learnt after the last step, for each left-out domain, for `dynmoe export`"""
+    """keep the networks of the last steps, for `dynmoe export`"""
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""
