@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,16 @@ CHANGEABLE: tuple[type[nn.Module], ...] = (
 MakeBlock = Callable[[int, int, int], nn.Module]
 """(input width, hidden units, output width) -> module"""
 PLACES = ("trunk", "actor", "critic")
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What a policy is made for; environments have the same two attributes."""
+
+    input_shape: tuple[int, ...]
+    """of one observation, (C, H, W) or (D,)"""
+    single_action_space: spaces.Space
+    """what the agent may do"""
 
 
 def dense_block(dim_in: int, hidden: int, dim_out: int) -> nn.Module:

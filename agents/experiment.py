@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 
 import envs
-from agents.actor_critic import ActorCritic
 from agents.evaluate import print_achievements
 from agents.evaluator import Evaluator
+from agents.exporting import PolicyExporter
 from agents.figures import learning_figure
 from agents.growth import policy_shock
+from agents.making import growing_steps, make_env, make_policy
 from agents.methods import Agent
 from agents.phases import METRICS, figure
 from agents.ppo import train
@@ -36,6 +36,7 @@ from dynmoe.lab.experiment import (
     Results,
     Session,
 )
+from dynmoe.lab.export import Exporter
 from dynmoe.lab.figures import band, new_figure, save
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
@@ -71,7 +72,7 @@ class ReinforcementLearning(Experiment):
         if reason is not None and not told:  # arrivals on floors stand for task starts
             raise UserError(reason)
         agent: Agent = config.method.build()
-        agent.make_block(config, _growing_steps(config), config.seed)(
+        agent.make_block(config, growing_steps(config), config.seed)(
             config.encoder.hidden, config.encoder.hidden, 1
         )
 
@@ -183,6 +184,10 @@ class ReinforcementLearning(Experiment):
                 band(axes, [s for s, _ in whole], intervals, number, variant, 1)
             axes.set(title=stream, xlabel="environment steps", ylabel="episodic return")
         save(figure, path)
+
+    def exporter(self) -> Exporter:
+        """The policy after the latest update that was saved."""
+        return PolicyExporter()
 
     def title(self, config: Config, shared: None) -> str:
         """Environment and network."""
@@ -311,59 +316,3 @@ class AgentSession(Session):
         self.env.close()
         if self.recorder.evaluator is not None:
             self.recorder.evaluator.env.close()
-
-
-def _growing_steps(config: Config) -> int:
-    """The run's length for plans, which count what falls due before it.
-
-    The last chance to grow comes one update before the end.
-    """
-    return (config.updates - 1) * config.batch_size + 1
-
-
-def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
-    """The environments of a run.
-
-    Raises:
-        UserError: settings that cannot be.
-    """
-    return envs.make(
-        config.env, config.num_envs, config.seed, device, renderer=config.renderer,
-        observation="pixels" if config.renderer == "upstream" else None,
-        env_args=_env_args(config.env_args),
-        normalize_observations=config.normalize_observations,
-        normalize_rewards=config.normalize_rewards, gamma=config.gamma,
-    )  # fmt: skip
-
-
-def _env_args(text: str) -> dict[str, Any]:
-    """The JSON object of `--env-args`; {} for an empty text.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        values = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        values = str(error)
-    if not isinstance(values, dict):
-        raise UserError(
-            f"--env-args {text} is no JSON object ({values}); write it as '{{\"gravity\": 5}}'"
-        )
-    return values
-
-
-def make_policy(
-    config: Config, env: TorchVectorEnv, device: torch.device, intervention: Intervention
-) -> ActorCritic:
-    """The network of a run, as drawn from its seed and made over by the intervention."""
-    agent: Agent = config.method.build()
-    steps = _growing_steps(config)
-    make_block = agent.make_block(config, steps, seeding.derive(config.seed, "blocks"))
-    with seeding.seeded(config.seed, "policy"):
-        policy = ActorCritic(config.encoder, env.input_shape, env.single_action_space, make_block)
-    config.join_routers(policy)
-    intervention.transform(policy, seeding.generator(config.seed, "transform"))
-    if len(env.input_shape) == 3:  # frames come with channels last, and convolutions keep them so
-        policy.to(memory_format=torch.channels_last)
-    return policy.to(device)

@@ -10,8 +10,8 @@ import torch
 
 from agents.evaluate import evaluation_summary, play, print_evaluation
 from agents.evaluator import BEST
-from agents.experiment import make_env, make_policy
 from agents.figures import router_figure, write_figure
+from agents.making import make_env, make_policy
 from agents.settings import Config
 from agents.video import write_video
 from dynmoe.errors import UserError

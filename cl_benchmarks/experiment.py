@@ -12,12 +12,13 @@ import torch
 
 from cl_benchmarks import figures
 from cl_benchmarks.expert_probes import check_probes
+from cl_benchmarks.exporting import StreamExporter, horizon_of
 from cl_benchmarks.figures import OLD, PANELS, has_old, tasks_of
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.lock_out import locked_out, tasks_with_lock_out, warn_of_lock_out
 from cl_benchmarks.losses import check_loss
-from cl_benchmarks.method import Horizon, ZeroHead
+from cl_benchmarks.method import ZeroHead
 from cl_benchmarks.preparing import attach_intervention, check_batches, make_trainer, prepare
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.references import online_references
@@ -26,6 +27,7 @@ from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
+from dynmoe.lab.export import Exporter
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, iqm, three
@@ -174,6 +176,10 @@ class ContinualLearning(Experiment):
         """A row of panels per stream, see `figures.draw`."""
         figures.draw(path, results, title, self.references)
 
+    def exporter(self) -> Exporter:
+        """The network after the latest task."""
+        return StreamExporter()
+
     def title(self, config: Config, shared: ImageData) -> str:
         """Data set, protocol and network."""
         access = "" if config.access == "limited" else f", {config.access}"
@@ -189,10 +195,9 @@ class StreamSession(Session):
         protocol = config.protocol.build()
         self.chunks = protocol.stream(data, config.chunks, config.access, config.seed)
         train, test = chunk_datasets(data, self.chunks)
-        steps = sum(-(-len(chunk) // config.batch_size) * config.epochs for chunk in train)
-        outputs = protocol.num_outputs(data, config.chunks)
+        horizon = horizon_of(config, [len(chunk) for chunk in train])
+        steps, outputs = horizon.steps, protocol.num_outputs(data, config.chunks)
         check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
-        horizon = Horizon(steps, len(self.chunks), config.batch_size)
         training = prepare(config, data, outputs, horizon, run.device)
         check_batches(config, training.model, [len(chunk) for chunk in train])
         plugins = config.method.build().plugins(config, training)

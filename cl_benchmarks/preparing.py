@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cl_benchmarks.growth_plugin import GrowthPlugin
-from cl_benchmarks.images import ImageData
 from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Training
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
@@ -21,6 +20,14 @@ from dynmoe.interventions.intervention import Intervention
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer
+
+
+class HasShape(Protocol):
+    """What a network must know of its data: an `ImageData` is one."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
 
 
 def check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
@@ -48,7 +55,7 @@ def check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
 
 
 def prepare(
-    config: Config, data: ImageData, outputs: int, horizon: Horizon, device: torch.device
+    config: Config, data: HasShape, outputs: int, horizon: Horizon, device: torch.device
 ) -> Training:
     """Network and optimizer. Network `draw` is the same in every run of this seed."""
     method: Method = config.method.build()

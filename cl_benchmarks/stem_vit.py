@@ -117,6 +117,18 @@ class StemViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def sizes_of(model: StemViT) -> dict[str, Any]:
+    """The arguments that a `StemViT` was made with, the classes apart."""
+    block: Any = model.blocks[0]
+    width = model.embed_dim
+    return {
+        "width": width,
+        "depth": len(model.blocks),
+        "heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / width,
+    }
+
+
 def load_stem_vit(file: Path, classes: int = 0, heads: int = 6) -> StemViT:
     """The model of a file of weights (16 or 32 bits), as float32 and in evaluation mode.
 

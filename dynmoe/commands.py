@@ -94,6 +94,13 @@ COMMANDS = {
         (*LAB, "jinja2"),
         TOP,
     ),
+    "export": Command(
+        "a trained network as safetensors with a model card, to share and to load in two lines",
+        "seconds",
+        "lab",
+        (*LAB, "safetensors"),
+        TOP,
+    ),
     "list": Command(
         "the parts that can be chosen by name, with their sources and options",
         "seconds",

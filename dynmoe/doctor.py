@@ -36,11 +36,16 @@ EXTRAS = {
     "search": "`dynmoe search`",
     "slurm": "`--launcher submitit`",
     "ray": "`--launcher ray`",
+    "wandb": "`--mirror wandb`",
+    "mlflow": "`--mirror mlflow`",
+    "lightning": "callbacks for Lightning",
+    "transformers": "callbacks for Hugging Face's Trainer",
 }
 """Extra of the package -> what it is for."""
 IMPORTED_AS = {
     "avalanche-lib": "avalanche",
     "imagecorruptions-imaug": "imagecorruptions",
+    "mlflow-skinny": "mlflow",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
 }

@@ -29,8 +29,7 @@ pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FO
 trained agent.
 
 Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke,
-seconds; craftax (a million steps), an hour by estimate; paper (1e9 steps), 130 days of a core:
-meant for a GPU."""
+seconds; craftax (a million steps), about an hour; paper (1e9 steps), 130 core days: for a GPU."""
 
 
 def presets() -> dict[str, Config]:

@@ -37,7 +37,7 @@ def place(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"place": True})
 
 
-KEEPING = ("name", "runs_dir", "resume", "checkpoint_every_s")
+KEEPING = ("name", "runs_dir", "resume", "checkpoint_every_s", "mirror")
 RUNNING = ("jobs", "device", "threads", "allow_unused", "debug")
 """Settings that every command has, for the groups of its help: how a run is kept, how it runs."""
 
@@ -64,6 +64,8 @@ class RunConfig:
     """go on from the newest checkpoint of this run"""
     checkpoint_every_s: float = place(60.0)
     """seconds between checkpoints"""
+    mirror: tuple[str, ...] = place(())
+    """copy the log to wandb, mlflow or both as well"""
     allow_unused: bool = place(False)
     """accept options that have no effect with the others"""
     debug: bool = place(False)

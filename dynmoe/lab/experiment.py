@@ -19,6 +19,8 @@ from torch import nn
 
 from dynmoe.errors import UserError
 from dynmoe.lab.config import RunConfig, check_name
+from dynmoe.lab.export import Exporter
+from dynmoe.lab.mirrors import check_mirrors
 from dynmoe.lab.recorder import Recorder
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import (
@@ -128,6 +130,7 @@ class Experiment(ABC):
         """
         check_settings(config)
         check_name(config.name)
+        check_mirrors(config.mirror)
         for name, least in {"seeds": 1, "jobs": 1, "threads": 0, **self.least}.items():
             value = getattr(config, name)
             if not value >= least:  # also refuses nan
@@ -203,6 +206,14 @@ class Experiment(ABC):
     @abstractmethod
     def title(self, config: Any, shared: Any) -> str:
         """What the numbers are about: data, order, network."""
+
+    def exporter(self) -> Exporter:
+        """What makes the networks of its runs again, for `dynmoe export`.
+
+        Raises:
+            UserError: there is nothing that does; so it is by default.
+        """
+        raise UserError(f"networks of {self.command} cannot be exported")
 
     def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
         """Where the results of a command line go; `first` is the main run's folder."""

@@ -52,6 +52,7 @@ class Logger:
         self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
         self._file.truncate(position)
         self._file.seek(position)  # else `tell` counts what was cut off until the next write
+        self._latest = step or 0
         purge = None if step is None else step + 1
         self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
         self.bar: Bar | None = None
@@ -65,6 +66,7 @@ class Logger:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._write({"step": step, **values})
+        self._latest = step
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self.tensorboard._get_file_writer().add_summary(Summary(value=points), step)
         if self.bar is not None:
@@ -78,6 +80,23 @@ class Logger:
         """One line for something that happened once (a growth, a new task)."""
         self._write({"step": step, "event": name, **values})
         self.tensorboard.add_text(f"events/{name}", f"`{json.dumps(values)}`", step)
+
+    def hparams(self, settings: dict[str, Any], final: dict[str, float]) -> None:
+        """For TensorBoard's tab HPARAMS alone: settings, and what the run ended with.
+
+        Args:
+            settings: flat; what is no number or text is shown as text.
+            final: tag -> number.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard.summary import hparams
+
+        shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+        writer = self.tensorboard._get_file_writer()
+        for part in hparams(shown, final):
+            writer.add_summary(part)
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in final.items()]
+        writer.add_summary(Summary(value=points), self._latest)
 
     def sync(self) -> int:
         """Flush to disk; returns the length of `log.jsonl` in bytes."""

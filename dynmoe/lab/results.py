@@ -103,8 +103,8 @@ def read_run(folder: Path) -> RunRow:
         folder=folder,
         seed=int(settings["seed"]),
         status="finished" if done else "unfinished",
-        settings=_flat(settings, lists=True),
-        figures=_flat(json.loads(summary.read_text())) if done else {},
+        settings=flat(settings, lists=True),
+        figures=flat(json.loads(summary.read_text())) if done else {},
     )
 
 
@@ -114,12 +114,21 @@ def _command(folder: Path, name: str | None) -> str:
     return folder.resolve().parents[depth].name
 
 
-def _flat(values: dict[str, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
+def figures(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a summary, `final/NAME`; nested ones with dots, lists left out."""
+    return {
+        f"final/{name}": float(value)
+        for name, value in flat(summary).items()
+        if isinstance(value, int | float)
+    }
+
+
+def flat(values: dict[str, Any], prefix: str = "", lists: bool = False) -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots; lists are left out unless asked for."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.", lists)
+            out |= flat(value, f"{prefix}{key}.", lists)
         elif lists or not isinstance(value, list):
             out[f"{prefix}{key}"] = value
     return out

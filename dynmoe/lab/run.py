@@ -34,6 +34,8 @@ from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
 from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.files import lock, remove_leftovers, write_json
 from dynmoe.lab.log import Logger
+from dynmoe.lab.mirrors import Mirror, start_mirrors
+from dynmoe.lab.results import figures, flat
 
 PACKAGES = ("torch", "torchvision", "numpy", "avalanche-lib", "gymnasium", "craftax", "jax",
             "timm")  # fmt: skip
@@ -70,6 +72,7 @@ class Run:
         self.summary: dict[str, Any] | None = None
         self.restored: dict[str, Any] | None = None
         self._log: Logger | None = None
+        self._mirrors: list[Mirror] = []
         self._lock: IO[str] | None = None
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -106,6 +109,8 @@ class Run:
             if self._log is not None:
                 self._log.close()
         finally:
+            for mirror in self._mirrors:
+                mirror.close()
             self._release()
         if kind is None and self._signal is not None:  # it came after the last checkpoint
             name = signal.Signals(self._signal).name
@@ -154,6 +159,8 @@ class Run:
         self.log.sync()
         write_json(self.folder / "summary.json", summary)
         self.summary = summary
+        for mirror in self._mirrors:
+            mirror.finished(figures(summary))
 
     def _open(self) -> None:
         remove_leftovers(self.folder)
@@ -176,6 +183,10 @@ class Run:
             self._log = Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
             seeding.load_global_state(saved["random"])
             self.restored = saved["state"]
+        self._mirrors = start_mirrors(
+            self.config.mirror, self.folder, f"{self.name}/seed-{self.config.seed}",
+            flat(identity(self.config), lists=True),
+        )  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
 

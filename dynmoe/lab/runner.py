@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import traceback
@@ -21,6 +22,7 @@ from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.launchers import Failure, Launcher
 from dynmoe.lab.progress import RunsShown
+from dynmoe.lab.results import flat
 from dynmoe.lab.run import Run, check_settings, remove_if_never_begun
 
 
@@ -65,7 +67,12 @@ def run_one(
                     if run.restored is not None:
                         session.restore(run.restored)
                     session.work()
-                run.finish(session.summary())
+                summary = session.summary()
+                final = {f"final/{metric}/{at}": experiment.value(summary, metric, at)
+                         for _, metric, at in experiment.columns}  # fmt: skip
+                known = {tag: value for tag, value in final.items() if not math.isnan(value)}
+                run.log.hparams(flat(identity(config), lists=True), known)
+                run.finish(summary)
                 model = session.model
         experiment.finished(run, config, shared, now)
         assert run.summary is not None

@@ -232,6 +232,16 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         if self.optimizer is not None:
             params.load_optimizer(self.optimizer, copy.deepcopy(self._first["optimizer"]))
 
+    def get_start(self) -> dict[str, Any]:
+        """What `reset` returns to and methods look back at: tensors of the model, and the rest."""
+        return {"tensors": dict(self.start), "extra": self._first}
+
+    def set_start(self, state: dict[str, Any]) -> None:
+        """Restore `get_start()` in an adapter that was built of other weights."""
+        kept = params.tensors_to_keep(self.model)
+        self.start = {name: value.to(kept[name]) for name, value in state["tensors"].items()}
+        self._first = copy.deepcopy(state["extra"])
+
     def get_extra_state(self) -> dict[str, Any]:
         """What `state_dict` holds beside the tensors of the model; plain values and tensors."""
         return {

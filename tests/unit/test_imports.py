@@ -93,6 +93,7 @@ def _modules(packages: Iterable[str]) -> list[str]:
 LAW: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "library": (LIBRARY, OURS, (*LIBRARY, *BASE)),
     "core": (CORE, (*OURS, "avalanche", "jax", "gymnasium", "craftax"), (*CORE, *BASE)),
+    "integrations": (("dynmoe.integrations",), OURS, ("dynmoe.integrations", *LIBRARY, *BASE)),
     "lab": (("dynmoe.lab",), OURS, ("dynmoe.lab", "dynmoe.__version__", *BASE)),
     "base": (BASE, OURS, BASE),
     "data": (DATA, OURS, (*DATA, "dynmoe.lab.cache", "dynmoe.lab.files", *BASE)),

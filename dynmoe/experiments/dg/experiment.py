@@ -11,6 +11,7 @@ import numpy as np
 
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.experiments.dg.exporting import DomainExporter
 from dynmoe.experiments.dg.measure import beside_figure, method_figures
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
@@ -18,6 +19,7 @@ from dynmoe.experiments.dg.trial import Trial
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
+from dynmoe.lab.export import Exporter
 from dynmoe.lab.figures import COLORS, dots, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
@@ -155,6 +157,10 @@ class DomainGeneralisation(Experiment):
             right.set(title=stream, xlabel="trainable parameters", xscale="log",
                       ylabel="accuracy on left-out domains (%)")  # fmt: skip
         save(figure, path)
+
+    def exporter(self) -> Exporter:
+        """The network of each left-out domain, where the run has kept them."""
+        return DomainExporter()
 
     def title(self, config: Config, shared: Source) -> str:
         """Data set, backbone, what was done to its input, and selection."""

@@ -30,7 +30,7 @@ class Config(RunConfig):
         ),
         "Growth": ("granularity", "trigger", "init"),
         "Figures": ("features", "landscape", "headroom"),
-        "Runs": (*KEEPING, *RUNNING),
+        "Runs": (*KEEPING, "keep_model", *RUNNING),
     }  # fmt: skip
 
     method: PartConfig = slot("dg", "moe2")
@@ -86,6 +86,8 @@ class Config(RunConfig):
     headroom: bool = False
     """measure what a perfect router of a method's experts could reach on all images of the left-out
     domain; costs a pass per expert"""
+    keep_model: bool = place(False)
+    """keep the networks of the last steps, for `dynmoe export`"""
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from cl_benchmarks.backbone import MEAN, STD, embedded_vit
+from cl_benchmarks.backbone import MEAN, STD, embedded_vit, new_vit
 from cl_benchmarks.domain_set import DomainSet, Preparation, check_domains
 from cl_benchmarks.stem_tokens import IMAGES, MOST, StemTokens, keep_tokens
-from cl_benchmarks.stem_vit import load_stem_vit
+from cl_benchmarks.stem_vit import StemViT, load_stem_vit
+from dynmoe import seeding
 from dynmoe.dg.backbone import make_backbone
 from dynmoe.errors import UserError
 from dynmoe.experiments.dg.settings import Config
@@ -88,6 +89,24 @@ def _over_stem(config: Config, data: DomainSet, tests: list[int]) -> Source:
     if config.augment or count > MOST:
         return Source(data, backbone, IMAGES, tests)
     return Source(data, backbone, keep_tokens(backbone, data), tests)
+
+
+def empty_backbone(config: Config, sizes: dict[str, int]) -> Any:
+    """A backbone of the same make whose weights are still to be loaded.
+
+    Args:
+        config: names it.
+        sizes: of stem-vit, what its file of weights told.
+
+    Raises:
+        UserError: timm is not installed, or has no such model.
+    """
+    if config.model == "embedded":
+        return new_vit(config.vit).eval()
+    if config.model == STEM_VIT:
+        with seeding.seeded(0, "stem-vit"):  # all draws are overwritten
+            return StemViT(0, **sizes).eval()
+    return make_backbone(config.model).eval()
 
 
 def _expanded(path: Path | None) -> Path | None:

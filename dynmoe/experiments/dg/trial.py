@@ -17,6 +17,7 @@ from cl_benchmarks.domain_set import batch_indices, split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
+from dynmoe.experiments.dg.exporting import keep_network
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
 from dynmoe.experiments.dg.landscape import landscape_arrays, weights_now
 from dynmoe.experiments.dg.measure import Batches, confidence, feature_arrays, mean_loss
@@ -80,6 +81,8 @@ class Trial(Session):
             self.fold.method.settle()
             row = self.fold.row()
             self.fold.keep_figures()
+            if self.config.keep_model:
+                keep_network(self.run.folder, self.fold.test, self.config.steps, self.fold.method)
             self.rows.append(row)
             self.fold = None
             if self.run.checkpoint_due():

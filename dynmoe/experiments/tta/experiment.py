@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from cl_benchmarks.shifts.stream import Stream, domains_of
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.costs import print_costs
+from dynmoe.experiments.tta.exporting import AdapterExporter
 from dynmoe.experiments.tta.figures import (
     comparison_figure,
     depth_profile,
@@ -26,6 +27,7 @@ from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
+from dynmoe.lab.export import Exporter
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
@@ -201,6 +203,10 @@ class TestTimeAdaptation(Experiment):
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Per stream: each variant's accuracy, and what it is above the source along the stream."""
         comparison_figure(path, results, title)
+
+    def exporter(self) -> Exporter:
+        """The method and its model after the stream, where the run has kept them."""
+        return AdapterExporter()
 
     def title(self, config: Config, shared: Shared) -> str:
         """Data, order and severity."""

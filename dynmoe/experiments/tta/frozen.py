@@ -35,6 +35,14 @@ class Hidden(nn.Module):
         """What the module makes of x."""
         return self._held[0](x)
 
+    def hidden_state(self) -> dict[str, Tensor]:
+        """The module's tensors, by name."""
+        return self._held[0].state_dict()
+
+    def load_hidden_state(self, state: dict[str, Tensor]) -> None:
+        """Restore `hidden_state()`."""
+        self._held[0].load_state_dict(state)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Hidden:
         super()._apply(fn, recurse)
         self._held[0]._apply(fn, recurse)
@@ -64,6 +72,20 @@ class FrozenFront(nn.Module):
             with torch.no_grad():
                 features = self.model.features(images)  # type: ignore[operator]
         return self.model.transformer(features)  # type: ignore[operator]
+
+    def hidden_state(self) -> dict[str, Tensor]:
+        """The front part's tensors, by name."""
+        return self._stem.hidden_state()
+
+    def load_hidden_state(self, state: dict[str, Tensor]) -> None:
+        """Restore `hidden_state()`."""
+        self._stem.load_hidden_state(state)
+
+    @property
+    def _stem(self) -> Hidden:
+        stem = self.model.stem
+        assert isinstance(stem, Hidden)
+        return stem
 
     @torch.no_grad()
     def offer(self, images: Tensor, places: Sequence[tuple[Domain, int]], about: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_benchmarks.stem_vit import SIZE, load_stem_vit
+from cl_benchmarks.stem_vit import SIZE, StemViT, load_stem_vit
 from cl_benchmarks.weights import load_weights, read_weights
 from dynmoe import seeding
 from dynmoe.errors import UserError
@@ -81,6 +81,31 @@ def _stem_vit(file: Path, options: str, classes: int) -> nn.Module:
                         '\'{"heads": 6}\'')  # fmt: skip
     head = read_weights(file).get("head.weight")
     return load_stem_vit(file, classes if head is None else len(head), given["heads"])
+
+
+def empty_model(config: Config, classes: int, sizes: dict[str, Any]) -> nn.Module:
+    """A network of the same make whose weights are still to be loaded.
+
+    Args:
+        config: names the model.
+        classes: outputs.
+        sizes: of a stem-vit, what its weights tell; else empty.
+
+    Raises:
+        UserError: no such model, or a function of the user's that is not there.
+    """
+    if sizes:
+        with seeding.seeded(0, STEM_VIT):  # all draws are overwritten
+            return StemViT(classes, **sizes).eval()
+    if OWN in config.model:
+        return _own(replace(config, weights=None), classes).network
+    import timm
+
+    with seeding.kept():
+        model = timm.create_model(config.model, **_options(config.model_options))
+    if model.num_classes != classes:
+        keep_classes(model, torch.arange(classes))
+    return model.eval()
 
 
 def timm_model(

@@ -68,6 +68,8 @@ class StreamSession(Session):
             if self.tally.add(logits, batch.labels, batch.domains):
                 self.history.append(self._log())
             self.recorder.step_done(self.done, lambda: {"accuracy": self.tally.accuracy})
+        if self.config.keep_model:
+            self.recorder.save(self.done)
 
     def state(self) -> dict[str, Any]:
         """After the latest batch."""

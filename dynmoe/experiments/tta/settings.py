@@ -73,7 +73,7 @@ class Config(RunConfig):
         "Data and source model": ("data", *REAL, "source", "embedded", "vit"),
         "Fitting data and model to each other": FITTING,
         "Measurements": ("window", "routing_batches", "gates", "clean_every", "clean_images"),
-        "Runs": (*KEEPING, *RUNNING),
+        "Runs": (*KEEPING, "keep_model", *RUNNING),
     }
     BRIEF: ClassVar[tuple[str, ...]] = ("Fitting data and model to each other", "Measurements")
 
@@ -152,6 +152,8 @@ class Config(RunConfig):
     clean_images: int = 200
     """how many clean images those are; of small sets, or without --limit, the stream may show some
     of them"""
+    keep_model: bool = place(False)
+    """keep method and model as the stream leaves them, for `dynmoe export`"""
 
     def unused(self) -> dict[str, str]:
         """Setting -> why it has no effect, and what to do."""

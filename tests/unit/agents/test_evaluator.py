@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from agents.evaluate import play, print_achievements
-from agents.experiment import ReinforcementLearning, make_env, make_policy
+from agents.experiment import ReinforcementLearning
+from agents.making import make_env, make_policy
 from agents.playing import run_evaluation
 from agents.settings import Config
 from dynmoe import registry

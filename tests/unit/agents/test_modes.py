@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from agents.actor_critic import ActorCritic, acting, learning
-from agents.experiment import make_env, make_policy
+from agents.making import make_env, make_policy
 from agents.ppo import learn
 from agents.rollout import Rollout, collect
 from agents.settings import Config

@@ -14,8 +14,9 @@ import torch
 from common import Silent
 from gymnasium import spaces
 
-from agents.experiment import ReinforcementLearning, make_env, make_policy
+from agents.experiment import ReinforcementLearning
 from agents.growth import policy_shock, signals
+from agents.making import make_env, make_policy
 from agents.ppo import train
 from agents.settings import Config
 from dynmoe import registry, seeding

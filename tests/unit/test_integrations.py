@@ -1,0 +1,191 @@
+"""Lightning and Hugging Face's Trainer with our callbacks end with the weights of a plain loop."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynmoe import GrowthController, MoELayer, measure_plasticity
+from dynmoe.errors import UserError
+from dynmoe.growth import GrowthCallback
+
+STEPS = 5  # of an epoch
+LR = 0.01
+
+
+class Net(nn.Module):
+    """With labels it gives its loss, too, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.layer = MoELayer(8, 8, hidden=12, num_experts=1, max_experts=4)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(F.relu(self.layer(F.relu(self.first(x)))))
+        if labels is None:
+            return logits
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def data() -> TensorDataset:
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(6 * STEPS, 4), torch.randint(3, (6 * STEPS,)))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def plain(probe: Any) -> Net:
+    """Two epochs, a growth between them; then a third with another optimizer, and a growth."""
+    model, growth = net(), torch.Generator().manual_seed(3)
+    state: Any = None
+    for epochs, start in (((0, 1), False), ((2,), True)):
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        controller = GrowthController(model, optimizer, generator=growth)
+        if state is not None:
+            controller.load_state_dict(state)
+        callback = GrowthCallback(controller, probe=probe)
+        for epoch in epochs:
+            for batch, (x, y) in enumerate(DataLoader(data(), 6)):
+                callback(0, task_starts=batch == 0 and (epoch == 1 or start))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        state = controller.state_dict()
+    return model
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    others = other.state_dict()
+    assert one.state_dict().keys() == others.keys()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, others[name]), name
+
+
+def probe() -> tuple[Tensor, Tensor]:
+    x, y = data().tensors
+    return x[:12], y[:12]
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, module, extra in (
+        ("lightning", "lightning", "lightning"), ("transformers", "hugging_face", "transformers"),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, f"dynmoe.integrations.{module}", raising=False)
+        with pytest.raises(UserError, match=rf"need {package}, .*'dynmoe\[{extra}\]'$"):
+            __import__(f"dynmoe.integrations.{module}")
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from dynmoe.integrations import lightning as ours
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=LR)
+
+    def fit(module: Any, epochs: int, callbacks: list[Any], path: str | None = None) -> Any:
+        log = lightning.loggers.CSVLogger(tmp_path, name="log", version=f"{epochs}-{path is None}")
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=log, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(data(), 6), ckpt_path=path)
+        return trainer
+
+    def growth() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return ours.GrowthCallback(task_epochs={1}, probe=probe(), generator=generator)
+
+    whole, callback = Module(), growth()
+    fit(whole, 2, [callback, ours.PlasticityCallback(*probe(), every=4)])
+    with open(tmp_path / "log" / "2-True" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    ranks = {int(r["step"]): r for r in rows if r["plasticity/rank/effective_rank"]}
+    assert list(ranks) == [0, 4, 8]
+    first = measure_plasticity(net(), *probe())["rank/effective_rank"]
+    assert float(ranks[0]["plasticity/rank/effective_rank"]) == pytest.approx(first)
+    grown = [(int(r["step"]), float(r["growth/experts"])) for r in rows if r["growth/experts"]]
+    assert grown == [(STEPS, 2.0)] and [e.step for e in callback.events] == [STEPS]
+
+    half = Module()  # stopped after an epoch, and resumed in new objects
+    path = str(tmp_path / "half.ckpt")
+    fit(half, 1, [growth()]).save_checkpoint(path)
+    again, resumed = Module(), growth()
+    fit(again, 2, [resumed], path)
+    assert_equal(again.net, whole.net)
+    assert [e.step for e in resumed.events] == [STEPS]
+    fit(whole, 1, [callback])  # a later fit is a new task
+    assert [e.experts for e in callback.events] == [2, 3]
+    assert_equal(whole.net, plain(probe()))
+
+
+@pytest.mark.slow
+def test_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from dynmoe.integrations import hugging_face as ours
+
+    model = net()
+
+    def collate(rows: list[Any]) -> dict[str, Tensor]:
+        return {"x": torch.stack([r[0] for r in rows]), "labels": torch.stack([r[1] for r in rows])}
+
+    class Trainer(transformers.Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(data(), 6, collate_fn=collate)
+
+        def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LR)
+            return self.optimizer
+
+    def trainer(epochs: int) -> Any:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=6,
+            lr_scheduler_type="constant", learning_rate=LR, max_grad_norm=0.0, use_cpu=True,
+            save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=data())
+
+    generator = torch.Generator().manual_seed(3)
+    callback = ours.GrowthCallback(task_epochs={1}, probe=probe(), generator=generator)
+    one = trainer(2)
+    callback.add_to(one)
+    ours.PlasticityCallback(*probe(), every=4).add_to(one)
+    one.train()
+    history = one.state.log_history
+    ranks = {r["step"]: r["plasticity/rank/effective_rank"] for r in history
+             if "plasticity/rank/effective_rank" in r}  # fmt: skip
+    first = measure_plasticity(net(), *probe())["rank/effective_rank"]
+    assert list(ranks) == [0, 4, 8] and math.isclose(ranks[0], first, rel_tol=1e-5)
+    grown = [(r["step"], r["growth/experts"]) for r in history if "growth/experts" in r]
+    assert grown == [(STEPS, 2.0)]
+    other = trainer(1)
+    callback.add_to(other)
+    other.train()  # a later training is a new task
+    assert [e.experts for e in callback.events] == [2, 3]
+    assert_equal(model, plain(probe()))
