@@ -54,7 +54,7 @@ class PolicyExporter(Exporter):
             raise no_checkpoint(folder, "there is a checkpoint after --checkpoint-every-s seconds")
         env = make_env(config, CPU)
         try:
-            state = {
+            state: dict[str, Any] = {
                 "input_shape": list(env.input_shape),
                 "actions": describe(env.single_action_space),
             }

@@ -134,7 +134,7 @@ class GrowthCallback(Callback):
         self.controller = GrowthController(pl_module, trainer.optimizers[0], **self.options)
         if self._known is not None:
             self.controller.load_state_dict(self._known)
-        probe = self.probe and tuple(t.to(pl_module.device) for t in self.probe)
+        probe: Any = self.probe and tuple(t.to(pl_module.device) for t in self.probe)
         self._callback = Growth(self.controller, _Loggers(trainer), probe, self.prefix)
         self._starts, self._asked = self._trained and not self._resumed, -1
         self._trained, self._resumed = True, False

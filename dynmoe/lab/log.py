@@ -91,7 +91,7 @@ class Logger:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard.summary import hparams
 
-        shown = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+        shown = {k: v if type(v) in (int, float, str) else str(v) for k, v in settings.items()}
         writer = self.tensorboard._get_file_writer()
         for part in hparams(shown, final):
             writer.add_summary(part)

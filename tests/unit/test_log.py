@@ -164,3 +164,20 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             logger.sync()
     logger.close()
     assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_settings_and_last_figures_for_the_tab_hparams(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    logger = Logger(tmp_path)
+    logger.scalars(7, {"loss": 1.0})
+    logger.hparams({"lr": 0.1, "sizes": [1, 2], "on": True, "name": None}, {"final/x": 0.5})
+    logger.close()
+    assert _scalars(tmp_path)["final/x"] == [(7, 0.5)] and len(_lines(tmp_path)) == 1
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    shown = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert shown["lr"].number_value == 0.1 and shown["on"].string_value == "True"
+    assert shown["sizes"].string_value == "[1, 2]" and shown["name"].string_value == "None"

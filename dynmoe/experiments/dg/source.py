@@ -91,7 +91,7 @@ def _over_stem(config: Config, data: DomainSet, tests: list[int]) -> Source:
     return Source(data, backbone, keep_tokens(backbone, data), tests)
 
 
-def empty_backbone(config: Config, sizes: dict[str, int]) -> Any:
+def empty_backbone(config: Config, sizes: dict[str, Any]) -> Any:
     """A backbone of the same make whose weights are still to be loaded.
 
     Args:
