@@ -51,6 +51,10 @@ class ActionDistribution(nn.Module, ABC):
     def evaluate(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log p(actions) [B] and the distribution's entropy [B], nats."""
 
+    def log_prob(self, parameters: Tensor, actions: Tensor) -> Tensor:
+        """log p(actions) [B], nats."""
+        return self.evaluate(parameters, actions)[0]
+
     @abstractmethod
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
         """KL(old || new) [B], nats, of two sets of parameters."""
@@ -76,6 +80,10 @@ class Categorical(ActionDistribution):
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Actions [B, *shape] of logits [B, P]."""
+        if len(self.sizes) == 1:
+            return torch.multinomial(parameters.softmax(dim=1), 1, generator=generator).view(
+                -1, *self.shape
+            )
         drawn = [
             torch.multinomial(part.softmax(dim=1), 1, generator=generator)
             for part in parameters.split(self.sizes, dim=1)
@@ -88,6 +96,14 @@ class Categorical(ActionDistribution):
         actions = self.sample(equal, generator)
         return actions, self.evaluate(equal, actions)[0]
 
+    def log_prob(self, parameters: Tensor, actions: Tensor) -> Tensor:
+        """Without the entropy, which is a third of the work."""
+        parts = [
+            part.log_softmax(dim=1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+            for part, chosen in self._choices(parameters, actions)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
     def evaluate(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the choices: they are independent."""
         log_probs, entropies = [], []
@@ -95,6 +111,8 @@ class Categorical(ActionDistribution):
             log_p = part.log_softmax(dim=1)
             log_probs.append(log_p.gather(1, chosen.unsqueeze(1)).squeeze(1))
             entropies.append(-(log_p.exp() * log_p).sum(dim=1))
+        if len(self.sizes) == 1:  # the usual case; small networks take no longer than a few calls
+            return log_probs[0], entropies[0]
         return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
@@ -112,7 +130,7 @@ class Categorical(ActionDistribution):
 
     def _choices(self, logits: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Logits [B, A_k] and what was chosen [B], per choice."""
-        parts = logits.split(self.sizes, dim=1)
+        parts = logits.split(self.sizes, dim=1) if len(self.sizes) > 1 else (logits,)
         return list(zip(parts, actions.reshape(len(actions), -1).unbind(1), strict=True))
 
 
