@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gymnasium import spaces
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+MASKED = -1e9
+"""logit of an option that is not allowed: its probability is 0, and its entropy too, not nan"""
 
 
 class ActionDistribution(nn.Module, ABC):
@@ -39,13 +41,25 @@ class ActionDistribution(nn.Module, ABC):
         """The distribution's parameters [B, ...], of the actor's outputs [B, P]."""
         return outputs
 
+    def masked(self, parameters: Tensor, allowed: Tensor | None) -> Tensor:
+        """Logits [B, P] of a policy that takes only allowed options, bool [B, P]; None: all.
+
+        No gradient reaches the others. Source: Huang and Ontanon 2022 (arXiv 2006.14171).
+        """
+        return parameters if allowed is None else parameters.masked_fill(~allowed, MASKED)
+
     @abstractmethod
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Actions [B, *shape]."""
 
     @abstractmethod
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Actions [B, *shape], each equally often whatever the parameters, and log p [B], nats."""
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Actions [B, *shape], each equally often whatever the parameters, and log p [B], nats.
+
+        Of options only those allowed, bool [B, P]; None: all.
+        """
 
     @abstractmethod
     def evaluate(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,9 +104,11 @@ class Categorical(ActionDistribution):
         ]
         return torch.cat(drawn, dim=1).view(-1, *self.shape)
 
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Every option equally often."""
-        equal = torch.zeros_like(parameters)
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Every allowed option equally often."""
+        equal = self.masked(torch.zeros_like(parameters), allowed)
         actions = self.sample(equal, generator)
         return actions, self.evaluate(equal, actions)[0]
 
@@ -168,7 +184,9 @@ class DiagonalGaussian(ActionDistribution):
         noise = torch.empty_like(mean).normal_(generator=generator)
         return (mean + log_std.exp() * noise).view(-1, *self.shape)
 
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Uniform where a coordinate has both bounds, else standard normal."""
         mean = torch.zeros_like(parameters[:, : self.outputs])
         bounded = self.low.isfinite() & self.high.isfinite()

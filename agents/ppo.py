@@ -190,6 +190,8 @@ def learn(
     returns = advantages + rollout.values
     kept = {n: getattr(rollout, n) for n in ("observations", "actions", "log_probs", "values")}
     kept |= {"advantages": advantages, "returns": returns}
+    if rollout.masks is not None:
+        kept["masks"] = rollout.masks
     flat = {name: tensor.flatten(0, 1) for name, tensor in kept.items()}
     sums = torch.zeros(len(MEANS), device=env.device)
     limit = settings.max_grad_norm or float("inf")
@@ -247,7 +249,8 @@ def ppo_loss(
 
     Args:
         parameters, values: [B, ...] of the distribution and [B], of the network now.
-        batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout.
+        batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout;
+            masks, bool [B, P], the options that were allowed, where there are any.
         distribution: over actions; default one choice among A with logits [B, A].
 
     Returns:
@@ -257,6 +260,7 @@ def ppo_loss(
     mean(ratio - 1 - log ratio), Schulman's "k3".
     """
     distribution = distribution or Categorical([parameters.shape[1]])
+    parameters = distribution.masked(parameters, batch.get("masks"))
     log_probs, entropies = distribution.evaluate(parameters, batch["actions"])
     change = log_probs - batch["log_probs"]
     ratio = change.exp()
