@@ -61,11 +61,12 @@ def router_figure(
     whole.suptitle(f"{title}\n{ends}", fontsize=11)
     figure: Any = whole
     if pictures:
-        above, figure = whole.subfigures(2, 1, height_ratios=[2.4, height])
+        above, figure = whole.subfigures(2, 1, height_ratios=[2.4, height]).flat
         _draw_pictures(above, pictures, trace.floors.tolist())
-    *panels, strip = figure.subplots(
+    grid = figure.subplots(
         rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.12]
-    ).flat
+    )
+    *panels, strip = grid.flat
     handles: dict[int, Any] = {}
     for axes, (name, gates) in zip(panels, trace.gates.items(), strict=True):
         handles |= _draw_shares(axes, gates)

@@ -54,6 +54,7 @@ def run_evaluation(config: Config) -> None:
     name = f"evaluation-{steps}-seed-{config.seed}"
     write_json(folder / f"{name}.json", summary)
     if filming and apart:
+        env.close()
         env, trace = _filmed(drawing, policy, trained, config)
     if trace is not None and trace.gates:
         write_figure(folder / f"{name}-router.png", _figure(env, trace, title))
