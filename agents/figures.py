@@ -61,7 +61,8 @@ def router_figure(
     whole.suptitle(f"{title}\n{ends}", fontsize=11)
     figure: Any = whole
     if pictures:
-        above, figure = whole.subfigures(2, 1, height_ratios=[2.4, height]).flat
+        parts: Any = whole.subfigures(2, 1, height_ratios=[2.4, height])
+        above, figure = parts
         _draw_pictures(above, pictures, trace.floors.tolist())
     grid = figure.subplots(
         rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.12]

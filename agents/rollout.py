@@ -83,7 +83,6 @@ def collect(
     The policy acts as it is evaluated, and nothing of it moves.
 
     Args:
-        env, policy: the environments, and who acts.
         gamma: discount, for the value of what a truncated episode still had to come.
         generator: draws the actions; on the environments' device.
         uniform: every action equally often, whatever the policy says.
@@ -99,8 +98,7 @@ def collect(
             parameters, values = policy(env.unpack(observations))
             if not _finite(parameters, values):
                 raise NumericError("the policy's outputs are not finite: a smaller --lr may help")
-            allowed = env.action_mask
-            if allowed is not None:
+            if (allowed := env.action_mask) is not None:
                 _keep_mask(out, t, allowed)
             if uniform:
                 actions, log_probs = distribution.uniform(parameters, generator, allowed)
