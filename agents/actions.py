@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gymnasium import spaces
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+MASKED = -1e9
+"""logit of an option that is not allowed: its probability is 0, and its entropy too, not nan"""
 
 
 class ActionDistribution(nn.Module, ABC):
@@ -39,17 +41,33 @@ class ActionDistribution(nn.Module, ABC):
         """The distribution's parameters [B, ...], of the actor's outputs [B, P]."""
         return outputs
 
+    def masked(self, parameters: Tensor, allowed: Tensor | None) -> Tensor:
+        """Logits [B, P] of a policy that takes only allowed options, bool [B, P]; None: all.
+
+        No gradient reaches the others. Source: Huang and Ontanon 2022 (arXiv 2006.14171).
+        """
+        return parameters if allowed is None else parameters.masked_fill(~allowed, MASKED)
+
     @abstractmethod
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Actions [B, *shape]."""
 
     @abstractmethod
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Actions [B, *shape], each equally often whatever the parameters, and log p [B], nats."""
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Actions [B, *shape], each equally often whatever the parameters, and log p [B], nats.
+
+        Of options only those allowed, bool [B, P]; None: all.
+        """
 
     @abstractmethod
     def evaluate(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log p(actions) [B] and the distribution's entropy [B], nats."""
+
+    def log_prob(self, parameters: Tensor, actions: Tensor) -> Tensor:
+        """log p(actions) [B], nats."""
+        return self.evaluate(parameters, actions)[0]
 
     @abstractmethod
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
@@ -76,17 +94,31 @@ class Categorical(ActionDistribution):
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Actions [B, *shape] of logits [B, P]."""
+        if len(self.sizes) == 1:
+            return torch.multinomial(parameters.softmax(dim=1), 1, generator=generator).view(
+                -1, *self.shape
+            )
         drawn = [
             torch.multinomial(part.softmax(dim=1), 1, generator=generator)
             for part in parameters.split(self.sizes, dim=1)
         ]
         return torch.cat(drawn, dim=1).view(-1, *self.shape)
 
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Every option equally often."""
-        equal = torch.zeros_like(parameters)
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Every allowed option equally often."""
+        equal = self.masked(torch.zeros_like(parameters), allowed)
         actions = self.sample(equal, generator)
         return actions, self.evaluate(equal, actions)[0]
+
+    def log_prob(self, parameters: Tensor, actions: Tensor) -> Tensor:
+        """Without the entropy, which is a third of the work."""
+        parts = [
+            part.log_softmax(dim=1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+            for part, chosen in self._choices(parameters, actions)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     def evaluate(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the choices: they are independent."""
@@ -95,6 +127,8 @@ class Categorical(ActionDistribution):
             log_p = part.log_softmax(dim=1)
             log_probs.append(log_p.gather(1, chosen.unsqueeze(1)).squeeze(1))
             entropies.append(-(log_p.exp() * log_p).sum(dim=1))
+        if len(self.sizes) == 1:  # the usual case; small networks take no longer than a few calls
+            return log_probs[0], entropies[0]
         return torch.stack(log_probs).sum(dim=0), torch.stack(entropies).sum(dim=0)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
@@ -112,7 +146,7 @@ class Categorical(ActionDistribution):
 
     def _choices(self, logits: Tensor, actions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Logits [B, A_k] and what was chosen [B], per choice."""
-        parts = logits.split(self.sizes, dim=1)
+        parts = logits.split(self.sizes, dim=1) if len(self.sizes) > 1 else (logits,)
         return list(zip(parts, actions.reshape(len(actions), -1).unbind(1), strict=True))
 
 
@@ -150,7 +184,9 @@ class DiagonalGaussian(ActionDistribution):
         noise = torch.empty_like(mean).normal_(generator=generator)
         return (mean + log_std.exp() * noise).view(-1, *self.shape)
 
-    def uniform(self, parameters: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def uniform(
+        self, parameters: Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Uniform where a coordinate has both bounds, else standard normal."""
         mean = torch.zeros_like(parameters[:, : self.outputs])
         bounded = self.low.isfinite() & self.high.isfinite()

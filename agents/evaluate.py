@@ -53,24 +53,25 @@ def play(
         max_steps: steps after which to give up.
         uniform: every action equally often, whatever the policy says.
         autocast: "none", or "bf16" as it may have been trained.
-        observations: keep the best episode's (for a video).
+        observations: keep the best episode's pictures (for a video).
         progress: told the steps done and episodes over.
 
     Returns:
         The episodes in the order of their environments, `step` counted from the reset; the number
-        left out; and the trace of the one that got deepest, of those the longest (None if no
-        episode ended).
+        left out; and the trace of the one that saw most floors, of those the deepest, of those the
+        longest (None if no episode ended).
     """
     seen, info = env.reset(seed=seeding.derive(seed, "evaluate"))
     floors, played = info["floor"], 0
     generator = seeding.generator(seed, "evaluate", "actions", device=env.device)
-    film = _Film(env.num_envs, observations)
+    film = _Film(env.num_envs)
     with undisturbed(policy), ppo.autocast(env.device, autocast):
         while film.playing and played < max_steps:
             steps = min(CHUNK, max_steps - played)
-            rollout = collect(env, policy, seen, floors, steps, 1.0, generator, uniform)
+            drawn: list[Tensor] | None = [] if observations else None
+            rollout = collect(env, policy, seen, floors, steps, 1.0, generator, uniform, drawn)
             seen, floors = rollout.next_observations, rollout.next_floors
-            film.add(rollout, played)
+            film.add(rollout, played, drawn)
             played += steps
             if progress is not None and (not film.playing or progress.due(played)):
                 progress.update(played, episodes=f"{len(film.episodes)}/{env.num_envs}")
@@ -81,28 +82,28 @@ def play(
 class _Film:
     """First episodes as they are played: the steps of those not over yet, and the best of all."""
 
-    def __init__(self, num_envs: int, observations: bool) -> None:
-        self.with_observations = observations
+    def __init__(self, num_envs: int) -> None:
         self.playing: dict[int, list[dict[str, Tensor]]] = {i: [] for i in range(num_envs)}
         self.episodes: dict[int, Episode] = {}
-        self.rank = (-1, -1)
+        self.rank = (-1, -1, -1)
         self.best: Trace | None = None
 
-    def add(self, rollout: Rollout, before: int) -> None:
-        """Take a rollout that began `before` steps after the reset."""
+    def add(self, rollout: Rollout, before: int, pictures: list[Tensor] | None) -> None:
+        """Take a rollout that began `before` steps after the reset, and its packed pictures."""
         steps = {"floors": rollout.floors.cpu()}
         steps |= {f"gates.{name}": gates.cpu() for name, gates in rollout.gates.items()}
-        if self.with_observations:
-            steps["observations"] = rollout.observations.cpu()
+        if pictures is not None:
+            steps["observations"] = torch.stack(pictures).cpu()
         for i, parts in self.playing.items():
             parts.append({name: tensor[:, i].clone() for name, tensor in steps.items()})
         for episode in rollout.episodes:
             if episode.env in self.playing:
                 parts = self.playing.pop(episode.env)
                 self.episodes[episode.env] = replace(episode, step=before + episode.step)
-                rank = (episode.deepest, episode.length)
+                trace = _trace(episode, parts)
+                rank = (len(trace.floors.unique()), episode.deepest, episode.length)
                 if rank > self.rank:
-                    self.rank, self.best = rank, _trace(episode, parts)
+                    self.rank, self.best = rank, trace
 
 
 def _trace(episode: Episode, parts: list[dict[str, Tensor]]) -> Trace:

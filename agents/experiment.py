@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,6 +67,7 @@ class ReinforcementLearning(Experiment):
         """Also what the intervention and the method say of the settings."""
         super().check(config)
         config.check()
+        _check_video(config)
         intervention: Intervention = config.intervention.build()
         reason = intervention.without_tasks()
         told = envs.has_floors(config.env) and isinstance(intervention, Periodic)
@@ -106,19 +108,27 @@ class ReinforcementLearning(Experiment):
         with seeding.kept():
             env = make_env(config, run.device)
         try:
+            if config.video is not None:
+                from agents.playing import check_pictures
+
+                check_pictures(env, config)
             return AgentSession(run, config, env)
         except BaseException:
             env.close()
             raise
 
     def finished(self, run: Run, config: Config, shared: None, now: bool) -> None:
-        """The run's learning curve."""
+        """The run's learning curve, and its video if it is wanted and not there."""
         assert run.summary is not None
         if now and run.summary.get("achievements"):
             steps = f"{run.summary['env_steps']:,}"
             print_achievements(run.summary["achievements"], f"{config.env} after {steps} steps")
         own = Results({"": {config.variant: [run.summary]}}, {}, self)
         self.draw(run.folder / "learning.png", own, self.title(config, shared))
+        if config.video is not None and (now or not (run.folder / config.video).is_file()):
+            from agents.playing import film_run
+
+            film_run(run.folder, config)
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """A number of the summary; there are no tasks."""
@@ -316,3 +326,20 @@ class AgentSession(Session):
         self.env.close()
         if self.recorder.evaluator is not None:
             self.recorder.evaluator.env.close()
+
+
+def _check_video(config: Config) -> None:
+    """Refuse a video that could not be written when the run is over.
+
+    Raises:
+        UserError: its name holds folders, or the package for videos is missing.
+    """
+    if config.video is None:
+        return
+    if config.video.name != str(config.video):
+        raise UserError(
+            f"--video {config.video}: each run writes it into its own folder; give a name alone, "
+            "such as episode.mp4"
+        )
+    if importlib.util.find_spec("av") is None:
+        raise UserError("--video needs the package av; install it with: pip install av")

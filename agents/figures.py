@@ -36,8 +36,12 @@ BAND_POINTS = 200
 """Points at which the interval over seeds is worked out; between them it is drawn straight."""
 
 
-def router_figure(trace: Trace, title: str) -> Figure:
+def router_figure(
+    trace: Trace, title: str, pictures: dict[int, NDArray[np.uint8]] | None = None
+) -> Figure:
     """Who is in charge: gate shares of one episode, a row per MoE layer, floors beneath.
+
+    Above them, what was seen at some steps: `pictures`, step -> [height, width, 3].
 
     Shares are stacked, expert 0 lowest, and step t fills [t, t + 1]. Experts that no step of the
     episode used are left out: those to come, and with sparse routers those never chosen. Episodes
@@ -51,12 +55,19 @@ def router_figure(trace: Trace, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     rows, length = len(trace.gates), len(trace.floors)
-    figure = Figure(figsize=(10, 1.3 + 1.9 * rows), layout="constrained")
+    height = 1.3 + 1.9 * rows
+    whole = Figure(figsize=(10, height + 2.4 * bool(pictures)), layout="constrained")
     ends = f"return {trace.episode_return:.1f}, {length} steps, deepest floor {trace.deepest}"
-    figure.suptitle(f"{title}\n{ends}", fontsize=11)
-    *panels, strip = figure.subplots(
+    whole.suptitle(f"{title}\n{ends}", fontsize=11)
+    figure: Any = whole
+    if pictures:
+        parts: Any = whole.subfigures(2, 1, height_ratios=[2.4, height])
+        above, figure = parts
+        _draw_pictures(above, pictures, trace.floors.tolist())
+    grid = figure.subplots(
         rows + 1, 1, sharex=True, squeeze=False, height_ratios=[1.0] * rows + [0.12]
-    ).flat
+    )
+    *panels, strip = grid.flat
     handles: dict[int, Any] = {}
     for axes, (name, gates) in zip(panels, trace.gates.items(), strict=True):
         handles |= _draw_shares(axes, gates)
@@ -66,7 +77,33 @@ def router_figure(trace: Trace, title: str) -> Figure:
     experts = sorted(handles)
     figure.legend([handles[e] for e in experts], [f"expert {e}" for e in experts], frameon=False,
                   fontsize=9, reverse=True, loc="outside right center")  # fmt: skip
-    return figure
+    for step in pictures or ():
+        strip.plot(step + 0.5, 0, "^", color="#222222", markersize=5, clip_on=False)
+    return whole
+
+
+def shown_steps(floors: list[int]) -> list[int]:
+    """Steps of an episode to be pictured: the last on a floor and the first on the next, or so.
+
+    At most 6, in order: of three changes of floor the first; with fewer also the first and the
+    last step; without any change four steps spread evenly.
+    """
+    last, changes = len(floors) - 1, floor_changes(floors)[:3]
+    steps = {step for change in changes for step in (change - 1, change)}
+    if len(changes) < 3:
+        steps |= {0, last}
+    if not changes:
+        steps |= {last // 3, 2 * last // 3}
+    return sorted(steps)
+
+
+def _draw_pictures(figure: Any, pictures: dict[int, NDArray[np.uint8]], floors: list[int]) -> None:
+    """A row of what was seen, with step and floor above."""
+    row = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axes, (step, picture) in zip(row, pictures.items(), strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(f"step {step}, floor {floors[step]}", fontsize=9)
+        axes.set(xticks=(), yticks=())
 
 
 def used_shares(gates: Tensor) -> dict[int, NDArray[np.float64]]:

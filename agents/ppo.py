@@ -6,9 +6,10 @@ advantage normalisation per minibatch, annealed learning rate; Engstrom et al. 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from agents.actor_critic import ActorCritic, learning
 from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
-from dynmoe.interventions.intervention import Intervention
-from dynmoe.moe import collect_aux_losses, finish_step
+from dynmoe.interventions.intervention import Intervention, NoIntervention
+from dynmoe.moe import MoELayer
+from dynmoe.moe.model import stepped
 from envs.vector import TorchVectorEnv
 
 
@@ -188,37 +190,52 @@ def learn(
     returns = advantages + rollout.values
     kept = {n: getattr(rollout, n) for n in ("observations", "actions", "log_probs", "values")}
     kept |= {"advantages": advantages, "returns": returns}
+    if rollout.masks is not None:
+        kept["masks"] = rollout.masks
     flat = {name: tensor.flatten(0, 1) for name, tensor in kept.items()}
     sums = torch.zeros(len(MEANS), device=env.device)
-    for index in minibatches(settings, generator):
-        batch = {name: tensor[index.to(env.device)] for name, tensor in flat.items()}
-        with learning(policy), autocast(env.device, settings.autocast):
-            parameters, values = policy(env.unpack(batch["observations"]))
-        loss, parts = ppo_loss(parameters, values, batch, settings, policy.distribution)
-        loss = loss + sum(collect_aux_losses(policy).values(), loss.new_zeros(()))
-        if intervention is not None:
-            loss = loss + intervention.penalty()
-        if not torch.isfinite(loss):
-            raise NumericError(
-                f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if intervention is not None:
-            intervention.gradients_ready()
-        limit = settings.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), limit)
-        if not torch.isfinite(norm):
-            raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
-        optimizer.step()
-        finish_step(policy)
-        if intervention is not None:
-            intervention.step_done()
-        sums += torch.stack([*parts, norm.detach()])
+    limit = settings.max_grad_norm or float("inf")
+    steady = intervention is None or isinstance(intervention, NoIntervention)
+    parameters, moving = list(policy.parameters()), stepped(policy)
+    with learning(policy):
+        for index in minibatches(settings, generator):
+            if not steady:  # it may have replaced any of them
+                parameters, moving = list(policy.parameters()), stepped(policy)
+            here = index.to(env.device)
+            batch = {name: tensor[here] for name, tensor in flat.items()}
+            with autocast(env.device, settings.autocast):
+                outputs, values = policy(env.unpack(batch["observations"]))
+            loss, figures = ppo_loss(outputs, values, batch, settings, policy.distribution)
+            others = _other_losses(moving, intervention)
+            loss = loss + others if isinstance(others, Tensor) else loss
+            if not math.isfinite(loss.item()):
+                raise NumericError(
+                    f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if intervention is not None:
+                intervention.gradients_ready()
+            norm = nn.utils.clip_grad_norm_(parameters, limit)
+            if not math.isfinite(norm.item()):
+                raise NumericError(f"the gradient's norm is {norm.item()}: a smaller --lr may help")
+            optimizer.step()
+            for module in moving:
+                module.finish_step()
+            if intervention is not None:
+                intervention.step_done()
+            sums += torch.stack([*figures, norm.detach()])
     means = (sums / (settings.epochs * settings.minibatches)).tolist()
     spread, left = float(returns.var()), float((returns - rollout.values).var())
     explained = 1 - left / spread if spread > 0 else 0.0
     return UpdateStats(**dict(zip(MEANS, means, strict=True)), explained_variance=explained)
+
+
+def _other_losses(moving: list[Any], intervention: Intervention | None) -> Tensor | float:
+    """Auxiliary losses of the MoE layers, and the intervention's penalty."""
+    layers = [module for module in moving if isinstance(module, MoELayer)]
+    losses = sum((v for layer in layers for v in layer.collect_losses().values()), 0.0)
+    return losses if intervention is None else losses + intervention.penalty()
 
 
 def ppo_loss(
@@ -232,7 +249,8 @@ def ppo_loss(
 
     Args:
         parameters, values: [B, ...] of the distribution and [B], of the network now.
-        batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout.
+        batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout;
+            masks, bool [B, P], the options that were allowed, where there are any.
         distribution: over actions; default one choice among A with logits [B, A].
 
     Returns:
@@ -242,6 +260,7 @@ def ppo_loss(
     mean(ratio - 1 - log ratio), Schulman's "k3".
     """
     distribution = distribution or Categorical([parameters.shape[1]])
+    parameters = distribution.masked(parameters, batch.get("masks"))
     log_probs, entropies = distribution.evaluate(parameters, batch["actions"])
     change = log_probs - batch["log_probs"]
     ratio = change.exp()
@@ -258,8 +277,8 @@ def ppo_loss(
     entropy = entropies.mean()
     loss = policy_loss + settings.value_weight * value_loss - settings.entropy * entropy
     with torch.no_grad():
-        kl = (ratio - 1 - change).mean()
-        share = ((ratio - 1).abs() > settings.clip).float().mean()
+        away = ratio - 1
+        kl, share = (away - change).mean(), (away.abs() > settings.clip).float().mean()
         parts = (policy_loss.detach(), value_loss.detach(), entropy.detach(), kl, share)
     return loss, parts
 

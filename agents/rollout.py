@@ -5,6 +5,7 @@ Shapes: T steps, N environments, M experts a layer can hold.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,8 @@ class Rollout:
     """MoE layer name -> [T, N, M] gates when acting"""
     episodes: list[Episode] = field(default_factory=list)
     """those that ended, in order"""
+    masks: Tensor | None = None
+    """[T, N, P] bool, the options that were allowed; None where the environment tells of none"""
 
 
 @torch.no_grad()
@@ -73,16 +76,17 @@ def collect(
     gamma: float,
     generator: torch.Generator,
     uniform: bool = False,
+    pictures: list[Tensor] | None = None,
 ) -> Rollout:
     """Act for `steps` steps from `observations` [N, ...], made on `floors` [N].
 
     The policy acts as it is evaluated, and nothing of it moves.
 
     Args:
-        env, policy: the environments, and who acts.
         gamma: discount, for the value of what a truncated episode still had to come.
         generator: draws the actions; on the environments' device.
         uniform: every action equally often, whatever the policy says.
+        pictures: gets the packed pictures [N, ...] of all states acted in.
 
     Raises:
         NumericError: the policy's outputs are not finite, or what the environments give.
@@ -92,18 +96,24 @@ def collect(
     with acting(policy):
         for t in range(steps):
             parameters, values = policy(env.unpack(observations))
-            if not bool(torch.isfinite(parameters).all() & torch.isfinite(values).all()):
+            if not _finite(parameters, values):
                 raise NumericError("the policy's outputs are not finite: a smaller --lr may help")
+            if (allowed := env.action_mask) is not None:
+                _keep_mask(out, t, allowed)
             if uniform:
-                actions, log_probs = distribution.uniform(parameters, generator)
+                actions, log_probs = distribution.uniform(parameters, generator, allowed)
             else:
+                parameters = distribution.masked(parameters, allowed)
                 actions = distribution.sample(parameters, generator)
-                log_probs, _ = distribution.evaluate(parameters, actions)
+                log_probs = distribution.log_prob(parameters, actions)
             out.observations[t], out.floors[t] = observations, floors
             out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
             for name, layer in layers:
                 assert layer.last_routing is not None  # the policy ran just now
                 out.gates[name][t] = layer.last_routing.gates
+            if pictures is not None:
+                drawn = env.pictures()
+                pictures.append(out.observations[t] if drawn is None else drawn)
             observations, rewards, terminated, truncated, info = env.step(out.actions[t])
             out.rewards[t], out.dones[t] = rewards, terminated | truncated
             cut_off = truncated & ~terminated  # gymnasium's time limit may say both
@@ -115,6 +125,20 @@ def collect(
         out.next_observations, out.next_floors = observations, floors
         out.last_value = policy(env.unpack(observations))[1]
     return out
+
+
+def _finite(parameters: Tensor, values: Tensor) -> bool:
+    """Whether all are finite. Their sum tells it where it is finite itself, with fewer calls."""
+    if math.isfinite(float(parameters.sum() + values.sum())):
+        return True
+    return bool(parameters.isfinite().all() & values.isfinite().all())
+
+
+def _keep_mask(out: Rollout, step: int, allowed: Tensor) -> None:
+    """Write down the options allowed [N, P] at a step."""
+    if out.masks is None:
+        out.masks = allowed.new_ones(*out.dones.shape, allowed.shape[1])
+    out.masks[step] = allowed
 
 
 def _empty(

@@ -83,7 +83,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     evaluate: Path | None = place(None)
     """a run's folder or checkpoint: play with that agent, train nothing"""
     video: Path | None = place(None)
-    """the best episode, router weights beneath, as an .mp4 file"""
+    """an episode as .mp4, router beneath; of a run: a name in its folder"""
     max_steps: int = place(2000)
     """steps after which episodes still running are left out"""
 
@@ -110,5 +110,6 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         reasons["trigger.rows"] = "updates of rl are values as they are, not joined; leave it out"
         if not any(agent.learns for agent in agents):
             reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}
-        playing = "it is for --evaluate FOLDER, which plays with a trained agent"
-        return reasons | {"video": playing, "max_steps": playing}
+        if self.video is None:
+            reasons["max_steps"] = "it is for --evaluate FOLDER and --video NAME.mp4; leave it out"
+        return reasons

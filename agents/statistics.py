@@ -177,7 +177,7 @@ class Trace:
     """MoE layer name -> [L, M] float32 gates at each step, those of experts to come 0; empty for a
     dense network"""
     observations: Tensor | None = None
-    """[L, ...] packed observations, where they were kept"""
+    """[L, ...] packed pictures, where they were kept: see `TorchVectorEnv.pictures`"""
 
 
 class Traces:

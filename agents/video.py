@@ -43,13 +43,13 @@ def write_video(
 
     Args:
         path: the .mp4 file.
-        env: unpacks the observations.
-        trace: the episode, with its observations; without gates the strips are left out.
+        env: unpacks the pictures.
+        trace: the episode, with its pictures; without gates the strips are left out.
         fps: steps per second.
-        scale: pixels per pixel of the observation; default as many as make it 480 wide or high.
+        scale: pixels per pixel of the picture; default as many as make it 480 wide or high.
 
     Raises:
-        UserError: observations are no images, a number is below 1, there is no such folder, or the
+        UserError: pictures are no images, a number is below 1, there is no such folder, or the
             package av is missing.
         ValueError: the trace was made without observations.
     """
@@ -57,11 +57,8 @@ def write_video(
         import av
     except ImportError:
         raise UserError("videos need the package av; install it with: pip install av") from None
-    if len(env.input_shape) != 3:
-        raise UserError(
-            f"a video needs images, but this environment shows vectors of shape {env.input_shape}"
-        )
-    scale = max(1, GAME_SIZE // max(env.input_shape[1:])) if scale is None else scale
+    side = max(_size(env, trace))
+    scale = max(1, GAME_SIZE // side) if scale is None else scale
     if fps < 1 or scale < 1:
         raise UserError(f"a video needs fps and scale of 1 or more, got fps={fps}, scale={scale}")
     if not path.parent.is_dir():
@@ -82,11 +79,10 @@ def frames(env: TorchVectorEnv, trace: Trace, scale: int) -> Iterator[Pixels]:
     """The pictures of a video, uint8 [height, width, 3], one per step; their sizes are even.
 
     Raises:
-        ValueError: the trace was made without observations.
+        UserError, ValueError: there are no images, or the trace was made without.
     """
-    if trace.observations is None:
-        raise ValueError("this trace holds no observations; play with observations=True")
-    _, height, width = (scale * side for side in env.input_shape)
+    height, width = (scale * side for side in _size(env, trace))
+    assert trace.observations is not None
     strips = _draw_strips(trace, width) if trace.gates else np.zeros((0, width, 3), np.uint8)
     height_all, width_all = (side + side % 2 for side in (height + len(strips), width))
     canvas = np.full((height_all, width_all, 3), BACKGROUND, dtype=np.uint8)
@@ -94,7 +90,7 @@ def frames(env: TorchVectorEnv, trace: Trace, scale: int) -> Iterator[Pixels]:
     length = len(trace.floors)
     for begin in range(0, length, BATCH):
         packed = trace.observations[begin : begin + BATCH].to(env.device)
-        for t, game in enumerate(_images(env.unpack(packed)), start=begin):
+        for t, game in enumerate(as_pixels(env.images(packed)), start=begin):
             canvas[:height, :width] = game.repeat(scale, axis=0).repeat(scale, axis=1)
             now = (t + 1) * width // length
             beneath[:, :now] = strips[:, :now]
@@ -103,8 +99,25 @@ def frames(env: TorchVectorEnv, trace: Trace, scale: int) -> Iterator[Pixels]:
             yield canvas.copy()
 
 
-def _images(unpacked: Tensor) -> Pixels:
-    """Unpacked images [B, C, H, W] as [B, H, W, 3]; of a stack of gray ones the last."""
+def _size(env: TorchVectorEnv, trace: Trace) -> tuple[int, int]:
+    """Height and width of a trace's images.
+
+    Raises:
+        UserError: they are no images.
+        ValueError: the trace was made without.
+    """
+    if trace.observations is None:
+        raise ValueError("this trace holds no observations; play with observations=True")
+    shape = tuple(env.images(trace.observations[:1].to(env.device)).shape[1:])
+    if len(shape) != 3:
+        raise UserError(
+            f"a video needs images, but this environment shows vectors of shape {shape}"
+        )
+    return shape[1], shape[2]
+
+
+def as_pixels(unpacked: Tensor) -> Pixels:
+    """Images [B, C, H, W] as [B, H, W, 3]; of a stack of gray ones the last."""
     if unpacked.is_floating_point():
         unpacked = (255 * unpacked.clamp(0, 1)).round().byte()
     last = unpacked if unpacked.shape[1] == 3 else unpacked[:, -1:].expand(-1, 3, -1, -1)

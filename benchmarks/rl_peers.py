@@ -5,9 +5,10 @@
 
 Both have the hyperparameters of rl-baselines3-zoo (ppo.yml) for the task, with a constant clip
 range, and the same network: a tanh layer (NatureCNN for images) that actor and critic share, then a
-ReLU layer each. One torch thread; the two take turns, seed by seed. Return is the mean over the
-episodes that ended in the last tenth of training; rates are steps per second of process time, the
-whole loop included. `--share` shortens every task.
+ReLU layer each; all are orthogonal, the actor's output 100 times smaller. One torch thread; the two
+take turns, seed by seed. Return is the mean over the episodes that ended in the last tenth of
+training, or over the last of each environment where fewer ended; rates are steps per second of
+process time, the whole loop included. `--share` shortens every task.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from gymnasium import spaces
 
 from agents.actor_critic import ActorCritic
+from agents.encoders import orthogonal
 from agents.ppo import PPOSettings, train
 from agents.rollout import Rollout
 from dynmoe import seeding
@@ -131,6 +133,7 @@ def ours(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
         policy = ActorCritic(
             encoder.Config(hidden=WIDTH, **widths), env.input_shape, env.single_action_space
         )
+        _start_as_theirs(policy)
     optimizer = torch.optim.Adam(
         policy.parameters(), settings.lr, eps=settings.adam_eps, fused=True
     )
@@ -139,6 +142,17 @@ def ours(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
     train(env, policy, optimizer, settings, seed, episodes, observations, info["floor"])
     env.close()
     return episodes.ended
+
+
+def _start_as_theirs(policy: ActorCritic) -> None:
+    """Orthogonal heads, the actor's output 100 times smaller: stable-baselines3's `ortho_init`.
+
+    Our own heads start as torch's linear layers do. The encoder is orthogonal in both.
+    """
+    for head, gain in ((policy.actor, 0.01), (policy.critic, 1.0)):
+        first, last = (layer for layer in head.modules() if isinstance(layer, torch.nn.Linear))
+        orthogonal(first)
+        orthogonal(last, gain)
 
 
 def theirs(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
@@ -193,9 +207,13 @@ def theirs(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
     return ended
 
 
-def final(ended: Ended, steps: int) -> float:
-    """Mean return of the episodes that ended in the last tenth of the steps."""
-    return float(np.mean([score for step, score in ended if step > 0.9 * steps]))
+def final(ended: Ended, steps: int, least: int) -> float:
+    """Mean return of the episodes that ended in the last tenth of the steps, of at least so many.
+
+    The `least` last ones where fewer ended: long ones may outlast a tenth of a short training.
+    """
+    late = [score for step, score in ended if step > 0.9 * steps]
+    return float(np.mean(late if len(late) >= least else [score for _, score in ended[-least:]]))
 
 
 def compare(name: str, seeds: int, share: float) -> None:
@@ -208,7 +226,8 @@ def compare(name: str, seeds: int, share: float) -> None:
     for seed in range(seeds):
         for who, run in (("ours", ours), ("sb3", theirs)):
             began = time.process_time()
-            returns[who].append(final(run(name, task, settings, seed), steps))
+            ended = run(name, task, settings, seed)
+            returns[who].append(final(ended, steps, settings.num_envs))
             seconds[who].append(time.process_time() - began)
     print(f"{name}, {steps:,} steps, {seeds} seeds")
     for who, values in returns.items():

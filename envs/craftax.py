@@ -73,7 +73,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device, self.renderer = torch.device(device), renderer
         kind, index = _place(self.device, env_device)
-        self._shares = kind == self.device.type
+        self._shares, self._jax = kind == self.device.type, (kind, index)
         self._jax_device = jax_setup.device(kind, index)
         self._programs = craftax_game.programs(self.classic, num_envs, kind, index)
         drawn = pixels and renderer == "fast"
@@ -155,6 +155,30 @@ class CraftaxVectorEnv(TorchVectorEnv):
         elif self.observation == "pixels-float":
             observations = (observations * 255).round().to(torch.uint8)
         return observations.permute(0, 3, 1, 2)
+
+    @property
+    def pictured(self) -> bool:
+        """All states can be drawn, also where vectors are observed."""
+        return True
+
+    def pictures(self) -> Tensor | None:
+        """Codes of the present states where vectors are observed, uint8 [N, size]."""
+        if self.observation != "symbolic":
+            return None
+        assert self._carry is not None
+        encode, _ = craftax_game.view(self.classic, self.num_envs, "codes", *self._jax)
+        codes = self._tensor(encode(self._carry["state"])).clone()
+        if len(self._waiting):  # they are in new worlds already
+            codes[self._waiting] = self._tensor(encode(self._worlds.worlds))[self._waiting]
+        return codes
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Frames [B, 3, H, W] uint8 of codes or pixels."""
+        if self.observation != "symbolic":
+            return self.unpack(pictures)
+        from envs.craftax_render import Renderer
+
+        return Renderer(self.classic, self.device).uint8(pictures).permute(0, 3, 1, 2)
 
     def state_dict(self) -> dict[str, Any]:
         """States, counters and statistics of the running episodes, as tensors on the CPU.

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
 from envs.copying import restore, state_of
-from envs.vector import Actions, Info, TorchVectorEnv, step_info
+from envs.vector import Actions, Info, TorchVectorEnv, options_of, step_info
 from envs.wrappers import Normaliser, as_array, layout_of
 
+LONGEST_SIDE = 320
+"""of a picture; larger ones are reduced, as all of an episode are in memory at once"""
 KINDS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box)
 """Action spaces that are arrays of numbers."""
 
@@ -27,7 +30,8 @@ class GymEnv(TorchVectorEnv):
 
     Those whose state is plain values are saved with it (`envs.copying`); when a run in others is
     resumed, their episodes start again. What they count starts at 0 here: actions of
-    Discrete(3, start=2) are 0, 1 and 2.
+    Discrete(3, start=2) are 0, 1 and 2. Where `info` holds an `action_mask` (Taxi-v3), only what
+    it allows is done.
 
     Args:
         name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
@@ -51,12 +55,12 @@ class GymEnv(TorchVectorEnv):
         gamma: float = 0.99,
     ) -> None:
         self.name, self.num_envs, self.seed, self.resets = name, num_envs, seed, 0
-        self.device = torch.device(device)
+        self.device, self.env_args = torch.device(device), env_args or {}
         self.normaliser = Normaliser(normalize_observations, normalize_rewards, gamma)
         try:
             base: Any = gymnasium.make_vec(
                 name, num_envs, "sync", wrappers=[self._prepared],
-                vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **(env_args or {}),
+                vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}, **self.env_args,
             )  # fmt: skip
         except Exception as error:  # the id, an argument, a package, or its own code
             raise UserError(f"environment {name}: {_one_line(error)}") from error
@@ -90,7 +94,8 @@ class GymEnv(TorchVectorEnv):
             seed = self.seed if seed is None else seed
             first = seeding.derive(seed, self.name, self.resets) % 2**31
         self.steps = 0
-        observations, _ = self._ask("reset", seed=first, options=options)
+        observations, info = self._ask("reset", seed=first, options=options)
+        self.action_mask = self._mask(info)
         self.started = True
         self.score.zero_()
         self.length.zero_()
@@ -110,26 +115,31 @@ class GymEnv(TorchVectorEnv):
         chosen = chosen.astype(self.envs.single_action_space.dtype)
         self.steps += 1
         observations, reward, terminated, truncated, seen = self._ask("step", chosen)
+        if self.action_mask is not None:
+            self.action_mask = self._mask(seen)
         done = torch.from_numpy(terminated | truncated)
         gained = np.asarray(reward, dtype=np.float32)
         given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
-        final = np.array(observations)
-        for i in done.nonzero().flatten().tolist():
-            final[i] = seen["final_obs"][i]
         self._check_finite("reward", given)
+        final = np.array(observations)
+        ended = np.flatnonzero(terminated | truncated).tolist()
+        for i in ended:
+            final[i] = seen["final_obs"][i]
         self._check_finite("observation", final)
-        self._check_finite("observation", observations)
+        self.seen = np.array(observations) if ended else final
+        if ended:
+            self._check_finite("observation", self.seen)
         self.score += torch.from_numpy(given)
         self.length += 1
-        self.seen = np.array(observations)
         floor = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         info = step_info(
             self._tensor(final), done.to(self.device), self.score.to(self.device, copy=True),
             self.length.to(self.device, copy=True), deepest=floor, floor=floor,
             achievements=floor.new_zeros(self.num_envs, 0, dtype=torch.bool),
         )  # fmt: skip
-        self.score[done] = 0
-        self.length[done] = 0
+        if ended:
+            self.score[done] = 0
+            self.length[done] = 0
         paid, died, cut_off = (
             torch.from_numpy(values).to(self.device) for values in (gained, terminated, truncated)
         )
@@ -154,7 +164,7 @@ class GymEnv(TorchVectorEnv):
             running = {"score": self.score.clone(), "length": self.length.clone()}
             state["episodes"] = {
                 "envs": inner, "seen": torch.from_numpy(self.seen.copy()), "steps": self.steps,
-                **running,
+                "mask": self.action_mask, **running,
             }  # fmt: skip
         return state
 
@@ -171,10 +181,51 @@ class GymEnv(TorchVectorEnv):
             return first
         self.normaliser.load_state_dict(statistics)
         restore(self.envs, running["envs"])
+        self.action_mask = running.get("mask")
         self.steps, self.seen = running["steps"], running["seen"].numpy().copy()
         self.score.copy_(running["score"])
         self.length.copy_(running["length"])
         return self._tensor(self.seen)
+
+    @property
+    def pictured(self) -> bool:
+        """Whether observations are images, or there is gymnasium's render mode rgb_array."""
+        return super().pictured or "rgb_array" in self.inner[0].metadata.get("render_modes", ())
+
+    def filmed(self) -> TorchVectorEnv:
+        """One environment in render mode rgb_array, with these statistics, where it is needed.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        if super().pictured:
+            return self
+        own = self.normaliser
+        env = GymEnv(
+            self.name, 1, self.seed, self.device, self.env_args | {"render_mode": "rgb_array"},
+            own.observations, own.rewards, own.gamma,
+        )  # fmt: skip
+        env.normalise_as(self.state_dict())
+        return env
+
+    def pictures(self) -> Tensor | None:
+        """What gymnasium renders, uint8 [N, H, W, 3], of at most 320 pixels a side.
+
+        Raises:
+            UserError: it renders none, or a package for it is missing.
+        """
+        if super().pictured:
+            return None
+        drawn = torch.from_numpy(np.stack(self._ask("render")))
+        factor = -(-max(drawn.shape[1:3]) // LONGEST_SIDE)
+        if factor == 1:
+            return drawn
+        small = F.avg_pool2d(drawn.movedim(-1, 1).float(), factor)
+        return small.round().byte().movedim(1, -1)
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Images [B, C, H, W]."""
+        return self.unpack(pictures) if super().pictured else pictures.movedim(-1, 1)
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
@@ -229,10 +280,37 @@ class GymEnv(TorchVectorEnv):
         """A copy on the device: gymnasium reuses its arrays."""
         return torch.from_numpy(np.array(observations)).to(self.device)
 
+    def _mask(self, info: dict[str, Any]) -> Tensor | None:
+        """The options allowed now, [N, P]: all of an environment that does not tell.
+
+        Raises:
+            UserError: it tells of another number of options, or allows none of a choice.
+        """
+        space = self.single_action_space
+        if "action_mask" not in info or isinstance(space, spaces.Box):
+            return None if self.action_mask is None else torch.ones_like(self.action_mask)
+        sizes = np.broadcast_to(options_of(space), space.shape or ()).reshape(-1).tolist()
+        given = torch.from_numpy(np.array(info["action_mask"]).reshape(self.num_envs, -1)).bool()
+        if given.shape[1] != sum(sizes):
+            raise UserError(
+                f"environment {self.name}: info['action_mask'] has {given.shape[1]} entries, and "
+                f"{space} has {sum(sizes)} options; give one entry for each"
+            )
+        given[~torch.from_numpy(info["_action_mask"])] = True
+        stuck = ~torch.stack([part.any(dim=1) for part in given.split(sizes, dim=1)]).all(dim=0)
+        if bool(stuck.any()):
+            number = f"number {int(stuck.int().argmax())} (of {self.num_envs})"
+            raise UserError(
+                f"environment {self.name}: info['action_mask'] of {number} allows nothing at step "
+                f"{self.steps}; allow one option"
+            )
+        return given.to(self.device)
+
     def _check_finite(self, what: str, values: np.ndarray) -> None:
         """Stop at the first environment whose values [N, ...] are not finite."""
-        bad = ~np.isfinite(values).reshape(self.num_envs, -1)
-        if bad.any():
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = ~finite.reshape(self.num_envs, -1)
             i = int(bad.any(axis=1).argmax())
             value = values.reshape(self.num_envs, -1)[i][bad[i]][0]
             raise NumericError(

@@ -64,6 +64,8 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         num_phases: parts of training whose episodes begin elsewhere, or floors that episodes can be
             begun on, see `on_phase`; 1 where there are none.
         achievements: names of what an episode can unlock, in the order of `info["achievements"]`.
+        action_mask: [N, P] bool, the options that the present states allow, those of each choice
+            after another; None: all, always.
         max_return: the most an episode can return, or None where there is no such number.
     """
 
@@ -75,6 +77,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     name: str
     phase: int | None = None
     achievements: tuple[str, ...] = ()
+    action_mask: Tensor | None = None
     max_return: float | None = None
 
     def set_spaces(self, observation: spaces.Space, action: spaces.Space) -> None:
@@ -119,8 +122,8 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             values = taken.to(torch.float32).numpy().astype(space.dtype)
             return torch.from_numpy(np.clip(values, space.low, space.high))
         taken = taken.long()
-        most = torch.as_tensor(_options(space)) - 1
-        if bool(((taken < 0) | (taken > most)).any()):
+        most = torch.as_tensor(options_of(space)) - 1
+        if not _between(taken, most):
             raise ValueError(f"actions must be in 0..{most.tolist()}, not {taken.tolist()}")
         return taken
 
@@ -154,11 +157,36 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """
         raise UserError(f"{self.name} has no phases; use Craftax-Phases-v1 or Stages-v0")
 
+    @property
+    def pictured(self) -> bool:
+        """Whether `filmed` environments have pictures."""
+        return len(self.input_shape) == 3
+
+    def filmed(self) -> TorchVectorEnv:
+        """These environments, or one like them that draws, where that has to be asked for."""
+        return self
+
+    def pictures(self) -> Tensor | None:
+        """The present states as packed pictures [N, ...]; None: the observations are pictures."""
+        return None
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Packed pictures [B, ...] as images [B, C, H, W], uint8 or float32 in 0..1."""
+        return self.unpack(pictures)
+
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
 
 
-def _options(space: spaces.Space) -> Any:
+def _between(actions: Tensor, most: Tensor) -> bool:
+    """Whether all actions [N, ...] are in 0..most; most is one number, or one per choice."""
+    if most.dim():
+        return not bool(((actions < 0) | (actions > most)).any())
+    low, high = actions.aminmax()
+    return low.item() >= 0 and high.item() <= most.item()
+
+
+def options_of(space: spaces.Space) -> Any:
     """Options of each choice of an action: A, or an array of them."""
     if isinstance(space, spaces.MultiDiscrete):
         return space.nvec

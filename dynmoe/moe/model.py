@@ -68,9 +68,13 @@ def finish_step(model: nn.Module) -> None:
     process must call this equally often. Without a training pass since the last call nothing
     moves, so that calling it twice does no harm.
     """
-    for module in model.modules():
-        if isinstance(module, (MoELayer, Router, Noise)):
-            module.finish_step()
+    for module in stepped(model):
+        module.finish_step()
+
+
+def stepped(model: nn.Module) -> list[MoELayer | Router | Noise]:
+    """The modules that `finish_step` moves, in module order."""
+    return [m for m in model.modules() if isinstance(m, (MoELayer, Router, Noise))]
 
 
 def register_step_hook(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:

@@ -18,6 +18,8 @@ FULL = ("k experts", "wide, k")
 """What 1 -> k is compared with in the first thing that is judged, where a study has them."""
 WATCHED = ("1 -> 2", "1 -> k", "1 -> 2, rows kept")
 """Variants whose newest expert is looked at: it comes with a floor."""
+ROUTING = ("floor_information", "segment_routing")
+"""What the router's use of experts is judged by, grown against experts from the start."""
 ARRIVAL = "--trigger stage --trigger.share 0.5"
 
 
@@ -77,6 +79,7 @@ class Shifting(Study):
             for variant in WATCHED:
                 sentences.append(share_on_floors(results, stream, variant))
                 sentences.append(share_over_time(results, stream, variant))
+            sentences += [routing_against(results, stream, metric) for metric in ROUTING]
         return sentences
 
 
@@ -158,6 +161,15 @@ def share_over_time(results: Results, stream: str, variant: str) -> str:
     last, first = (results.values(stream, variant, m) for m in ("newest_on_new", "newest_at_first"))
     return _change(results, f"{stream}: {variant}: newest expert's share on its floor", last, first,
                    "from just after its growth to the end")  # fmt: skip
+
+
+def routing_against(results: Results, stream: str, metric: str) -> str:
+    """One sentence: do grown experts divide the work otherwise than those from the start?"""
+    from agents.phases import METRICS
+
+    grown, started = (results.values(stream, v, metric) for v in ("1 -> 2", "2 experts"))
+    what = f"{stream}: 1 -> 2 against 2 experts: {METRICS[metric]}"
+    return _change(results, what, grown, started, "at the end of training")
 
 
 def _change(results: Results, what: str, ones: list[float], others: list[float], where: str) -> str:

@@ -10,7 +10,7 @@ from dynmoe import registry
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.report import table
 from dynmoe.lab.study import judge
-from dynmoe.studies.floors import FULL, OTHERS, TIMES, WATCHED, Shifting
+from dynmoe.studies.floors import FULL, OTHERS, ROUTING, TIMES, WATCHED, Shifting
 
 
 def summary(seed: int, level: float, new: float, old: float, grown: bool) -> dict[str, Any]:
@@ -37,11 +37,15 @@ def test_the_verdict_follows_from_the_numbers(name: str) -> None:
         level = 3.0 if variant == "1 -> 2" else 2.0
         never = variant == "1 -> 2, rows kept"
         runs[variant] = [summary(s, level, 0.8, 0.1, grown and not never) for s in range(5)]
+        for seed, run in enumerate(runs[variant]):
+            told = 0.02 * seed + 0.3 if variant == "1 -> 2" else 0.01 * seed + 0.1
+            run["routing"] = {"router/floor_information_share/actor.0": told}
     own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
     full = len(set(FULL) & set(runs))
     assert full == (2 if name == "rl-floors" else 0)
     sentences, comparisons = judge(study, own)
-    assert len(sentences) == len(OTHERS) * len(study.judged) + len(TIMES) + full + 2 * len(WATCHED)
+    watched = 2 * len(WATCHED) + len(ROUTING)
+    assert len(sentences) == len(OTHERS) * len(study.judged) + len(TIMES) + full + watched
     assert comparisons <= len(sentences)
     assert set(OTHERS) | set(TIMES) | set(WATCHED) <= set(runs)
     told = [text for text in sentences if text.startswith(f"s: 1 -> 2 against {OTHERS[0]}: +1.00")]
@@ -49,6 +53,9 @@ def test_the_verdict_follows_from_the_numbers(name: str) -> None:
     (on,) = (t for t in sentences if t.startswith("s: 1 -> 2: newest expert's share on the floor"))
     assert "+0.740 [" in on and "higher (5 of 5 seeds)" in on  # 0.8 - 0.1 + 0.02 + 0.02
     assert [t for t in sentences if "rows kept: newest" in t and "not measured, no growth" in t]
+    (information, routing) = sentences[-len(ROUTING) :]
+    assert "what experts could tell of the floor at the end of training: +0.220 [" in information
+    assert "higher (5 of 5 seeds)" in information and "SRP" in routing and "not measured" in routing
     headings, *rows = table(own, "s")
     assert "recovery, steps" in headings and "SRP" not in headings  # which no run has
     assert len(rows) == len(runs)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from agents.making import make_env, make_policy
 from agents.playing import run_evaluation
 from agents.settings import Config
 from dynmoe import registry
+from dynmoe.errors import UserError
 from dynmoe.lab import checkpoint
 from dynmoe.lab.runner import Done, run_one
 
@@ -67,6 +70,37 @@ def test_the_best_is_kept_and_plays_as_it_was_scored(tmp_path: Path) -> None:
     assert sum(e.episode_return for e in episodes) / len(episodes) == pytest.approx(score)
     run_evaluation(replace(config, evaluate=done.folder / "best"))
     assert list(done.folder.glob(f"evaluation-{steps}-*.json"))
+
+
+def test_a_run_is_filmed_at_its_end_and_only_once(tmp_path: Path) -> None:
+    """Also where vectors are observed; a finished run that lacks its video gets the same one."""
+    config, done = ran(tmp_path, "film", total_steps=256, video=Path("end.mp4"), max_steps=90)
+    path = done.folder / "end.mp4"
+    first = path.read_bytes()
+    with av.open(str(path)) as file:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert pictures[0].shape == (200, 300, 3) and 8 <= len(pictures) <= 90
+    assert (np.diff(np.stack(pictures).astype(int), axis=0) != 0).any(axis=(1, 2, 3)).all()
+    path.write_bytes(b"kept")
+    run_one(ReinforcementLearning(), "", replace(config, resume=True))
+    assert path.read_bytes() == b"kept"
+    path.unlink()
+    run_one(ReinforcementLearning(), "", replace(config, resume=True))
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"env": "Blackjack-v1", "video": Path("a/x.mp4")}, "into its own folder; give a name alone"),
+     ({"env": "Identity-v0", "video": Path("x.mp4"), "normalize_observations": False},
+      r"vectors of shape \(5,\), no images, and has no rgb_array")],
+)  # fmt: skip
+def test_what_cannot_be_filmed_is_refused_at_once(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ran(tmp_path, "x", **options)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_achievements_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

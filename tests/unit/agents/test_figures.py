@@ -28,6 +28,7 @@ from agents.figures import (
     expert_color,
     learning_figure,
     router_figure,
+    shown_steps,
     write_figure,
 )
 from agents.statistics import Trace
@@ -72,6 +73,27 @@ def legend(figure: Figure) -> dict[str, Any]:
     (found,) = figure.legends
     labels = [text.get_text() for text in found.get_texts()]
     return dict(zip(labels, found.legend_handles, strict=True))
+
+
+def test_pictures_where_the_floor_changes() -> None:
+    """The last on a floor and the first on the next, each with its number, above the panels."""
+    assert shown_steps([0] * 5 + [1] * 5) == [0, 4, 5, 9]
+    assert shown_steps([0, 1, 2, 1, 0, 0]) == [0, 1, 2, 3]
+    assert shown_steps([2] * 10) == [0, 3, 6, 9] and shown_steps([0]) == [0]
+    floors = [0] * 5 + [1] * 5
+    pictures = {t: np.full((4, 6, 3), 20 * t, np.uint8) for t in shown_steps(floors)}
+    figure = router_figure(make_trace(floors, layer=softmax_gates(10, 2)), "title", pictures)
+    above, beneath = figure.subfigs
+    assert [a.get_title() for a in above.axes] == [
+        "step 0, floor 0", "step 4, floor 0", "step 5, floor 1", "step 9, floor 1"
+    ]  # fmt: skip
+    for axes, picture in zip(above.axes, pictures.values(), strict=True):
+        assert np.array_equal(axes.images[0].get_array(), picture)
+    strip = beneath.axes[-1]
+    assert [line.get_xdata()[0] for line in strip.lines if line.get_marker() == "^"] == [
+        0.5, 4.5, 5.5, 9.5
+    ]  # fmt: skip
+    assert as_image(figure).shape[2] == 3
 
 
 def test_router_figure_of_an_episode_played(skilled: ActorCritic) -> None:

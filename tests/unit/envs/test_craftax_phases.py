@@ -156,3 +156,19 @@ def test_observations_are_those_of_craftax(observation: str) -> None:
         assert torch.equal(one, two) and torch.equal(own.unpack(one), other.unpack(two))
         actions = torch.full((FULL,), step % 5)
         one, two = own.step(actions)[0], other.step(actions)[0]
+
+
+@pytest.mark.slow  # compiling the full game takes minutes
+def test_what_is_not_observed_can_be_drawn() -> None:
+    """The codes of a symbolic world are those of the same world in pixels, new episodes too."""
+    symbolic, pixels = (phases(4, observation=o, max_timesteps=4) for o in ("symbolic", "codes"))
+    assert symbolic.pictured and symbolic.filmed() is symbolic and pixels.pictures() is None
+    symbolic.reset()
+    seen, _ = pixels.reset()
+    for _ in range(9):  # episodes last 4 steps
+        drawn = symbolic.pictures()
+        assert drawn is not None and torch.equal(drawn, seen)
+        actions = torch.full((FULL,), 3)
+        symbolic.step(actions)
+        seen = pixels.step(actions)[0]
+    assert torch.equal(symbolic.images(drawn), pixels.unpack(drawn))
