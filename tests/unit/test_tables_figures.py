@@ -119,8 +119,8 @@ def test_a_wide_table_fits_a_terminal(
 ) -> None:
     """With all its numbers: on two lines first, then in several tables."""
     monkeypatch.setenv("COLUMNS", "80")
-    names = [f"number {n}" for n in range(9)]
-    values = [[f"{10 * n + row}.5 [{n}.0, {row}7.0]" for n in range(9)] for row in range(2)]
+    names = [f"number {n}" for n in range(8)]
+    values = [[f"{10 * n + row}.5 [{n}.0, {row}7.0]" for n in range(8)] for row in range(2)]
     rows = [["method", *names], ["dense", *values[0]], ["expansion", *values[1]]]
     narrow = [row[:5] for row in rows]
     assert fit(rows, 300) == [rows] and len(fit(narrow, 80)) == 1 and len(fit(rows, 80)) == 2
