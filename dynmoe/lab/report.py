@@ -153,12 +153,9 @@ def print_table(title: str, rows: list[list[str]], caption: str = "") -> None:
     from rich.table import Table
 
     console = Console()
-    parts = fit(rows, console.width)
-    for number, part in enumerate(parts):
-        shown = Table(
-            title=title if number == 0 else None,
-            caption=caption if number == len(parts) - 1 else None,
-        )
+    for number, part in enumerate(fit(rows, console.width)):
+        more = number > 0
+        shown = Table(title=None if more else title, caption=None if more else caption)
         for place, heading in enumerate(part[0]):
             shown.add_column(heading, justify="right" if place else "left")
         for row in part[1:]:
