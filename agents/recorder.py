@@ -55,7 +55,8 @@ class UpdateRecorder(Recorder):
         policy: ActorCritic,
         controller: GrowthController | None,
     ) -> None:
-        super().__init__(run, config.env, config.updates * config.batch_size, state)
+        steps = config.updates * config.batch_size
+        super().__init__(run, config.env, steps, state, "environment steps")
         self.config, self.env, self.policy, self.controller = config, env, policy, controller
         self.initial = outside_experts(policy)
         self.episodes = EpisodeStats(env)

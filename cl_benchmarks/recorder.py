@@ -141,7 +141,8 @@ class TaskRecorder(Recorder):
         if self.run.checkpoint_due():
             self._check(trainer)
         self.step_done(trainer.clock.train_iterations, lambda: {
-            "task": trainer.position.task + 1, "experts": most_experts(trainer.model),
+            "task": f"{trainer.position.task + 1}/{len(self.train)}",
+            "experts": most_experts(trainer.model),
         })  # fmt: skip
 
     def epoch_done(self, trainer: StreamTrainer) -> None:

@@ -193,7 +193,7 @@ def write_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_room(folder, len(domain) - PART * sum(path.exists() for path in paths), model)
-        with ProgressLine("stem of the source model", len(domain)) as progress:
+        with ProgressLine("stem of the source model", len(domain), "images") as progress:
             for path, start in zip(paths, starts, strict=True):
                 if not path.exists():
                     stop = min(start + PART, len(domain))

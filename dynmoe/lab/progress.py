@@ -27,10 +27,11 @@ class ProgressLine:
     Args:
         label: what is running.
         total: steps in all.
+        unit: what a step is, in the plural.
     """
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.start = label, total, 0
+    def __init__(self, label: str, total: int, unit: str = "steps") -> None:
+        self.label, self.total, self.unit, self.start = label, total, unit, 0
         self.began = self.printed = time.monotonic()
         console = Console(stderr=True)
         self._live = console.is_terminal
@@ -75,12 +76,12 @@ class ProgressLine:
             f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()
         )
         if self._live:
-            self._bar.update(self._task, completed=step, rate=f"{rate:.0f} steps/s", figures=shown)
+            speed = f"{rate:.0f} {self.unit}/s"
+            self._bar.update(self._task, completed=step, rate=speed, figures=shown)
         else:
             left = (self.total - step) / max(rate, 1e-9)
-            line = (
-                f"{self.label}: {step}/{self.total} steps, {rate:.0f}/s, {left:.0f} s left {shown}"
-            )
+            done = f"{step}/{self.total} {self.unit}"
+            line = f"{self.label}: {done}, {rate:.0f}/s, {left:.0f} s left {shown}"
             print(line.rstrip(), file=sys.stderr, flush=True)
 
 

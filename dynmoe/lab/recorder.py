@@ -21,12 +21,18 @@ class Recorder:
         label: what is running, for the progress line.
         steps: of the whole run.
         state: everything to go on from, see `Session.state`.
+        unit: what a step is, for the progress line.
     """
 
     def __init__(
-        self, run: Run, label: str, steps: int, state: Callable[[], dict[str, Any]]
+        self,
+        run: Run,
+        label: str,
+        steps: int,
+        state: Callable[[], dict[str, Any]],
+        unit: str = "steps",
     ) -> None:
-        self.run, self.progress, self.state = run, ProgressLine(label, steps), state
+        self.run, self.progress, self.state = run, ProgressLine(label, steps, unit), state
 
     def step_done(self, step: int, show: Callable[[], dict[str, Any]], **logged: int) -> None:
         """Show the progress, and save, when it is time for either.

@@ -144,14 +144,45 @@ def cell(interval: Interval, factor: float, digits: int, missing: str = "") -> s
 
 
 def print_table(title: str, rows: list[list[str]], caption: str = "") -> None:
-    """Print headings and rows on the terminal, the first column to the left."""
+    """Print headings and rows on the terminal, the first column to the left.
+
+    A table that is too wide has its intervals on lines of their own, and if that does not help, the
+    columns that do not fit as another table below. Without a terminal 80 columns are taken.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, caption=caption)
-    for number, heading in enumerate(rows[0]):
-        shown.add_column(heading, justify="right" if number else "left")
-    for row in rows[1:]:
-        shown.add_row(*row)
     console = Console()
-    Console(width=max(console.width, 140)).print(shown)
+    for number, part in enumerate(fit(rows, console.width)):
+        more = number > 0
+        shown = Table(title=None if more else title, caption=None if more else caption)
+        for place, heading in enumerate(part[0]):
+            shown.add_column(heading, justify="right" if place else "left")
+        for row in part[1:]:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def fit(rows: list[list[str]], width: int) -> list[list[list[str]]]:
+    """A table as one or several of at most `width` letters; each has the first column.
+
+    A first column that leaves no room for another one is wrapped when it is printed.
+    """
+    if _width(rows) <= width:
+        return [rows]
+    rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+    rows[0] = [heading.replace(" ", "\n") for heading in rows[0]]
+    parts, columns = [], [0]
+    for number in range(1, len(rows[0])):
+        if len(columns) > 1 and _width(rows, [*columns, number]) > width:
+            parts.append(columns)
+            columns = [0]
+        columns.append(number)
+    return [[[row[i] for i in own] for row in rows] for own in [*parts, columns]]
+
+
+def _width(rows: list[list[str]], columns: list[int] | None = None) -> int:
+    """Letters of a line of the printed table, or of some of its columns."""
+    chosen = range(len(rows[0])) if columns is None else columns
+    longest = (max(len(line) for row in rows for line in row[i].split("\n")) for i in chosen)
+    return 1 + sum(letters + 3 for letters in longest)

@@ -16,21 +16,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressLine("dense", 100) as progress:
+    with ProgressLine("dense", 100, "batches") as progress:
         progress.began -= 10  # as if ten seconds had passed
         progress.start_at(20)
         assert not progress.due(99)
         progress.printed -= 10
         assert progress.due(70)
-        progress.update(70, task=2, loss=0.12345)
+        progress.update(70, task="2/5", loss=0.12345)
         assert not progress.due(71) and progress.due(100)
         progress.update(100)
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
     assert lines == [
-        "dense: 70/100 steps, 5/s, 6 s left task=2 loss=0.123",
-        "dense: 100/100 steps, 8/s, 0 s left",
+        "dense: 70/100 batches, 5/s, 6 s left task=2/5 loss=0.123",
+        "dense: 100/100 batches, 8/s, 0 s left",
     ]
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("dynmoe", "cl_benchmarks", "envs", "agents", "benchmarks")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 PROSE = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/**/*.md")]
+PROSE += ROOT.glob("docs/**/*.ipynb")
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FOREIGN = re.compile(
     r"(?<![\w.~])/(home|root|work|tmp|mnt|Users|opt)/\w|py[p]i\.org|python[h]osted|download\.pytorch"

@@ -15,7 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.lab import figures
 from dynmoe.lab.config import run_command
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.report import print_table, table
+from dynmoe.lab.report import fit, print_table, table
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""
@@ -112,6 +112,26 @@ def test_a_table_of_several_seeds_has_intervals_and_differences() -> None:
     assert rows[0][-1] == "train accuracy minus own"
     assert rows[1][1:3] == ["50.0 [50.0, 50.0]", "80.0 [55.2, 104.8]"] and rows[1][-1] == ""
     assert rows[2][-1] == "-10.0 [-10.0, -10.0]"  # the same for every seed
+
+
+def test_a_wide_table_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all its numbers: on two lines first, then in several tables."""
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"number {n}" for n in range(8)]
+    values = [[f"{10 * n + row}.5 [{n}.0, {row}7.0]" for n in range(8)] for row in range(2)]
+    rows = [["method", *names], ["dense", *values[0]], ["expansion", *values[1]]]
+    narrow = [row[:5] for row in rows]
+    assert fit(rows, 300) == [rows] and len(fit(narrow, 80)) == 1 and len(fit(rows, 80)) == 2
+    for part in fit(rows, 80):
+        assert [row[0] for row in part] == ["method", "dense", "expansion"]
+    print_table("all of it", rows, "two seeds")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("all of it") == out.count("two seeds") == 1
+    for cell in (*values[0], *values[1]):
+        assert all(out.count(piece) >= 1 for piece in cell.split(" ", 1))
 
 
 FLAGS = "--preset smoke --chunks 2 --epochs 2 --eval-samples 60 --probe-samples 40"

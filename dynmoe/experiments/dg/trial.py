@@ -181,7 +181,8 @@ class Fold:
                 self._evaluate(self.loss)
             step = self.place * config.steps + self.step
             if recorder.progress.due(step):
-                recorder.progress.update(step, loss=self.loss)
+                left_out = f"{self.place + 1}/{len(self.trial.source.tests)}"
+                recorder.progress.update(step, left_out=left_out, loss=self.loss)
             if self.trial.run.checkpoint_due() and self.step < config.steps:
                 recorder.save(step)
 

@@ -38,9 +38,8 @@ class StreamSession(Session):
         self.tally = Tally(self.stream.names, config.window)
         self.history: list[dict[str, Any]] = []
         self.done = 0
-        self.recorder = Recorder(
-            run, f"{config.method.part.name}, {config.streams[0]}", len(self.stream), self.state
-        )
+        label = f"{config.method.part.name}, {config.streams[0]}"
+        self.recorder = Recorder(run, label, len(self.stream), self.state, "batches")
         if run.restored is None and self.adapter.source_images:
             count = self.adapter.source_images
             self.adapter.observe_source(_source_batches(config, source, count, run.device))
