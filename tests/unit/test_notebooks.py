@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CPU_SECONDS = 30
 
 
 def cells(path: Path, kind: str) -> list[str]:
@@ -45,17 +43,14 @@ def test_notebooks_are_linked_and_without_outputs() -> None:
 
 
 def run(name: str, folder: Path) -> str:
-    """What a notebook prints; its last figure is drawn, and it keeps to its time."""
+    """What a notebook prints; its last figure is drawn."""
     code = "\n\n".join(cells(FOLDER / f"{name}.ipynb", "code"))
     (folder / "notebook.py").write_text(f"{code}\n\nplt.savefig('figure.png')\n")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "notebook.py"], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
     assert (folder / "figure.png").stat().st_size > 10_000
     return done.stdout
 
