@@ -121,9 +121,10 @@ def test_a_name_that_another_setting_has(
 
 
 def test_the_routing_is_compared_without_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the last batches, at the final weights; the adapted run is bit for bit the same."""
+    monkeypatch.setenv("COLUMNS", "160")  # so that tables have one line a row
     seen, states, logs = {}, {}, {}
     for batches in (0, 2):
         assert _run(tmp_path / str(batches), f"--routing-batches {batches} "

@@ -129,6 +129,10 @@ def test_logged_scalars_are_read_in_order(tmp_path: Path) -> None:
     assert logged(tmp_path, "x") == [0.5, 2.0] and logged(tmp_path, "y") == []
 
 
+WITHOUT_REFERENCES = ("pairs", "tta-photographs-long", "tta-photographs-parts")
+"""The first has too many tasks for fresh networks; the others go on from another study's table."""
+
+
 @pytest.mark.thin(8)
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
@@ -139,7 +143,8 @@ def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:
     variants = study.variants(preset)
     searched = {f"{v}-{i}": own for v, all_ in study.searches(preset).items()
                 for i, own in enumerate(all_)}  # fmt: skip
-    assert set(references) <= set(variants)
+    if name not in WITHOUT_REFERENCES:
+        assert set(references) <= {*variants, *study.searches(preset)}
     for stream, common in study.streams(preset).items():
         for label, own in (variants | searched).items():
             argv = [*shlex.split(study.flags_on(stream, own)), *shlex.split(common)]

@@ -110,7 +110,10 @@ def test_the_warning_names_tasks_and_flags_that_are_not_given(
     assert told(rows, init=other).endswith("; try --router gaussian\n")
 
 
-def test_tables_and_studies_have_the_shares(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_studies_have_the_shares(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # so that tables have one line a row
     tasks = [row(None), row(0.5, 0.3), row(0.05, 0.1)]
     _print_tasks({"tasks": tasks}, "t")
     shown = capsys.readouterr().out

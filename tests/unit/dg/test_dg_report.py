@@ -65,7 +65,10 @@ def test_differences_are_paired() -> None:
     assert tuple(gap) == pytest.approx((-0.1, -0.1, -0.1))
 
 
-def test_what_is_written_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # so that tables have one line a row
     report(tmp_path / "report", Config(), SOURCE, results(tmp_path))
     out = capsys.readouterr().out
     for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "95 % t", "moe2: kl 0.7000"):
