@@ -60,7 +60,7 @@ def pool(axes: Axes, x: float, y: float, owners: list[int], side: float = 2.2) -
 
 
 def shared(experts: int, units: int = UNITS) -> list[int]:
-    """Owners of the units, shared out evenly."""
+    """The expert of each unit, as even as can be."""
     return [unit * experts // units for unit in range(units)]
 
 
@@ -78,7 +78,7 @@ def growth() -> None:
         say(axes, 1, y + 1.4, second)
         say(axes, 1, y - (0.8 if second else -0.2), third, color=GREY)
         pool(axes, 27, y, owners, 1.62)
-    words = "the same 16 units, shared out again: as many parameters as before"
+    words = "the same 16 units, divided again: as many parameters as before"
     say(axes, 27, 31.5, "one pool of 16 hidden units; a colour is an expert", color=GREY)
     say(axes, 27, 19.5, words, color=GREY)
     say(axes, 27, 7.5, "16 units more: the layer gets wider", color=GREY)

@@ -42,7 +42,7 @@ class Budget:
     def sizes_after(self, sizes: list[int], new: int, spread: float = 1.0) -> list[int]:
         """Hidden sizes [E + new] after adding `new` experts to experts of the given sizes [E].
 
-        A constant budget shares the units out with that `spread` (see `spread_sizes`).
+        A constant budget divides the units with that `spread` (see `spread_sizes`).
 
         Raises:
             UserError: an expert would be left without units.

@@ -91,7 +91,7 @@ class UnitBank(ExpertBank):
     Attributes:
         segment: buffer [H] int64, the expert that owns each hidden unit. At first each expert's
             units are one run; growth relabels units where they stand.
-        spread: the option; growth at a constant budget shares the units out with it again.
+        spread: the option; growth at a constant budget divides the units with it again.
         initial_sizes: hidden units of each expert at the start.
     """
 

@@ -1,6 +1,6 @@
 """Upcycling: a trained dense network gets experts, and computes the same at first.
 
-`upcycle` makes a mixture of experts of an MLP. "split" shares the MLP's units out (expert
+`upcycle` makes a mixture of experts of an MLP. "split" divides the MLP's units (expert
 construction of MoEfication, Zhang et al. 2022, arXiv 2110.01786). Gates are scaled by the number of
 experts used and start equal, so that the function is kept where all experts are used. For equal
 gates all router rows start as copies of the first (our choice): a row of zeros has no direction,
@@ -53,7 +53,7 @@ def upcycle(
     Args:
         mlp: `nn.Sequential` of Linear, activation and Linear, or `fc2(act(fc1(x)))` of a module
             with these names, as timm's Mlp. Missing biases become zeros that can learn.
-        how: "split" shares the units out among the experts, "copy" gives each expert all.
+        how: "split" divides the units among the experts, "copy" gives each expert all.
         cluster: split by balanced k-means of the units' input weights, not by their order.
         max_experts: as in `MoELayer`.
         router: as in `MoELayer`.

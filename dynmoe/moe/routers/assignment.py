@@ -117,7 +117,11 @@ class MaxScoreRouter(
         return self.sparse(logits, logits.softmax(dim=1), chosen, renormalise=self.k > 1)
 
 
-@torch.library.custom_op("dynmoe_ops::share_out", mutates_args=())
+OPERATION = "::".join(("dynmoe", "assign"))
+"""Its name among torch's operations: library and name."""
+
+
+@torch.library.custom_op(OPERATION, mutates_args=())
 def assign(
     scores: Tensor, active: Tensor, real: Tensor, k: int, capacity: float, even: bool
 ) -> Tensor:
