@@ -67,6 +67,7 @@ def write_video(
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=Fraction(fps), options=QUALITY)
         stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # threads' slices were seen to differ from run to run
         for number, picture in enumerate(frames(env, trace, scale)):
             if not number:
                 stream.height, stream.width = picture.shape[:2]
