@@ -223,7 +223,6 @@ class PhasedLearning(ReinforcementLearning):
         ("SCH", "segment_cache", "last"),
         ("parameters", "parameters", "last"),
     )
-    missing = ""
 
 
 class AgentSession(Session):

@@ -104,8 +104,10 @@ def columns_table(experiment: Experiment, rows: list[Row]) -> list[list[str]]:
     table = [["variant", *(heading for heading, _, _ in experiment.columns)]]
     for row in rows:
         cells = [
-            cell(interval, factor, digits, experiment.missing)
-            for interval, (factor, _, digits) in zip(row.columns, units, strict=True)
+            cell(interval, factor, digits, experiment.lacking(metric))
+            for (_, metric, _), interval, (factor, _, digits) in zip(
+                experiment.columns, row.columns, units, strict=True
+            )
         ]
         table.append([row.variant, *cells])
     known = [i for i, cells in enumerate(zip(*table[1:], strict=True)) if any(cells)]

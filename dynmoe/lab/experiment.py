@@ -105,7 +105,7 @@ class Experiment(ABC):
         span: the two parts of a run that `Results.kept` compares.
         columns: of the tables.
         references: variants that every study of the command must have.
-        missing: shown in tables for a number that a run does not have.
+        missing: shown in tables where a run does not have the metric.
         about: settings that say what a run is about, not how it goes about it: where runs differ
             in one, they are on different streams.
     """
@@ -175,6 +175,10 @@ class Experiment(ABC):
     def unit(self, metric: str) -> tuple[float, str, int]:
         """Factor, name and digits that a metric is shown with; shares as points of 100."""
         return 100.0, " points", 1
+
+    def lacking(self, metric: str) -> str:
+        """What a table shows for a number that no run has; columns of "" are left out."""
+        return self.missing if metric == self.metric else ""
 
     def describe(self, metric: str, at: At) -> str:
         """A metric in words."""

@@ -106,7 +106,7 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
         for _, metric, at in experiment.columns:
             factor, _, digits = experiment.unit(metric)
             interval = results.interval(stream, variant, metric, at)
-            cells.append(cell(interval, factor, digits, experiment.missing))
+            cells.append(cell(interval, factor, digits, experiment.lacking(metric)))
         rows.append(cells)
     references = experiment.beside(results, stream)
     for name, summary in references.items():
@@ -114,7 +114,7 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
         for _, metric, at in experiment.columns:
             factor, _, digits = experiment.unit(metric)
             point = Interval(experiment.value(summary, metric, at), math.nan, math.nan)
-            cells.append(cell(point, factor, digits, experiment.missing))
+            cells.append(cell(point, factor, digits, experiment.lacking(metric)))
         rows.append(cells)
     known = [i for i, cells in enumerate(zip(*rows[1:], strict=True)) if any(cells)]
     rows = [[row[i] for i in known] for row in rows]

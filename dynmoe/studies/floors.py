@@ -93,7 +93,7 @@ class RLFloors(Shifting, name="rl-floors", source="ours, after Kim 2025 (arXiv 2
     """
 
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 10, "paper": 20}
-    judged: ClassVar = ("final_return", "last_stage", "earlier_return")
+    judged: ClassVar = ("final_return", "last_stage", "recovery", "earlier_return")
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """One game, longer with `paper`."""

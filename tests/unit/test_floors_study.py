@@ -56,6 +56,8 @@ def test_the_verdict_follows_from_the_numbers(name: str) -> None:
     (information, routing) = sentences[-len(ROUTING) :]
     assert "what experts could tell of the floor at the end of training: +0.220 [" in information
     assert "higher (5 of 5 seeds)" in information and "SRP" in routing and "not measured" in routing
+    ended = Results({"s": {"x": [runs["dense"][0] | {"final_return": None}]}}, {}, own.experiment)
+    assert table(ended, "s")[1][:3] == ["x", "no episode ended", "2.00"]
     headings, *rows = table(own, "s")
     assert "recovery, steps" in headings and "SRP" not in headings  # which no run has
     assert len(rows) == len(runs)
