@@ -171,6 +171,36 @@ class TTAPhotographsParts(
         ] + [results.says(stream, "clusters", "learned")]
 
 
+OTHERS = "shot_noise+motion_blur+snow+elastic_transform+jpeg_compression"
+"""Again of each kind at least one; nobody looked at them while the extension was built."""
+
+
+class TTAPhotographsFresh(TTAPhotographsLong, name="tta-photographs-fresh", source="ours"):
+    """Does the lead of clusters hold on corruptions that nothing was chosen on?
+
+    As `tta-photographs-long`, on five other corruptions. Methods, learning rates and numbers of
+    experts were all chosen before, on the first five.
+    """
+
+    on: ClassVar[dict[str, str]] = {"other corruptions": f"--streams {OTHERS} --severity 1"}
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Source model, the best published methods, MoETTA, and ours with its term alone."""
+        own = super().variants(preset)
+        names = ("noadapt", "eata", "sar", "tent, information", OURS)
+        return {name: own[name] for name in names} | {"moetta": f"{MOETTA} --lr-scale 10"}
+
+    def searches(self, preset: Preset) -> dict[str, list[str]]:
+        """None."""
+        return {}
+
+    def verdict(self, results: Results) -> list[str]:
+        """Ours against all."""
+        (stream,) = results.streams
+        others = (name for name in self.variants("laptop") if name != OURS)
+        return [results.says(stream, OURS, name) for name in others]
+
+
 def _experts(flags: str, number: int) -> str:
     """The same with another number of experts."""
     return flags.replace("experts 5", f"experts {number}")
