@@ -38,7 +38,7 @@ from dynmoe.lab.experiment import (
     Session,
 )
 from dynmoe.lab.export import Exporter
-from dynmoe.lab.figures import band, new_figure, save
+from dynmoe.lab.figures import band, looks, new_figure, save
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from envs.vector import TorchVectorEnv
@@ -186,12 +186,13 @@ class ReinforcementLearning(Experiment):
         figure = new_figure(title, 4.2)
         grid = figure.subplots(1, len(results.streams), squeeze=False)
         for stream, axes in zip(results.streams, grid[0], strict=True):
-            for number, (variant, runs) in enumerate(results.runs[stream].items()):
+            own = looks(results.runs[stream])
+            for variant, runs in results.runs[stream].items():
                 steps = [step for step, _ in runs[0]["curve"]]
                 points = zip(*([value for _, value in r["curve"]] for r in runs), strict=True)
                 whole = [(s, p) for s, p in zip(steps, points, strict=True) if None not in p]
                 intervals = [confidence_interval(list(p), "mean") for _, p in whole]
-                band(axes, [s for s, _ in whole], intervals, number, variant, 1)
+                band(axes, [s for s, _ in whole], intervals, own[variant], variant, 1)
             axes.set(title=stream, xlabel="environment steps", ylabel="episodic return")
         save(figure, path)
 

@@ -1,4 +1,4 @@
-"""Figures of agents: the router over one episode, returns over training, TensorBoard's charts.
+"""Figures of agents: the router over one episode, returns over training.
 
 Shapes: L steps of an episode, M experts a layer can hold, E experts that an episode used, K points
 of a learning curve.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.statistics import Trace
-from dynmoe.lab.figures import COLORS
+from dynmoe.lab.figures import COLORS, looks, write_vectors
 from dynmoe.lab.files import write_atomic
 from dynmoe.moe.diagnostics import gate_shares
 
@@ -30,6 +30,8 @@ EXPERT_COLORS = tuple(COLORS[i] for i in (4, 2, 9, 7, 5, 3, 8, 6, 1, 0))
 FLOOR_COLORS = ("#e8f1d4", "#bfdfb0", "#8cc9a1", "#57ad9c", "#338e96", "#256f8c", "#24507e",
                 "#27336b", "#221b4d")  # fmt: skip
 """One per floor, darker as it goes down; deeper floors take them again."""
+THUMBNAIL = 4.2
+"""Inches that a router figure is wide in TensorBoard, whose cards are about 400 pixels wide."""
 MOST_COLUMNS = 500
 """Longer episodes are drawn as means of neighbouring steps: single ones would be a blur."""
 BAND_POINTS = 200
@@ -37,7 +39,10 @@ BAND_POINTS = 200
 
 
 def router_figure(
-    trace: Trace, title: str, pictures: dict[int, NDArray[np.uint8]] | None = None
+    trace: Trace,
+    title: str,
+    pictures: dict[int, NDArray[np.uint8]] | None = None,
+    width: float = 10,
 ) -> Figure:
     """Who is in charge: gate shares of one episode, a row per MoE layer, floors beneath.
 
@@ -46,6 +51,12 @@ def router_figure(
     Shares are stacked, expert 0 lowest, and step t fills [t, t + 1]. Experts that no step of the
     episode used are left out: those to come, and with sparse routers those never chosen. Episodes
     longer than 500 steps are drawn as the means of neighbouring steps.
+
+    Args:
+        trace: the episode.
+        title: stands above, with its return and length.
+        pictures: see above.
+        width: inches; letters keep their size, so that a narrow one can be read as a thumbnail.
 
     Raises:
         ValueError: the network is dense; ask `trace.gates` first.
@@ -56,9 +67,9 @@ def router_figure(
 
     rows, length = len(trace.gates), len(trace.floors)
     height = 1.3 + 1.9 * rows
-    whole = Figure(figsize=(10, height + 2.4 * bool(pictures)), layout="constrained")
+    whole = Figure(figsize=(width, height + 2.4 * bool(pictures)), layout="constrained")
     ends = f"return {trace.episode_return:.1f}, {length} steps, deepest floor {trace.deepest}"
-    whole.suptitle(f"{title}\n{ends}", fontsize=11)
+    whole.suptitle(f"{title}\n{ends}", fontsize=11 if width > THUMBNAIL else 8.5)
     figure: Any = whole
     if pictures:
         parts: Any = whole.subfigures(2, 1, height_ratios=[2.4, height])
@@ -73,7 +84,7 @@ def router_figure(
         handles |= _draw_shares(axes, gates)
         axes.set(xlim=(0, length), ylim=(0, 1), yticks=(0, 0.5, 1), ylabel=f"{name}\ngate share")
         axes.spines[["top", "right"]].set_visible(False)
-    _draw_floors(panels, strip, trace.floors.tolist())
+    _draw_floors(panels, strip, trace.floors.tolist(), room=10 / width)
     experts = sorted(handles)
     figure.legend([handles[e] for e in experts], [f"expert {e}" for e in experts], frameon=False,
                   fontsize=9, reverse=True, loc="outside right center")  # fmt: skip
@@ -143,6 +154,7 @@ def write_figure(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getvalue())
+    write_vectors(figure, path)
 
 
 def learning_figure(
@@ -172,14 +184,14 @@ def draw_learning(
 
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, curve) in enumerate(curves.items()):
-        color, line = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
-        _draw_curve(axes, name, curve, color, line)
-    growing = [number for number, curve in enumerate(curves.values()) if curve.get("growths")]
-    for row, number in enumerate(growing):
-        growths = list(curves.values())[number]["growths"]
+    own = looks(curves)
+    for name, curve in curves.items():
+        _draw_curve(axes, name, curve, own[name].color, own[name].line)
+    growing = [name for name, curve in curves.items() if curve.get("growths")]
+    for row, name in enumerate(growing):
+        growths = curves[name]["growths"]
         axes.plot(growths, [0.025 + 0.04 * row] * len(growths), "^", markersize=7,
-                  color=COLORS[number % len(COLORS)], markeredgecolor="white", clip_on=False,
+                  color=own[name].color, markeredgecolor="white", clip_on=False,
                   transform=axes.get_xaxis_transform())  # fmt: skip
     if growing:
         axes.plot([], [], "^", color="#8a8a8a", markersize=7, label="growth")
@@ -258,65 +270,30 @@ def _draw_shares(axes: Axes, gates: Tensor) -> dict[int, Any]:
     return dict(zip(shares, areas, strict=True))
 
 
-def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int]) -> None:
-    """A strip coloured by floor, and a labelled line across all panels where the floor changes."""
+def _draw_floors(panels: list[Axes], strip: Axes, floors: list[int], room: float) -> None:
+    """A strip coloured by floor, and a labelled line across all panels where the floor changes.
+
+    `room`: that labels need, 1 in a figure of 10 inches.
+    """
     changes, length = floor_changes(floors), len(floors)
     for start, end in zip([0, *changes], [*changes, length], strict=True):
         shade = floors[start] % len(FLOOR_COLORS)
         strip.axvspan(start, end, color=FLOOR_COLORS[shade], linewidth=0)
-        if end - start >= 0.03 * length:  # there is room
+        if end - start >= 0.03 * room * length:  # there is room
             strip.text((start + end) / 2, 0.45, str(floors[start]), fontsize=8, ha="center",
                        va="center", color="black" if shade < 4 else "white")  # fmt: skip
     strip.set(yticks=(), ylim=(0, 1), xlabel="step", xlim=(0, length))
     strip.set_ylabel("floor", rotation=0, ha="right", va="center")
     strip.spines[:].set_visible(False)
     gaps = [b - a for a, b in pairwise([*changes, length])]
-    upright = bool(gaps) and min(gaps) < 0.08 * length
+    upright = bool(gaps) and min(gaps) < 0.08 * room * length
     labelled = -math.inf
     for t in changes:
         for axes in panels:
             axes.axvline(t, color="white", linewidth=2.4)
             axes.axvline(t, color="#222222", linewidth=1, linestyle=(0, (4, 2)))
-        if t - labelled >= 0.02 * length:  # closer ones would lie over each other
+        if t - labelled >= 0.02 * room * length:  # closer ones would lie over each other
             panels[0].annotate(f"floor {floors[t]}", (t, 1), (0, 5), fontsize=9, ha="center",
                                va="bottom", rotation=90 if upright else 0, annotation_clip=False,
                                xycoords="data", textcoords="offset points")  # fmt: skip
             labelled = t
-
-
-def _chart(*tags: str) -> tuple[str, list[str]]:
-    """One chart with a line per tag; tags are regular expressions."""
-    return ("Multiline", [f"^{tag}$" for tag in tags])
-
-
-def layout() -> dict[str, Any]:
-    """Categories of charts."""
-    heads = ("actor", "critic")
-    return {
-        "1 Play": {
-            "episodic return": _chart("episode/return", "episode/return_recent"),
-            "% of the most possible": _chart("episode/return_percent"),
-            "success rate of each achievement": _chart("achievement/.*"),
-            "deepest floor": _chart("episode/deepest_floor", "episode/mean_deepest_floor"),
-            "environment steps per second": _chart("time/steps_per_s"),
-        },
-        "2 Experts": {
-            "number of experts": _chart("growth/experts"),
-            "load by floor": _chart(r"router/floor_\d+/.*"),
-            "what experts tell of the floor": _chart("router/floor_information_share/.*"),
-            "router: sharpness and balance": _chart("router/entropy/.*", "router/balance/.*"),
-            "growth shock": _chart("growth/policy_kl", "growth/value_change"),
-        },
-        "3 Indicators of plasticity loss": {
-            "dormant units": _chart(*(f"{h}/dormant/0.025" for h in heads)),
-            "rank of the features": _chart(*(f"{h}/rank/effective_rank" for h in heads)),
-            "weight norm": _chart(*(f"{h}/weight_norm/l2" for h in heads)),
-            "gradient norm": _chart(*(f"{h}/grad_norm/l2" for h in heads)),
-        },
-        "4 PPO": {
-            "losses": _chart("ppo/policy_loss", "ppo/value_loss"),
-            "entropy": _chart("ppo/entropy"),
-            "KL and clipping": _chart("ppo/approx_kl", "ppo/clip_share"),
-            "explained variance": _chart("ppo/explained_variance"),
-        },
-    }

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.actor_critic import ActorCritic, as_input
+from agents.board import ROUTER_STRIP, STEPS_PER_S, board
 from agents.evaluator import Evaluator
-from agents.figures import layout, router_figure, write_figure
+from agents.figures import THUMBNAIL, router_figure, write_figure
 from agents.growth import sample, signals
 from agents.phases import Shifts, consistency, returns_on_phases
 from agents.ppo import UpdateStats, estimate_advantages
@@ -21,6 +22,7 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting, Traces
 from dynmoe.growth.controller import GrowthController
+from dynmoe.lab.board import EXPERTS
 from dynmoe.lab.figures import as_image
 from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.recorder import Recorder, check_finite
@@ -73,7 +75,7 @@ class UpdateRecorder(Recorder):
         self.began = (time.monotonic(), 0)
         self.measured: dict[str, float] = {}  # of the actor's and critic's network, this update
         self.update, self.floors = 0, torch.empty(0)
-        run.log.tensorboard.add_custom_scalars(layout())
+        run.log.use(board(len(env.achievements)))
 
     def update_done(self, update: int, rollout: Rollout, stats: UpdateStats | None) -> None:
         """Count, log, grow, save."""
@@ -143,13 +145,14 @@ class UpdateRecorder(Recorder):
         self.run.log.scalars(steps, values)
         self.curve.append([steps, values.get("episode/return")])
         now, (then, done) = time.monotonic(), self.began
-        tensorboard = self.run.log.tensorboard  # log.jsonl holds no times
-        tensorboard.add_scalar("time/steps_per_s", (steps - done) / (now - then), steps)
+        speed = (steps - done) / (now - then)  # log.jsonl holds no times
+        self.run.log.show(steps, {STEPS_PER_S: speed, EXPERTS: float(self._experts())})
         self.began = (now, steps)
         if self.traces.best is not None and self.traces.best.gates:
             title = f"{self.config.env}, {steps:,} steps"
             figure = router_figure(self.traces.best, title)
-            tensorboard.add_image("router", as_image(figure), steps, dataformats="HWC")
+            small = as_image(router_figure(self.traces.best, title, width=THUMBNAIL))
+            self.run.log.image(steps, ROUTER_STRIP, torch.from_numpy(small).permute(2, 0, 1))
             write_figure(self.run.folder / "router.png", figure)
         self._draw_loads(steps)
         self.episodes.restart()
@@ -201,7 +204,7 @@ class UpdateRecorder(Recorder):
         index = sample(rollout, self.config.probe_samples)
         event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:
-            self.log_growth(steps, asdict(event))
+            self.log_growth(steps, asdict(event), self.config.granularity)
 
     def _see_shift(self, steps: int, rollout: Rollout) -> None:
         """Play what came before a shift, and tell of it."""

@@ -180,6 +180,10 @@ class ContinualLearning(Experiment):
         """The network after the latest task."""
         return StreamExporter()
 
+    def chance(self, config: Config, shared: ImageData) -> float:
+        """One in as many as the network has outputs."""
+        return 1 / config.protocol.build().num_outputs(shared, config.chunks)
+
     def title(self, config: Config, shared: ImageData) -> str:
         """Data set, protocol and network."""
         access = "" if config.access == "limited" else f", {config.access}"

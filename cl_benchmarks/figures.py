@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.figures import band, dots, new_figure, save
+from dynmoe.lab.figures import band, dots, looks, new_figure, save
 from dynmoe.lab.statistics import confidence_interval
 
 PANELS = (("train_accuracy", "train accuracy at task end"), ("online_accuracy", "online accuracy"),
@@ -57,11 +57,11 @@ def has_old(results: Results, stream: str) -> bool:
 def draw_curves(axes: Any, results: Results, stream: str, metric: str, label: str) -> None:
     """A curve over the tasks per variant."""
     for variant in results.runs[stream]:
-        number = results.variants.index(variant)
+        look = looks(results.variants)[variant]
         by_task = list(zip(*tasks_of(results, stream, variant, metric), strict=True))
         known = [t for t, values in enumerate(by_task, start=1) if None not in values]
         intervals = [confidence_interval(list(by_task[t - 1]), "mean") for t in known]
-        band(axes, known, intervals, number, variant, 100)
+        band(axes, known, intervals, look, variant, 100)
     axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
 
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_benchmarks.board import BOARD, TASK
 from cl_benchmarks.expert_probes import probe_experts
 from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.lock_out import lock_out_scalars, newest_shares
-from cl_benchmarks.measuring import LAYOUT, accuracy, expert_maps, generalisation
+from cl_benchmarks.measuring import accuracy, expert_maps, generalisation
 from cl_benchmarks.settings import Config
 from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe import seeding
+from dynmoe.lab.board import EXPERTS
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import moe_layers
@@ -117,7 +119,8 @@ class TaskRecorder(Recorder):
         self.rows: list[TaskRow] = []
         self.gates: dict[int, dict[str, Tensor]] = {}  # of watched tasks' probes, at their ends
         self.events_logged = 0
-        run.log.tensorboard.add_custom_scalars(LAYOUT)
+        self.granularity = config.granularity
+        run.log.use(BOARD)
         self.online_sum: Tensor
         self.online_batches: int
         self.loss = torch.zeros(())  # of the latest batch, nats
@@ -136,7 +139,7 @@ class TaskRecorder(Recorder):
         self.loss = trainer.loss.detach()
         if self.growth is not None:
             for event in self.growth.controller.events[self.events_logged :]:
-                self.log_growth(event.step, asdict(event))
+                self.log_growth(event.step, asdict(event), self.granularity)
                 self.events_logged += 1
         if self.run.checkpoint_due():
             self._check(trainer)
@@ -170,6 +173,7 @@ class TaskRecorder(Recorder):
         }
         values |= measure_all(probe)
         self.run.log.scalars(step, values)
+        self.run.log.show(step, {EXPERTS: float(most_experts(trainer.model))})
 
     def task_done(self, trainer: StreamTrainer) -> None:
         """Log and keep the task's row, and what its router and kernel look like."""
@@ -195,7 +199,7 @@ class TaskRecorder(Recorder):
         values |= lock_out_scalars(asdict(row))
         if gates:
             values |= self._log_experts(model, gates, row.steps)
-        self.run.log.scalars(row.steps, values)
+        self.run.log.scalars(row.steps, values, place=task + 1)
         self.run.log.event(row.steps, "task", {"task": task + 1, **asdict(row)})
         self._restart_counts()
 
@@ -220,7 +224,7 @@ class TaskRecorder(Recorder):
         for tag, image in expert_maps(model, *probe, gates).items():
             self.run.log.image(step, tag, image)
         if self.old is not None:
-            self.run.log.image(step, "task/accuracy_matrix", self.old.matrix.picture())
+            self.run.log.image(step, f"{TASK}/accuracy matrix", self.old.matrix.picture())
         return values
 
     def _probe(self, task: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class RunConfig:
     checkpoint_every_s: float = place(60.0)
     """seconds between checkpoints"""
     mirror: tuple[str, ...] = place(())
-    """copy the log to wandb, mlflow or both as well"""
+    """copy all of the log to wandb, mlflow or tensorboard as well"""
     allow_unused: bool = place(False)
     """accept options that have no effect with the others"""
     debug: bool = place(False)

@@ -211,6 +211,15 @@ class Experiment(ABC):
     def title(self, config: Any, shared: Any) -> str:
         """What the numbers are about: data, order, network."""
 
+    def chance(self, config: Any, shared: Any) -> float | None:
+        """The accuracy of guesses, in 0..1, for its figures; None where numbers are no accuracies.
+
+        Args:
+            config: the settings.
+            shared: see `load`.
+        """
+        return None
+
     def exporter(self) -> Exporter:
         """What makes the networks of its runs again, for `dynmoe export`.
 

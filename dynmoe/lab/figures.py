@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,46 @@ if TYPE_CHECKING:
 
 COLORS = ("#222222", "#8a8a8a", "#e29a2d", "#7fc8f8", "#1b6ca8", "#5b3a8c", "#f4a9a8", "#d1495b",
           "#7d1d3f", "#5c946e")  # fmt: skip
-"""One per curve, in order; curves after these take them again, dashed."""
+"""Of methods, see `METHODS`; curves after these take them again, with other lines and marks."""
+METHODS = {
+    "dense": 0, "fresh": 1, "dynamicmoe": 4, "moe-static": 2, "reset-block": 7, "cbp": 5,
+    "l2-init": 8, "redo": 9, "replay": 6,
+    "noadapt": 0, "tent": 2, "eata": 5, "sar": 8, "deyo": 9, "cotta": 6, "becotta": 7, "moetta": 4,
+    "linear-probe": 0, "erm": 1, "lora": 2, "kadaptation": 9, "moa": 7, "moe2": 4,
+}  # fmt: skip
+"""Method -> place of its color in COLORS, the same in all figures: the project's own are blue, what
+they are measured against black or gray."""
+LINES = ("-", "--", "-.", ":")
+MARKS = "osD^vP*X<>"
+"""Lines and marks tell curves apart where there are no colors, as in print."""
+VECTORS: ContextVar[bool] = ContextVar("VECTORS", default=False)
+"""Whether `save` writes a PDF and an SVG file beside each PNG file; a study sets it."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of a variant in a figure."""
+
+    color: str
+    line: str
+    mark: str
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Each name's look: a known method's color is its own, others take what is left, in order."""
+    names = list(dict.fromkeys(names))
+    taken = {METHODS[name] % len(COLORS) for name in names if name in METHODS}
+    free = [place for place in range(len(COLORS)) if place not in taken] or [*range(len(COLORS))]
+    others = [name for name in names if name not in METHODS]
+    places = METHODS | {name: free[i % len(free)] for i, name in enumerate(others)}
+    return {
+        name: Look(
+            COLORS[places[name] % len(COLORS)],
+            LINES[(number + number // len(COLORS)) % len(LINES)],
+            MARKS[number % len(MARKS)],
+        )
+        for number, name in enumerate(names)
+    }
 
 
 def as_image(figure: Figure) -> NDArray[np.uint8]:
@@ -40,61 +83,65 @@ def new_figure(title: str, height: float, width: float = 13) -> Any:
 
 
 def band(
-    axes: Any, x: Sequence[float], intervals: list[Interval], number: int, label: str, factor: float
+    axes: Any, x: Sequence[float], intervals: list[Interval], look: Look, label: str, factor: float
 ) -> None:
-    """A line, and the band of its intervals; curves after the last color are dashed.
+    """A line, and the band of its intervals.
 
     Args:
         axes: to draw on.
         x: one place per interval.
         intervals: means with their ends.
-        number: of the curve; gives its color.
+        look: of the curve, see `looks`.
         label: in the legend.
         factor: multiplies the values.
     """
-    color, style = COLORS[number % len(COLORS)], "--" if number >= len(COLORS) else "-"
     point, low, high = (
         [factor * getattr(i, end) for i in intervals] for end in ("point", "low", "high")
     )
-    axes.plot(x, point, style, marker="o", markersize=3, color=color, label=label)
-    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(x, point, look.line, marker=look.mark, markersize=4, color=look.color, label=label)
+    axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
 
 
 def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
-    """A row per variant: its mean, and a bar over its interval; first variant on top.
+    """A row per variant: its mean, and a bar over its interval; the largest mean on top.
 
     Args:
         axes: to draw on.
         rows: variant -> mean with its interval.
         factor: multiplies the values.
     """
-    for number, (place, interval) in enumerate(zip(range(len(rows), 0, -1), rows.values(),
-                                                   strict=True)):  # fmt: skip
-        point, low, high = (factor * x for x in interval)
-        color = COLORS[number % len(COLORS)]
+    own = looks(rows)
+    ranked = sorted(rows, key=lambda name: _or_least(rows[name].point), reverse=True)
+    places = range(len(rows), 0, -1)
+    for name, place in zip(ranked, places, strict=True):
+        point, low, high = (factor * x for x in rows[name])
         if low == low:
-            axes.plot([low, high], [place, place], color=color, linewidth=2, alpha=0.5)
-        axes.plot([point], [place], "o", color=color)
-    axes.set_yticks(range(len(rows), 0, -1), list(rows))
+            axes.plot([low, high], [place, place], color=own[name].color, linewidth=2, alpha=0.5)
+        axes.plot([point], [place], own[name].mark, color=own[name].color)
+    axes.set_yticks(places, ranked)
 
 
-def cross(axes: Any, x: Interval, y: Interval, number: int, label: str, factor: float) -> None:
+def _or_least(value: float) -> float:
+    return value if value == value else -math.inf
+
+
+def cross(axes: Any, x: Interval, y: Interval, look: Look, label: str, factor: float) -> None:
     """A point, and a bar over its interval in each direction.
 
     Args:
         axes: to draw on.
         x, y: means with their ends.
-        number: of the point; gives its color, and after the last color another mark.
+        look: of the point, see `looks`.
         label: in the legend.
         factor: multiplies the values.
     """
-    color, mark = COLORS[number % len(COLORS)], "s" if number >= len(COLORS) else "o"
+    color = look.color
     (across, left, right), (up, low, high) = ([factor * v for v in i] for i in (x, y))
     if left == left:
         axes.plot([left, right], [up, up], color=color, linewidth=2, alpha=0.5)
     if low == low:
         axes.plot([across, across], [low, high], color=color, linewidth=2, alpha=0.5)
-    axes.plot([across], [up], mark, color=color, label=label)
+    axes.plot([across], [up], look.mark, color=color, label=label)
 
 
 def front(means: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -129,3 +176,32 @@ def save(figure: Any, path: Path) -> None:
     # Few colors make a quarter of the size, for figures that are kept in a repository.
     image.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
+    write_vectors(figure, path)
+
+
+def write_vectors(figure: Any, path: Path) -> None:
+    """Where `VECTORS` is set: the figure as PDF and SVG beside a PNG file."""
+    for kind in ("pdf", "svg") if VECTORS.get() else ():
+        with same_bytes(path.stem):
+            write_atomic(path.with_suffix(f".{kind}"), vector(figure, kind))
+
+
+@contextmanager
+def same_bytes(name: str) -> Iterator[None]:
+    """matplotlib's settings for a figure that is to come out the same each time."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "pdf.fonttype": 42,
+                     "text.parse_math": False, "font.family": "DejaVu Sans"}):  # fmt: skip
+        yield
+
+
+def vector(figure: Any, kind: str) -> bytes:
+    """The file of a figure, "pdf" or "svg", without the time and the program that made it."""
+    nothing = {
+        "svg": ("Date", "Creator", "Format", "Type"),
+        "pdf": ("CreationDate", "Creator", "Producer"),
+    }
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=dict.fromkeys(nothing[kind]))
+    return buffer.getvalue()

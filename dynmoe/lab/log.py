@@ -1,5 +1,7 @@
 """What a run writes down: TensorBoard for people, `log.jsonl` for programs.
 
+TensorBoard shows what the run's board names (`dynmoe.lab.board`), `log.jsonl` has everything.
+
 Both are cut back to what a checkpoint knows of when a run goes on, so that they always agree.
 `log.jsonl` has one JSON object per line: `{"step": 120, "loss": 0.3, ...}` for metrics and
 `{"step": 120, "event": "growth", ...}` for events. It holds no times, so a resumed run's file is
@@ -15,6 +17,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from dynmoe.lab.board import Board, Everything
 from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.files import disk_full, finite
 
@@ -32,6 +35,7 @@ class Logger:
 
     Attributes:
         bar: what the metrics have to reach; None: nothing.
+        board: which metrics TensorBoard shows; all until `use` is called.
     """
 
     def __init__(
@@ -56,21 +60,38 @@ class Logger:
         purge = None if step is None else step + 1
         self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
         self.bar: Bar | None = None
+        self.board: Board = Everything()
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics, and one TensorBoard point per tag, all in one event.
+    def use(self, board: Board) -> None:
+        """Show what this board names, and its charts of several lines."""
+        self.board = board
+        if board.lines:
+            self.tensorboard.add_custom_scalars(board.layout())
+
+    def scalars(self, step: int, values: dict[str, float], place: int | None = None) -> None:
+        """One line of metrics, and one TensorBoard point per chart of the board, all in one event.
+
+        Args:
+            step: of the run.
+            values: tag -> number.
+            place: on TensorBoard's axis, such as the number of a task; None: the step.
 
         Raises:
             Pruned: they do not reach the bar.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         self._write({"step": step, **values})
         self._latest = step
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.tensorboard._get_file_writer().add_summary(Summary(value=points), step)
+        self.show(step if place is None else place, self.board.points(values))
         if self.bar is not None:
             self.bar.check(step, values)
+
+    def show(self, place: int, points: dict[str, float]) -> None:
+        """Points for TensorBoard alone: chart -> number; none at all where there are none."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if points:
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+            self.tensorboard._get_file_writer().add_summary(Summary(value=values), place)
 
     def image(self, step: int, tag: str, image: Tensor) -> None:
         """A picture for TensorBoard alone: uint8 [3, H, W]."""
@@ -79,7 +100,8 @@ class Logger:
     def event(self, step: int, name: str, values: dict[str, Any]) -> None:
         """One line for something that happened once (a growth, a new task)."""
         self._write({"step": step, "event": name, **values})
-        self.tensorboard.add_text(f"events/{name}", f"`{json.dumps(values)}`", step)
+        told = "\n".join(f"- {key}: `{json.dumps(value)}`" for key, value in values.items())
+        self.tensorboard.add_text(f"events/{name}", told, step)
 
     def hparams(self, settings: dict[str, Any], final: dict[str, float]) -> None:
         """For TensorBoard's tab HPARAMS alone: settings, and what the run ended with.
@@ -88,15 +110,13 @@ class Logger:
             settings: flat; what is no number or text is shown as text.
             final: tag -> number.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard.summary import hparams
 
         shown = {k: v if type(v) in (int, float, str) else str(v) for k, v in settings.items()}
         writer = self.tensorboard._get_file_writer()
         for part in hparams(shown, final):
             writer.add_summary(part)
-        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in final.items()]
-        writer.add_summary(Summary(value=points), self._latest)
+        self.show(self._latest, final)
 
     def sync(self) -> int:
         """Flush to disk; returns the length of `log.jsonl` in bytes."""
@@ -115,11 +135,13 @@ class Logger:
         """Bytes of each of TensorBoard's files; call `sync` before."""
         return {path.name: path.stat().st_size for path in _event_files(self.folder)}
 
-    def close(self) -> None:
-        """Flush and close both."""
-        self.sync()
+    def close(self, failed: bool = False) -> None:
+        """Flush and close both; of a run that failed before its first line, TensorBoard's go."""
+        empty = self.sync() == 0
         self._file.close()
         self.tensorboard.close()
+        if failed and empty:
+            _cut_back(self.folder, {})
 
     def _write(self, line: dict[str, Any]) -> None:
         try:

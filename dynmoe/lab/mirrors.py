@@ -1,4 +1,4 @@
-"""Mirrors: copies of a run's log in Weights & Biases or MLflow, `--mirror wandb mlflow`.
+"""Mirrors: copies of a run's log, `--mirror wandb mlflow tensorboard`.
 
 A mirror follows `log.jsonl` from a thread of its own, so that a store that is slow or gone cannot
 hold up a run: it costs one line of warning. How many lines were sent is kept in the run's folder,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dynmoe.errors import NumericError
+from dynmoe.lab.board import EXPERTS
 from dynmoe.lab.progress import ProgressLine
 from dynmoe.lab.run import Run
 
@@ -54,12 +55,24 @@ class Recorder:
         """Write a checkpoint now."""
         self.run.checkpoint(step, self.state(), **logged)
 
-    def log_growth(self, step: int, event: dict[str, Any], prefix: str = "") -> None:
-        """Log a growth, its shock on the probe, and how many experts there are now."""
+    def log_growth(
+        self, step: int, event: dict[str, Any], granularity: int, prefix: str = ""
+    ) -> None:
+        """Log a growth, its shock on the probe, and how many experts there are now.
+
+        Args:
+            step: of the whole run.
+            event: what the controller tells of it.
+            granularity: the new experts of a layer; makes the step in TensorBoard's chart.
+            prefix: of the tags, where one run has several networks.
+        """
         self.run.log.event(step, "growth", event)
         counts = {n: float(event[n]) for n in ("experts_before", "experts") if n in event}
         figures = event["shock"] | counts
         self.run.log.scalars(step, {f"{prefix}growth/{k}": v for k, v in figures.items()})
+        chart = EXPERTS if not prefix else f"{EXPERTS}, {prefix.rstrip('/')}"
+        for experts in (event["experts"] - granularity, event["experts"]):
+            self.run.log.show(step, {chart: float(experts)})
 
 
 def check_finite(model: nn.Module, step: int, remedy: str) -> None:

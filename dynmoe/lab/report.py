@@ -70,7 +70,10 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         found = {"title": title, "settings": identity(config), "seeds": config.seeds}
         found |= beside(results)
         write_json(folder / "results.json", found | {"streams": entries})
-        experiment.draw(folder / "comparison.png", results, title)
+        told = f"{config.seeds} seeds, 95 % t intervals" if config.seeds > 1 else "one seed"
+        if chance := experiment.chance(config, shared):
+            told += f"; chance: {100 * chance:.3g} %"
+        experiment.draw(folder / "comparison.png", results, f"{title}\n{told}")
     for stream in results.streams:
         heading = f"{title}: {stream}" if stream else title
         rows = table(results, stream, difference=config.seeds > 1)

@@ -5,11 +5,9 @@ Names of variants come from files and may hold anything: nothing in them is read
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from dynmoe.lab.comparison import Row
 from dynmoe.lab.experiment import Curve, Experiment
-from dynmoe.lab.figures import band, dots, finish, new_figure
+from dynmoe.lab.figures import band, dots, finish, looks, new_figure, same_bytes, vector
 from dynmoe.lab.finished import FinishedRun, Group
 from dynmoe.lab.statistics import confidence_interval
 
@@ -92,12 +90,12 @@ def draw_all(group: Group, stream: str, rows: list[Row], name: str) -> list[Draw
     }
     drawings = []
     for kind, make in makers.items():
-        with _settings(f"{name}-{kind}"):
+        with same_bytes(f"{name}-{kind}"):
             figure = make()
             if figure is not None:
-                svg = _save(figure, "svg")
+                svg = vector(figure, "svg")
                 figure.set_layout_engine("none")  # laid out by now, and that takes its time
-                pdf = _save(figure, "pdf")
+                pdf = vector(figure, "pdf")
                 drawings.append(Drawing(f"{name}-{kind}", captions[kind], svg, pdf))
     return drawings
 
@@ -130,6 +128,7 @@ def _draw_curves(group: Group, stream: str, shown: list[str]) -> Any:
     names = dict.fromkeys(n for own in runs.values() for run in own for n in run.details.curves)
     if not names:
         return None
+    own_looks = looks(group.variants)
     columns = min(2, len(names))
     lines = -(-len(names) // columns)
     figure = new_figure("", 3.2 * lines, 11 if columns > 1 else 8)
@@ -145,10 +144,10 @@ def _draw_curves(group: Group, stream: str, shown: list[str]) -> Any:
                 continue
             places, values = aligned(curves)
             intervals = [confidence_interval(list(seeds), "mean") for seeds in values]
-            number, clock = group.variants.index(variant), curves[0].clock
+            look, clock = own_looks[variant], curves[0].clock
             # matplotlib leaves out of legends what begins with an underscore.
             named = _shortened(variant if not variant.startswith("_") else f" {variant}")
-            band(axes, places, intervals, number, named, factor)
+            band(axes, places, intervals, look, named, factor)
         axes.set(xlabel=clock, ylabel=f"{label} (%)" if unit else label)
     finish(figure)
     return figure
@@ -193,27 +192,6 @@ def _mean_matrices(variant: str, runs: list[FinishedRun]) -> list[tuple[str, NDA
         if len({table.shape for table in own}) == 1:
             found.append((variant, np.mean(own, axis=0)))
     return found
-
-
-@contextmanager
-def _settings(name: str) -> Iterator[None]:
-    """matplotlib's settings for a figure that is to come out the same each time."""
-    from matplotlib import rc_context
-
-    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "pdf.fonttype": 42,
-                     "text.parse_math": False, "font.family": "DejaVu Sans"}):  # fmt: skip
-        yield
-
-
-def _save(figure: Any, kind: str) -> bytes:
-    """The file of a figure, without the time and the program that made it."""
-    nothing = {
-        "svg": ("Date", "Creator", "Format", "Type"),
-        "pdf": ("CreationDate", "Creator", "Producer"),
-    }
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=dict.fromkeys(nothing[kind]))
-    return buffer.getvalue()
 
 
 def _sentences(*texts: str) -> str:

@@ -107,7 +107,8 @@ class Run:
     ) -> None:
         try:
             if self._log is not None:
-                self._log.close()
+                begun = kind is None or checkpoint.exists(self.checkpoints)
+                self._log.close(failed=not begun)
         finally:
             for mirror in self._mirrors:
                 mirror.close()

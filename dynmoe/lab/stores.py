@@ -1,4 +1,4 @@
-"""The stores that a run's log can be copied to: Weights & Biases, and MLflow."""
+"""The stores that a run's log can be copied to: Weights & Biases, MLflow, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -115,7 +115,33 @@ class Mlflow(Store):
         self.client.set_terminated(self.known, "KILLED" if final is None else "FINISHED")
 
 
-STORES: dict[str, type[Store]] = {"wandb": Wandb, "mlflow": Mlflow}
+class TensorBoard(Store):
+    """All numbers of the log by their own names, where a run's board shows a choice of them.
+
+    Their files are in the run's folder, in `everything`, which TensorBoard lists as a run.
+    """
+
+    package = "tensorboard"
+
+    def open(self, known: str | None, folder: Path, name: str, settings: dict[str, Any]) -> str:
+        """A writer; of a run that goes on another one in the same folder."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "everything"))
+        return "everything"
+
+    def send(self, lines: list[tuple[int, dict[str, float]]]) -> None:
+        """Its scalars, by our step."""
+        for step, values in lines:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def close(self, final: dict[str, float] | None) -> None:
+        """The end; the figures of a finished run are in the run's own file."""
+        self.writer.close()
+
+
+STORES: dict[str, type[Store]] = {"wandb": Wandb, "mlflow": Mlflow, "tensorboard": TensorBoard}
 """Name of a mirror -> its store."""
 
 

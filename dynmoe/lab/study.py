@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
+from dynmoe.lab.figures import VECTORS
 from dynmoe.lab.files import write_atomic, write_json, writing
 from dynmoe.lab.launchers import Launcher
 from dynmoe.lab.report import beside, caption, entry, print_table, table
@@ -275,7 +276,11 @@ def _report(
         "streams": streams,
         **beside(results),
     })  # fmt: skip
-    study.draw(out / "figure.png", results, f"{study.name} ({count} seeds)")
+    before = VECTORS.set(True)
+    try:
+        study.draw(out / "figure.png", results, f"{study.name} ({count} seeds)")
+    finally:
+        VECTORS.reset(before)
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
     about = caption(results.experiment, count)
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.figures import cross, front, new_figure, save
+from dynmoe.lab.figures import cross, front, looks, new_figure, save
 from dynmoe.lab.statistics import Interval
 from dynmoe.lab.study import Preset, Study
 
@@ -179,16 +179,15 @@ class GrowthOrReset(Study, name="growth-or-reset", source="ours"):
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Train accuracy on the last task against what is kept or else learnt, a panel a stream."""
         super().draw(path.with_name("tasks.png"), results, title)
-        figure = new_figure(title, 4, 3 + 4 * len(results.streams))
+        figure, own = new_figure(title, 4, 3 + 4 * len(results.streams)), looks(results.variants)
         panels = figure.subplots(1, len(results.streams), squeeze=False)[0]
         for stream, axes in zip(results.streams, panels, strict=True):
             metric, label = SHOWN.get(stream, ("test_accuracy", "test accuracy"))
             means = []
             for variant in results.runs[stream]:
-                number = results.variants.index(variant)
                 x = results.interval(stream, variant, "train_accuracy", "last")
                 y = results.interval(stream, variant, metric, "last")
-                cross(axes, x, y, number, variant, 100)
+                cross(axes, x, y, own[variant], variant, 100)
                 means.append((100 * x.point, 100 * y.point))
             axes.plot(*zip(*front(means), strict=True), ":", color="#8a8a8a", zorder=0)
             axes.set_title(stream)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.figures import band, new_figure, save
+from dynmoe.lab.figures import band, looks, new_figure, save
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.lab.study import Preset, Study
 from dynmoe.studies.keeping import PHOTOS, UNMEASURED, about, points
@@ -110,12 +110,12 @@ class Pairs(Study, name="pairs", source="Dohare et al. 2024 (Nature 632, 768-774
         figure = new_figure(title, 4, 8)
         axes = figure.subplots()
         for stream, variants in results.runs.items():
-            for number, (variant, runs) in enumerate(variants.items()):
+            for variant, runs in variants.items():
                 columns = zip(*map(by_block, runs), strict=True)
                 means = [confidence_interval(list(values), "mean") for values in columns]
                 tasks = len(runs[0]["tasks"])
                 x = [tasks * (part + 1) / BLOCKS for part in range(BLOCKS)]
-                band(axes, x, means, number, variant, 100)
+                band(axes, x, means, looks(variants)[variant], variant, 100)
             axes.set(xlabel="task", ylabel="test accuracy (%), tenths of the tasks")
             axes.set_title(stream)
         save(figure, path)

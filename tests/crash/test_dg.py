@@ -24,6 +24,7 @@ from dynmoe.dg import __main__ as dg
 from dynmoe.dg.methods.moe2 import MoE2
 from dynmoe.experiments.dg.source import load_source
 from dynmoe.experiments.dg.trial import Fold
+from dynmoe.lab.experiment import logged
 
 SMALL = "--preset smoke --compare --checkpoint-every-s 0 --name x --features 5"
 SHORT = "--steps 3 --eval-every 2 --test-domains plain edges"
@@ -200,17 +201,19 @@ def test_the_shock_of_a_growth_is_measured_and_logged(init: str, tmp_path: Path)
     events = summary(tmp_path)["tests"][0]["growth"]
     board = EventAccumulator(str(folder(tmp_path)))
     board.Reload()
-    assert [e.value for e in board.Scalars("edges/growth/experts_before")] == [1, 2]
-    assert [e.value for e in board.Scalars("edges/growth/experts")] == [2, 3]
+    assert [e.value for e in board.Scalars("2 growth/experts, edges")] == [1, 2, 2, 3]
     for place, event in enumerate(events):
         shock = event["shock"]
         assert 0 <= shock["accuracy_before"] <= 1 and shock["loss_before"] > 0
         silent = shock["output_change"] < 1e-4
         assert silent == (abs(shock["loss_after"] - shock["loss_before"]) < 1e-5)
         assert silent == (init == "zero-output")
-        for key, value in shock.items():
-            logged = board.Scalars(f"edges/growth/{key}")[place]
-            assert logged.step == event["step"] and logged.value == pytest.approx(value, rel=1e-5)
+        lines = logged(folder(tmp_path), "edges/growth/loss_after")
+        assert lines[place] == shock["loss_after"]
+        for key in ("output_change", "loss_before", "loss_after"):
+            name = key.replace("output_change", "change of the output").replace("_", " ")
+            point = board.Scalars(f"2 growth/{name}, edges")[place]
+            assert (point.step, point.value) == (event["step"], pytest.approx(shock[key], rel=1e-5))
 
 
 def test_the_probe_is_held_out_and_of_the_sources_alone(

@@ -29,7 +29,7 @@ COMMANDS = {
         "--network.hidden 16 --network.width 8 --eval-samples 50 --probe-samples 40",
         cl_benchmarks.recorder.TaskRecorder,
         "epoch_done",
-        {"task/accuracy_matrix", "experts/task/blocks.0"},
+        {"1 each task/accuracy matrix", "experts/task/blocks.0"},
     ),
     "rl": (
         rl.main,
@@ -37,7 +37,7 @@ COMMANDS = {
         "--total-steps 512 --minibatches 2 --epochs 2 --probe-every 3 --probe-samples 32",
         agents.recorder.UpdateRecorder,
         "update_done",
-        {"router", "experts/floor/actor.0", "experts/floor/critic.0"},
+        {"1 play/router in the deepest episode", "experts/floor/actor.0", "experts/floor/critic.0"},
     ),
 }
 
@@ -81,6 +81,11 @@ def test_a_resumed_run_shows_every_point_and_picture_once(
     assert [run(f"{tmp_path / 'cut'}") for _ in range(2)] == [143, 0]
     whole, cut = (_shown(tmp_path / name, command) for name in ("whole", "cut"))
     assert pictures <= whole.keys() == cut.keys()
+    scalars = [tag for tag in whole if type(whole[tag][0][1]) is float]
+    assert 20 < len(scalars) <= 60
+    assert min(scalars) in ("1 each task/accuracy at the end, test", "1 play/return")
+    experts = [value for _, value in whole["2 growth/experts"]]
+    assert experts == sorted(experts) and experts[0] < experts[-1]
     for tag in whole:
         assert whole[tag] == cut[tag] and len(whole[tag]) > 0, tag
     steps = [step for tag in pictures for step, _ in whole[tag]]

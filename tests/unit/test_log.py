@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 from tensorboard.summary.writer import event_file_writer
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import log
+from dynmoe.lab.board import Board
+from dynmoe.lab.config import RunConfig
 from dynmoe.lab.log import Logger
+from dynmoe.lab.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,41 @@ def test_lines_and_points(tmp_path: Path) -> None:
     ]
     shown = _scalars(tmp_path)
     assert shown["a/b"] == [(1, 2.0)] and shown["loss"][0] == (1, 0.5)
+
+
+BOARD = Board({
+    "1 task": {"accuracy": "task/accuracy"},
+    "2 layers": {"entropy": "entropy/.*", r"loss of \1": r"(\w+)/loss", "experts": ""},
+})  # fmt: skip
+
+
+def test_a_board_names_what_it_shows_and_log_jsonl_keeps_the_rest(tmp_path: Path) -> None:
+    values = {"task/accuracy": 0.5, "entropy/a": 1.0, "entropy/b": 3.0, "x/loss": 4.0, "y/z": 5.0}
+    logger = Logger(tmp_path)
+    logger.use(BOARD)
+    logger.scalars(70, values, place=2)
+    logger.scalars(80, {"y/z": 6.0, "my task/accuracy": 0.1})  # nothing to show
+    logger.close()
+    assert _lines(tmp_path)[0] == {"step": 70, **values} and len(_lines(tmp_path)) == 2
+    assert _scalars(tmp_path) == {
+        "1 task/accuracy": [(2, 0.5)], "2 layers/entropy": [(2, 2.0)],
+        "2 layers/loss of x": [(2, 4.0)],
+    }  # fmt: skip
+
+
+def test_a_run_that_fails_at_its_start_leaves_nothing_to_tensorboard(tmp_path: Path) -> None:
+    def fail(lines: int) -> None:
+        with Run("cl", "x", RunConfig(runs_dir=tmp_path, name=str(lines))) as run:
+            run.log.use(BOARD)
+            if lines:
+                run.log.scalars(1, {"task/accuracy": 0.5})
+            raise UserError("no")
+
+    for lines in (0, 1):
+        with pytest.raises(UserError):
+            fail(lines)
+        files = (tmp_path / "cl" / str(lines) / "seed-0").glob("events.out.tfevents.*")
+        assert len(list(files)) == lines
 
 
 def test_going_on_cuts_off_what_came_after_the_checkpoint(tmp_path: Path) -> None:

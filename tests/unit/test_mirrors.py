@@ -159,6 +159,16 @@ def wandb_records(path: Path) -> list[Any]:
     return found
 
 
+def test_tensorboard_gets_all_by_its_own_names(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    work(Config(runs_dir=tmp_path, name="x", mirror=("tensorboard",)), range(1, 4))
+    events = EventAccumulator(str(tmp_path / "cl" / "x" / "seed-0" / "everything"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss", "event/growth/experts"]
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+
+
 @pytest.mark.slow
 def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("wandb")

@@ -100,7 +100,7 @@ def test_the_departure_of_mixed_parameters_is_told_in_nats() -> None:
 
 def test_a_row_of_dots_per_variant() -> None:
     axes = Figure().subplots()
-    dots(axes, {"a": Interval(0.5, 0.4, 0.7), "b": Interval(0.2, math.nan, math.nan)}, 100)
+    dots(axes, {"b": Interval(0.2, math.nan, math.nan), "a": Interval(0.5, 0.4, 0.7)}, 100)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
     xs = [[float(x) for x in line.get_xdata()] for line in axes.lines]
     assert xs == [[40, 70], [50], [20]]  # no bar where the ends are not known

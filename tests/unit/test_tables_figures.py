@@ -15,6 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.lab import figures
 from dynmoe.lab.config import run_command
 from dynmoe.lab.experiment import Results
+from dynmoe.lab.figures import looks
 from dynmoe.lab.report import fit, print_table, table
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
@@ -88,6 +89,29 @@ def test_seeds_are_shown_as_a_band(tmp_path: Path) -> None:
     _draw(tmp_path / "none.png", a=[[0.5, 0.5]] * 3)
     light = tuple(round(0.85 * 255 + 0.15 * x) for x in _rgb(COLORS[0]))
     assert _shows(tmp_path / "wide.png", light) and not _shows(tmp_path / "none.png", light)
+
+
+def test_a_method_has_its_colour_in_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "COLORS", tuple("0123456789"))
+    one, two = looks(["dynamicmoe", "dense", "mine"]), looks(["x", "mine", "dense", "dynamicmoe"])
+    assert [own["dynamicmoe"].color for own in (one, two)] == ["4", "4"]
+    assert [own["dense"].color for own in (one, two)] == ["0", "0"]
+    assert [two["x"].color, two["mine"].color] == ["1", "2"]  # what is left, in order
+    many = looks(map(str, range(24)))
+    assert len(set(many.values())) == 24  # also where colours come again
+    assert len({(look.line, look.mark) for look in list(many.values())[:10]}) == 10  # in gray
+
+
+def test_a_study_has_its_figure_as_pdf_and_svg_too(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        token = figures.VECTORS.set(True)
+        _draw(tmp_path / name / "figure.png", dense=[[0.9, 0.5]])
+        figures.VECTORS.reset(token)
+        files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert files[0] == files[1] and sorted(files[0]) == ["figure.pdf", "figure.png", "figure.svg"]
+    assert files[0]["figure.pdf"].startswith(b"%PDF") and b"dense" in files[0]["figure.svg"]
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:

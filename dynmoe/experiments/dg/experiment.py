@@ -20,7 +20,7 @@ from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
-from dynmoe.lab.figures import COLORS, dots, new_figure, save
+from dynmoe.lab.figures import dots, looks, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import three
@@ -148,19 +148,23 @@ class DomainGeneralisation(Experiment):
             rows = {v: results.interval(stream, v) for v in results.runs[stream]}
             dots(left, rows, 100)
             left.set(title=stream, xlabel="accuracy on left-out domains (%)")
-            for number, (variant, interval) in enumerate(rows.items()):
+            own = looks(rows)
+            for variant, interval in rows.items():
                 trainable = results.values(stream, variant, "trainable")[0]
-                color = COLORS[number % len(COLORS)]
-                right.plot([trainable], [100 * interval.point], "o", color=color)
-                right.annotate(variant, (trainable, 100 * interval.point), fontsize=8,
-                               xytext=(4, 3), textcoords="offset points")  # fmt: skip
+                right.plot([trainable], [100 * interval.point], own[variant].mark, label=variant,
+                           color=own[variant].color)  # fmt: skip
             right.set(title=stream, xlabel="trainable parameters", xscale="log",
                       ylabel="accuracy on left-out domains (%)")  # fmt: skip
+            right.legend(frameon=False, fontsize=8)  # names beside points would overlap
         save(figure, path)
 
     def exporter(self) -> Exporter:
         """The network of each left-out domain, where the run has kept them."""
         return DomainExporter()
+
+    def chance(self, config: Config, shared: Source) -> float:
+        """One in as many as the data have classes."""
+        return 1 / shared.data.num_classes
 
     def title(self, config: Config, shared: Source) -> str:
         """Data set, backbone, what was done to its input, and selection."""

@@ -17,6 +17,7 @@ from cl_benchmarks.domain_set import batch_indices, split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
+from dynmoe.experiments.boards import DG
 from dynmoe.experiments.dg.exporting import keep_network
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
 from dynmoe.experiments.dg.landscape import landscape_arrays, weights_now
@@ -63,6 +64,7 @@ class Trial(Session):
         steps = config.steps * len(source.tests)
         label = f"{config.method.part.name}, seed {config.seed}"
         self.recorder = Recorder(run, label, steps, self.state)
+        run.log.use(DG)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on within a left-out domain, or at the start of one."""
@@ -348,7 +350,8 @@ class Fold:
         if event is not None:
             step = self.place * self.config.steps + self.step
             name = self.trial.source.data.names[self.test]
-            self.trial.recorder.log_growth(step, self._grown(event), f"{name}/")
+            granularity = self.config.granularity
+            self.trial.recorder.log_growth(step, self._grown(event), granularity, f"{name}/")
 
     def _grown(self, event: GrowthEvent) -> dict[str, Any]:
         """A growth for the log: outer experts before and after, and the shock on the probe."""

@@ -208,6 +208,10 @@ class TestTimeAdaptation(Experiment):
         """The method and its model after the stream, where the run has kept them."""
         return AdapterExporter()
 
+    def chance(self, config: Config, shared: Shared) -> float:
+        """One in as many as the data have classes."""
+        return 1 / shared.source.num_classes
+
     def title(self, config: Config, shared: Shared) -> str:
         """Data, order and severity."""
         return f"{shared.source.name}, {config.order} order, severity {config.severity}"

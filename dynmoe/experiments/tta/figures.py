@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.figures import COLORS, band, dots, new_figure, save
+from dynmoe.lab.figures import band, dots, looks, new_figure, save
 from dynmoe.lab.report import cell, print_table
 from dynmoe.lab.statistics import confidence_interval, paired_difference
 
@@ -26,10 +26,11 @@ def comparison_figure(path: Path, results: Results, title: str) -> None:
         dots(left, {v: results.interval(stream, v, "accuracy", "mean") for v in variants}, 100)
         left.set(title=stream, xlabel="accuracy (%)")
         source = "noadapt" if "noadapt" in variants else next(iter(variants))
-        for number, (variant, runs) in enumerate(variants.items()):
+        own = looks(results.variants)
+        for variant, runs in variants.items():
             points = list(zip(*map(gain_so_far, runs, variants[source]), strict=True))
             intervals = [confidence_interval(list(point), "mean") for point in points]
-            band(right, range(1, len(points) + 1), intervals, number, variant, 100)
+            band(right, range(1, len(points) + 1), intervals, own[variant], variant, 100)
         right.set(title=stream, xlabel="window of the stream",
                   ylabel=f"accuracy so far minus {source}'s (points)")  # fmt: skip
     save(figure, path)
@@ -62,10 +63,11 @@ def experts_figure(path: Path, runs: Runs, title: str) -> None:
         return
     figure = new_figure(f"{title}, first seed", 3.8, 11)
     left, right = figure.subplots(1, 2)
-    for number, (label, history) in enumerate(histories.items()):
+    own = looks(histories)
+    for label, history in histories.items():
         batches = [h["batch"] for h in history]
-        left.plot(batches, [100 * h["largest_share"] for h in history], label=label,
-                  color=COLORS[number % len(COLORS)])  # fmt: skip
+        left.plot(batches, [100 * h["largest_share"] for h in history], own[label].line,
+                  label=label, color=own[label].color)  # fmt: skip
     left.set(xlabel="batch", ylabel="share of the most loaded expert (%)", ylim=(0, 103))
     depth = len(history[-1].get("similarity", []))
     for layer in range(depth):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cl_benchmarks.shifts.embedded import Embedded
 from cl_benchmarks.shifts.stream import Batch, ShiftSource, Stream, make_stream
 from dynmoe import seeding
+from dynmoe.experiments.boards import TTA
 from dynmoe.experiments.tta.costs import Cost
 from dynmoe.experiments.tta.frozen import offer
 from dynmoe.experiments.tta.gates import Forgetting, Gates
@@ -40,6 +41,7 @@ class StreamSession(Session):
         self.done = 0
         label = f"{config.method.part.name}, {config.streams[0]}"
         self.recorder = Recorder(run, label, len(self.stream), self.state, "batches")
+        run.log.use(TTA)
         if run.restored is None and self.adapter.source_images:
             count = self.adapter.source_images
             self.adapter.observe_source(_source_batches(config, source, count, run.device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from cl_benchmarks.board import BOARD
 from cl_benchmarks.experiment import ContinualLearning, _print_tasks
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.lock_out import (
@@ -22,7 +22,6 @@ from cl_benchmarks.lock_out import (
     tasks_with_lock_out,
     warn_of_lock_out,
 )
-from cl_benchmarks.measuring import LAYOUT
 from cl_benchmarks.recorder import TaskRow
 from dynmoe import cl
 from dynmoe.growth.new_experts import NewExperts
@@ -174,8 +173,7 @@ def test_a_softmax_router_with_new_rows_alone_locks_out_and_says_so(
     assert tags["newest_share_old"] == [r["newest_share_old"] for r in rows[1:]]
     assert tags["lock_out"] == [1.0, 1.0]
     assert not logged(done.folder, "task/newest_share")  # has its tag with the router's
-    shown = json.dumps(LAYOUT)
-    assert all(f"router/{tag}" in shown for tag in tags)
+    assert all(BOARD.name(f"router/{tag}") for tag in tags)
 
 
 def test_the_gaussian_router_does_not(
