@@ -105,7 +105,7 @@ def forks() -> BaseContext:
 def _carry_out(module: str, argv: list[str], traces: Path, output: Path) -> None:
     """In the process that may be killed."""
     os.environ["DYNMOE_PARTS"] = str(traces / "tracer.py")
-    os.environ["RAY_worker_niceness"] = "0"  # else its workers are given what others leave over
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else they starve
     trace = os.open(traces / str(os.getpid()), os.O_WRONLY | os.O_CREAT)
     faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
