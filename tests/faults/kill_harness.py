@@ -17,6 +17,8 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.context import BaseContext
@@ -193,15 +195,20 @@ class Player:
         if not place or process.exitcode != -signal.SIGKILL:
             return False
         self.count.kills[place] += 1
-        alone = self.generator.random() < 0.5
-        for pid in family[1:]:  # what runs on elsewhere: killed as well, or waited for
-            if "submitit" in self.world.name and not alone and _stat(pid):
-                os.kill(pid, signal.SIGKILL)
+        if "submitit" in self.world.name:  # its jobs run on: they are killed too, or waited for
+            too = self.generator.random() < 0.5
+            for pid in family[1:] if too else []:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._wait(lambda: not any(_stat(pid) for pid in family[1:]))
+        self._wait(lambda: not _holders(runs))
+        return True
+
+    def _wait(self, ended: Callable[[], bool]) -> None:
         began = time.monotonic()
-        while any(_stat(pid) for pid in family[1:]):
+        while not ended():
             assert time.monotonic() - began < WAIT_S, "what it started does not end"
             time.sleep(0.05)
-        return True
 
     def _killed(self, pid: int) -> str:
         """Kill a process; the moment at which it was, "" if it had ended."""

@@ -32,8 +32,8 @@ GROWS_MB, GROWS_HANDLES = 16.0, 2
 RUNS = {
     "cl": (
         "--preset smoke --compare --chunks 10 --epochs 200 --eval-samples 60 --probe-samples 40 "
-        "--network.width 24 --network.hidden 104 --granularity 1 --trigger every --trigger.steps 195 "
-        "--checkpoint-every-s 5 --name x"
+        "--network.width 24 --network.hidden 104 --granularity 1 "
+        "--trigger every --trigger.steps 195 --checkpoint-every-s 5 --name x"
     ),
     "rl": (
         "--preset smoke --encoder.hidden 104 --encoder.widths 16 --num-envs 4 --rollout-steps 16 "
