@@ -8,7 +8,6 @@ process writes down, in a signal handler, where it is.
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import json
 import multiprocessing
 import os
@@ -286,17 +285,11 @@ def moment(trace: str) -> str:
 
 
 def _holders(runs: Path) -> list[int]:
-    """The processes that hold a run's folder."""
-    found = []
-    for path in sorted(runs.rglob("seed-*/.lock")) or [runs / ".lock"]:
-        try:
-            with open(path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found += [int(pid) for pid in path.read_text().split()]
-        except FileNotFoundError:
-            continue
-    return found
+    """The processes that hold a run's folder, by the kernel's list: to try would be to hold it."""
+    inodes = {path.stat().st_ino for path in runs.rglob("seed-*/.lock")}
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    held = [(int(f[4]), int(f[5].split(":")[2])) for f in locks if f[1] == "FLOCK"]
+    return sorted(pid for pid, inode in held if inode in inodes)
 
 
 def _stat(pid: int) -> tuple[int, str, float] | None:
