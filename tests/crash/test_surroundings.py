@@ -17,6 +17,8 @@ import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint
 
 from dynmoe import rl
+from dynmoe.dg import __main__ as dg
+from dynmoe.dg.methods.baselines import ERM
 from dynmoe.errors import UserError
 from dynmoe.lab import checkpoint, run
 from dynmoe.lab.config import RunConfig
@@ -92,6 +94,30 @@ def test_of_processes_that_race_for_a_folder_one_gets_it(tmp_path: Path) -> None
     assert len(losers) == 5 and all("is in use by process" in one for one in losers)
     (log,) = tmp_path.rglob("log.jsonl")
     assert log.read_text() == '{"step": 1, "x": 1.0}\n'
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_are_not_saved_by_dg(
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else the run could never go on."""
+    original = ERM.loss
+
+    def spoilt(self: ERM, *args: Any) -> Any:
+        loss, figures = original(self, *args)
+        nothing = 0 * next(iter(self.trainable())).sum()
+        return loss + (nothing / 0 if what == "loss" else nothing.sqrt()), figures
+
+    monkeypatch.setattr(ERM, "loss", spoilt)
+    argv = "--preset smoke --compare --method erm --test-domains edges --steps 3 --name x"
+    more = f"--checkpoint-every-s 0 --runs-dir {tmp_path}"
+    assert exit_code(dg.main, f"{argv} {more}".split()) == 3
+    expected = {"loss": "the loss of erm is nan", "gradient": "is no longer finite at step 1"}
+    assert expected[what] in error_line(capsys.readouterr().err)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def _mounted(place: Path, options: str) -> bool:
