@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from dynmoe import registry
 from dynmoe.errors import ResourceError, UserError, unknown
+from dynmoe.lab.files import as_told
 from dynmoe.ranges import check_settings
 from dynmoe.registry import PartConfig
 
@@ -212,6 +213,14 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # of `dynmoe cl --help | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        told = as_told(error)
+        if told is None:
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
     except KeyboardInterrupt:  # before a run began or after its end; a run has its own handling
         print("error: stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dynmoe.errors import ResourceError, UserError
+from dynmoe.errors import DynmoeError, ResourceError, UserError
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -44,6 +44,24 @@ def disk_full(path: Path, size: int) -> ResourceError:
         f"disk full: writing {path.name} needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
         f"in {path.parent}; free some space and go on with --resume"
     )
+
+
+def as_told(error: OSError) -> DynmoeError | None:
+    """What to say of a file that the system would not write or read; None: a fault of ours.
+
+    A full disk and one that fails are lacks of means (exit code 4), a folder without the right to
+    write, or mounted for reading only, is the user's to mend (2).
+    """
+    where = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"disk full: {where} could not be written; free some space")
+    if error.errno == errno.EIO:
+        return ResourceError(f"the disk fails: {where}: {error.strerror}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return UserError(
+            f"{where}: {error.strerror}; mend that, or use another folder (--runs-dir for runs)"
+        )
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

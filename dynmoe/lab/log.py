@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,9 @@ from torch import Tensor
 from dynmoe.lab.board import Board, Everything
 from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.files import disk_full, finite
+
+EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin; the second at which they were made follows."""
 
 
 class Logger:
@@ -51,6 +56,7 @@ class Logger:
             events = {}
         if events is not None:
             _cut_back(folder, events)
+        _put_before_now(folder)
         self.folder = folder
         self.path = folder / "log.jsonl"
         self._file: IO[bytes] = open(self.path, "ab")  # noqa: SIM115 - closed in close()
@@ -133,7 +139,7 @@ class Logger:
 
     def event_sizes(self) -> dict[str, int]:
         """Bytes of each of TensorBoard's files; call `sync` before."""
-        return {path.name: path.stat().st_size for path in _event_files(self.folder)}
+        return {_own_name(path): path.stat().st_size for path in _event_files(self.folder)}
 
     def close(self, failed: bool = False) -> None:
         """Flush and close both; of a run that failed before its first line, TensorBoard's go."""
@@ -151,13 +157,31 @@ class Logger:
 
 
 def _event_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("events.out.tfevents.*"))
+    return sorted(folder.glob(f"{EVENTS}*"))
+
+
+def _own_name(path: Path) -> str:
+    """The name that a file had at first, see `_put_before_now`."""
+    return re.sub(rf"^{re.escape(EVENTS)}0000\d{{6}}\.", EVENTS, path.name)
 
 
 def _cut_back(folder: Path, sizes: dict[str, int]) -> None:
     """Cut TensorBoard's files to these sizes, and delete those without one."""
     for path in _event_files(folder):
-        if path.name not in sizes:
+        size = sizes.get(_own_name(path))
+        if size is None:
             path.unlink()
-        elif path.stat().st_size > sizes[path.name]:
-            os.truncate(path, sizes[path.name])
+        elif path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+def _put_before_now(folder: Path) -> None:
+    """Have TensorBoard read the files that are there before the one that is made now.
+
+    It goes by their names, which begin with the time; after a clock was set back, or within the
+    same second, the order would be wrong. Then those that are there get numbers before their time.
+    """
+    files = _event_files(folder)
+    if files and files[-1].name >= f"{EVENTS}{int(time.time()):010d}":
+        for number, path in enumerate(files):
+            path.rename(folder / f"{EVENTS}{number:010d}.{_own_name(path).removeprefix(EVENTS)}")

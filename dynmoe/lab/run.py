@@ -172,7 +172,7 @@ class Run:
             return
         saved = self._find_checkpoint()
         write_json(self.folder / "config.json", to_dict(self.config))
-        self._write_environment()
+        self._write_environment(goes_on=saved is not None)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         make_deterministic(self.device)
@@ -215,26 +215,26 @@ class Run:
             raise Interrupted("stopped at once; resume from the last checkpoint", number)
         self._signal = number
 
-    def _write_environment(self) -> None:
+    def _write_environment(self, goes_on: bool) -> None:
         """Add this session's packages, device and command to environment.json."""
         path = self.folder / "environment.json"
         sessions = json.loads(path.read_text())["sessions"] if path.is_file() else []
-        sessions.append(
-            {
-                "command": _command_line(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "dynmoe": __version__,
-                "commit": _commit(),
-                "python": platform.python_version(),
-                "system": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "device": _device_name(self.device),
-                "threads": self.config.threads or torch.get_num_threads(),
-                "packages": {name: _version(name) for name in PACKAGES},
-                "own_parts": registry.describe_own_parts(),
-            }
-        )
-        write_json(path, {"sessions": sessions})
+        now = {
+            "command": _command_line(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "dynmoe": __version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "device": _device_name(self.device),
+            "threads": self.config.threads or torch.get_num_threads(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "own_parts": registry.describe_own_parts(),
+        }
+        if goes_on and sessions:
+            _warn_of_other_versions(self.folder, sessions[-1], now)
+        write_json(path, {"sessions": [*sessions, now]})
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -298,6 +298,18 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _warn_of_other_versions(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """One line on stderr where a run goes on under other versions than in its session before."""
+    old, new = ({"python": s.get("python"), **s.get("packages", {})} for s in (before, now))
+    changed = difference(old, {name: new.get(name) for name in old})
+    if changed:
+        print(
+            f"warning: {folder} goes on under other versions ({'; '.join(changed)}); its numbers "
+            "may differ from those of a run that was not stopped (environment.json has both)",
+            file=sys.stderr,
+        )
 
 
 def _device_name(device: torch.device) -> str:

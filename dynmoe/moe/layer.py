@@ -182,12 +182,11 @@ class MoELayer(nn.Module):
             routing_input = sample_means(x, axis, padding) if by_sample else rows
         elif padding is not None:
             routing_input = torch.where(padding.samples.unsqueeze(1), routing_input, 0.0)
-        routing = self.router(
+        routing = self._route(
             routing_input,
             None if padding is None else padding.routed(by_sample),
             None if context is None else _per_row(context, len(routing_input), padding),
             max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
-            self._sizes(),
         )
         self.last_routing = routing
         if by_sample and not self.bank.per_sample:
@@ -201,6 +200,20 @@ class MoELayer(nn.Module):
         if padding is not None:
             y = padding.blank(y)
         return self._keep_losses(y) if self.last_losses else y
+
+    def _route(
+        self, x: Tensor, mask: Tensor | None, context: Tensor | None, groups: int
+    ) -> Routing:
+        """Routing of x [N, D_in]; under autocast in the precision of the router's weights.
+
+        In bfloat16 near logits tie, and a few samples in a thousand choose other experts: Switch
+        Transformer keeps its router in float32 (Fedus et al. 2022, arXiv 2101.03961, Section 2.4).
+        """
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.router(x, mask, context, groups, self._sizes())
+        weights = next((p.dtype for p in self.router.parameters()), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.router(x.to(weights), mask, context, groups, self._sizes())
 
     def _mix(self, rows: Tensor, routing: Routing) -> Tensor:
         """Outputs of the rows; the shared expert, if any, is added to the routed ones."""

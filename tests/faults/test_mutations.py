@@ -76,10 +76,16 @@ MUTATIONS = {
         LOG, "        self._file.truncate(position)\n", "", OF_LOGS
     ),
     "so do TensorBoard's files": Mutation(
-        LOG, "            os.truncate(path, sizes[path.name])\n", "            pass\n", OF_LOGS
+        LOG, "            os.truncate(path, size)\n", "            pass\n", OF_LOGS
     ),
     "TensorBoard's files of later attempts are deleted": Mutation(
         LOG, "            path.unlink()\n", "            pass\n", OF_LOGS
+    ),
+    "after a clock was set back TensorBoard's files keep their order": Mutation(
+        LOG, "        _put_before_now(folder)\n", "", OF_LOGS
+    ),
+    "other versions than before are told": Mutation(
+        RUN, "if goes_on and sessions:", "if False:", OF_RUNS
     ),
     "a run's settings may not change": Mutation(
         RUN, "        check_settings(self.folder, identity(self.config))\n", "", OF_RUNS

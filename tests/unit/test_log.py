@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.summary.writer import event_file_writer
 
 from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import log
@@ -20,15 +21,6 @@ from dynmoe.lab.board import Board
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.log import Logger
 from dynmoe.lab.run import Run
-
-
-@pytest.fixture(autouse=True)
-def first_writer_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard reads files by name: the second, the process, and this count, where 10 < 9.
-
-    Runs that go on do so in another process, a second later at least.
-    """
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -146,6 +138,28 @@ def test_what_was_logged_at_the_checkpoints_own_step_is_shown_once(tmp_path: Pat
              for key, value in line.items() if key in scalars]  # fmt: skip
     assert sorted(lines) == sorted((s, tag, v) for tag, ps in scalars.items() for s, v in ps)
     assert [step for step, _ in _images(tmp_path)["map"]] == [5]
+
+
+@pytest.mark.parametrize("back", [0, 3600])
+def test_a_clock_that_is_set_back_changes_no_order(
+    back: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's files are named after the time, and read in the order of their names.
+
+    Twelve sessions, each of which begins an hour before the one before it, or at the same time.
+    """
+    times = iter(range(1_800_000_000, 0, -back) if back else itertools.repeat(1_800_000_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    position, sizes = 0, dict[str, int]()
+    for step in range(1, 13):
+        logger = Logger(tmp_path, position, step - 1 if step > 1 else None, sizes)
+        logger.scalars(step, {"loss": float(step)})
+        if step != 5:  # that session is killed before it saves
+            position, sizes = logger.sync(), logger.event_sizes()
+        logger.close()
+    expected = [(step, float(step)) for step in range(1, 13) if step != 5]
+    assert _scalars(tmp_path) == {"loss": expected}
+    assert [line["step"] for line in _lines(tmp_path)] == [step for step, _ in expected]
 
 
 def test_a_file_of_tensorboard_that_lost_its_end_is_left_as_it_is(tmp_path: Path) -> None:

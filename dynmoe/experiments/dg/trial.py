@@ -28,7 +28,7 @@ from dynmoe.growth import GrowthController, GrowthEvent, Signals
 from dynmoe.growth.probe import Probe
 from dynmoe.lab.cache import Arrays, write_npz
 from dynmoe.lab.experiment import Session
-from dynmoe.lab.recorder import Recorder
+from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import finish_step, moe_layers
 from dynmoe.plasticity.calibration import calibration
@@ -172,16 +172,18 @@ class Fold:
         """All steps from where it is.
 
         Raises:
-            NumericError: the loss is no longer finite.
+            NumericError: the loss or a weight is no longer finite.
         """
         config, recorder = self.config, self.trial.recorder
         while self.step < config.steps:
             self._grow()
             self.loss = self._train_step()
             self.step += 1
+            step = self.place * config.steps + self.step
+            if self.trial.run.checkpoint_due() or self.step == config.steps:
+                check_finite(self.method, step, "use a smaller --lr")
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 self._evaluate(self.loss)
-            step = self.place * config.steps + self.step
             if recorder.progress.due(step):
                 left_out = f"{self.place + 1}/{len(self.trial.source.tests)}"
                 recorder.progress.update(step, left_out=left_out, loss=self.loss)

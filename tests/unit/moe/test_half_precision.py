@@ -73,3 +73,19 @@ def test_the_domain_router_computes_densities_in_float32(dtype, options):
     torch.testing.assert_close(routing.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(routing.gates.double(), exact.gates, rtol=1e-2, atol=1e-2)
     assert routing.gates.dtype == HALF[dtype]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_autocast_leaves_the_routing_as_it_is(router):
+    """Of float32 inputs, bit for bit: in bfloat16 near logits tie, and samples choose otherwise."""
+    torch.manual_seed(0)
+    layer = MoELayer(8, 8, 12, num_experts=3, max_experts=4, router=router).eval()
+    x, context = torch.randn(6, 4, 8), torch.arange(24).view(6, 4) % 3
+    routings = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x, context=context)
+        routings.append(layer.last_routing)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(routings[0].logits, routings[1].logits)
+    assert torch.equal(routings[0].gates, routings[1].gates)
