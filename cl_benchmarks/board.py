@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dynmoe.lab.board import GROWTH, Board
 
-TASK = "1 each task"
-"""The group whose axis is the number of the task; those that end in "by task" have it, too."""
+TASK = "1 accuracy by task"
+"""Groups that end in "by task" have the number of the task as their axis."""
 LAYER = "(?!.*/expert_)(?:.*)"
 """Name of an MoE layer; the chart is the mean over all."""
 
 BOARD = Board(
     {
         TASK: {
-            "accuracy at the end, train": "task/train_accuracy",
-            "accuracy at the end, test": "task/test_accuracy",
-            "accuracy, online": "task/online_accuracy",
-            "accuracy, test of old tasks": "task/old_accuracy",
-            "forgetting of old tasks": "task/forgetting",
+            "at end, train": "task/train_accuracy",
+            "at end, test": "task/test_accuracy",
+            "online": "task/online_accuracy",
+            "old tasks": "task/old_accuracy",
+            "old tasks, forgetting": "task/forgetting",
         },
         "2 growth": GROWTH,
         "3 each epoch": {
@@ -65,9 +65,9 @@ BOARD = Board(
     },
     {
         "1 Accuracy": {
-            "at the end of each task": (f"{TASK}/accuracy at the end, .*",),
+            "at the end of each task": (f"{TASK}/at end, .*",),
             "during training": ("3 each epoch/accuracy, .*",),
-            "old tasks": (f"{TASK}/.* old tasks",),
+            "old tasks": (f"{TASK}/old tasks.*",),
         },
         "2 Indicators of plasticity loss": {
             "dormant units": ("4 plasticity/(dormant|inactive) units.*",),

@@ -224,7 +224,7 @@ class TaskRecorder(Recorder):
         for tag, image in expert_maps(model, *probe, gates).items():
             self.run.log.image(step, tag, image)
         if self.old is not None:
-            self.run.log.image(step, f"{TASK}/accuracy matrix", self.old.matrix.picture())
+            self.run.log.image(step, f"{TASK}/matrix of tasks", self.old.matrix.picture())
         return values
 
     def _probe(self, task: int) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,9 @@ DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke,
-seconds; craftax (a million steps), about an hour; paper (1e9 steps), 130 core days: for a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke and
+minute, seconds; craftax (a million steps), about an hour; paper (1e9 steps), 130 core days: for
+a GPU."""
 
 
 def presets() -> dict[str, Config]:
@@ -73,7 +74,8 @@ def presets() -> dict[str, Config]:
         probe_every=100,
         checkpoint_every_s=600,
     )
-    return {"laptop": laptop, "smoke": smoke, "craftax": craftax, "paper": paper}
+    ready = {"laptop": laptop, "minute": smoke, "smoke": smoke, "craftax": craftax}
+    return ready | {"paper": paper}
 
 
 def experiment() -> Experiment:

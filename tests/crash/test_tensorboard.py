@@ -29,7 +29,7 @@ COMMANDS = {
         "--network.hidden 16 --network.width 8 --eval-samples 50 --probe-samples 40",
         cl_benchmarks.recorder.TaskRecorder,
         "epoch_done",
-        {"1 each task/accuracy matrix", "experts/task/blocks.0"},
+        {"1 accuracy by task/matrix of tasks", "experts/task/blocks.0"},
     ),
     "rl": (
         rl.main,
@@ -83,7 +83,7 @@ def test_a_resumed_run_shows_every_point_and_picture_once(
     assert pictures <= whole.keys() == cut.keys()
     scalars = [tag for tag in whole if type(whole[tag][0][1]) is float]
     assert 20 < len(scalars) <= 60
-    assert min(scalars) in ("1 each task/accuracy at the end, test", "1 play/return")
+    assert min(scalars) in ("1 accuracy by task/at end, test", "1 play/return")
     experts = [value for _, value in whole["2 growth/experts"]]
     assert experts == sorted(experts) and experts[0] < experts[-1]
     for tag in whole:

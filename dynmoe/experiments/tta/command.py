@@ -26,9 +26,9 @@ finished runs are read, and --resume goes on with one that was stopped. Runs, re
 figure go to runs/tta; `tensorboard --logdir runs` shows the runs.
 
 laptop: embedded fractals and a small vision transformer, which is trained once (about a minute)
-and cached; smoke: the same in seconds; imagenet: real sets (--data-dir DIR) and a timm model
-(--pretrained, or --weights FILE); tiny-imagenet: a stem-vit (--train-source, or --weights
-FILE)."""
+and cached; minute: five methods on one of its streams, one seed; smoke: in seconds, to see that
+all works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
+FILE); tiny-imagenet: a stem-vit (--train-source, or --weights FILE)."""
 
 
 def presets() -> dict[str, Config]:
@@ -43,11 +43,15 @@ def presets() -> dict[str, Config]:
         embedded=EmbeddedConfig(classes=4, size=16, train_per_class=20, test_per_class=4),
         vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
     )
+    minute = replace(
+        laptop, streams=("classical",), seeds=1, jobs=2, compare=("noadapt", "tent", "sar", "deyo")
+    )
     imagenet = Config(data="imagenet", window=100, jobs=1)
     tiny = Config(
         data="tiny-imagenet", model=STEM_VIT, streams=("classical+",), window=25, threads=1
     )
-    return {"laptop": laptop, "smoke": smoke, "imagenet": imagenet, "tiny-imagenet": tiny}
+    ready = {"laptop": laptop, "minute": minute, "smoke": smoke, "imagenet": imagenet}
+    return ready | {"tiny-imagenet": tiny}
 
 
 LAPTOP_LR = 10.0
