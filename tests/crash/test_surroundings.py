@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -20,7 +19,7 @@ from dynmoe import rl
 from dynmoe.dg import __main__ as dg
 from dynmoe.dg.methods.baselines import ERM
 from dynmoe.errors import UserError
-from dynmoe.lab import checkpoint, run
+from dynmoe.lab import checkpoint
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.run import Run
 
@@ -42,29 +41,6 @@ def command(runs: Path, *flags: str) -> int:
 
 def folder(runs: Path) -> Path:
     return runs / "rl" / "x" / "seed-0"
-
-
-def test_other_versions_than_before_are_told_and_noted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One line where a run goes on; none where it begins, or under the same versions."""
-    with _run(tmp_path) as begun:
-        begun.checkpoint(1, {})
-    with _run(tmp_path, resume=True) as same:
-        same.checkpoint(2, {})
-    assert capsys.readouterr().err == ""
-    known, before = run._version, run._version("torch")
-    monkeypatch.setattr(run, "_version", lambda p: "9.9" if p == "torch" else known(p))
-    with _run(tmp_path, resume=True) as other:
-        assert other.restored is not None
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {begun.folder} goes on under other versions")
-    assert f"(torch: {before} -> 9.9)" in line
-    sessions = json.loads((begun.folder / "environment.json").read_text())["sessions"]
-    assert [s["packages"]["torch"] for s in sessions] == [before, before, "9.9"]
-    with _run(tmp_path, seed=1):
-        pass
-    assert capsys.readouterr().err == ""
 
 
 def _race(runs: Path, start: Any, won: Any) -> None:

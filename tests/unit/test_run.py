@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from dynmoe.errors import Interrupted, UserError
+from dynmoe.lab import run as run_module
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.run import Run
 
@@ -85,6 +86,29 @@ def test_going_on_restores_state_log_and_generators(tmp_path: Path) -> None:
     assert len(sessions) == 2
     assert sessions[0]["packages"]["torch"] == metadata.version("torch")
     assert {"command", "started", "commit", "python", "device", "threads"} <= sessions[1].keys()
+
+
+def test_other_versions_than_before_are_told_and_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line where a run goes on; none where it begins, or under the same versions."""
+    with _run(tmp_path) as begun:
+        begun.checkpoint(1, {})
+    with _run(tmp_path, resume=True) as same:
+        same.checkpoint(2, {})
+    assert capsys.readouterr().err == ""
+    known, before = run_module._version, run_module._version("torch")
+    monkeypatch.setattr(run_module, "_version", lambda p: "9.9" if p == "torch" else known(p))
+    with _run(tmp_path, resume=True) as other:
+        assert other.restored is not None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {begun.folder} goes on under other versions")
+    assert f"(torch: {before} -> 9.9)" in line
+    sessions = json.loads((begun.folder / "environment.json").read_text())["sessions"]
+    assert [s["packages"]["torch"] for s in sessions] == [before, before, "9.9"]
+    with _run(tmp_path, seed=1):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
