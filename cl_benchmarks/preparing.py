@@ -17,6 +17,8 @@ from cl_benchmarks.settings import Config
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab import processes
+from dynmoe.moe import moe_layers
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer
@@ -51,6 +53,32 @@ def check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
             f"least 2 images, and a batch of task {tasks[0]} ({sizes[tasks[0] - 1]} images) has 1; "
             f"use another --batch-size (now {config.batch_size}{hint}), or a network "
             "without BatchNorm"
+        )
+
+
+def check_shared(config: Config, model: nn.Module) -> None:
+    """Refuse what several processes that share a run would do otherwise than one.
+
+    Raises:
+        UserError: names the setting and what works.
+    """
+    if not processes.joined():
+        return
+    count, intervention = processes.size(), config.intervention.part
+    reason = None
+    if config.protocol.build().in_time_order:
+        reason = f"--protocol {config.protocol.part.name} brings row after row"
+    elif config.batch_size < count:
+        reason = f"--batch-size {config.batch_size} is less than a row for each"
+    elif intervention.by_batch:  # type: ignore[attr-defined]
+        reason = f"--intervention {intervention.name} looks at whole batches"
+    elif any(isinstance(module, _BatchNorm) for module in model.modules()):
+        reason = f"--network {config.network.part.name} has BatchNorm, which needs whole batches"
+    elif any(layer.router.competing for _, layer in moe_layers(model)):
+        reason = f"--router {config.router.part.name} lets the images of a batch compete"
+    if reason is not None:
+        raise UserError(
+            f"{count} processes cannot share this run: {reason}; use one process, or another choice"
         )
 
 
@@ -99,6 +127,19 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
 
 
+def load_trainer() -> type[StreamTrainer]:
+    """The trainer's class, and with it Avalanche, which takes seconds.
+
+    Processes that will share a run must load it before they are joined: Avalanche would refuse to
+    make its loggers, which it does as it is imported, in any but the first.
+    """
+    with warnings.catch_warnings(), seeding.kept():  # of optional solvers
+        warnings.simplefilter("ignore")
+        from cl_benchmarks.trainer import StreamTrainer
+
+    return StreamTrainer
+
+
 def make_trainer(
     config: Config,
     training: Training,
@@ -107,12 +148,10 @@ def make_trainer(
     device: torch.device,
 ) -> StreamTrainer:
     """Avalanche's trainer over all that."""
-    with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
+    kind = load_trainer()
+    with warnings.catch_warnings():  # of loggers that we do not want
         warnings.simplefilter("ignore")
-        with seeding.kept():
-            from cl_benchmarks.trainer import StreamTrainer
-
-        return StreamTrainer(
+        return kind(
             model=training.model,
             optimizer=training.optimizer,
             plugins=plugins,
