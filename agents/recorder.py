@@ -21,6 +21,7 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting, Traces
 from dynmoe.growth.controller import GrowthController
+from dynmoe.lab import processes
 from dynmoe.lab.figures import as_image
 from dynmoe.lab.heat_maps import heat_map
 from dynmoe.lab.recorder import Recorder, check_finite
@@ -99,6 +100,8 @@ class UpdateRecorder(Recorder):
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
         if last or self.run.checkpoint_due():
             check_finite(self.policy, steps, "a smaller --lr may help")
+            if last:
+                processes.check_alike(self.policy, steps)
             self.save(update, logged=steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,7 +153,8 @@ class UpdateRecorder(Recorder):
             title = f"{self.config.env}, {steps:,} steps"
             figure = router_figure(self.traces.best, title)
             tensorboard.add_image("router", as_image(figure), steps, dataformats="HWC")
-            write_figure(self.run.folder / "router.png", figure)
+            if processes.rank() == 0:
+                write_figure(self.run.folder / "router.png", figure)
         self._draw_loads(steps)
         self.episodes.restart()
         self.routing.restart()

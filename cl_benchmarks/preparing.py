@@ -14,6 +14,7 @@ from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Trainin
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config
+from cl_benchmarks.shared_norm import share_batch_norms
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
@@ -72,8 +73,6 @@ def check_shared(config: Config, model: nn.Module) -> None:
         reason = f"--batch-size {config.batch_size} is less than a row for each"
     elif intervention.by_batch:  # type: ignore[attr-defined]
         reason = f"--intervention {intervention.name} looks at whole batches"
-    elif any(isinstance(module, _BatchNorm) for module in model.modules()):
-        reason = f"--network {config.network.part.name} has BatchNorm, which needs whole batches"
     elif any(layer.router.competing for _, layer in moe_layers(model)):
         reason = f"--router {config.router.part.name} lets the images of a batch compete"
     if reason is not None:
@@ -95,6 +94,8 @@ def prepare(
         make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
         with seeding.seeded(config.seed, "network", draw):
             network = build_network(config.network, data.shape, outputs, make)
+        if processes.joined():
+            share_batch_norms(network)
         config.join_routers(network)
         intervention.transform(network, seeding.generator(config.seed, "transform", draw))
         return network

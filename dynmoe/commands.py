@@ -19,7 +19,7 @@ from dynmoe.lab.config import run_command
 
 LAB = ("tyro", "rich", "scipy", "matplotlib", "tensorboard")
 """Packages that every run needs: the extra `lab`, which all others include."""
-SHARED = ("cl", "rl", "dg")
+SHARED = ("cl", "rl")
 """Commands whose runs several processes can share, see `dynmoe.lab.processes`."""
 TOP = ("cl_benchmarks", "agents", "envs")
 """Our packages whose names a folder of the user's may have, too."""
@@ -198,6 +198,7 @@ def dispatch(argv: list[str]) -> None:
     name = argv[0]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    _check_start(name)
     load(name).main(argv[1:])
 
 

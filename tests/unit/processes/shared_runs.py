@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from cl_benchmarks.shared_norm import share_batch_norms
 from dynmoe.errors import Interrupted, UserError
 from dynmoe.lab import processes
 from dynmoe.lab.experiment import Session
 from dynmoe.lab.run import Run
+from dynmoe.moe import MoELayer
+from dynmoe.moe.passes import share_batch
 from dynmoe.registry import get
 
 Work = Callable[[Path], Any]
@@ -42,6 +45,7 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
     processes.join("cpu")
     for check in CHECKS:
         torch.save(check(Path(folder)), f"{folder}/{check.__name__}-{rank}.pt")
+    os._exit(0)  # the group cannot be left in order without the other one
 
 
 def cl_config(folder: Path, **changes: Any) -> Any:
@@ -70,7 +74,9 @@ def in_float64(session: Session) -> None:
     """Let the network of a session that has not begun work in double precision."""
     assert session.model is not None
     session.model.double()
-    session.model.register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
+    for module in session.model.modules():
+        if isinstance(module, nn.Linear | MoELayer):
+            module.register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
 
 
 def train(config: Any, stop_at: int = -1) -> dict[str, Any]:
@@ -122,6 +128,26 @@ def resumes_cl(folder: Path) -> dict[str, Any]:
         return {"stopped": str(error).split(";")[0], **train(config)}
 
 
+def trains_rl(folder: Path) -> dict[str, Any]:
+    """What three updates and a growth end with, of minibatches of 15 steps."""
+    from agents.experiment import ReinforcementLearning
+    from dynmoe.rl import presets
+
+    config = replace(
+        presets()["smoke"], runs_dir=folder / f"runs-{processes.rank()}", name="whole",
+        device="cpu", num_envs=5, rollout_steps=6, minibatches=2, epochs=2, total_steps=90,
+        encoder=get("encoder", "mlp").Config(hidden=16), probe_samples=16,
+        trigger=get("trigger", "every").Config(steps=60), router=get("router", "topk").Config(),
+        balance=get("loss", "switch").Config(weight=0.1),
+    )  # fmt: skip
+    experiment = ReinforcementLearning()
+    with Run("rl", "smoke", config) as run, closing(experiment.prepare(run, config, None)) as one:
+        in_float64(one)
+        one.work()
+        run.finish(one.summary())
+        return {"weights": weights(one), "summary": one.summary()}
+
+
 def refuses_cl(folder: Path) -> list[str]:
     """Why settings that processes would part over cannot be shared."""
     reasons = []
@@ -135,6 +161,26 @@ def refuses_cl(folder: Path) -> list[str]:
         except UserError as error:
             reasons.append(str(error))
     return reasons
+
+
+def shares_batch_norm(folder: Path) -> dict[str, Tensor]:
+    """A network with BatchNorm after steps on batches of 5 and of 1 image."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    ).double()
+    if processes.joined():
+        share_batch_norms(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    share_batch()
+    for count in (5, 1, 4):
+        images = processes.own_rows(torch.randn(count, 3, 6, 6, dtype=torch.double))
+        optimizer.zero_grad()
+        (model(images).square().sum() * processes.size() / count).backward()
+        processes.average_gradients(model.parameters(), torch.zeros(1))
+        optimizer.step()
+    output = model.eval()(torch.ones(1, 3, 6, 6).double()).detach()
+    return {"output": output, **model.state_dict()}
 
 
 def loses_one(folder: Path) -> bool:
@@ -154,4 +200,6 @@ def weights(session: Session) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in session.model.state_dict().items()}
 
 
-CHECKS: tuple[Work, ...] = (trains_cl, resumes_cl, refuses_cl, loses_one)
+CHECKS: tuple[Work, ...] = (
+    trains_cl, resumes_cl, trains_rl, refuses_cl, shares_batch_norm, loses_one,
+)  # fmt: skip

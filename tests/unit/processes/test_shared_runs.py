@@ -58,6 +58,16 @@ def test_a_run_is_that_of_one_process(folder, tmp_path):
     assert close(log(folder / own), log(tmp_path / own))
 
 
+def test_an_agent_is_that_of_one_process(folder, tmp_path):
+    first, second = found(folder, shared_runs.trains_rl)
+    assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
+    alone = shared_runs.trains_rl(tmp_path)
+    assert len(alone["summary"]["growth"]) == 1
+    assert close(first, alone)
+    own = "runs-0/rl/whole/seed-0"
+    assert close(log(folder / own), log(tmp_path / own))
+
+
 def test_one_signal_stops_all_and_resuming_is_exact(folder):
     whole = found(folder, shared_runs.trains_cl)[0]
     for resumed in found(folder, shared_runs.resumes_cl):
@@ -80,6 +90,12 @@ def test_what_needs_whole_batches_is_refused_by_all(folder):
         first, ("--router expert-choice", "--intervention redo", "--batch-size 1"), strict=True
     ):
         assert words in reason and "2 processes" in reason
+
+
+def test_batch_norm_is_that_of_the_whole_batch(folder, tmp_path):
+    alone = shared_runs.shares_batch_norm(tmp_path)
+    for shared in found(folder, shared_runs.shares_batch_norm):
+        assert close(shared, alone)
 
 
 def test_a_lost_process_is_recognised(folder):
