@@ -102,6 +102,7 @@ class StreamTrainer(SupervisedTemplate):
         self.position = Position()
         self._saved: dict[str, Any] | None = None
         self._right: Tensor | None = None  # of several processes' batch
+        self.batches: Batches
         share_batch(processes.joined())
 
     @property
@@ -158,7 +159,7 @@ class StreamTrainer(SupervisedTemplate):
             right = (self.mb_output.detach().argmax(dim=1) == self.mb_y).sum()
             figures = torch.stack([self.loss.detach().sum(), right.to(self.loss.dtype)])
             sums = processes.average_gradients(self.model.parameters(), figures)
-            self.loss, self._right = sums[:1] / processes.size(), sums[1] / self.dataloader.whole
+            self.loss, self._right = sums[:1] / processes.size(), sums[1] / self.batches.whole
             self._check(self.loss)
 
     def accuracy(self) -> Tensor:
@@ -172,7 +173,7 @@ class StreamTrainer(SupervisedTemplate):
         """What this process's rows add to the mean loss of the batch; there may be none."""
         if not len(self.mb_y):
             return self.mb_output.sum()
-        share = processes.own_share(len(self.mb_y), self.dataloader.whole)
+        share = processes.own_share(len(self.mb_y), self.batches.whole)
         return super().criterion() * share
 
     def _check(self, loss: Tensor) -> None:
@@ -198,7 +199,7 @@ class StreamTrainer(SupervisedTemplate):
         if self.cross_entropy.over != "all":
             stream, so_far = self.experience.origin_stream, range(self.position.task + 1)
             self.cross_entropy.task_starts([stream[k].classes_in_this_experience for k in so_far])
-        self.dataloader = Batches(
+        self.batches = Batches(
             chunk_of(self.experience),
             self.train_mb_size,
             self.seed,
@@ -206,6 +207,7 @@ class StreamTrainer(SupervisedTemplate):
             self.device,
             self.augment,
         )
+        self.dataloader = self.batches
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Keep Avalanche's record of the optimizer; reset its state where the protocol says so."""

@@ -138,7 +138,10 @@ def batch_sum(own: Tensor) -> Tensor:
 
     Gradients are right if those of all processes are then averaged, as each has the whole sum.
     """
-    return _Sum.apply(own) if one_batch() else own
+    if not one_batch():
+        return own
+    total: Tensor = _Sum.apply(own)
+    return total
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:
