@@ -8,7 +8,7 @@ from typing import Any
 from agents.actor_critic import ActorCritic
 from agents.evaluate import evaluation_summary, play
 from agents.settings import Config
-from dynmoe.lab import checkpoint
+from dynmoe.lab import checkpoint, processes
 from dynmoe.lab.run import Run
 from envs.vector import TorchVectorEnv
 
@@ -71,5 +71,6 @@ class Evaluator:
         known = {f"evaluation/{n}": found[n] for n in LOGGED if found[n] is not None}
         self.run.log.scalars(steps, known)
         self.scores.append([steps, found["return_mean"]])
-        if self.best == self.scores[-1]:
-            checkpoint.save(self.run.folder / BEST, update, {"step": update, "state": self.state()})
+        if self.best == self.scores[-1] and processes.rank() == 0:
+            state = {"step": update, "state": self.state()}
+            checkpoint.save(self.run.folder / BEST, update, state)

@@ -27,6 +27,7 @@ from agents.statistics import learning_curve
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Periodic
+from dynmoe.lab import processes
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.lab.experiment import (
     At,
@@ -41,6 +42,7 @@ from dynmoe.lab.export import Exporter
 from dynmoe.lab.figures import band, looks, new_figure, save
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
+from dynmoe.moe.passes import share_batch
 from envs.vector import TorchVectorEnv
 
 
@@ -49,6 +51,7 @@ class ReinforcementLearning(Experiment):
     """What `dynmoe.rl` does. The metric is the mean return over the last tenth of training."""
 
     command = "rl"
+    on_processes = True
     least: ClassVar[dict[str, float]] = {
         "probe_every": 1, "probe_samples": 1, "eval_every": 0, "eval_steps": 1,
     }  # fmt: skip
@@ -106,7 +109,7 @@ class ReinforcementLearning(Experiment):
         if run.restored is None:
             run.log.event(0, "memory", {"freed_memory_is_kept": kept})
         with seeding.kept():
-            env = make_env(config, run.device)
+            env = processes.in_turn(lambda: make_env(config, run.device))
         try:
             if config.video is not None:
                 from agents.playing import check_pictures
@@ -231,6 +234,8 @@ class AgentSession(Session):
 
     def __init__(self, run: Run, config: Config, env: TorchVectorEnv) -> None:
         self.config, self.env = config, env
+        _check_shared(config)
+        share_batch(processes.joined())
         self.agent: Agent = config.method.build()
         self.intervention: Intervention = config.intervention.build()
         self.model = self.policy = make_policy(config, env, run.device, self.intervention)
@@ -326,6 +331,25 @@ class AgentSession(Session):
         self.env.close()
         if self.recorder.evaluator is not None:
             self.recorder.evaluator.env.close()
+
+
+def _check_shared(config: Config) -> None:
+    """Refuse what several processes that share a run would do otherwise than one.
+
+    Raises:
+        UserError: names the setting and what works.
+    """
+    count, rows = processes.size(), config.batch_size // config.minibatches
+    intervention = config.intervention.part
+    reason = None
+    if rows < count:
+        reason = f"--minibatches {config.minibatches} leave {rows} steps for each of them"
+    elif count > 1 and intervention.by_batch:  # type: ignore[attr-defined]
+        reason = f"--intervention {intervention.name} looks at whole batches"
+    if reason is not None:
+        raise UserError(
+            f"{count} processes cannot share this run: {reason}; use one process, or another choice"
+        )
 
 
 def _check_video(config: Config) -> None:

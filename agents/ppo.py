@@ -21,6 +21,7 @@ from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
 from dynmoe.interventions.intervention import Intervention, NoIntervention
+from dynmoe.lab import processes
 from dynmoe.moe import MoELayer
 from dynmoe.moe.model import stepped
 from envs.vector import TorchVectorEnv
@@ -182,6 +183,8 @@ def learn(
     """One update: several epochs of minibatch steps on a rollout.
 
     The policy that learns is the one that acted (see `agents.actor_critic`): ratios start at 1.
+    Processes that share a run (see `dynmoe.lab.processes`) have the same rollout, and each learns
+    from its rows of every minibatch, for the step that one would take on all of it.
 
     Raises:
         NumericError: the loss is not finite.
@@ -201,19 +204,22 @@ def learn(
         for index in minibatches(settings, generator):
             if not steady:  # it may have replaced any of them
                 parameters, moving = list(policy.parameters()), stepped(policy)
-            here = index.to(env.device)
+            here = processes.own_rows(index).to(env.device)
             batch = {name: tensor[here] for name, tensor in flat.items()}
+            whole = flat["advantages"][index.to(env.device)] if processes.joined() else None
             with autocast(env.device, settings.autocast):
                 outputs, values = policy(env.unpack(batch["observations"]))
-            loss, figures = ppo_loss(outputs, values, batch, settings, policy.distribution)
+            loss, figures = ppo_loss(outputs, values, batch, settings, policy.distribution, whole)
+            if whole is not None:
+                loss = loss * processes.own_share(len(here), len(index))
             others = _other_losses(moving, intervention)
             loss = loss + others if isinstance(others, Tensor) else loss
-            if not math.isfinite(loss.item()):
-                raise NumericError(
-                    f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help"
-                )
             optimizer.zero_grad(set_to_none=True)
+            if whole is None:
+                _check(loss)
             loss.backward()
+            if whole is not None:
+                figures = _joined(parameters, loss, figures, len(here) / len(index))
             if intervention is not None:
                 intervention.gradients_ready()
             norm = nn.utils.clip_grad_norm_(parameters, limit)
@@ -231,6 +237,22 @@ def learn(
     return UpdateStats(**dict(zip(MEANS, means, strict=True)), explained_variance=explained)
 
 
+def _check(loss: Tensor) -> None:
+    """Refuse a loss, a scalar, that is not finite."""
+    if not math.isfinite(loss.item()):
+        raise NumericError(f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help")
+
+
+def _joined(
+    parameters: list[nn.Parameter], loss: Tensor, figures: tuple[Tensor, ...], share: float
+) -> tuple[Tensor, ...]:
+    """Join the gradients of all processes, and figures of which each has a share of the rows."""
+    known = torch.stack([loss.detach() / processes.size(), *(share * f for f in figures)])
+    joined, *found = processes.average_gradients(parameters, known)
+    _check(joined)
+    return tuple(found)
+
+
 def _other_losses(moving: list[Any], intervention: Intervention | None) -> Tensor | float:
     """Auxiliary losses of the MoE layers, and the intervention's penalty."""
     layers = [module for module in moving if isinstance(module, MoELayer)]
@@ -244,6 +266,7 @@ def ppo_loss(
     batch: dict[str, Tensor],
     settings: PPOSettings,
     distribution: ActionDistribution | None = None,
+    whole: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """PPO's loss on a minibatch of B samples.
 
@@ -252,6 +275,7 @@ def ppo_loss(
         batch: actions [B, ...], log_probs, values, advantages, returns, [B] each, from the rollout;
             masks, bool [B, P], the options that were allowed, where there are any.
         distribution: over actions; default one choice among A with logits [B, A].
+        whole: advantages [W] of the minibatch that these samples are a part of; default theirs.
 
     Returns:
         the loss, and (policy loss, value loss, entropy, approximate KL, clipped share).
@@ -265,8 +289,9 @@ def ppo_loss(
     change = log_probs - batch["log_probs"]
     ratio = change.exp()
     advantages = batch["advantages"]
-    if settings.normalise_advantage and len(advantages) > 1:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    whole = advantages if whole is None else whole
+    if settings.normalise_advantage and len(whole) > 1:
+        advantages = (advantages - whole.mean()) / (whole.std() + 1e-8)
     clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
     policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
     error = (values - batch["returns"]).square()

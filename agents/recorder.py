@@ -22,6 +22,7 @@ from agents.rollout import Rollout
 from agents.settings import Config
 from agents.statistics import EpisodeStats, FloorRouting, Traces
 from dynmoe.growth.controller import GrowthController
+from dynmoe.lab import processes
 from dynmoe.lab.board import EXPERTS
 from dynmoe.lab.figures import as_image
 from dynmoe.lab.heat_maps import heat_map
@@ -101,6 +102,8 @@ class UpdateRecorder(Recorder):
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
         if last or self.run.checkpoint_due():
             check_finite(self.policy, steps, "a smaller --lr may help")
+            if last:
+                processes.check_alike(self.policy, steps)
             self.save(update, logged=steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +156,8 @@ class UpdateRecorder(Recorder):
             figure = router_figure(self.traces.best, title)
             small = as_image(router_figure(self.traces.best, title, width=THUMBNAIL))
             self.run.log.image(steps, ROUTER_STRIP, torch.from_numpy(small).permute(2, 0, 1))
-            write_figure(self.run.folder / "router.png", figure)
+            if processes.rank() == 0:
+                write_figure(self.run.folder / "router.png", figure)
         self._draw_loads(steps)
         self.episodes.restart()
         self.routing.restart()

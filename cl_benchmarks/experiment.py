@@ -19,13 +19,21 @@ from cl_benchmarks.images import ImageData
 from cl_benchmarks.lock_out import locked_out, tasks_with_lock_out, warn_of_lock_out
 from cl_benchmarks.losses import check_loss
 from cl_benchmarks.method import ZeroHead
-from cl_benchmarks.preparing import attach_intervention, check_batches, make_trainer, prepare
+from cl_benchmarks.preparing import (
+    attach_intervention,
+    check_batches,
+    check_shared,
+    load_trainer,
+    make_trainer,
+    prepare,
+)
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.references import online_references
 from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.lab import torchrun
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
 from dynmoe.lab.export import Exporter
 from dynmoe.lab.report import print_table
@@ -52,6 +60,7 @@ class ContinualLearning(Experiment):
     """What `dynmoe.cl` does. Metrics are fields of a summary's task rows."""
 
     command = "cl"
+    on_processes = True
     least: ClassVar[dict[str, float]] = {
         "epochs": 1, "batch_size": 1, "probe_samples": 1, "eval_samples": 0, "lr": 0,
         "old_samples": 0, "measure_every": 1,
@@ -84,6 +93,8 @@ class ContinualLearning(Experiment):
         if config.protocol.build().in_time_order:
             for one in _all_variants(config):
                 check_without_tasks(one)
+        if torchrun.started():
+            load_trainer()
 
     def variants(self, config: Config, shared: ImageData) -> dict[str, dict[str, Config]]:
         """The method of the settings, then each of `config.compare`."""
@@ -204,6 +215,7 @@ class StreamSession(Session):
         check_loss(config.loss_over, [chunk.labels for chunk in train], outputs, protocol.name)
         training = prepare(config, data, outputs, horizon, run.device)
         check_batches(config, training.model, [len(chunk) for chunk in train])
+        check_shared(config, training.model)
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))

@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.growth.probe import Probe
 from dynmoe.growth.triggers.figures import STEP_FIGURES
+from dynmoe.moe.passes import several_processes
 from dynmoe.plasticity.metrics import effective_rank, mean_activity, redo_scores, singular_values
 from dynmoe.plasticity.probes import take_probe
 
@@ -76,8 +77,7 @@ class GrowthPlugin:
             gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
             self._latest["grad_norm"] = float(nn.utils.get_total_norm(gradients))
         if "score" in needs:
-            right = strategy.mb_output.detach().argmax(dim=1) == strategy.mb_y
-            self._accuracies.append(float(right.double().mean()))
+            self._accuracies.append(_accuracy(strategy))
             del self._accuracies[: -SCORE_STEPS * self.controller.trigger.joined]
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,6 +168,14 @@ def evenly_spaced(dataset: Any, most: int, device: torch.device) -> tuple[Tensor
         for place in (1, 2)
     )
     return images.to(device), labels.to(device), tasks.to(device)
+
+
+def _accuracy(strategy: Any) -> float:
+    """Share of the batch at hand that is right; of a batch that processes share, of all of it."""
+    if several_processes() and hasattr(strategy, "accuracy"):
+        return float(strategy.accuracy())
+    right = strategy.mb_output.detach().argmax(dim=1) == strategy.mb_y
+    return float(right.double().mean())
 
 
 def _in_time_order(strategy: Any) -> bool:

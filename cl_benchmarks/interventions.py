@@ -36,6 +36,7 @@ class Replay(Intervention, name="replay", source="Avalanche (Lomonaco et al. 202
         batch: int = 0
         """images of the memory in each batch; 0 for as many as there are new ones"""
 
+    by_batch = True
     config: Config
 
     def __init__(self, config: Config) -> None:

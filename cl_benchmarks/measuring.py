@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_benchmarks.stream import ChunkDataset, standardise
+from dynmoe.lab import processes
 from dynmoe.lab.heat_maps import heat_map
 from dynmoe.moe import moe_layers
 from dynmoe.moe.diagnostics import (
@@ -28,14 +29,18 @@ def accuracy(
 ) -> float:
     """Share of a chunk's images that the model labels right, in evaluation mode.
 
+    Processes that share a run share the images out, and must all ask.
+
     Args:
         samples: look at that many evenly spaced images only; 0 for all.
     """
     index = torch.arange(len(dataset))
     if 0 < samples < len(dataset):
         index = torch.linspace(0, len(dataset) - 1, samples).long()
-    answers = _answers(model, dataset, device, index)
-    return sum(int((logits.argmax(1) == labels).sum()) for logits, labels in answers) / len(index)
+    own = processes.own_rows(index)
+    answers = _answers(model, dataset, device, own)
+    right = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in answers)
+    return int(processes.summed(torch.tensor(right))) / len(index)
 
 
 class Generalisation(NamedTuple):
@@ -52,9 +57,11 @@ def generalisation(model: nn.Module, dataset: ChunkDataset, device: torch.device
 
     The calibration is over all outputs of the network.
     """
-    answers = _answers(model, dataset, device, torch.arange(len(dataset)))
+    own = processes.own_rows(torch.arange(len(dataset)))
+    answers = _answers(model, dataset, device, own)
     judged = [confidences(logits, labels) for logits, labels in answers]
-    confidence, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    parts = [torch.cat(part) for part in zip(*judged, strict=True)] or [torch.empty(0)] * 2
+    confidence, right = (processes.all_rows(part) for part in parts)
     return Generalisation(int(right.sum()) / len(right), **calibration(confidence, right))
 
 

@@ -14,9 +14,12 @@ from cl_benchmarks.method import DynamicMoE, Horizon, Method, StaticMoE, Trainin
 from cl_benchmarks.networks import Network, build_network, check_bank
 from cl_benchmarks.recorder import TaskRecorder
 from cl_benchmarks.settings import Config
+from cl_benchmarks.shared_norm import share_batch_norms
 from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
+from dynmoe.lab import processes
+from dynmoe.moe import moe_layers
 
 if TYPE_CHECKING:
     from cl_benchmarks.trainer import StreamTrainer
@@ -54,6 +57,30 @@ def check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
         )
 
 
+def check_shared(config: Config, model: nn.Module) -> None:
+    """Refuse what several processes that share a run would do otherwise than one.
+
+    Raises:
+        UserError: names the setting and what works.
+    """
+    if not processes.joined():
+        return
+    count, intervention = processes.size(), config.intervention.part
+    reason = None
+    if config.protocol.build().in_time_order:
+        reason = f"--protocol {config.protocol.part.name} brings row after row"
+    elif config.batch_size < count:
+        reason = f"--batch-size {config.batch_size} is less than a row for each"
+    elif intervention.by_batch:  # type: ignore[attr-defined]
+        reason = f"--intervention {intervention.name} looks at whole batches"
+    elif any(layer.router.competing for _, layer in moe_layers(model)):
+        reason = f"--router {config.router.part.name} lets the images of a batch compete"
+    if reason is not None:
+        raise UserError(
+            f"{count} processes cannot share this run: {reason}; use one process, or another choice"
+        )
+
+
 def prepare(
     config: Config, data: HasShape, outputs: int, horizon: Horizon, device: torch.device
 ) -> Training:
@@ -67,6 +94,8 @@ def prepare(
         make = method.make_block(config, horizon, seeding.derive(config.seed, "moe", draw))
         with seeding.seeded(config.seed, "network", draw):
             network = build_network(config.network, data.shape, outputs, make)
+        if processes.joined():
+            share_batch_norms(network)
         config.join_routers(network)
         intervention.transform(network, seeding.generator(config.seed, "transform", draw))
         return network
@@ -99,6 +128,19 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
 
 
+def load_trainer() -> type[StreamTrainer]:
+    """The trainer's class, and with it Avalanche, which takes seconds.
+
+    Processes that will share a run must load it before they are joined: Avalanche would refuse to
+    make its loggers, which it does as it is imported, in any but the first.
+    """
+    with warnings.catch_warnings(), seeding.kept():  # of optional solvers
+        warnings.simplefilter("ignore")
+        from cl_benchmarks.trainer import StreamTrainer
+
+    return StreamTrainer
+
+
 def make_trainer(
     config: Config,
     training: Training,
@@ -107,12 +149,10 @@ def make_trainer(
     device: torch.device,
 ) -> StreamTrainer:
     """Avalanche's trainer over all that."""
-    with warnings.catch_warnings():  # of optional solvers, and of loggers that we do not want
+    kind = load_trainer()
+    with warnings.catch_warnings():  # of loggers that we do not want
         warnings.simplefilter("ignore")
-        with seeding.kept():
-            from cl_benchmarks.trainer import StreamTrainer
-
-        return StreamTrainer(
+        return kind(
             model=training.model,
             optimizer=training.optimizer,
             plugins=plugins,

@@ -18,6 +18,7 @@ from cl_benchmarks.settings import Config
 from cl_benchmarks.stability import AccuracyMatrix, OldTasks, can_ask
 from cl_benchmarks.stream import ChunkDataset, standardise
 from dynmoe import seeding
+from dynmoe.lab import processes
 from dynmoe.lab.board import EXPERTS
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
@@ -133,8 +134,7 @@ class TaskRecorder(Recorder):
 
     def batch_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
-        right = (trainer.mb_output.argmax(dim=1) == trainer.mb_y).float().mean()
-        self.online_sum = self.online_sum + right.detach()
+        self.online_sum = self.online_sum + trainer.accuracy()
         self.online_batches += 1
         self.loss = trainer.loss.detach()
         if self.growth is not None:
@@ -155,6 +155,7 @@ class TaskRecorder(Recorder):
             self._log_epoch(trainer, step)
         if trainer.position.epoch == trainer.train_epochs:
             self._check(trainer)
+            processes.check_alike(trainer.model, step)
             self.save(step)
 
     def _log_epoch(self, trainer: StreamTrainer, step: int) -> None:

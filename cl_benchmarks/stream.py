@@ -22,6 +22,7 @@ from cl_benchmarks.images import ImageData, channel_stats
 from cl_benchmarks.protocol import Chunk
 from cl_benchmarks.styles import restyle
 from dynmoe import seeding
+from dynmoe.lab import processes
 
 Augment = Literal["none", "crop-flip"]
 CROP_PADDING = 4
@@ -155,7 +156,8 @@ class Position:
 class Batches:
     """Training batches of one chunk; each iteration goes through `position`'s epoch.
 
-    They are shuffled, unless the chunk is in time order.
+    They are shuffled, unless the chunk is in time order. Several processes that share a run draw
+    the same batches, and each gets its rows of them (see `dynmoe.lab.processes`).
 
     Args:
         dataset: the chunk.
@@ -164,6 +166,9 @@ class Batches:
         position: read at the start of an iteration, and moved on before each batch is handed out.
         device: where batches are made; the chunk's images are kept there as they are.
         augment: "crop-flip" for a random crop after padding by 4 pixels, and a random mirror image.
+
+    Attributes:
+        whole: images in the latest batch, over all processes.
 
     Yields:
         images float32 [B, C, H, W] standardised, labels int64 [B].
@@ -183,6 +188,7 @@ class Batches:
         self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
         self.in_time_order = dataset.in_time_order
         self.size, self.seed, self.position, self.augment = size, seed, position, augment
+        self.whole = 0
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -197,18 +203,28 @@ class Batches:
             order = torch.randperm(len(self.labels), generator=seeding.generator(self.seed, *key))
         parts = order.to(self.labels.device).split(self.size)
         for batch in range(self.position.batch, len(parts)):
-            self.position.batch = batch + 1
-            images = standardise(self.images[parts[batch]], self.mean, self.std)
+            self.position.batch, self.whole = batch + 1, len(parts[batch])
+            own = processes.own_rows(parts[batch])
+            images = standardise(self.images[own], self.mean, self.std)
             if self.augment == "crop-flip":
-                images = crop_flip(images, seeding.generator(self.seed, *key, batch))
-            yield images, self.labels[parts[batch]]
+                images = crop_flip(images, seeding.generator(self.seed, *key, batch), self.whole)
+            yield images, self.labels[own]
 
 
-def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image [B, C, H, W] by up to 4 pixels (zeros come in) and mirror half of them."""
+def crop_flip(images: Tensor, generator: torch.Generator, whole: int | None = None) -> Tensor:
+    """Shift each image [B, C, H, W] by up to 4 pixels (zeros come in) and mirror half of them.
+
+    Args:
+        images: of one batch, or this process's part of it.
+        generator: draws for all images of the batch.
+        whole: how many those are; default B.
+    """
     batch, _, height, width = images.shape
-    shifts = torch.randint(2 * CROP_PADDING + 1, (2, batch), generator=generator)
-    mirror = torch.rand(batch, generator=generator) < 0.5
+    whole = batch if whole is None else whole
+    shifts = torch.randint(2 * CROP_PADDING + 1, (2, whole), generator=generator)
+    mirror = torch.rand(whole, generator=generator) < 0.5
+    if whole != batch:
+        shifts, mirror = processes.own_rows(shifts.T).T, processes.own_rows(mirror)
     columns = torch.arange(width).expand(batch, -1)
     columns = torch.where(mirror[:, None], columns.flip(1), columns) + shifts[1][:, None]
     rows = torch.arange(height) + shifts[0][:, None]

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from cl_benchmarks.losses import LossOver, StreamLoss
 from cl_benchmarks.stream import Augment, Batches, Position, chunk_of
 from dynmoe.errors import NumericError
+from dynmoe.lab import processes
 from dynmoe.moe import collect_aux_losses, finish_step
+from dynmoe.moe.passes import share_batch
 
 CLOCK = ("train_iterations", "train_exp_counter", "train_exp_epochs", "train_exp_iterations",
          "train_epoch_iterations", "total_iterations")  # fmt: skip
@@ -38,6 +40,9 @@ class Observer(Protocol):
 
 class StreamTrainer(SupervisedTemplate):
     """Trains one network on one experience after another.
+
+    Several processes that share a run (see `dynmoe.lab.processes`) have a part of each batch each,
+    and take the step that one process would take on the whole of it. `loss` is that of the whole.
 
     Args:
         model, optimizer, plugins, device: as Avalanche's.
@@ -76,6 +81,8 @@ class StreamTrainer(SupervisedTemplate):
         observer: Observer | None = None,
     ) -> None:
         self.cross_entropy = StreamLoss(loss_over)
+        for plugin in plugins:
+            plugin.supports_distributed = True  # else Avalanche warns: gradients are ours to join
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -94,6 +101,9 @@ class StreamTrainer(SupervisedTemplate):
         self.observer = observer
         self.position = Position()
         self._saved: dict[str, Any] | None = None
+        self._right: Tensor | None = None  # of several processes' batch
+        self.batches: Batches
+        share_batch(processes.joined())
 
     @property
     def resuming(self) -> bool:
@@ -131,15 +141,48 @@ class StreamTrainer(SupervisedTemplate):
         Raises:
             NumericError: the loss is not finite; nothing has been updated with it.
         """
-        loss = super().criterion()
+        shared = self.is_training and processes.joined()
+        loss = self._part_of_loss() if shared else super().criterion()
         loss = loss + sum(collect_aux_losses(self.model).values())
-        if self.is_training and not math.isfinite(value := loss.item()):
+        if self.is_training and not shared:
+            self._check(loss)
+        return loss
+
+    def backward(self) -> None:
+        """Gradients of the loss on the whole batch.
+
+        Raises:
+            NumericError: its loss is not finite, see `criterion`; for several processes.
+        """
+        super().backward()
+        if processes.joined():
+            right = (self.mb_output.detach().argmax(dim=1) == self.mb_y).sum()
+            figures = torch.stack([self.loss.detach().sum(), right.to(self.loss.dtype)])
+            sums = processes.average_gradients(self.model.parameters(), figures)
+            self.loss, self._right = sums[:1] / processes.size(), sums[1] / self.batches.whole
+            self._check(self.loss)
+
+    def accuracy(self) -> Tensor:
+        """Share of the batch at hand that was labelled right before the step, a scalar."""
+        if processes.joined():
+            assert self._right is not None, "after the backward pass"
+            return self._right
+        return (self.mb_output.detach().argmax(dim=1) == self.mb_y).float().mean()
+
+    def _part_of_loss(self) -> Tensor:
+        """What this process's rows add to the mean loss of the batch; there may be none."""
+        if not len(self.mb_y):
+            return self.mb_output.sum()
+        share = processes.own_share(len(self.mb_y), self.batches.whole)
+        return super().criterion() * share
+
+    def _check(self, loss: Tensor) -> None:
+        if not math.isfinite(value := loss.item()):
             raise NumericError(
                 f"the loss is {value} in task {self.position.task + 1}, epoch "
                 f"{self.position.epoch + 1}, batch {self.position.batch}; the last checkpoint is "
                 "kept; a smaller --lr or --clip 1 may help"
             )
-        return loss
 
     def optimizer_step(self) -> None:
         """Clip, if asked to, and step; MoE layers move what moves once per step."""
@@ -156,7 +199,7 @@ class StreamTrainer(SupervisedTemplate):
         if self.cross_entropy.over != "all":
             stream, so_far = self.experience.origin_stream, range(self.position.task + 1)
             self.cross_entropy.task_starts([stream[k].classes_in_this_experience for k in so_far])
-        self.dataloader = Batches(
+        self.batches = Batches(
             chunk_of(self.experience),
             self.train_mb_size,
             self.seed,
@@ -164,6 +207,7 @@ class StreamTrainer(SupervisedTemplate):
             self.device,
             self.augment,
         )
+        self.dataloader = self.batches
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Keep Avalanche's record of the optimizer; reset its state where the protocol says so."""

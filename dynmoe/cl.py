@@ -27,6 +27,7 @@ __all__ = ["Config", "experiment", "main", "presets", "run"]
 
 DESCRIPTION = """Continual learning: does a network that grows experts keep its ability to learn
 (its plasticity)? Results go to runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
+Several processes share each run by `torchrun --nproc-per-node P -m dynmoe.cl ...`.
 
 Cost: smoke, under a minute; minute, that on 2 cores (growth beside a dense network); laptop and
 plain, 3 minutes with two comparisons; on 2 cores and per method tiny and keep (parts of Tiny

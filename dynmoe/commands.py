@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.errors import UserError, unknown
+from dynmoe.lab import torchrun
 from dynmoe.lab.config import run_command
 
 LAB = ("tyro", "rich", "scipy", "matplotlib", "tensorboard")
 """Packages that every run needs: the extra `lab`, which all others include."""
+SHARED = ("cl", "rl")
+"""Commands whose runs several processes can share, see `dynmoe.lab.processes`."""
 TOP = ("cl_benchmarks", "agents", "envs")
 """Our packages whose names a folder of the user's may have, too."""
 
@@ -130,9 +133,16 @@ def begin(name: str, module: str) -> None:
         UserError: a package is not installed, or a folder of the same name hides one of ours.
     """
     if module == "__main__":
-        run_command(lambda _: check(name))
+        run_command(lambda _: _check_start(name))
     else:
         check(name)
+
+
+def _check_start(name: str) -> None:
+    """Check a command that is about to run, perhaps by torchrun."""
+    check(name)
+    if name not in SHARED:
+        torchrun.refuse(name, f"start it as: python -m dynmoe.{name}")
 
 
 def check(name: str) -> None:
@@ -188,6 +198,7 @@ def dispatch(argv: list[str]) -> None:
     name = argv[0]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    _check_start(name)
     load(name).main(argv[1:])
 
 

@@ -57,6 +57,7 @@ class Intervention(Part, ABC, kind="intervention"):
         model, optimizer, generator: set by `attach`; the generator serves its own draws.
         steps: optimizer steps since then.
         reshapes: it changes what parameters there are in the midst of training.
+        by_batch: it looks at batches, so that processes with a part of each would differ.
         limits: option -> what values it may have.
 
     Raises:
@@ -64,6 +65,7 @@ class Intervention(Part, ABC, kind="intervention"):
     """
 
     reshapes: ClassVar[bool] = False
+    by_batch: ClassVar[bool] = False
     limits: ClassVar[dict[str, Limit]] = {}
     config: Any
     model: nn.Module

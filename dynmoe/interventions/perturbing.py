@@ -119,6 +119,7 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
     mode, so nothing else changes. Routers and normalisation layers are left alone.
     """
 
+    by_batch = True
     limits: ClassVar = {"alpha": Limit.ABOVE_0_TO_1, "least": Limit.SHARE}
 
     @dataclass(frozen=True, kw_only=True)

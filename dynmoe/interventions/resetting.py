@@ -23,6 +23,8 @@ class UnitReset(Intervention):
         seen: number of a layer -> what `look` gave for it, since the latest `clear()`.
     """
 
+    by_batch = True
+
     def begin(self) -> None:
         """Find the units, and look on as they act."""
         self.layers = find_units(self.model)

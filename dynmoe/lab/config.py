@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from dynmoe import registry
 from dynmoe.errors import ResourceError, UserError, unknown
+from dynmoe.lab import torchrun
 from dynmoe.lab.files import as_told
 from dynmoe.ranges import check_settings
 from dynmoe.registry import PartConfig
@@ -201,9 +202,14 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
     except DynmoeError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if torchrun.first():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
+        if torchrun.started() and _of_processes(error):
+            if torchrun.first():
+                print(f"error: {torchrun.LOST_ONE}", file=sys.stderr)
+            sys.exit(ResourceError.exit_code)
         if not _of_memory(error):
             raise
         if "--debug" in argv:
@@ -224,6 +230,13 @@ def run_command(main: Any, argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # before a run began or after its end; a run has its own handling
         print("error: stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
+
+
+def _of_processes(error: Exception) -> bool:
+    """Whether another process of a run is gone or does not answer."""
+    from dynmoe.lab.processes import lost
+
+    return lost(error)
 
 
 def _of_memory(error: Exception) -> bool:

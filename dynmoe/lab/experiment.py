@@ -108,6 +108,7 @@ class Experiment(ABC):
         missing: shown in tables where a run does not have the metric.
         about: settings that say what a run is about, not how it goes about it: where runs differ
             in one, they are on different streams.
+        on_processes: several processes may share a run, see `processes.py`.
     """
 
     command: ClassVar[str]
@@ -119,6 +120,7 @@ class Experiment(ABC):
     references: ClassVar[tuple[str, ...]] = ()
     missing: ClassVar[str] = ""
     about: ClassVar[tuple[str, ...]] = ()
+    on_processes: ClassVar[bool] = False
 
     # -- settings
 

@@ -64,7 +64,7 @@ class Logger:
         self._file.seek(position)  # else `tell` counts what was cut off until the next write
         self._latest = step or 0
         purge = None if step is None else step + 1
-        self.tensorboard = SummaryWriter(str(folder), purge_step=purge)
+        self.tensorboard: Any = SummaryWriter(str(folder), purge_step=purge)
         self.bar: Bar | None = None
         self.board: Board = Everything()
 
@@ -154,6 +154,46 @@ class Logger:
             self._file.write((json.dumps(finite(line)) + "\n").encode())
         except OSError as error:
             raise disk_full(self.path, 0) from error
+
+
+class SilentLogger(Logger):
+    """Writes nothing: that of the processes that share a run with the first one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bar = folder, None
+        self.tensorboard = _Silent()
+
+    def use(self, board: Board) -> None:
+        """Nothing."""
+
+    def scalars(self, step: int, values: dict[str, float], place: int | None = None) -> None:
+        """Nothing."""
+
+    def show(self, place: int, points: dict[str, float]) -> None:
+        """Nothing."""
+
+    def image(self, step: int, tag: str, image: Tensor) -> None:
+        """Nothing."""
+
+    def event(self, step: int, name: str, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def hparams(self, settings: dict[str, Any], final: dict[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        """0."""
+        return 0
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing."""
+
+
+class _Silent:
+    """In place of a SummaryWriter."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
 
 
 def _event_files(folder: Path) -> list[Path]:

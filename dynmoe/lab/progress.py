@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dynmoe.lab import torchrun
+
 LIVE_INTERVAL_S, PLAIN_INTERVAL_S = 0.2, 10.0
 """Seconds between two updates, on a terminal and elsewhere."""
 
@@ -43,7 +45,7 @@ class ProgressLine:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not self._live,
+            disable=not (self._live and torchrun.first()),
         )
         self._task = self._bar.add_task(label, total=total, rate="", figures="")
 
@@ -65,11 +67,15 @@ class ProgressLine:
 
     def due(self, step: int) -> bool:
         """Whether it is time to show something; ask before working out the figures."""
+        if not torchrun.first():
+            return False
         interval = LIVE_INTERVAL_S if self._live else PLAIN_INTERVAL_S
         return time.monotonic() - self.printed >= interval or step >= self.total
 
     def update(self, step: int, **figures: Any) -> None:
         """Show that `step` steps are done; figures are shown as given, floats with 3 digits."""
+        if not torchrun.first():
+            return
         now = self.printed = time.monotonic()
         rate = (step - self.start) / max(now - self.began, 1e-9)
         shown = " ".join(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dynmoe.lab import processes, torchrun
 from dynmoe.lab.config import identity
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_json
@@ -21,13 +22,21 @@ from dynmoe.lab.statistics import Interval
 def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
     """Carry out a command line: all its methods, streams and seeds; then write and print results.
 
+    With several processes (see `processes.py`) they share each run, one after another, and the
+    first one alone writes and knows the rows of what is returned.
+
     Raises:
         UserError: settings that cannot work, told before any run begins.
     """
     experiment.check(config)
+    if not experiment.on_processes:
+        torchrun.refuse(experiment.command, f"start it as: python -m dynmoe.{experiment.command}")
+    if config.jobs > 1:
+        torchrun.refuse(f"--jobs {config.jobs}", "leave --jobs out: its processes share each run")
+    processes.join(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    shared = experiment.load(config)
+    shared = processes.in_turn(lambda: experiment.load(config))
     jobs = {
         stream: {
             label: [
@@ -44,6 +53,8 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
         if alone or job.done:  # a finished run is opened too, to see that its settings are ours
             done = run_one(experiment, preset, job.config, shared)
             model = done.model if job is flat[0] else model
+    if processes.rank() > 0:
+        return Result(flat[0].folder, (), model)
     run_jobs(flat, Local(config.jobs), experiment.command)
     folder = experiment.report_folder(preset, config, flat[0].folder)
     report(folder, config, shared, results_of(jobs, experiment))

@@ -29,11 +29,11 @@ import torch
 
 from dynmoe import __version__, registry, seeding
 from dynmoe.errors import Interrupted, UserError
-from dynmoe.lab import checkpoint
+from dynmoe.lab import checkpoint, processes
 from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
 from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.files import lock, remove_leftovers, write_json
-from dynmoe.lab.log import Logger
+from dynmoe.lab.log import Logger, SilentLogger
 from dynmoe.lab.mirrors import Mirror, start_mirrors
 from dynmoe.lab.results import figures, flat
 
@@ -74,7 +74,7 @@ class Run:
         self._log: Logger | None = None
         self._mirrors: list[Mirror] = []
         self._lock: IO[str] | None = None
-        self._signal: int | None = None
+        self._asked: int | None = None  # the signal that this process has got
         self._handlers: dict[int, Any] = {}
         self._saved_at = time.monotonic()
 
@@ -84,16 +84,14 @@ class Run:
         assert self._log is not None, "the run is finished"
         return self._log
 
+    @property
+    def _signal(self) -> int | None:
+        """The signal that asks the run to stop; one that all its processes know of."""
+        return processes.agreed_to_stop() if processes.joined() else self._asked
+
     def __enter__(self) -> Run:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make {self.folder}: {error.strerror}; use another --runs-dir"
-            ) from None
-        self._lock = lock(self.folder)
-        try:
-            self._open()
+            self._open(*processes.by_first(self._find))
         except BaseException:
             self._release()
             raise
@@ -138,6 +136,17 @@ class Run:
             Interrupted: a signal came; the run can be resumed from here.
             ResourceError: disk full; the checkpoint before this one is intact.
         """
+        if processes.rank() == 0:
+            self._save(step, state, logged)
+        self._saved_at = time.monotonic()
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise Interrupted(
+                f"stopped by {name} at step {step}; go on with: {_command_line()} --resume",
+                self._signal,
+            )
+
+    def _save(self, step: int, state: dict[str, Any], logged: int | None) -> None:
         saved = {
             "step": step,
             "logged": step if logged is None else logged,
@@ -147,49 +156,70 @@ class Run:
             "state": state,
         }
         checkpoint.save(self.checkpoints, step, saved)
-        self._saved_at = time.monotonic()
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(
-                f"stopped by {name} at step {step}; go on with: {_command_line()} --resume",
-                self._signal,
-            )
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which marks the run as finished. No times: it must be repeatable."""
+        self.summary = summary
+        if processes.rank() > 0:
+            return
         self.log.sync()
         write_json(self.folder / "summary.json", summary)
-        self.summary = summary
         for mirror in self._mirrors:
             mirror.finished(figures(summary))
 
-    def _open(self) -> None:
+    def _find(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Lock the folder and say what is there: the summary, or a checkpoint, or neither.
+
+        With several processes the first one's work, told to all.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.folder}: {error.strerror}; use another --runs-dir"
+            ) from None
+        self._lock = lock(self.folder)
         remove_leftovers(self.folder)
         check_settings(self.folder, identity(self.config))
         summary = self.folder / "summary.json"
         if summary.is_file():
-            self.summary = json.loads(summary.read_text())
-            return
+            return json.loads(summary.read_text()), None
         saved = self._find_checkpoint()
         write_json(self.folder / "config.json", to_dict(self.config))
         self._write_environment(goes_on=saved is not None)
+        return None, saved
+
+    def _open(self, summary: dict[str, Any] | None, saved: dict[str, Any] | None) -> None:
+        """Be ready to work, unless the run is finished."""
+        self.summary = summary
+        if summary is not None:
+            return
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         make_deterministic(self.device)
         seeding.seed_global(self.config.seed)
+        if saved is not None:
+            seeding.load_global_state(saved["random"])
+            self.restored = saved["state"]
+        if processes.rank() == 0:
+            self._start_writing(saved)
+        else:
+            self._log = SilentLogger(self.folder)
+        processes.forget_signals()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _start_writing(self, saved: dict[str, Any] | None) -> None:
+        """Open the log, cut back to what a checkpoint knows of, and the mirrors."""
         if saved is None:
             self._log = Logger(self.folder)
         else:
             logged = saved.get("logged", saved["step"])  # older runs do not know it
             self._log = Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
-            seeding.load_global_state(saved["random"])
-            self.restored = saved["state"]
         self._mirrors = start_mirrors(
             self.config.mirror, self.folder, f"{self.name}/seed-{self.config.seed}",
             flat(identity(self.config), lists=True),
         )  # fmt: skip
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if not checkpoint.exists(self.checkpoints):
@@ -210,10 +240,14 @@ class Run:
             self._lock = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """First signal: stop at the next step. Second: stop at once."""
-        if self._signal is not None:
+        """First signal: stop at the next step. Second: stop at once.
+
+        Of several processes each may get the terminal's signal, and one of torchrun after it.
+        """
+        if self._asked is not None and not processes.joined():
             raise Interrupted("stopped at once; resume from the last checkpoint", number)
-        self._signal = number
+        self._asked = number
+        processes.ask_to_stop(number)
 
     def _write_environment(self, goes_on: bool) -> None:
         """Add this session's packages, device and command to environment.json."""

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from dynmoe.errors import DynmoeError, Interrupted, Pruned, UserError
+from dynmoe.lab import processes
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
 from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
@@ -56,7 +57,7 @@ def run_one(
     """
     experiment.check(config)
     if shared is None:
-        shared = experiment.load(config)
+        shared = processes.in_turn(lambda: experiment.load(config))
     model = None
     with Run(experiment.command, preset, config, experiment.label(config, shared)) as run:
         now = run.summary is None
@@ -74,7 +75,8 @@ def run_one(
                 run.log.hparams(flat(identity(config), lists=True), known)
                 run.finish(summary)
                 model = session.model
-        experiment.finished(run, config, shared, now)
+        if processes.rank() == 0:
+            experiment.finished(run, config, shared, now)
         assert run.summary is not None
         return Done(run.folder, run.summary, model)
 

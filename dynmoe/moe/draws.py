@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynmoe.moe.passes import Passes, new_pass
+from dynmoe.moe.passes import Passes, new_pass, one_batch, places
 
 Runs = list[tuple[int, tuple[int, int]]]
 """(place in an index, (first entry, length)) of each run of entries that count up by ones"""
@@ -212,6 +212,9 @@ class Noise(nn.Module):
         order = self._passes.recall(new_pass(), self._next)
         key = scramble(scramble(self.seed + self.step * GOLDEN) + order * GOLDEN)
         place = torch.arange(1, like.numel() + 1, device=like.device)
+        if one_batch() and len(like):  # those of the whole batch
+            first = places(len(like), like.device) * like[0].numel()
+            place = (first[:, None] + place[: like[0].numel()]).flatten()
         z = scramble(key + place * GOLDEN)
         # With 23 bits and a half, float32 holds every value exactly and none is 0 or 1.
         return ((_shift(z, 41).to(wide) + 0.5) * 2.0**-23).view(like.shape)

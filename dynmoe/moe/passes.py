@@ -91,6 +91,59 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+_one_batch = False
+
+
+def share_batch(on: bool = True) -> None:
+    """Say that the rows which the processes see at a time are one batch, dealt out to them.
+
+    Process r of P has the rows r, r + P, r + 2 P, ... of it. From then on all that a training pass
+    takes of the batch as a whole, means in losses and noise, is what one process would have with
+    the whole batch, and every process must make the same passes. Without this, as under
+    `DistributedDataParallel` in general, each process's rows are a batch of their own.
+    """
+    global _one_batch
+    _one_batch = on
+
+
+def one_batch() -> bool:
+    """Whether the rows at hand are a part of a batch, see `share_batch`."""
+    return _one_batch and several_processes()
+
+
+def places(count: int, device: torch.device) -> Tensor:
+    """[count] the places of a pass's rows in the batch, which processes may share."""
+    own = torch.arange(count, device=device)
+    return own * dist.get_world_size() + dist.get_rank() if one_batch() else own
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes of a tensor, with the sum of the gradients that come back for it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def batch_sum(own: Tensor) -> Tensor:
+    """A sum over a pass's rows as one over the whole batch, where that is shared.
+
+    Gradients are right if those of all processes are then averaged, as each has the whole sum.
+    """
+    if not one_batch():
+        return own
+    total: Tensor = _Sum.apply(own)
+    return total
+
+
 def sum_over_processes(counts: Tensor) -> Tensor:
     """Counts [M] without gradient, added up over all processes, which call it equally often."""
     if not several_processes():

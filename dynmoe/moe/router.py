@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
+from dynmoe.moe.passes import batch_sum, one_batch, sum_over_processes
 from dynmoe.registry import Part, PartConfig
 
 
@@ -92,11 +93,24 @@ class Routing:
         return values if self.mask is None else values[self.mask]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of values [N, ...] over the real samples: `[...]`."""
+        """Mean of values [N, ...] over the real samples: `[...]`.
+
+        Of a batch that several processes share (see `passes.share_batch`), over all of it.
+        """
+        if one_batch():
+            return self._mean_of_all(values)
         if self.mask is None:
             return values.mean(dim=0) if len(values) else values.sum(dim=0)
         real = self.mask.view(-1, *[1] * (values.dim() - 1))
         return torch.where(real, values, 0.0).sum(dim=0) / self.mask.sum().clamp(min=1)
+
+    def _mean_of_all(self, values: Tensor) -> Tensor:
+        """The mean over the processes' real samples."""
+        real = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        real = real if self.mask is None else self.mask
+        shape = real.view(-1, *[1] * (values.dim() - 1))
+        count = sum_over_processes(real.sum())
+        return batch_sum(torch.where(shape, values, 0.0).sum(dim=0)) / count.clamp(min=1)
 
     def used(self) -> Tensor:
         """Experts that take part: a scalar for dense routing, [N, 1] for sparse routing."""
@@ -169,6 +183,7 @@ class Router(nn.Module, Part, kind="router"):
         uses_sizes: `RouterInput.sizes` is wanted.
         steerable: the selection bias has a say in which experts are chosen.
         initial_experts: how many experts there are at the start.
+        competing: a sample's experts depend on the others in the batch, unless `independent`.
         independent: every sample is a sequence of its own, so that samples do not compete; set it
             where a sample's routing must not depend on its batch, as in policies.
     """
@@ -180,6 +195,7 @@ class Router(nn.Module, Part, kind="router"):
     normalised: bool = True
     uses_sizes: ClassVar[bool] = False
     steerable: ClassVar[bool] = False
+    competing: bool = False
     independent: bool = False
 
     def __init__(

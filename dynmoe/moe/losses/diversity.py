@@ -17,6 +17,7 @@ from dynmoe.moe.bank import ExpertBank, UnitBank
 from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.experts.rows import NetworkBank
 from dynmoe.moe.loss import AuxLoss, LossInput
+from dynmoe.moe.passes import batch_sum, one_batch, sum_over_processes
 from dynmoe.moe.router import check_option
 
 
@@ -338,9 +339,11 @@ class SphereLoss(AuxLoss, name="sphere", source="Luo et al. 2026 (arXiv 2605.047
         """The loss of the batch; a UserError for experts without hidden layer."""
         features, living = router_weighted_features(inputs)
         mask = inputs.routing.mask
-        samples = max(len(features), 1) if mask is None else mask.sum().clamp(min=1)
+        own = features.new_tensor(len(features)) if mask is None else mask.sum()
+        samples = (sum_over_processes(own) if one_batch() else own).clamp(min=1)
         positions = max(features.shape[2], 1)
-        gram = torch.einsum("nmp,nkp->mk", features, features) / (samples * positions)
+        products = torch.einsum("nmp,nkp->mk", features, features)
+        gram = batch_sum(products) / (samples * positions)
         mean = gram.trace() / living.sum()
         gaps = gram - torch.diag(mean * living)
         if self.form == "paper":

@@ -30,6 +30,7 @@ class AssignmentRouter(Router):
 
     k: int = 1
     normalised = False
+    competing = True
 
     def __init__(self, *size: *RouterSize) -> None:
         if importlib.util.find_spec("scipy") is None:

@@ -28,6 +28,8 @@ class ExpertChoiceRouter(
     nothing here.
     """
 
+    competing = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
         """Options of the expert-choice router."""
@@ -82,6 +84,7 @@ class SlotRouter(
     """
 
     normalised = False
+    competing = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynmoe.moe.passes import Passes, new_pass, sum_over_processes
+from dynmoe.moe.passes import Passes, new_pass, one_batch, places, sum_over_processes
 from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.registry import PartConfig
 
@@ -167,7 +167,7 @@ class GaussianRouter(
         """
         learning = self.learning & self.active
         nearest = logits.masked_fill(~learning, float("-inf")).argmax(dim=1)
-        turns = torch.arange(len(x), device=x.device) % learning.sum().clamp(min=1)
+        turns = places(len(x), x.device) % learning.sum().clamp(min=1)
         dealt = (learning.cumsum(0) - 1 == turns.unsqueeze(1)).logical_and(learning)
         all_started = (self.seen[None] > 0).logical_or(~learning[None]).all()
         own = torch.nn.functional.one_hot(nearest, len(learning)).bool()
@@ -177,8 +177,11 @@ class GaussianRouter(
         own = own.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             sums, counts = own.T @ x, own.sum(0)
+            all_sums, all_counts = sums, counts
+            if one_batch():
+                all_sums, all_counts = sum_over_processes(sums), sum_over_processes(counts)
             means = torch.where((self.seen > 0)[:, None], self.weight.to(x.dtype),
-                                sums / counts.clamp(min=1)[:, None])  # fmt: skip
+                                all_sums / all_counts.clamp(min=1)[:, None])  # fmt: skip
             off = own.sum(1, keepdim=True) * (x - own @ means)
             self.sums += sums
             self.counts += counts

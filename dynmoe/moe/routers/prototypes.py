@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.passes import Passes, join_processes, new_pass, sum_over_processes
+from dynmoe.moe.passes import (
+    Passes,
+    batch_sum,
+    join_processes,
+    new_pass,
+    one_batch,
+    sum_over_processes,
+)
 from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
 from dynmoe.moe.routers.soft import distances
 from dynmoe.registry import PartConfig
@@ -259,4 +266,8 @@ class DomainRouter(
         if real is not None:
             log_likelihood = torch.where(real, log_likelihood, 0.0)
         count = max(len(logits), 1) if real is None else real.sum().clamp(min=1)
-        return -log_likelihood.sum() / count / inputs.x.shape[1]
+        total = log_likelihood.sum()
+        if one_batch():
+            own = total.new_tensor(len(logits)) if real is None else real.sum()
+            total, count = batch_sum(total), sum_over_processes(own).clamp(min=1)
+        return -total / count / inputs.x.shape[1]

@@ -43,6 +43,7 @@ class SwitchRouter(
         check_option(config, "capacity_factor", factor >= 0, "at least 0 (0: no limit)")
         super().__init__(*size)
         self.jitter, self.capacity_factor = config.jitter, factor
+        self.competing = factor > 0
         self.noise = Noise(size[3])
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -164,6 +165,7 @@ class StraightThroughRouter(
         check_option(config, "k", 1 <= config.k <= size[2], f"between 1 and {size[2]}")
         super().__init__(*size)
         self.k, self.per = config.k, config.per
+        self.competing = config.per == "batch"
         self.bias = nn.Parameter(torch.zeros(size[2]))
 
     def route(self, inputs: RouterInput) -> Routing:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynmoe import registry
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
+from dynmoe.moe.passes import share_batch
 
 DIM, STEPS = 6, 3
 CASES = [
@@ -22,6 +23,8 @@ CASES = [
 ]
 MOVED_BY_DATA = [("prototypes", "none"), ("relu", "none"), ("topk", "loss-free")]
 """Whose state, moved by two processes, is that of one process with the whole batch."""
+SHARED = [case for case in CASES if not registry.get("router", case[0]).competing]
+"""Which learn from a batch that two processes share what one process learns from it."""
 
 
 class WithLosses(nn.Module):
@@ -85,6 +88,24 @@ def test_two_processes_end_with_one_state(tmp_path: Path):
         )
 
 
+def train_on_shares(model: WithLosses, part: slice, size: int) -> dict[str, Tensor]:
+    """Steps on rows of batches of 15 that processes share, by averaged gradients; the state."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = model.layer(batch(step)[:15][part]).square().sum() * size / (15 * DIM)
+        (loss + sum(collect_aux_losses(model).values())).backward()
+        for parameter in model.parameters() if size > 1 else ():
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size
+        optimizer.step()
+        finish_step(model)
+    return copy.deepcopy(model.state_dict())
+
+
 def _statistics(rank: int, folder: str) -> None:
     """One step of state alone: no weight moves but by what the passes noted."""
     torch.set_num_threads(1)
@@ -95,6 +116,9 @@ def _statistics(rank: int, folder: str) -> None:
         model(batch(0)[rank::2])
         finish_step(model)
         states[router, loss] = model.state_dict()
+    share_batch()
+    for case in SHARED:
+        states["shared", case] = train_on_shares(make_model(*case), slice(rank, None, 2), 2)
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -111,3 +135,10 @@ def test_statistics_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path
         assert any(not torch.equal(whole[name], before[name]) for name in before), router
         for state in states:
             torch.testing.assert_close(state[router, loss], whole)
+    for case in SHARED:
+        whole = train_on_shares(make_model(*case), slice(None), 1)
+        for state in states:
+            torch.testing.assert_close(
+                state["shared", case], whole, rtol=1e-9, atol=1e-12,
+                msg=lambda text, c=case: f"{c}: {text}",
+            )  # fmt: skip

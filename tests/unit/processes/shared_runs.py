@@ -1,0 +1,205 @@
+"""What each of two processes that share a run does in the tests, and what one does alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cl_benchmarks.shared_norm import share_batch_norms
+from dynmoe.errors import Interrupted, UserError
+from dynmoe.lab import processes
+from dynmoe.lab.experiment import Session
+from dynmoe.lab.run import Run
+from dynmoe.moe import MoELayer
+from dynmoe.moe.passes import share_batch
+from dynmoe.registry import get
+
+Work = Callable[[Path], Any]
+
+
+def as_torchrun(rank: int, size: int, port: int) -> None:
+    """The variables that torchrun gives a process; loopback only."""
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+
+
+def work(rank: int, size: int, port: int, folder: str) -> None:
+    """All checks in turn on one of several processes; what each finds is kept."""
+    from cl_benchmarks.preparing import load_trainer
+
+    torch.set_num_threads(1)
+    load_trainer()
+    as_torchrun(rank, size, port)
+    processes.join("cpu")
+    for check in CHECKS:
+        torch.save(check(Path(folder)), f"{folder}/{check.__name__}-{rank}.pt")
+    os._exit(0)  # the group cannot be left in order without the other one
+
+
+def cl_config(folder: Path, **changes: Any) -> Any:
+    """A stream of two tasks with a growth between them, of batches of 9, 9, 9 and 1 image."""
+    from dynmoe.cl import presets
+
+    config = replace(
+        presets()["smoke"],
+        runs_dir=folder / f"runs-{processes.rank()}",
+        device="cpu",
+        compare=(),
+        chunks=2,
+        epochs=2,
+        batch_size=9,
+        protocol=get("protocol", "shuffle").Config(images=28),
+        router=get("router", "topk").Config(),
+        balance=get("loss", "switch").Config(weight=0.1),
+        pruning=get("pruning", "utility").Config(),
+        augment="crop-flip",
+        clip=0.5,
+    )
+    return replace(config, **changes)
+
+
+def in_float64(session: Session) -> None:
+    """Let the network of a session that has not begun work in double precision."""
+    assert session.model is not None
+    session.model.double()
+    for module in session.model.modules():
+        if isinstance(module, nn.Linear | MoELayer):
+            module.register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
+
+
+def train(config: Any, stop_at: int = -1) -> dict[str, Any]:
+    """A run of cl in double precision: its weights and its summary.
+
+    Args:
+        stop_at: the step in which the last process gets SIGTERM.
+    """
+    from cl_benchmarks.experiment import ContinualLearning
+
+    experiment = ContinualLearning()
+    shared = experiment.load(config)
+    with Run("cl", "smoke", config) as run, closing(experiment.prepare(run, config, shared)) as one:
+        in_float64(one)
+        one.trainer.plugins.append(Stop(stop_at))
+        if run.restored is not None:
+            one.restore(run.restored)
+        one.work()
+        run.finish(one.summary())
+        return {"weights": weights(one), "summary": one.summary()}
+
+
+class Stop:
+    """Avalanche plugin that sends SIGTERM to the last process in a given step."""
+
+    supports_distributed = True
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_update(self, strategy: Any, **_: Any) -> None:
+        last = processes.rank() == processes.size() - 1
+        if last and strategy.clock.train_iterations == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def trains_cl(folder: Path) -> dict[str, Any]:
+    """What two tasks and a growth end with."""
+    return train(cl_config(folder, name="whole"))
+
+
+def resumes_cl(folder: Path) -> dict[str, Any]:
+    """The same, stopped in the midst of the second task and resumed from its checkpoint."""
+    config = cl_config(folder, name="stopped", resume=True)
+    try:
+        train(config, stop_at=11)
+        return {"stopped": False}
+    except Interrupted as error:
+        return {"stopped": str(error).split(";")[0], **train(config)}
+
+
+def trains_rl(folder: Path) -> dict[str, Any]:
+    """What three updates and a growth end with, of minibatches of 15 steps."""
+    from agents.experiment import ReinforcementLearning
+    from dynmoe.rl import presets
+
+    config = replace(
+        presets()["smoke"], runs_dir=folder / f"runs-{processes.rank()}", name="whole",
+        device="cpu", num_envs=5, rollout_steps=6, minibatches=2, epochs=2, total_steps=90,
+        encoder=get("encoder", "mlp").Config(hidden=16), probe_samples=16,
+        trigger=get("trigger", "every").Config(steps=60), router=get("router", "topk").Config(),
+        balance=get("loss", "switch").Config(weight=0.1),
+    )  # fmt: skip
+    experiment = ReinforcementLearning()
+    with Run("rl", "smoke", config) as run, closing(experiment.prepare(run, config, None)) as one:
+        in_float64(one)
+        one.work()
+        run.finish(one.summary())
+        return {"weights": weights(one), "summary": one.summary()}
+
+
+def refuses_cl(folder: Path) -> list[str]:
+    """Why settings that processes would part over cannot be shared."""
+    reasons = []
+    for changes in (
+        {"router": get("router", "expert-choice").Config()},
+        {"intervention": get("intervention", "redo").Config()},
+        {"batch_size": 1},
+    ):
+        try:
+            train(cl_config(folder, name=f"refused-{len(reasons)}", **changes))
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def shares_batch_norm(folder: Path) -> dict[str, Tensor]:
+    """A network with BatchNorm after steps on batches of 5 and of 1 image."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+    ).double()
+    if processes.joined():
+        share_batch_norms(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    share_batch()
+    for count in (5, 1, 4):
+        images = processes.own_rows(torch.randn(count, 3, 6, 6, dtype=torch.double))
+        optimizer.zero_grad()
+        (model(images).square().sum() * processes.size() / count).backward()
+        processes.average_gradients(model.parameters(), torch.zeros(1))
+        optimizer.step()
+    output = model.eval()(torch.ones(1, 3, 6, 6).double()).detach()
+    return {"output": output, **model.state_dict()}
+
+
+def loses_one(folder: Path) -> bool:
+    """The last check: one process ends, and what the other then sees is known for that."""
+    if processes.rank() == 1:
+        os._exit(0)
+    try:
+        for _ in range(100):
+            dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        return processes.lost(error)
+    return False
+
+
+def weights(session: Session) -> dict[str, Tensor]:
+    assert session.model is not None
+    return {name: value.clone() for name, value in session.model.state_dict().items()}
+
+
+CHECKS: tuple[Work, ...] = (
+    trains_cl, resumes_cl, trains_rl, refuses_cl, shares_batch_norm, loses_one,
+)  # fmt: skip
