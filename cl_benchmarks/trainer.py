@@ -63,6 +63,8 @@ class StreamTrainer(SupervisedTemplate):
             must not act on a task start meanwhile, as it has happened before.
     """
 
+    loss: Tensor  # of the batch at hand; Avalanche sets it
+
     def __init__(
         self,
         *,
@@ -156,8 +158,9 @@ class StreamTrainer(SupervisedTemplate):
         """
         super().backward()
         if processes.joined():
+            own = self.loss.detach().sum()
             right = (self.mb_output.detach().argmax(dim=1) == self.mb_y).sum()
-            figures = torch.stack([self.loss.detach().sum(), right.to(self.loss.dtype)])
+            figures = torch.stack([own, right.to(own.dtype)])
             sums = processes.average_gradients(self.model.parameters(), figures)
             self.loss, self._right = sums[:1] / processes.size(), sums[1] / self.batches.whole
             self._check(self.loss)

@@ -107,9 +107,9 @@ def by_first(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if told[1] is not None:
-        error = DynmoeError(told[1][0])
-        error.exit_code = told[1][1]
-        raise error
+        told_of = DynmoeError(told[1][0])
+        told_of.exit_code = told[1][1]
+        raise told_of
     return told[0]
 
 
