@@ -191,11 +191,9 @@ def learn(
     """
     advantages = estimate_advantages(rollout, settings.gamma, settings.gae_lambda)
     returns = advantages + rollout.values
-    kept = {n: getattr(rollout, n) for n in ("observations", "actions", "log_probs", "values")}
-    kept |= {"advantages": advantages, "returns": returns}
-    if rollout.masks is not None:
-        kept["masks"] = rollout.masks
-    flat = {name: tensor.flatten(0, 1) for name, tensor in kept.items()}
+    flat = _samples(rollout) | {
+        "advantages": advantages.flatten(0, 1), "returns": returns.flatten(0, 1)
+    }  # fmt: skip
     sums = torch.zeros(len(MEANS), device=env.device)
     limit = settings.max_grad_norm or float("inf")
     steady = intervention is None or isinstance(intervention, NoIntervention)
@@ -235,6 +233,14 @@ def learn(
     spread, left = float(returns.var()), float((returns - rollout.values).var())
     explained = 1 - left / spread if spread > 0 else 0.0
     return UpdateStats(**dict(zip(MEANS, means, strict=True)), explained_variance=explained)
+
+
+def _samples(rollout: Rollout) -> dict[str, Tensor]:
+    """What a rollout of T steps in N environments holds, [T N, ...] each."""
+    names = ["observations", "actions", "log_probs", "values"]
+    if rollout.masks is not None:
+        names.append("masks")
+    return {name: getattr(rollout, name).flatten(0, 1) for name in names}
 
 
 def _check(loss: Tensor) -> None:

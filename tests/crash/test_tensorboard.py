@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import agents.recorder
 import cl_benchmarks.recorder
+from agents.board import STEPS_PER_S
 from dynmoe import cl, rl
 
 COMMANDS = {
@@ -50,7 +51,7 @@ def _shown(runs: Path, command: str) -> dict[str, list[Any]]:
     scalars = {
         tag: [(e.step, e.value) for e in events.Scalars(tag)]
         for tag in tags["scalars"]
-        if not tag.startswith("time/")
+        if tag != STEPS_PER_S
     }
     images = {
         tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)]
