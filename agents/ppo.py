@@ -213,11 +213,7 @@ def learn(
             others = _other_losses(moving, intervention)
             loss = loss + others if isinstance(others, Tensor) else loss
             optimizer.zero_grad(set_to_none=True)
-            if whole is None:
-                _check(loss)
-            loss.backward()
-            if whole is not None:
-                figures = _joined(parameters, loss, figures, len(here) / len(index))
+            figures = _backward(parameters, loss, figures, len(here) / len(index))
             if intervention is not None:
                 intervention.gradients_ready()
             norm = nn.utils.clip_grad_norm_(parameters, limit)
@@ -249,10 +245,15 @@ def _check(loss: Tensor) -> None:
         raise NumericError(f"the loss is {loss.item()}: a smaller --lr or --max-grad-norm may help")
 
 
-def _joined(
+def _backward(
     parameters: list[nn.Parameter], loss: Tensor, figures: tuple[Tensor, ...], share: float
 ) -> tuple[Tensor, ...]:
-    """Join the gradients of all processes, and figures of which each has a share of the rows."""
+    """Gradients of the loss, and the figures; those of all processes, each with a share of rows."""
+    if not processes.joined():
+        _check(loss)
+        loss.backward()
+        return figures
+    loss.backward()
     known = torch.stack([loss.detach() / processes.size(), *(share * f for f in figures)])
     joined, *found = processes.average_gradients(parameters, known)
     _check(joined)

@@ -22,7 +22,6 @@ from cl_benchmarks.images import ImageData, channel_stats
 from cl_benchmarks.protocol import Chunk
 from cl_benchmarks.styles import restyle
 from dynmoe import seeding
-from dynmoe.lab import processes
 
 Augment = Literal["none", "crop-flip"]
 CROP_PADDING = 4
@@ -156,8 +155,7 @@ class Position:
 class Batches:
     """Training batches of one chunk; each iteration goes through `position`'s epoch.
 
-    They are shuffled, unless the chunk is in time order. Several processes that share a run draw
-    the same batches, and each gets its rows of them (see `dynmoe.lab.processes`).
+    They are shuffled, unless the chunk is in time order.
 
     Args:
         dataset: the chunk.
@@ -166,9 +164,10 @@ class Batches:
         position: read at the start of an iteration, and moved on before each batch is handed out.
         device: where batches are made; the chunk's images are kept there as they are.
         augment: "crop-flip" for a random crop after padding by 4 pixels, and a random mirror image.
+        part: (r, P) for every P-th row of each batch from row r on: those of one of P processes.
 
     Attributes:
-        whole: images in the latest batch, over all processes.
+        whole: images in the latest batch, with those of all parts.
 
     Yields:
         images float32 [B, C, H, W] standardised, labels int64 [B].
@@ -182,13 +181,14 @@ class Batches:
         position: Position,
         device: torch.device,
         augment: Augment = "none",
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         images, labels = dataset.tensors()
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = dataset.mean.to(device), dataset.std.to(device)
         self.in_time_order = dataset.in_time_order
         self.size, self.seed, self.position, self.augment = size, seed, position, augment
-        self.whole = 0
+        self.whole, self.part = 0, part
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -204,27 +204,40 @@ class Batches:
         parts = order.to(self.labels.device).split(self.size)
         for batch in range(self.position.batch, len(parts)):
             self.position.batch, self.whole = batch + 1, len(parts[batch])
-            own = processes.own_rows(parts[batch])
+            own = _take_part(parts[batch], self.part)
             images = standardise(self.images[own], self.mean, self.std)
             if self.augment == "crop-flip":
-                images = crop_flip(images, seeding.generator(self.seed, *key, batch), self.whole)
+                generator = seeding.generator(self.seed, *key, batch)
+                images = crop_flip(images, generator, self.whole, self.part)
             yield images, self.labels[own]
 
 
-def crop_flip(images: Tensor, generator: torch.Generator, whole: int | None = None) -> Tensor:
+def _take_part(rows: Tensor, part: tuple[int, int]) -> Tensor:
+    """Every P-th of rows [n, ...] from row r on, for a part (r, P)."""
+    start, step = part
+    return rows[start::step]
+
+
+def crop_flip(
+    images: Tensor,
+    generator: torch.Generator,
+    whole: int | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Shift each image [B, C, H, W] by up to 4 pixels (zeros come in) and mirror half of them.
 
     Args:
-        images: of one batch, or this process's part of it.
+        images: of one batch, or a part of it.
         generator: draws for all images of the batch.
         whole: how many those are; default B.
+        part: which of them these are, see `Batches`.
     """
     batch, _, height, width = images.shape
     whole = batch if whole is None else whole
     shifts = torch.randint(2 * CROP_PADDING + 1, (2, whole), generator=generator)
     mirror = torch.rand(whole, generator=generator) < 0.5
     if whole != batch:
-        shifts, mirror = processes.own_rows(shifts.T).T, processes.own_rows(mirror)
+        shifts, mirror = _take_part(shifts.T, part).T, _take_part(mirror, part)
     columns = torch.arange(width).expand(batch, -1)
     columns = torch.where(mirror[:, None], columns.flip(1), columns) + shifts[1][:, None]
     rows = torch.arange(height) + shifts[0][:, None]

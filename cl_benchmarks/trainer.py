@@ -209,6 +209,7 @@ class StreamTrainer(SupervisedTemplate):
             self.position,
             self.device,
             self.augment,
+            (processes.rank(), processes.size()),
         )
         self.dataloader = self.batches
 

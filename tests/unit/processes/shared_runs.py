@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,6 @@ from dynmoe.moe import MoELayer
 from dynmoe.moe.passes import share_batch
 from dynmoe.registry import get
 
-Work = Callable[[Path], Any]
-
 
 def as_torchrun(rank: int, size: int, port: int) -> None:
     """The variables that torchrun gives a process; loopback only."""
@@ -35,17 +32,18 @@ def as_torchrun(rank: int, size: int, port: int) -> None:
     }  # fmt: skip
 
 
-def work(rank: int, size: int, port: int, folder: str) -> None:
-    """All checks in turn on one of several processes; what each finds is kept."""
-    from cl_benchmarks.preparing import load_trainer
-
+def work(rank: int, size: int, port: int, folder: str, names: list[str]) -> None:
+    """Checks of this file in turn on one of several processes; what each finds is kept."""
     torch.set_num_threads(1)
-    load_trainer()
+    if "trains_cl" in names:  # Avalanche must come before the processes are joined
+        from cl_benchmarks.preparing import load_trainer
+
+        load_trainer()
     as_torchrun(rank, size, port)
     processes.join("cpu")
-    for check in CHECKS:
-        torch.save(check(Path(folder)), f"{folder}/{check.__name__}-{rank}.pt")
-    os._exit(0)  # the group cannot be left in order without the other one
+    for name in names:
+        torch.save(globals()[name](Path(folder)), f"{folder}/{name}-{rank}.pt")
+    os._exit(0)  # the group cannot be left in order where one has gone
 
 
 def cl_config(folder: Path, **changes: Any) -> Any:
@@ -198,8 +196,3 @@ def loses_one(folder: Path) -> bool:
 def weights(session: Session) -> dict[str, Tensor]:
     assert session.model is not None
     return {name: value.clone() for name, value in session.model.state_dict().items()}
-
-
-CHECKS: tuple[Work, ...] = (
-    trains_cl, resumes_cl, trains_rl, refuses_cl, shares_batch_norm, loses_one,
-)  # fmt: skip

@@ -15,17 +15,26 @@ from dynmoe import commands
 from dynmoe.errors import UserError
 from dynmoe.lab import processes
 from dynmoe.lab.report import run_all
+from dynmoe.rl import presets
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where two processes have left what each check found."""
-    folder = tmp_path_factory.mktemp("shared")
+def spawn(folder, *checks):
+    """Let two processes carry out checks of `shared_runs`; what each found is in the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(shared_runs.work, args=(2, port, str(folder)), nprocs=2)
+    names = [check.__name__ for check in checks]
+    mp.spawn(shared_runs.work, args=(2, port, str(folder), names), nprocs=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of both commands: some 20 s, most of them imports."""
+    return spawn(
+        tmp_path_factory.mktemp("runs"), shared_runs.trains_cl, shared_runs.resumes_cl,
+        shared_runs.trains_rl, shared_runs.refuses_cl,
+    )  # fmt: skip
 
 
 def found(folder, check, ranks=(0, 1)):
@@ -47,44 +56,49 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_is_that_of_one_process(folder, tmp_path):
-    first, second = found(folder, shared_runs.trains_cl)
+@pytest.mark.slow
+def test_a_run_is_that_of_one_process(runs, tmp_path):
+    first, second = found(runs, shared_runs.trains_cl)
     assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
     alone = shared_runs.trains_cl(tmp_path)
     assert len(alone["summary"]["growth"]) == 1
     assert close(first["weights"], alone["weights"])
     assert close(first["summary"], alone["summary"])
     own = "runs-0/cl/whole/seed-0"
-    assert close(log(folder / own), log(tmp_path / own))
+    assert close(log(runs / own), log(tmp_path / own))
 
 
-def test_an_agent_is_that_of_one_process(folder, tmp_path):
-    first, second = found(folder, shared_runs.trains_rl)
+@pytest.mark.slow
+def test_an_agent_is_that_of_one_process(runs, tmp_path):
+    first, second = found(runs, shared_runs.trains_rl)
     assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
     alone = shared_runs.trains_rl(tmp_path)
     assert len(alone["summary"]["growth"]) == 1
     assert close(first, alone)
     own = "runs-0/rl/whole/seed-0"
-    assert close(log(folder / own), log(tmp_path / own))
+    assert close(log(runs / own), log(tmp_path / own))
 
 
-def test_one_signal_stops_all_and_resuming_is_exact(folder):
-    whole = found(folder, shared_runs.trains_cl)[0]
-    for resumed in found(folder, shared_runs.resumes_cl):
+@pytest.mark.slow
+def test_one_signal_stops_all_and_resuming_is_exact(runs):
+    whole = found(runs, shared_runs.trains_cl)[0]
+    for resumed in found(runs, shared_runs.resumes_cl):
         assert resumed["stopped"] == "stopped by SIGTERM at step 13"
         assert all(torch.equal(whole["weights"][n], w) for n, w in resumed["weights"].items())
         assert resumed["summary"] == whole["summary"]
-    logs = [folder / "runs-0/cl" / name / "seed-0" for name in ("whole", "stopped")]
+    logs = [runs / "runs-0/cl" / name / "seed-0" for name in ("whole", "stopped")]
     assert log(logs[0]) == log(logs[1])
 
 
-def test_only_the_first_writes(folder):
-    assert (folder / "runs-0/cl/whole/seed-0/summary.json").is_file()
-    assert not (folder / "runs-1").exists()
+@pytest.mark.slow
+def test_only_the_first_writes(runs):
+    assert (runs / "runs-0/cl/whole/seed-0/summary.json").is_file()
+    assert not (runs / "runs-1").exists()
 
 
-def test_what_needs_whole_batches_is_refused_by_all(folder):
-    first, second = found(folder, shared_runs.refuses_cl)
+@pytest.mark.slow
+def test_what_needs_whole_batches_is_refused_by_all(runs):
+    first, second = found(runs, shared_runs.refuses_cl)
     assert first == second
     for reason, words in zip(
         first, ("--router expert-choice", "--intervention redo", "--batch-size 1"), strict=True
@@ -92,13 +106,11 @@ def test_what_needs_whole_batches_is_refused_by_all(folder):
         assert words in reason and "2 processes" in reason
 
 
-def test_batch_norm_is_that_of_the_whole_batch(folder, tmp_path):
+def test_batch_norm_is_that_of_the_whole_batch_and_a_lost_process_is_known(tmp_path):
+    folder = spawn(tmp_path, shared_runs.shares_batch_norm, shared_runs.loses_one)
     alone = shared_runs.shares_batch_norm(tmp_path)
     for shared in found(folder, shared_runs.shares_batch_norm):
         assert close(shared, alone)
-
-
-def test_a_lost_process_is_recognised(folder):
     assert found(folder, shared_runs.loses_one, ranks=(0,)) == [True]
 
 
@@ -112,11 +124,11 @@ def by_torchrun(monkeypatch):
 
 
 def test_torchrun_where_it_makes_no_sense(by_torchrun, tmp_path):
-    from cl_benchmarks.experiment import ContinualLearning
+    from agents.experiment import ReinforcementLearning
 
-    config = shared_runs.cl_config(tmp_path, name="own", jobs=2)
+    config = replace(presets()["smoke"], runs_dir=tmp_path / "runs", jobs=2)
     with pytest.raises(UserError, match="--jobs 2"):
-        run_all(ContinualLearning(), "smoke", config)
+        run_all(ReinforcementLearning(), "smoke", config)
     with pytest.raises(UserError, match=r"not for sweep; start it as: python -m dynmoe\.sweep"):
         commands._check_start("sweep")
     with pytest.raises(UserError, match=r"--device cuda:0 .*use --device cuda"):
@@ -124,4 +136,4 @@ def test_torchrun_where_it_makes_no_sense(by_torchrun, tmp_path):
     if torch.cuda.device_count() < 2:
         with pytest.raises(UserError, match="2 processes here, and there are"):
             processes.join("cuda")
-    assert not (replace(config).runs_dir).exists()
+    assert not config.runs_dir.exists()
