@@ -149,7 +149,7 @@ class Player:
         return self.count
 
     def _ray_did_not_start(self) -> bool:
-        """Ray gives itself 30 s, at times too little on a busy machine: such a sweep is repeated."""
+        """Ray gives itself 30 s, little on a busy machine: such a sweep is repeated."""
         lines = (self.folder / "output.txt").read_text().splitlines()
         return bool(lines) and lines[-1].startswith("error: Ray does not start here")
 
