@@ -32,6 +32,8 @@ REACH_S = 5.0
 """Seconds to wait for a cluster's address."""
 ENDED_EARLY = 144
 """Exit code of a job that SIGTERM ended; submitit's local executor begins such a one again."""
+STARTS = 3
+"""Attempts at starting Ray here."""
 STORE_BYTES = 100 * 2**20
 """Object store of a Ray that is started here: runs hand over next to nothing."""
 
@@ -233,6 +235,7 @@ class Ray(Launcher):
 
         Raises:
             UserError: it does not take us in.
+            ResourceError: Ray does not start here.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
@@ -246,10 +249,21 @@ class Ray(Launcher):
                 raise UserError(f"no Ray cluster at --address {self.address} ({reason})") from None
             return
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # workers inherit it
-        ray.init(
-            "local", num_cpus=self.jobs * self.cpus, include_dashboard=False,
-            object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet,
-        )  # fmt: skip
+        for left in reversed(range(STARTS)):  # Ray gives itself 30 s: little where much else runs
+            try:
+                ray.init(
+                    "local", num_cpus=self.jobs * self.cpus, include_dashboard=False,
+                    object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1", **quiet,
+                )  # fmt: skip
+                return
+            except Exception as error:
+                ray.shutdown()
+                if not left:
+                    reason = str(error).strip().split("\n")[0]
+                    raise ResourceError(
+                        f"Ray does not start here ({reason}); start again when the machine is less "
+                        "busy, or use --launcher local"
+                    ) from None
 
 
 def _do(work: Work, data: bytes, folder: str) -> Failure | None:

@@ -137,6 +137,8 @@ class Player:
                 last = own >= IN_A_ROW or self.count.kills.total() >= self.kills
                 code, done = self._session(runs, None if last else usual)
                 own += done
+                if code == ResourceError.exit_code and self._ray_did_not_start():
+                    continue
                 if code not in (None, 0) and not (code == ResourceError.exit_code and done):
                     self.count.stuck.append(f"{runs.name}: exit code {code} after {own} kills")
                     break
@@ -145,6 +147,11 @@ class Player:
             self.count.runs += 1
             print(f"{self.world.name}: {dict(self.count.kills)} {self.count.faults}", flush=True)
         return self.count
+
+    def _ray_did_not_start(self) -> bool:
+        """Ray gives itself 30 s, little on a busy machine: such a sweep is repeated."""
+        lines = (self.folder / "output.txt").read_text().splitlines()
+        return bool(lines) and lines[-1].startswith("error: Ray does not start here")
 
     def _session(self, runs: Path, usual: float | None) -> tuple[int | None, int]:
         """Start it; its exit code, None if it was killed, and how many kills there were.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe.errors import UserError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import engines
 from dynmoe.lab.engines import Ray, Submitit, Where
 from dynmoe.lab.launchers import Failure, Launcher, Local
@@ -111,6 +111,23 @@ def test_ray_gives_the_run_of_a_lost_node_to_another(tmp_path: Path) -> None:
         assert sorted(attempts(tmp_path, name) for name in names) == [1, 2]
     finally:
         cluster.shutdown()
+
+
+def test_a_ray_that_does_not_start_is_tried_again_and_then_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, calls = pytest.importorskip("ray"), []
+
+    def init(*args: Any, **options: Any) -> None:
+        calls.append(options["num_cpus"])
+        raise Exception("The current node timed out during startup. This could be ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(
+        ResourceError, match="Ray does not start here .*timed out.*--launcher local"
+    ):
+        list(Ray(jobs=2).launch(print, ["item"]))
+    assert calls == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("name", "extra"), [("submitit", "slurm"), ("ray", "ray")])
