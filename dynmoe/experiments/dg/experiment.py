@@ -164,7 +164,7 @@ class DomainGeneralisation(Experiment):
 
     def chance(self, config: Config, shared: Source) -> float:
         """One in as many as the data have classes."""
-        return 1 / shared.data.num_classes
+        return 1 / len(shared.data.classes)
 
     def title(self, config: Config, shared: Source) -> str:
         """Data set, backbone, what was done to its input, and selection."""
