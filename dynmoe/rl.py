@@ -28,9 +28,8 @@ DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; smoke and
-minute, seconds; craftax (a million steps), about an hour; paper (1e9 steps), 130 core days: for
-a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 minutes on a core, the first time 5; minute and
+smoke, seconds; craftax (a million steps), an hour; paper (1e9 steps), 130 core days: for a GPU."""
 
 
 def presets() -> dict[str, Config]:
