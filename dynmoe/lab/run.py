@@ -198,28 +198,27 @@ class Run:
             torch.set_num_threads(self.config.threads)
         make_deterministic(self.device)
         seeding.seed_global(self.config.seed)
+        self._log = self._logger(saved)
         if saved is not None:
             seeding.load_global_state(saved["random"])
             self.restored = saved["state"]
         if processes.rank() == 0:
-            self._start_writing(saved)
-        else:
-            self._log = SilentLogger(self.folder)
+            self._mirrors = start_mirrors(
+                self.config.mirror, self.folder, f"{self.name}/seed-{self.config.seed}",
+                flat(identity(self.config), lists=True),
+            )  # fmt: skip
         processes.forget_signals()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
 
-    def _start_writing(self, saved: dict[str, Any] | None) -> None:
-        """Open the log, cut back to what a checkpoint knows of, and the mirrors."""
+    def _logger(self, saved: dict[str, Any] | None) -> Logger:
+        """The log, cut back to what a checkpoint knows of; rank 0's alone writes."""
+        if processes.rank() > 0:
+            return SilentLogger(self.folder)
         if saved is None:
-            self._log = Logger(self.folder)
-        else:
-            logged = saved.get("logged", saved["step"])  # older runs do not know it
-            self._log = Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
-        self._mirrors = start_mirrors(
-            self.config.mirror, self.folder, f"{self.name}/seed-{self.config.seed}",
-            flat(identity(self.config), lists=True),
-        )  # fmt: skip
+            return Logger(self.folder)
+        logged = saved.get("logged", saved["step"])  # older runs do not know it
+        return Logger(self.folder, saved["log_position"], logged, saved.get("event_sizes"))
 
     def _find_checkpoint(self) -> dict[str, Any] | None:
         if not checkpoint.exists(self.checkpoints):
