@@ -30,7 +30,7 @@ def spawn(folder, *checks):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of both commands: some 20 s, most of them imports."""
+    """Runs of both commands; most of the time goes into imports."""
     return spawn(
         tmp_path_factory.mktemp("runs"), shared_runs.trains_cl, shared_runs.resumes_cl,
         shared_runs.trains_rl, shared_runs.refuses_cl,
