@@ -30,7 +30,7 @@ from dynmoe.lab.config import run_command
 
 IN_A_ROW = 5
 """Kills of one run, or sweep, at most; then it is left alone until it ends."""
-WAIT_S = 600
+WAIT_S = 1800
 TICKS = os.sysconf("SC_CLK_TCK")
 MOMENTS = ("start", "step", "growth", "save", "end", "between")
 PRELOAD = [
