@@ -48,8 +48,8 @@ def _run(flags: str, *more: str) -> int:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--preset smok", "unknown preset 'smok'; known: laptop, smoke, plain, paper, tiny, "
-         "tiny-long, keep, online, pairs. Did you mean 'smoke'?"),
+        ("--preset smok", "unknown preset 'smok'; known: laptop, minute, smoke, plain, paper, "
+         "tiny, tiny-long, keep, online, pairs. Did you mean 'smoke'?"),
         ("--method dynamcmoe", "unknown method 'dynamcmoe'; known: "
          + ", ".join(registry.names("method")) + ". Did you mean 'dynamicmoe'?"),
         ("--protocol shufle", "Did you mean 'shuffle'?"),

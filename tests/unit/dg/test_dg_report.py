@@ -32,7 +32,7 @@ RUNS = {
 }
 
 
-SOURCE: Any = SimpleNamespace(data=SimpleNamespace(name="set"), about="")
+SOURCE: Any = SimpleNamespace(data=SimpleNamespace(name="set", classes=["a", "b"]), about="")
 
 
 def results(folder: Path = Path()) -> Results:
