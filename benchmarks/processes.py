@@ -47,7 +47,7 @@ class Steps:
     def __init__(self, channels: int, batch: int) -> None:
         network = registry.get("network", "cnn").Config(channels=channels)
         config = replace(presets()["tiny"], network=network, device="cpu")
-        self.training = prepare(config, Images(), CLASSES, Horizon(1, 1000), torch.device("cpu"))
+        self.training = prepare(config, Images(), CLASSES, Horizon(1000, 2), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         shape = (batch, *Images.shape)
         self.images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
