@@ -215,7 +215,7 @@ class Batches:
 def _take_part(rows: Tensor, part: tuple[int, int]) -> Tensor:
     """Every P-th of rows [n, ...] from row r on, for a part (r, P)."""
     start, step = part
-    return rows[start::step]
+    return rows[start : len(rows) : step]
 
 
 def crop_flip(
