@@ -41,7 +41,7 @@ MUTATIONS = {
         FILES, "        temporary.unlink(missing_ok=True)\n", "", OF_FILES
     ),
     "a full disk is told as such": Mutation(
-        FILES, "            raise disk_full(path, len(data)) from error\n", "", OF_FILES
+        FILES, "raise disk_full(path, len(data)) from error", "raise", OF_FILES
     ),
     "what a killed process left is removed": Mutation(
         FILES, "        path.unlink(missing_ok=True)\n", "        pass\n", OF_FILES
