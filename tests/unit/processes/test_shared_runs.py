@@ -72,12 +72,18 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def together_and_alone(runs, check, tmp_path):
+    """What rank 0 of two processes ends with, whose weights are equal, and one process alone."""
+    first, second = found(runs, check)
+    assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
+    alone = check(tmp_path)
+    assert len(alone["summary"]["growth"]) == 1
+    return first, alone
+
+
 @pytest.mark.slow
 def test_a_run_is_that_of_one_process(runs, tmp_path):
-    first, second = found(runs, shared_runs.trains_cl)
-    assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
-    alone = shared_runs.trains_cl(tmp_path)
-    assert len(alone["summary"]["growth"]) == 1
+    first, alone = together_and_alone(runs, shared_runs.trains_cl, tmp_path)
     assert close(first["weights"], alone["weights"])
     assert close(first["summary"], alone["summary"])
     own = "runs-0/cl/whole/seed-0"
@@ -86,10 +92,7 @@ def test_a_run_is_that_of_one_process(runs, tmp_path):
 
 @pytest.mark.slow
 def test_an_agent_is_that_of_one_process(runs, tmp_path):
-    first, second = found(runs, shared_runs.trains_rl)
-    assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
-    alone = shared_runs.trains_rl(tmp_path)
-    assert len(alone["summary"]["growth"]) == 1
+    first, alone = together_and_alone(runs, shared_runs.trains_rl, tmp_path)
     assert close(first, alone)
     lines = [of_the_whole(log(at / "runs-0/rl/whole/seed-0")) for at in (runs, tmp_path)]
     assert len(lines[0]) == 7 and close(*lines, LOGGED)
