@@ -169,14 +169,12 @@ def test_utility_keeps_the_units_that_matter():
         w2[:, :3] = 0.0  # nobody reads the first units of any layer
         w3[:, :1] = 0.0
         w4[:2] = 0.0
-        important = [layer[:, n:] for layer, n in zip(wider(bank, 0, x), (3, 1, 2), strict=True)]
+        important = wider(bank, 0, x)[0][:, 3:]
     controller_of(layer).grow(1, (x, None))
     assert bank.sizes[0][0] < w1.shape[0]
-    for now, was in zip(wider(bank, 0, x), important, strict=True):
-        kept = (now.unsqueeze(2) == was.unsqueeze(1)).all(dim=0).any(dim=1)
-        assert now is not None and (kept.all() or now.shape[1] > 0)
     first = wider(bank, 0, x)[0]
-    assert (first.unsqueeze(2) == important[0].unsqueeze(1)).all(dim=0).any(dim=1).all()
+    alike = torch.isclose(first.unsqueeze(2), important.unsqueeze(1), rtol=0, atol=1e-12)
+    assert alike.all(dim=0).any(dim=1).all()
 
 
 def test_reinit_keeps_nothing_of_the_experts():
@@ -215,7 +213,8 @@ def test_with_a_budget_per_growth_old_experts_stay_and_new_ones_bring_their_own(
     budget = Budget(mode="per-growth", units=units)
     controller_of(layer, budget=budget, pruning="random").grow(1)
     assert bank.sizes[:2] == sizes and len(bank.sizes) == 3
-    assert torch.equal(bank.expert_outputs(x)[:2], outputs)
+    # Other shapes of one product may be summed in another order.
+    torch.testing.assert_close(bank.expert_outputs(x)[:2], outputs, rtol=0, atol=1e-12)
     own = bank.shape.cost(bank.sizes[2])
     expected = 20 * 12 if units else bank.shape.cost(sizes[0])
     assert 0 <= expected - own < 20 and bank.live == len(bank.weights)
