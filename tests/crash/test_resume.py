@@ -236,7 +236,7 @@ def _killed_in(function: str, number: int, argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "moments"), [pytest.param("fsync", 18, marks=pytest.mark.slow), ("replace", 10)]
+    ("function", "moments"), [pytest.param("fsync", 18, marks=pytest.mark.slow), ("replace", 5)]
 )
 def test_killed_while_files_are_written(
     function: str,

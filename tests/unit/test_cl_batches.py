@@ -38,6 +38,6 @@ def test_a_batch_of_one_is_refused_with_batch_norm(
 
 def test_other_batches_and_other_networks_are_trained(tmp_path: Path) -> None:
     resnet = ("--network", "resnet18", "--network.width", "8", "--network.hidden", "8")
-    _run(tmp_path / "a", *resnet, "--batch-size", "5", "--protocol.images", "22")
-    _run(tmp_path / "b", "--batch-size", "1", "--protocol.images", "20")
+    _run(tmp_path / "a", *resnet, "--batch-size", "5", "--protocol.images", "12")
+    _run(tmp_path / "b", "--batch-size", "1", "--protocol.images", "10")
     assert len(list(tmp_path.rglob("summary.json"))) == 2

@@ -65,6 +65,7 @@ def test_a_killed_process_costs_its_own_run_alone(tmp_path: Path) -> None:
     assert outcomes(Local(1), tmp_path, "killed") == {"killed": None}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("found_by_others")
 def test_submitit_queues_a_run_again_that_had_to_make_room(tmp_path: Path) -> None:
     pytest.importorskip("submitit")

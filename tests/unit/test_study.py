@@ -134,7 +134,7 @@ WITHOUT_REFERENCES = ("pairs", *(f"tta-photographs-{name}" for name in AFTER))
 """The first has too many tasks for fresh networks; the others go on from another study's table."""
 
 
-@pytest.mark.thin(8)
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("preset", ["laptop", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_flag_of_every_study_is_known(name: str, preset: Preset) -> None:

@@ -151,7 +151,13 @@ class SmallDomains(Study):
         return [results.says("embedded", "lora", "probe")]
 
 
-@pytest.mark.parametrize("study", [SmallShifts(), SmallDomains()], ids=["tta", "dg"])
+@pytest.mark.parametrize(
+    "study",
+    [
+        pytest.param(SmallShifts(), id="tta", marks=pytest.mark.slow),
+        pytest.param(SmallDomains(), id="dg"),
+    ],
+)
 def test_a_study_runs_and_reports(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

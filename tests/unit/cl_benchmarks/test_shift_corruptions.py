@@ -27,6 +27,7 @@ def picture() -> Tensor:
     return (255 * smooth).to(torch.uint8)
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("name", [*CORRUPTIONS, *EXTRA])
 def test_library_is_decided_by_the_seed(picture: Tensor, name: str) -> None:
     np.random.seed(5)

@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("labels", ["all-1000", "subset"])
+@pytest.mark.parametrize("labels", [pytest.param("all-1000", marks=pytest.mark.slow), "subset"])
 def test_both_protocols(labels: str, root: Path, tmp_path: Path) -> None:
     flags = (
         f"--preset imagenet --data-dir {root} --weights {root}/weights.pth --model {MODEL} "

@@ -53,6 +53,7 @@ def value(layer: MoELayer, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @every_case
 @pytest.mark.parametrize("router", ["cosine", "topk"])
+@pytest.mark.thin(24)
 def test_training_through_a_growth_on_every_bank(name, bank, router):
     layer, x = make_layer(name, bank, router), inputs(bank)
     optimizer = torch.optim.Adam(layer.bank.parameters(), 1e-2)

@@ -87,6 +87,7 @@ def run(layer: MoELayer, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 
 @every_case
 @pytest.mark.parametrize("nasty", NASTY)
+@pytest.mark.thin(60)
 def test_what_stands_in_padding_reaches_nothing(parts, nasty):
     torch.manual_seed(0)
     layer = make_layer(**parts)
@@ -127,6 +128,7 @@ def test_padded_rows_are_as_if_they_were_not_there(parts):
 @every_case
 @pytest.mark.parametrize("samples", [0, 1])
 @pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.thin(80)
 def test_empty_and_single_batches(parts, samples, tokens):
     layer = make_layer(**parts)
     x = batch_for(layer, samples, tokens)

@@ -86,6 +86,7 @@ def train(layer: MoELayer, run: Run, steps: int = 3, uses: int = 2) -> dict[str,
 
 
 @recomputed
+@pytest.mark.thin(54)
 @pytest.mark.parametrize(("router", "loss"), PAIRS)
 def test_checkpoints_train_as_without(router, loss, kind):
     plain = train(make_layer(router, loss), KINDS["plain"])
@@ -133,6 +134,7 @@ def test_losses_have_their_gradient_and_factor_under_checkpoints(kind):
 
 
 @pytest.mark.parametrize(("router", "loss"), PAIRS)
+@pytest.mark.thin(40)
 def test_acting_without_learning_changes_nothing(router, loss):
     layers = [make_layer(router, loss) for _ in range(2)]
     optimizers = [torch.optim.SGD(layer.parameters(), 0.05) for layer in layers]

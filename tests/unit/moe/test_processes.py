@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -16,6 +16,8 @@ from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
 from dynmoe.moe.passes import share_batch
 
 DIM, STEPS = 6, 3
+States = dict[tuple[str, str], dict[str, Tensor]]
+"""The state after training, of each router and loss."""
 CASES = [
     *((router, "none") for router in registry.names("router") if router != "oracle"),
     *(("topk", loss) for loss in registry.names("loss") if loss != "load"),
@@ -65,27 +67,15 @@ def train(model: nn.Module, parts: slice, steps: int = STEPS) -> dict[str, Tenso
     return copy.deepcopy(plain.state_dict())
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # nothing may hang on it
-    states = {}
+def _in_parallel(rank: int) -> States:
+    """By torch's data parallel."""
+    states: States = {}
     for router, loss in CASES:
         model: nn.Module = make_model(router, loss)
         if any(p.requires_grad for p in model.parameters()):
             model = DistributedDataParallel(model, find_unused_parameters=True)
         states[router, loss] = train(model, slice(rank, None, 2))
-    torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_end_with_one_state(tmp_path: Path):
-    mp.spawn(_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for case in CASES:
-        torch.testing.assert_close(
-            first[case], second[case], rtol=0, atol=0, msg=lambda text, c=case: f"{c}: {text}"
-        )
+    return states
 
 
 def train_on_shares(model: WithLosses, part: slice, size: int) -> dict[str, Tensor]:
@@ -106,26 +96,50 @@ def train_on_shares(model: WithLosses, part: slice, size: int) -> dict[str, Tens
     return copy.deepcopy(model.state_dict())
 
 
-def _statistics(rank: int, folder: str) -> None:
+def _noted(rank: int) -> States:
     """One step of state alone: no weight moves but by what the passes noted."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    states = {}
+    states: States = {}
     for router, loss in MOVED_BY_DATA:
         model = make_model(router, loss)
         model(batch(0)[rank::2])
         finish_step(model)
         states[router, loss] = model.state_dict()
+    return states
+
+
+def _on_shares(rank: int) -> States:
     share_batch()
-    for case in SHARED:
-        states["shared", case] = train_on_shares(make_model(*case), slice(rank, None, 2), 2)
-    torch.save(states, f"{folder}/{rank}.pt")
+    rows = slice(rank, None, 2)
+    return {case: train_on_shares(make_model(*case), rows, 2) for case in SHARED}
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # nothing may hang on it
+    torch.save([work(rank) for work in (_in_parallel, _noted, _on_shares)], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_statistics_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path):
-    mp.spawn(_statistics, (str(tmp_path),), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> list[list[States]]:
+    """What each process ended with: in parallel, with what passes noted, and on shares."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_end_with_one_state(ends: list[list[States]]):
+    first, second = (in_parallel for in_parallel, _, _ in ends)
+    for case in CASES:
+        torch.testing.assert_close(
+            first[case], second[case], rtol=0, atol=0, msg=lambda text, c=case: f"{c}: {text}"
+        )
+
+
+def test_statistics_of_two_processes_are_those_of_the_whole_batch(
+    ends: list[list[States]],
+):
     for router, loss in MOVED_BY_DATA:
         model = make_model(router, loss)
         before = copy.deepcopy(model.state_dict())
@@ -133,12 +147,12 @@ def test_statistics_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path
         finish_step(model)
         whole = model.state_dict()
         assert any(not torch.equal(whole[name], before[name]) for name in before), router
-        for state in states:
-            torch.testing.assert_close(state[router, loss], whole)
+        for _, noted, _ in ends:
+            torch.testing.assert_close(noted[router, loss], whole)
     for case in SHARED:
         whole = train_on_shares(make_model(*case), slice(None), 1)
-        for state in states:
+        for _, _, on_shares in ends:
             torch.testing.assert_close(
-                state["shared", case], whole, rtol=1e-9, atol=1e-12,
+                on_shares[case], whole, rtol=1e-9, atol=1e-12,
                 msg=lambda text, c=case: f"{c}: {text}",
             )  # fmt: skip

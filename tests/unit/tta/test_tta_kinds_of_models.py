@@ -167,6 +167,7 @@ def source(adapter: Adapter, dtype: torch.dtype) -> None:
 
 @each_learner
 @each_dtype
+@pytest.mark.thin(14)
 def test_every_precision_learns_as_float64_does(method, dtype):
     options = SLOW | ({"fisher_weight": 20.0} if method == "eata" else {})
     adapter, exact = make(method, vit().to(dtype), **options), make(method, **options)
@@ -197,6 +198,7 @@ def test_every_precision_learns_as_float64_does(method, dtype):
 
 @each_method
 @each_dtype
+@pytest.mark.thin(40)
 @pytest.mark.parametrize("batches", [0, 2])
 @pytest.mark.parametrize("of_the_model", [False, True])
 def test_a_moved_adapter_takes_all_along(method, dtype, batches, of_the_model):
