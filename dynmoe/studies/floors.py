@@ -21,6 +21,17 @@ WATCHED = ("1 -> 2", "1 -> k", "1 -> 2, rows kept")
 ROUTING = ("floor_information", "segment_routing")
 """What the router's use of experts is judged by, grown against experts from the start."""
 ARRIVAL = "--trigger stage --trigger.share 0.5"
+ROUTERS = {
+    "cosine": "",
+    "cosine, sharp": "--router cosine --router.temperature 0.1",
+    "softmax": "--router softmax",
+    "gaussian": "--router gaussian",
+    "prototypes": "--router prototypes",
+    "top-1": "--router topk --router.k 1",
+}
+"""Routers that `rl-routers` compares, by flags. `cosine` is the default, of temperature 0.2."""
+KEPT = "gaussian, rows kept"
+"""Growth with the Gaussian router that leaves the old experts' statistics as they are."""
 
 
 def agents(stages: int, clock: int) -> dict[str, str]:
@@ -108,6 +119,34 @@ class RLFloors(Shifting, name="rl-floors", source="ours, after Kim 2025 (arXiv 2
     def variants(self, preset: Preset) -> dict[str, str]:
         """The clock grows when half of the time is over."""
         return agents(6, 20_480 if preset == "laptop" else 204_800)
+
+
+class RLRouters(RLFloors, name="rl-routers", source="ours, after Kim 2025 (arXiv 2511.18987)"):
+    """Does any router hand new floors to the new expert, and does that bring return?
+
+    The world of rl-floors. 1 -> 2 experts at arrival against 2 from the start, router by router.
+    """
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Each router grown and from the start; 1 expert and the dense network for reference."""
+        grown, start = f"--method dynamicmoe {ARRIVAL}", f"--method moe-static {ARRIVAL}"
+        return {
+            **{f"1 -> 2, {name}": f"{grown} {own}".strip() for name, own in ROUTERS.items()},
+            f"1 -> 2, {KEPT}": f"{grown} --router gaussian --init random --init.router new",
+            **{f"2 experts, {name}": f"{start} {own}".strip() for name, own in ROUTERS.items()},
+            "1 expert": f"--method moe-start {ARRIVAL}",
+            "dense": "--method dense",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Shares of the newest expert by router, and what each growth brings."""
+        (stream,) = results.streams
+        pairs = [(f"1 -> 2, {name}", f"2 experts, {name}") for name in ROUTERS]
+        pairs.append((f"1 -> 2, {KEPT}", "2 experts, gaussian"))
+        sentences = [share_on_floors(results, stream, grown) for grown, _ in pairs]
+        sentences += [share_over_time(results, stream, grown) for grown, _ in pairs]
+        sentences += [results.says(stream, grown, start) for grown, start in pairs]
+        return sentences + [results.says(stream, grown, "1 expert") for grown, _ in pairs]
 
 
 class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2511.18987)"):

@@ -10,7 +10,7 @@ from dynmoe import registry
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.report import table
 from dynmoe.lab.study import judge
-from dynmoe.studies.floors import FULL, OTHERS, ROUTING, TIMES, WATCHED, Shifting
+from dynmoe.studies.floors import FULL, KEPT, OTHERS, ROUTERS, ROUTING, TIMES, WATCHED, Shifting
 
 
 def summary(seed: int, level: float, new: float, old: float, grown: bool) -> dict[str, Any]:
@@ -61,3 +61,19 @@ def test_the_verdict_follows_from_the_numbers(name: str) -> None:
     headings, *rows = table(own, "s")
     assert "recovery, steps" in headings and "SRP" not in headings  # which no run has
     assert len(rows) == len(runs)
+
+
+def test_routers_are_judged_by_where_their_new_expert_is_used_and_by_return() -> None:
+    study = registry.get("study", "rl-routers")()
+    runs = {}
+    for variant in study.variants("laptop"):
+        level, new = (3.0, 0.8) if variant == f"1 -> 2, {KEPT}" else (2.0, 0.1)
+        runs[variant] = [summary(s, level, new, 0.1, "->" in variant) for s in range(5)]
+    own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
+    sentences, _ = judge(study, own)
+    assert len(sentences) == 4 * (len(ROUTERS) + 1)
+    shares = [text for text in sentences if "on the floor that it came on" in text]
+    assert [KEPT in text for text in shares if "higher" in text] == [True]
+    against = [text for text in sentences if text.startswith(f"s: 1 -> 2, {KEPT} against ")]
+    assert ["2 experts, gaussian" in against[0], "1 expert" in against[1]] == [True, True]
+    assert all("+1.00" in text and "higher" in text for text in against)
