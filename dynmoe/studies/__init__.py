@@ -10,6 +10,7 @@ from dynmoe.studies.dg import DGRouter as DGRouter
 from dynmoe.studies.dg import DGUnseen as DGUnseen
 from dynmoe.studies.floors import RLFloors as RLFloors
 from dynmoe.studies.floors import RLPhases as RLPhases
+from dynmoe.studies.floors import RLPhasesLong as RLPhasesLong
 from dynmoe.studies.floors import RLRouters as RLRouters
 from dynmoe.studies.growth import DynamicAgainstStatic as DynamicAgainstStatic
 from dynmoe.studies.growth import Granularity as Granularity

@@ -81,13 +81,16 @@ class Shifting(Study):
         """Growth at arrival against the others; the newest expert on new floors against old."""
         sentences = []
         for stream in results.streams:
+            others, times, full, watched = (
+                [v for v in names if v in results.runs[stream]]
+                for names in (OTHERS, TIMES, FULL, WATCHED)
+            )
             for metric in self.judged:
-                sentences += [results.says(stream, "1 -> 2", other, metric) for other in OTHERS]
+                sentences += [results.says(stream, "1 -> 2", other, metric) for other in others]
             first = self.judged[0]
-            sentences += [results.says(stream, "1 -> 2", other, first) for other in TIMES]
-            for other in (v for v in FULL if v in results.runs[stream]):
-                sentences.append(results.says(stream, "1 -> k", other, first))
-            for variant in WATCHED:
+            sentences += [results.says(stream, "1 -> 2", other, first) for other in times]
+            sentences += [results.says(stream, "1 -> k", other, first) for other in full]
+            for variant in watched:
                 sentences.append(share_on_floors(results, stream, variant))
                 sentences.append(share_over_time(results, stream, variant))
             sentences += [routing_against(results, stream, metric) for metric in ROUTING]
@@ -160,10 +163,12 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
 
     seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 5}
     judged: ClassVar = ("phase_return", "recovery", "earlier_return", "forgetting")
+    phase: ClassVar[int] = 8_192
+    """environment steps of a phase on a laptop"""
 
     def streams(self, preset: Preset) -> dict[str, str]:
-        """Three phases of 8,192 steps on a laptop."""
-        floors, each, width = (3, 8_192, 64) if preset == "laptop" else (9, 10_000_000, 512)
+        """Three phases on a laptop."""
+        floors, each, width = (3, self.phase, 64) if preset == "laptop" else (9, 10_000_000, 512)
         world = {
             "observation": "symbolic", "floors": list(range(floors)), "steps": each,
             "max_timesteps": 400,
@@ -179,8 +184,24 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of `rl-floors`, but for k from the start; the clock grows with the second phase."""
-        found = agents(3, 8_192) if preset == "laptop" else agents(9, 10_000_000)
+        found = agents(3, self.phase) if preset == "laptop" else agents(9, 10_000_000)
         return {name: own for name, own in found.items() if name not in FULL}
+
+
+class RLPhasesLong(
+    RLPhases, name="rl-phases-long", source="ours, after Kim 2025 (arXiv 2511.18987)"
+):
+    """rl-phases with phases four times as long, asked of fewer agents.
+
+    Does growing at the shift beat one expert, two from the start, and the dense network?
+    """
+
+    phase: ClassVar[int] = 32_768
+    asked: ClassVar = ("1 -> 2", "1 expert", "2 experts", "dense")
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Growth at arrival, and what the claim compares it with."""
+        return {name: own for name, own in super().variants(preset).items() if name in self.asked}
 
 
 def quoted(options: dict[str, Any]) -> str:

@@ -77,3 +77,14 @@ def test_routers_are_judged_by_where_their_new_expert_is_used_and_by_return() ->
     against = [text for text in sentences if text.startswith(f"s: 1 -> 2, {KEPT} against ")]
     assert ["2 experts, gaussian" in against[0], "1 expert" in against[1]] == [True, True]
     assert all("+1.00" in text and "higher" in text for text in against)
+
+
+def test_a_study_of_fewer_agents_judges_those_that_it_has() -> None:
+    study = registry.get("study", "rl-phases-long")()
+    names = ("1 -> 2", "1 expert", "2 experts", "dense")
+    assert tuple(study.variants("laptop")) == names
+    assert '"steps": 32768' in study.streams("laptop")["phases"]
+    runs = {v: [summary(s, 2.0, 0.8, 0.1, v == "1 -> 2") for s in range(5)] for v in names}
+    own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
+    sentences, _ = judge(study, own)
+    assert len(sentences) == 3 * len(study.judged) + 2 + len(ROUTING)
