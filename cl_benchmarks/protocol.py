@@ -224,8 +224,18 @@ class ClassChunks(Protocol, name="class"):
         plasticity: old classes are overwritten). full: one output for each class of the data"""
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
-        """Disjoint sets of equally many classes; images in order of their index."""
+        """Disjoint sets of equally many classes; images in order of their index.
+
+        Raises:
+            UserError: `chunks` does not divide the classes, or leaves a shared head one output.
+        """
         check_divides(chunks, data.num_classes, "classes")
+        if self.num_outputs(data, chunks) == 1:
+            raise UserError(
+                f"{chunks} chunks of {data.num_classes} classes have one class each, so there is "
+                "nothing to tell apart; use fewer --chunks, --protocol.head full, or --protocol "
+                "shuffle, which draws other labels in each chunk"
+            )
         order = generator(seed, "class").permutation(data.num_classes)
         return [
             Chunk(

@@ -26,7 +26,7 @@ begin("study", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
-from dynmoe.lab.study import Preset, Study, run_study  # noqa: E402
+from dynmoe.lab.study import Preset, Study, check_preset, run_study  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
     check_settings(config)
     if config.seeds < 0:
         raise UserError(f"--seeds {config.seeds} is too small; use 1 or more, 0 for the preset's")
-    study: Study = registry.get("study", config.study)()
+    chosen = registry.get("study", config.study)
+    registry.check_methods(chosen)
+    study: Study = chosen()
     carry_out(study, config, argv[cut + 1 :])
 
 
@@ -74,7 +76,11 @@ def carry_out(study: Study, config: Config, flags: list[str]) -> None:
 
     Args:
         flags: more flags for every run, for instance to shorten it.
+
+    Raises:
+        UserError: the study has no such preset, or see `run_study`.
     """
+    check_preset(study, config.preset)
     seeds = config.seeds or study.seeds[config.preset]
     command = f"python -m dynmoe.study {study.name} --preset {config.preset} --seeds {seeds}"
     command += f" --streams {shlex.join(config.streams)}" if config.streams else ""

@@ -90,7 +90,7 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         rows = table(results, stream, difference=config.seeds > 1)
         print_table(heading, rows, caption(experiment, config.seeds))
     experiment.report_more(folder, config, shared, results)
-    print(f"results: {folder}")
+    print(f"results: {folder}" + (", figure comparison.png" if runs > 1 else ""))
 
 
 def entry(results: Results, stream: str, variant: str) -> dict[str, Any]:

@@ -238,10 +238,28 @@ class Router(nn.Module, Part, kind="router"):
         groups: int = 1,
         sizes: Tensor | None = None,
     ) -> Routing:
-        """Route samples x [N, D]; the other arguments are described in `RouterInput`."""
+        """Route samples x [N, D]; the other arguments are described in `RouterInput`.
+
+        Raises:
+            UserError: `route` returned something else than a routing of N samples over M experts.
+        """
         groups = len(x) if self.independent else groups
         routing = self.route(RouterInput(x, mask, context, groups, sizes))
+        if not torch.compiler.is_compiling():
+            self._check(routing, (len(x), len(self.active)))
         return routing.without_padding(mask)
+
+    def _check(self, routing: Any, shape: tuple[int, int]) -> None:
+        """Refuse what a router of somebody's own may return instead, before it goes further."""
+        found = getattr(routing, "gates", routing)
+        if isinstance(routing, Routing) and found.shape == shape:
+            return
+        what = f"{type(found).__name__} {list(getattr(found, 'shape', []))}"
+        raise UserError(
+            f"{type(self).__name__}.route returned {type(routing).__name__} with gates {what}; "
+            f"return a dynmoe.moe.Routing whose gates are [N, M] = {list(shape)}, M counting the "
+            "experts that may still come"
+        )
 
     @abstractmethod
     def route(self, inputs: RouterInput) -> Routing:

@@ -17,6 +17,12 @@ from dynmoe.tta.entropy import wide
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which torch's wrappers (compile, data parallel, FSDP, checkpoints) hold a module."""
+
+
+class UnfitModelError(UserError):
+    """The model has none of the layers that a method adapts."""
+
+
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 """Layers whose scale and shift methods train; subclasses such as timm's count."""
 
@@ -29,7 +35,7 @@ def affine_parameters(
     `keep` gets a layer's name, without torch's wrappers, and the layer.
 
     Raises:
-        UserError: there are none; the message names `method`.
+        UnfitModelError: there are none; the message names `method`.
     """
     found = [
         parameter
@@ -39,7 +45,7 @@ def affine_parameters(
         if parameter is not None
     ]
     if not found:
-        raise UserError(
+        raise UnfitModelError(
             f"{method} adapts normalisation layers, and the model has none with weights that it "
             "may train (LayerNorm, BatchNorm or GroupNorm); use method noadapt or another model"
         )

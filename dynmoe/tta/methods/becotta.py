@@ -15,7 +15,7 @@ from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import mean_of, softmax_entropy
 from dynmoe.tta.options import sure_margin
-from dynmoe.tta.params import NORMS, plain_modules
+from dynmoe.tta.params import NORMS, UnfitModelError, plain_modules
 
 
 class BlockExperts(nn.Module):
@@ -143,7 +143,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
         for block in module
     ]
     if not found:
-        raise UserError(
+        raise UnfitModelError(
             "becotta puts experts beside the blocks of a model with `blocks`, such as timm's ViT "
             "and ConvNeXt; this model has none"
         )
@@ -155,4 +155,4 @@ def _width(block: nn.Module) -> int:
     for module in block.modules():
         if isinstance(module, NORMS) and module.weight is not None:
             return len(module.weight)
-    raise UserError("becotta: a block without a normalisation layer does not show its width")
+    raise UnfitModelError("becotta: a block without a normalisation layer does not show its width")
