@@ -199,7 +199,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the branch."""
+        """Add the branch to x [B, C, H, W]; the shape stays."""
         return x + self.layers(x)
 
 

@@ -52,7 +52,11 @@ class Config(Where):
 
 
 def main(argv: list[str]) -> None:
-    """Run what is not finished yet; write the results, the figure and the verdict."""
+    """Run what is not finished yet; write the results, the figure and the verdict.
+
+    Raises:
+        UserError: a setting is out of range, or there is no such study.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(
         Config, args=argv[:cut], prog="python -m dynmoe.study", description=__doc__,

@@ -118,7 +118,7 @@ class Intervention(Part, ABC, kind="intervention"):
         """Task number `task` >= 1 comes next; `batches` is None in loops without tasks' data."""
 
     def penalty(self) -> Tensor | float:
-        """What is added to the training loss, nats."""
+        """What is added to the training loss, nats: a scalar."""
         return 0.0
 
     def gradients_ready(self) -> None:
@@ -133,7 +133,7 @@ class Intervention(Part, ABC, kind="intervention"):
         """The optimizer has taken step number `self.steps`."""
 
     def grown(self, before: dict[str, Tensor]) -> None:
-        """The network has grown. `before`: old values of the MoE layers' parameters, by name.
+        """The network has grown. `before`: old values of the MoE layers' parameters, in old shapes.
 
         Parameters may have been replaced by longer ones; hidden units are found again if needed.
         """
@@ -279,7 +279,7 @@ class Anchored(Intervention):
         self.anchor = Anchor(self.model)
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, its value at the start), for all that learn."""
+        """(parameter, its value at the start, of its shape), for all that learn."""
         return self.anchor.pairs() if self.anchor else iter(())
 
     def state(self) -> dict[str, Any]:

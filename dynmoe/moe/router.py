@@ -117,7 +117,7 @@ class Routing:
         return self.active.sum() if self.chosen is None else self.chosen.sum(dim=1, keepdim=True)
 
     def without_padding(self, mask: Tensor | None) -> Routing:
-        """The same decision with nothing for the padding, and `mask` noted."""
+        """The same decision with nothing for the padding; `mask`, bool [N], is noted."""
         if mask is None:
             return self
         real = mask.unsqueeze(1)
@@ -280,7 +280,7 @@ class Router(nn.Module, Part, kind="router"):
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.active.shape]
 
     def expert_buffers(self) -> list[Tensor]:
-        """Buffers whose first axis is the expert axis M; pruning reorders their entries."""
+        """Buffers [M, ...] whose first axis is the experts'; pruning reorders their entries."""
         return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.active.shape]
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ def channel_last_norms(model: nn.Module) -> list[tuple[str, nn.LayerNorm]]:
 
 @contextmanager
 def holding(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Let the parameters hold other values, by name, within the block.
+    """Let the parameters hold other values, by name and of their shapes, within the block.
 
     Graphs of earlier passes stay valid, and wrappers of any kind see the values.
     """
@@ -124,7 +124,10 @@ def work_alone(model: nn.Module) -> None:
 
 
 def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that adaptation may change: what is trained, and all buffers."""
+    """The tensors of a model that adaptation may change: what is trained, and all buffers.
+
+    By name, in their shapes.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | dict(model.named_buffers())
 
@@ -187,7 +190,10 @@ def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def moved(value: Any, like: Tensor) -> Any:
-    """The value, its tensors on like's device, floats in like's dtype or float32 if wider."""
+    """The value, its tensors, of any shape, on like's device.
+
+    Numbers with a point take like's dtype, or float32 if that is wider.
+    """
     if isinstance(value, Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return value.to(like.device, dtype if value.is_floating_point() else value.dtype)

@@ -46,7 +46,10 @@ class BlockExperts(nn.Module):
         self.noise = Noise(generator)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """What the block gives, and the chosen adapter's word on it."""
+        """What the block gives, and the chosen adapter's word on it.
+
+        Tokens [B, T, D], or maps [B, D, H, W] or [B, H, W, D]; the shape is the block's own.
+        """
         y = self.block(*args, **kwargs)
         channels_first = y.dim() == 4 and y.shape[-1] != self.down.shape[1]
         x = y.movedim(1, -1) if channels_first else y
@@ -104,7 +107,12 @@ class Becotta(
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Wrap the blocks."""
+        """Wrap the blocks.
+
+        Raises:
+            UserError: an option is out of range.
+            UnfitModelError: the model has no blocks with a normalisation layer.
+        """
         config = self.config
         if config.num_experts < 1 or not config.lr > 0 or not config.std >= 0:
             raise UserError(

@@ -49,7 +49,12 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
         """of views and restored numbers"""
 
     def prepare(self) -> None:
-        """All parameters called weight or bias."""
+        """All parameters called weight or bias.
+
+        Raises:
+            UserError: an option is out of range.
+            UnfitModelError: no parameter is called weight or bias.
+        """
         config = self.config
         if config.views < 1 or not all(0 <= p <= 1 for p in (config.teacher_decay, config.restore)):
             raise UserError(
