@@ -26,6 +26,7 @@ begin("study", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
+from dynmoe.lab.redraw import redraw  # noqa: E402
 from dynmoe.lab.study import Preset, Study, check_preset, run_study  # noqa: E402
 
 
@@ -37,6 +38,8 @@ class Config(Where):
     """its name; see --list"""
     list: bool = False
     """show all studies and stop"""
+    redraw: tuple[Path, ...] = ()
+    """results.json files whose figures are drawn again beside them, without the runs; not of rl"""
     preset: Preset = "laptop"
     """laptop: embedded data, minutes on two cores; paper: the papers' data and length, for GPUs"""
     streams: tuple[str, ...] = ()
@@ -62,6 +65,10 @@ def main(argv: list[str]) -> None:
         Config, args=argv[:cut], prog="python -m dynmoe.study", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
+    if config.redraw:
+        for file in config.redraw:
+            print(f"figure: {redraw(file)}")
+        return
     if config.list or not config.study:
         for name in registry.names("study"):
             print(f"{name}: {registry.summary('study', name)}")

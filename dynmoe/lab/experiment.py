@@ -209,6 +209,17 @@ class Experiment(ABC):
     def draw(self, path: Path, results: Results, title: str) -> None:
         """The figure of a comparison, as a PNG file written atomically."""
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `draw` reads of the summaries, one a seed, from an `entry` of results.json.
+
+        Raises:
+            UserError: results.json does not hold enough; so it is by default.
+        """
+        raise UserError(
+            f"figures of {self.command} are not drawn from results.json alone; give the study's "
+            "command again, which reads its finished runs"
+        )
+
     @abstractmethod
     def title(self, config: Any, shared: Any) -> str:
         """What the numbers are about: data, order, network."""

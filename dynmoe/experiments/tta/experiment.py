@@ -202,6 +202,11 @@ class TestTimeAdaptation(Experiment):
                     entry[f"{metric}_{at}"] = three(confidence_interval(values, "mean"))
         return entry
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """Curve and accuracy of each seed: all domains of a stream have as many images."""
+        seeds = zip(entry["curve"], entry["domains"], strict=True)
+        return [{"curve": c, "accuracy": sum(d.values()) / len(d)} for c, d in seeds]
+
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Per stream: each variant's accuracy, and what it is above the source along the stream."""
         comparison_figure(path, results, title)
