@@ -26,7 +26,7 @@ begin("study", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
-from dynmoe.lab.redraw import redraw  # noqa: E402
+from dynmoe.lab.redraw import read_results, redraw  # noqa: E402
 from dynmoe.lab.study import Preset, Study, check_preset, run_study  # noqa: E402
 
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     if config.redraw:
         for file in config.redraw:
-            print(f"figure: {redraw(file)}")
+            print(f"figure: {draw_again(file)}")
         return
     if config.list or not config.study:
         for name in registry.names("study"):
@@ -80,6 +80,19 @@ def main(argv: list[str]) -> None:
     registry.check_methods(chosen)
     study: Study = chosen()
     carry_out(study, config, argv[cut + 1 :])
+
+
+def draw_again(file: Path) -> Path:
+    """Draw the figure of a results.json beside it: of a study, or of a sweep or run of cl.
+
+    Raises:
+        UserError: no such file, or its figure needs more than it holds.
+    """
+    found = read_results(file)
+    if found.get("study") not in registry.names("study"):
+        return redraw(file, found, load("cl").experiment(), None)
+    study: Study = registry.get("study", found["study"])()
+    return redraw(file, found, study.experiment(load(study.command).experiment()), study)
 
 
 def carry_out(study: Study, config: Config, flags: list[str]) -> None:

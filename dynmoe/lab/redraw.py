@@ -6,25 +6,40 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynmoe import registry
-from dynmoe.commands import load
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.study import Study
 
 
-def redraw(file: Path) -> Path:
+def read_results(file: Path) -> dict[str, Any]:
+    """What a results.json holds.
+
+    Raises:
+        UserError: no such file, or another kind of file.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        raise UserError(f"cannot read {file}: {reason}; name a results.json") from error
+    if not isinstance(found, dict) or "seeds" not in found:
+        raise UserError(f"{file} is no results.json of a comparison; name one")
+    return found
+
+
+def redraw(file: Path, found: dict[str, Any], experiment: Experiment, study: Study | None) -> Path:
     """Draw a comparison's figure beside its numbers, as it is drawn today; its path.
 
     Args:
-        file: results.json of a study of `cl`, `tta` or `dg`, or of a sweep or run of `cl`. The
-            figure of `results.json` is figure.png, that of `class.json` class.png.
+        file: where the numbers are. The figure of results.json is figure.png, that of class.json
+            class.png.
+        found: what it holds.
+        experiment: of the command whose runs they are.
+        study: that they answer, or None.
 
     Raises:
-        UserError: no such file, another kind of file, or numbers of another command.
+        UserError: the numbers are another command's, or not enough for a figure.
     """
-    found = _read(file)
-    study, experiment = _whose(found)
     entries = found.get("streams") or {"": found.get("variants")}
     try:
         runs = {s: {v: experiment.summaries(own) for v, own in variants.items()}
@@ -37,23 +52,3 @@ def redraw(file: Path) -> Path:
     title += f"({found['seeds']} seeds, 95 % t intervals)"
     (study or experiment).draw(path, results, title)
     return path
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no JSON"
-        raise UserError(f"cannot read {file}: {reason}; name a results.json") from error
-    if not isinstance(found, dict) or "seeds" not in found:
-        raise UserError(f"{file} is no results.json of a comparison; name one")
-    return found
-
-
-def _whose(found: dict[str, Any]) -> tuple[Study | None, Experiment]:
-    """The study whose numbers they are, None for a sweep, and the command's experiment."""
-    name = found.get("study")
-    if name not in registry.names("study"):
-        return None, load("cl").experiment()
-    study: Study = registry.get("study", name)()
-    return study, study.experiment(load(study.command).experiment())

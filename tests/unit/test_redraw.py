@@ -13,7 +13,7 @@ from dynmoe import registry
 from dynmoe.commands import load
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.redraw import redraw
+from dynmoe.study import draw_again
 
 STUDIES = Path(__file__).parents[2] / "docs" / "results" / "studies"
 MEANS = {"cl": "train_accuracy_mean", "tta": "accuracy_mean", "dg": "accuracy"}
@@ -42,17 +42,17 @@ def test_means_are_those_that_the_runs_gave(name: str) -> None:
 
 def test_the_figure_stands_beside_the_numbers(tmp_path: Path) -> None:
     file = shutil.copy(STUDIES / "dg-router" / "results.json", tmp_path)
-    assert redraw(Path(file)) == tmp_path / "figure.png"
+    assert draw_again(Path(file)) == tmp_path / "figure.png"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     tasks = {"a": {m: [[0.1, 0.2]] for m in ("train_accuracy", "online_accuracy", "test_accuracy")}}
     (tmp_path / "mine.json").write_text(json.dumps({"title": "t", "seeds": 1, "variants": tasks}))
-    assert redraw(tmp_path / "mine.json") == tmp_path / "mine.png"
+    assert draw_again(tmp_path / "mine.json") == tmp_path / "mine.png"
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     with pytest.raises(UserError, match="cannot read .*No such file"):
-        redraw(file)
+        draw_again(file)
     for text, reason in (
         ("no", "it is no JSON"),
         ("[]", "no results.json of a comparison"),
@@ -62,5 +62,5 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=reason):
-            redraw(file)
+            draw_again(file)
     assert not (tmp_path / "figure.png").exists()
