@@ -90,7 +90,8 @@ def check_tile(encoder: str, tile: int, sides: list[int], given: int | None = No
     if tile < 1 or any(side % tile for side in sides):
         raise UserError(
             f"encoder {encoder}: tile={tile if given is None else given} does not suit frames of "
-            f"{sides[0]}x{sides[1]}; set --encoder.tile to a divisor of both"
+            f"{sides[0]}x{sides[1]}; set --encoder.tile to a divisor of both, or take "
+            "--encoder mlp"
         )
 
 
@@ -198,7 +199,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the branch."""
+        """Add the branch to x [B, C, H, W]; the shape stays."""
         return x + self.layers(x)
 
 

@@ -82,7 +82,11 @@ class ReinforcementLearning(Experiment):
         )
 
     def variants(self, config: Config, shared: None) -> dict[str, dict[str, Config]]:
-        """The method of the settings, then each of `config.compare`."""
+        """The method of the settings, then each of `config.compare`.
+
+        Raises:
+            UserError: a method is named twice.
+        """
         names = [config.method.part.name, *config.compare]
         if len(set(names)) < len(names):
             raise UserError(

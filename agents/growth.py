@@ -52,6 +52,8 @@ def policy_shock(
 ) -> dict[str, float]:
     """How a growth changes what the agent does and expects, on the same observations.
 
+    Both are parameters (logits [B, A], say) and values [B]; `labels` is not looked at.
+
     Args:
         distribution: over actions; default one choice among A.
 

@@ -51,7 +51,7 @@ class TiledConvolution(nn.Conv2d):
         self.tile = tile
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of frames, uint8 in 0..255 or floats in 0..1."""
+        """Of frames [B, 3, H, W], uint8 in 0..255 or floats in 0..1: [B, C, H // 3, W // 3]."""
         if x.dtype != torch.uint8 or x.device.type != "cpu":
             return self.dense(x)
         ids, tiles, repeated = distinct_tiles(x, self.tile)
@@ -69,7 +69,7 @@ class TiledConvolution(nn.Conv2d):
         return images.index_select(0, order).permute(0, 3, 1, 2)
 
     def dense(self, x: Tensor) -> Tensor:
-        """The same from pixels."""
+        """The same from pixels: [B, 3, H, W] to [B, C, H // 3, W // 3]."""
         return F.max_pool2d(super().forward(self._scaled(x)), POOL)
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -86,7 +86,10 @@ class SummedAndPooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, responses: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
-        """Sum each tile's response to those around it, add the bias, take each window's largest."""
+        """Sum each tile's response to those around it, add the bias, take each window's largest.
+
+        Shapes are the class's: [U, C, S, S], [C] and [B, R, Q] to [B, C, h, w].
+        """
         from agents import tile_kernels
 
         table = _as_table(responses)
@@ -106,7 +109,7 @@ class SummedAndPooled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """To the responses and the bias."""
+        """To the responses [U, C, S, S] and the bias [C]; the gradient is [B, C, h, w]."""
         from agents import tile_kernels
 
         ids, which = ctx.saved_tensors

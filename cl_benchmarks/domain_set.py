@@ -163,6 +163,8 @@ def seed_hash(*values: int) -> int:
 def split(count: int, trial: int, domain: int, holdout: float = HOLDOUT) -> tuple[Tensor, Tensor]:
     """Indices of "in" and "out" of a domain of `count` images, as DomainBed draws them.
 
+    `in` and `out` are int64 [count - held] and [held].
+
     Args:
         trial: the trial's seed.
         domain: the domain's number.

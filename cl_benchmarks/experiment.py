@@ -187,6 +187,10 @@ class ContinualLearning(Experiment):
         """A row of panels per stream, see `figures.draw`."""
         figures.draw(path, results, title, self.references)
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """The tasks' accuracies, one summary a seed."""
+        return figures.from_entry(entry)
+
     def exporter(self) -> Exporter:
         """The network after the latest task."""
         return StreamExporter()

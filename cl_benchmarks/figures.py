@@ -43,6 +43,20 @@ def draw(path: Path, results: Results, title: str, references: tuple[str, ...]) 
     save(figure, path)
 
 
+def from_entry(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What figures read of the summaries, one a seed, from a variant's numbers in results.json.
+
+    Raises:
+        KeyError: there is a panel's metric missing.
+    """
+    metrics = [*(metric for metric, _ in PANELS), *([OLD[0]] if OLD[0] in entry else [])]
+    by_seed = zip(*(entry[metric] for metric in metrics), strict=True)
+    return [
+        {"tasks": [dict(zip(metrics, row, strict=True)) for row in zip(*seed, strict=True)]}
+        for seed in by_seed
+    ]
+
+
 def tasks_of(results: Results, stream: str, variant: str, metric: str) -> list[list[Any]]:
     """[S][T] of a field of the summaries' task rows, such as `train_accuracy`; None for gaps."""
     return [[task.get(metric) for task in run["tasks"]] for run in results.runs[stream][variant]]
@@ -62,6 +76,7 @@ def draw_curves(axes: Any, results: Results, stream: str, metric: str, label: st
         known = [t for t, values in enumerate(by_task, start=1) if None not in values]
         intervals = [confidence_interval(list(by_task[t - 1]), "mean") for t in known]
         band(axes, known, intervals, look, variant, 100)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="task", ylabel=f"{label} (%)", ylim=(0, 103))
 
 
@@ -74,4 +89,4 @@ def _draw_means(
     for reference in references:
         if reference in rows:
             axes.axvline(100 * rows[reference].point, color="#8a8a8a", linestyle=":")
-    axes.set(xlabel=f"{label}, mean (%)")
+    axes.set(xlabel=f"{label},\nmean (%)")

@@ -101,7 +101,10 @@ def render(
 def render_cached(
     num_classes: int, per_class: int, size: int, views: ViewName, seed: int, split: Split
 ) -> Tensor:
-    """`render` of the first classes, cached under a digest of the arguments, table and version."""
+    """`render` of the first classes, uint8 [num_classes * per_class, 1, size, size].
+
+    Cached under a digest of the arguments, table and version.
+    """
     check(range(num_classes), size, views, seed)
     table = hashlib.sha256(TABLE.read_bytes()).hexdigest()
     key = cache.digest({
@@ -117,7 +120,11 @@ def render_cached(
 
 
 def check(classes: Sequence[int], size: int, views: str, seed: int) -> None:
-    """Raise a UserError for arguments that `render` cannot take."""
+    """Refuse arguments that `render` cannot take.
+
+    Raises:
+        UserError: a class, size, view or seed that there is not.
+    """
     bad = [c for c in classes if not 0 <= c < NUM_CLASSES]
     if bad:
         raise UserError(

@@ -185,7 +185,10 @@ def _in_time_order(strategy: Any) -> bool:
 
 
 def probe_figures(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """`effective_rank` of the features, and the `dormant` share of hidden units; see `Signals`."""
+    """`effective_rank` of the features, and the `dormant` share of hidden units; see `Signals`.
+
+    images [N, C, H, W] with labels [N].
+    """
     probe = take_probe(model, images, labels)
     scores = torch.cat([redo_scores(mean_activity(h)) for h in probe.activations.values()])
     return {

@@ -134,7 +134,11 @@ def build_network(
     classes: int,
     make_block: MakeBlock = dense_block,
 ) -> Network:
-    """A network for images of `shape` (C, H, W); draws weights from torch's global generator."""
+    """A network for images of `shape` (C, H, W); draws weights from torch's global generator.
+
+    Raises:
+        UserError: images are too small for the statistics that the network reads.
+    """
     if config.statistics and min(shape[1:]) < 2:
         raise UserError(
             f"network: statistics of images need 2x2 pixels or more, and these are {shape[1]}x"

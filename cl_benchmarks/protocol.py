@@ -175,7 +175,11 @@ def generator(seed: int, *stream: str | int) -> np.random.Generator:
 
 
 def check_divides(chunks: int, total: int, what: str) -> None:
-    """Raise a UserError, with numbers near it that work, unless `chunks` divides `total`."""
+    """Refuse a number of chunks that does not divide `total`.
+
+    Raises:
+        UserError: it does not; names numbers near it that do.
+    """
     if chunks >= 1 and total % chunks == 0:
         return
     divisors = [d for d in range(1, total + 1) if total % d == 0]
@@ -208,7 +212,7 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
 
 
 def whole_test_set(data: ImageData) -> tuple[Tensor, Tensor]:
-    """Index and labels of all test images."""
+    """Index and labels of all test images, int64 [N] each."""
     return torch.arange(len(data.test_labels)), data.test_labels
 
 
@@ -224,8 +228,18 @@ class ClassChunks(Protocol, name="class"):
         plasticity: old classes are overwritten). full: one output for each class of the data"""
 
     def split(self, data: ImageData, chunks: int, seed: int) -> list[Chunk]:
-        """Disjoint sets of equally many classes; images in order of their index."""
+        """Disjoint sets of equally many classes; images in order of their index.
+
+        Raises:
+            UserError: `chunks` does not divide the classes, or leaves a shared head one output.
+        """
         check_divides(chunks, data.num_classes, "classes")
+        if self.num_outputs(data, chunks) == 1:
+            raise UserError(
+                f"{chunks} chunks of {data.num_classes} classes have one class each, so there is "
+                "nothing to tell apart; use fewer --chunks, --protocol.head full, or --protocol "
+                "shuffle, which draws other labels in each chunk"
+            )
         order = generator(seed, "class").permutation(data.num_classes)
         return [
             Chunk(

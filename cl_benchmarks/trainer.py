@@ -128,7 +128,7 @@ class StreamTrainer(SupervisedTemplate):
         }
 
     def forward(self) -> Tensor:
-        """Outputs of the batch, float32; under autocast where the network trains in bfloat16.
+        """Outputs [B, C], float32; under autocast where the network trains in bfloat16.
 
         Passes in evaluation mode, such as a growth's probe, are float32.
         """
@@ -138,7 +138,7 @@ class StreamTrainer(SupervisedTemplate):
         return outputs.float() if half else outputs
 
     def criterion(self) -> Tensor:
-        """`StreamLoss` plus the MoE layers' auxiliary losses, nats.
+        """`StreamLoss` plus the MoE layers' auxiliary losses, nats: a scalar.
 
         Raises:
             NumericError: the loss is not finite; nothing has been updated with it.

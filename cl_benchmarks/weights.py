@@ -19,7 +19,7 @@ REASON = 300
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU; those of real numbers as float32.
+    """The tensors of a file by name, in their shapes, on the CPU; real numbers as float32.
 
     Args:
         file: .safetensors, or what `torch.save` wrote: a state dict, or a checkpoint with one under

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynmoe.commands import begin
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.names import preset_and_changes
 from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
@@ -158,7 +159,7 @@ def run(config: Config, preset: str = "own") -> Result:
 def main(argv: list[str]) -> None:
     """Read the command line, run the method and its comparisons, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.cl", DESCRIPTION)
-    run(config, preset)
+    run(config, preset_and_changes(preset, presets()[preset], config))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,11 @@ def export(run: Path | str, out: Path | str, part: str = "", licence: str = UNKN
 
 
 def main(argv: list[str]) -> None:
-    """Export a run's network, and say how to load it."""
+    """Export a run's network, and say how to load it.
+
+    Raises:
+        UserError: the run or the folder for the files is not named, or the run cannot be exported.
+    """
     config = tyro.cli(Config, args=argv, prog="python -m dynmoe.export", description=__doc__)
     if config.run is None or config.out is None:
         raise UserError(

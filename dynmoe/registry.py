@@ -22,6 +22,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -73,7 +74,21 @@ class PartConfig:
     part: ClassVar[type[Part]]
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the part: `part(config, *args, **kwargs)`."""
+        """Make the part: `part(config, *args, **kwargs)`.
+
+        Raises:
+            UserError: the part lacks a method of its kind, or its `__init__` takes other arguments.
+        """
+        check_methods(self.part)
+        takes = inspect.signature(self.part)
+        try:
+            takes.bind(self, *args, **kwargs)
+        except TypeError:
+            given = ["its Config", *(type(arg).__name__ for arg in args), *kwargs]
+            raise UserError(
+                f"{self.part.kind} {self.part.name!r}: its __init__ takes {takes} beside self and "
+                f"is given {', '.join(given)}; define an __init__ that takes these"
+            ) from None
         return self.part(self, *args, **kwargs)  # type: ignore[call-arg]
 
 
@@ -122,6 +137,20 @@ class Part:
         cls.name, cls.source = name, source
         cls.Config.part = cls
         _PARTS[cls.kind][name] = cls
+
+
+def check_methods(part: type[Part]) -> None:
+    """Refuse a part that leaves a method of its kind undefined.
+
+    Raises:
+        UserError: names the methods.
+    """
+    lacking = [n for n in dir(part) if getattr(getattr(part, n), "__isabstractmethod__", False)]
+    if lacking:
+        raise UserError(
+            f"{part.kind} {part.name!r} must define {', '.join(lacking)}, as every {part.kind} "
+            f"does; add it to the class {part.__qualname__}"
+        )
 
 
 def names(kind: str) -> list[str]:

@@ -52,7 +52,11 @@ class Config:
 
 
 def main(argv: list[str]) -> None:
-    """Read the runs, say which are left out, and write the page."""
+    """Read the runs, say which are left out, and write the page.
+
+    Raises:
+        UserError: no folders are named, or none holds a finished run.
+    """
     config = tyro.cli(Config, args=argv, prog="python -m dynmoe.report", description=__doc__)
     if not config.runs:
         raise UserError("name the folders of runs, such as: dynmoe report runs/cl/laptop-*")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dynmoe.commands import begin
 from dynmoe.errors import UserError
 from dynmoe.lab.config import parse, run_command
+from dynmoe.lab.names import preset_and_changes
 from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
 
         run_evaluation(config)
     else:
-        run(config, preset)
+        run(config, preset_and_changes(preset, presets()[preset], config))
 
 
 if __name__ == "__main__":

@@ -140,7 +140,11 @@ class Search:
 
 
 def main(argv: list[str]) -> None:
-    """Make the trials that are missing; report the best on other seeds."""
+    """Make the trials that are missing; report the best on other seeds.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(
         Config, args=argv[:cut], prog="python -m dynmoe.search", description=__doc__,

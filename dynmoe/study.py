@@ -26,7 +26,8 @@ begin("study", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
-from dynmoe.lab.study import Preset, Study, run_study  # noqa: E402
+from dynmoe.lab.redraw import read_results, redraw  # noqa: E402
+from dynmoe.lab.study import Preset, Study, check_preset, run_study  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Config(Where):
     """its name; see --list"""
     list: bool = False
     """show all studies and stop"""
+    redraw: tuple[Path, ...] = ()
+    """results.json files whose figures are drawn again beside them, without the runs; not of rl"""
     preset: Preset = "laptop"
     """laptop: embedded data, minutes on two cores; paper: the papers' data and length, for GPUs"""
     streams: tuple[str, ...] = ()
@@ -52,12 +55,20 @@ class Config(Where):
 
 
 def main(argv: list[str]) -> None:
-    """Run what is not finished yet; write the results, the figure and the verdict."""
+    """Run what is not finished yet; write the results, the figure and the verdict.
+
+    Raises:
+        UserError: a setting is out of range, or there is no such study.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(
         Config, args=argv[:cut], prog="python -m dynmoe.study", description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
+    if config.redraw:
+        for file in config.redraw:
+            print(f"figure: {draw_again(file)}")
+        return
     if config.list or not config.study:
         for name in registry.names("study"):
             print(f"{name}: {registry.summary('study', name)}")
@@ -65,8 +76,23 @@ def main(argv: list[str]) -> None:
     check_settings(config)
     if config.seeds < 0:
         raise UserError(f"--seeds {config.seeds} is too small; use 1 or more, 0 for the preset's")
-    study: Study = registry.get("study", config.study)()
+    chosen = registry.get("study", config.study)
+    registry.check_methods(chosen)
+    study: Study = chosen()
     carry_out(study, config, argv[cut + 1 :])
+
+
+def draw_again(file: Path) -> Path:
+    """Draw the figure of a results.json beside it: of a study, or of a sweep or run of cl.
+
+    Raises:
+        UserError: no such file, or its figure needs more than it holds.
+    """
+    found = read_results(file)
+    if found.get("study") not in registry.names("study"):
+        return redraw(file, found, load("cl").experiment(), None)
+    study: Study = registry.get("study", found["study"])()
+    return redraw(file, found, study.experiment(load(study.command).experiment()), study)
 
 
 def carry_out(study: Study, config: Config, flags: list[str]) -> None:
@@ -74,7 +100,11 @@ def carry_out(study: Study, config: Config, flags: list[str]) -> None:
 
     Args:
         flags: more flags for every run, for instance to shorten it.
+
+    Raises:
+        UserError: the study has no such preset, or see `run_study`.
     """
+    check_preset(study, config.preset)
     seeds = config.seeds or study.seeds[config.preset]
     command = f"python -m dynmoe.study {study.name} --preset {config.preset} --seeds {seeds}"
     command += f" --streams {shlex.join(config.streams)}" if config.streams else ""

@@ -87,7 +87,11 @@ class Sweep(Study):  # not registered: it is made of a command line
 
 
 def main(argv: list[str]) -> None:
-    """Run what is not finished yet; write the results, the figure and the page."""
+    """Run what is not finished yet; write the results, the figure and the page.
+
+    Raises:
+        UserError: there are no variants, or a setting is out of range.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     config = tyro.cli(
         Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__,

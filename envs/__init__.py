@@ -157,10 +157,12 @@ def _known(name: str, options: dict[str, Any], known: Iterable[str]) -> None:
 def _unknown(name: str, known: list[str]) -> UserError:
     import gymnasium
 
-    near = difflib.get_close_matches(name, [*known, *gymnasium.registry], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    module, colon, short = name.rpartition(":")
+    near = difflib.get_close_matches(short, [*known, *gymnasium.registry], n=1)
+    hint = f" Did you mean {module + colon + near[0]!r}?" if near else ""
+    own = "" if colon else f" One of your own is named with its module, my_module:{name}."
     return UserError(
-        f"unknown environment {name!r}; known: {', '.join(known)}, or a gymnasium id.{hint}"
+        f"unknown environment {name!r}; known: {', '.join(known)}, or a gymnasium id.{hint}{own}"
     )
 
 

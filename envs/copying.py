@@ -8,6 +8,7 @@ world of a physics engine, there is no state to be had.
 from __future__ import annotations
 
 import types
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -107,6 +108,8 @@ def _packed(value: Any, name: str) -> list[Any]:
         return [kind, [value.dtype.str, value.tolist()]]
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
         return ["dict", {key: _packed(part, name) for key, part in value.items()}]
+    if type(value) is deque:  # the frames of a stack
+        return ["deque", [value.maxlen, _packed(list(value), name)]]
     if type(value) in (list, tuple):
         return [type(value).__name__, [_packed(part, name) for part in value]]
     raise NotPlainError(name)
@@ -127,6 +130,8 @@ def _unpacked(packed: list[Any]) -> Any:
         return array if kind == "texts" else array[()]
     if kind == "dict":
         return {key: _unpacked(part) for key, part in held.items()}
+    if kind == "deque":
+        return deque(_unpacked(held[1]), held[0])
     if kind in ("list", "tuple"):
         parts = [_unpacked(part) for part in held]
         return parts if kind == "list" else tuple(parts)

@@ -113,7 +113,10 @@ class CraftaxVectorEnv(TorchVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start new episodes: all over again with a seed, else each in its next world."""
+        """Start new episodes: all over again with a seed, else each in its next world.
+
+        Returns observations [N, ...] and `floor` [N].
+        """
         if self._carry is None or seed is not None:
             self._begin(self.seed if seed is None else seed)
             self._carry = _blank(self._programs.carry, self._jax_device)
@@ -123,7 +126,11 @@ class CraftaxVectorEnv(TorchVectorEnv):
         return first, {"floor": torch.zeros(every.shape, dtype=torch.long, device=self.device)}
 
     def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
-        """One step of all environments with actions [N], integers."""
+        """One step of all environments with actions [N], integers.
+
+        Raises:
+            RuntimeError: `reset` was not called yet.
+        """
         if self._carry is None:
             raise RuntimeError("call reset() before step()")
         rows, count = _padded(self._waiting, self.num_envs), np.int32(len(self._waiting))
@@ -185,6 +192,9 @@ class CraftaxVectorEnv(TorchVectorEnv):
 
         Worlds made in advance are left out, as they can be made again; so are those of the
         environments `waiting` to begin an episode.
+
+        Raises:
+            RuntimeError: `reset` was not called yet.
         """
         if self._carry is None:
             raise RuntimeError("call reset() before state_dict()")

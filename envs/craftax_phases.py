@@ -80,7 +80,10 @@ class CraftaxPhases(CraftaxVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start new episodes: with a seed all over again, from phase 0; else in this phase."""
+        """Start new episodes: with a seed all over again, from phase 0; else in this phase.
+
+        Returns observations [N, ...] and `floor` [N].
+        """
         observations, info = super().reset(seed=seed, options=options)
         info["floor"] += self.first_floor
         return observations, info

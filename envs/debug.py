@@ -115,7 +115,10 @@ class Stages(TorchVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start new episodes: all over again with a seed, else with the next random numbers."""
+        """Start new episodes: all over again with a seed, else with the next random numbers.
+
+        Returns observations [N, ...] and `floor` [N].
+        """
         if seed is not None or not self.started:
             self._start(self.seed if seed is None else seed)
         else:

@@ -88,7 +88,10 @@ class GymEnv(TorchVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, Info]:
-        """Start new episodes: all over again with a seed, else with the next random numbers."""
+        """Start new episodes: all over again with a seed, else with the next random numbers.
+
+        Returns observations [N, ...] and `floor` [N], all 0.
+        """
         first = None
         if seed is not None or not self.started:
             seed = self.seed if seed is None else seed

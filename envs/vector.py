@@ -41,7 +41,10 @@ def step_info(
     final: Tensor, done: Tensor, returns: Tensor, length: Tensor, deepest: Tensor,
     achievements: Tensor, floor: Tensor,
 ) -> Info:  # fmt: skip
-    """The `info` of a step, of tensors as they are described above."""
+    """The `info` of a step, of tensors as they are described above.
+
+    achievements are bool [N, A], final has the observations' shape, the others are [N].
+    """
     return {
         "final_obs": final,
         "_final_obs": done,

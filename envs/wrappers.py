@@ -47,7 +47,10 @@ class Layout:
     """values that become 0 and 1; None: values stay as they are, such as bytes in 0..255"""
 
     def inputs(self, observations: Tensor) -> Tensor:
-        """Vectors as float32; images uint8 in 0..255 or float32, with channels_last memory."""
+        """Stored observations [B, ...] as inputs [B, *input_shape].
+
+        Vectors as float32; images uint8 in 0..255 or float32, with channels_last memory.
+        """
         x = observations
         if len(self.input_shape) == 1:
             return x.flatten(1).float()

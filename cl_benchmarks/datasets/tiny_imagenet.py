@@ -170,7 +170,11 @@ def _class_names(tree: Path, folders: list[Path]) -> list[str]:
 
 
 def validation_files(val: Path, names: list[str]) -> tuple[list[Path], list[int]]:
-    """Files and labels, from val_annotations.txt with images/ or from one folder per class."""
+    """Files and labels, from val_annotations.txt with images/ or from one folder per class.
+
+    Raises:
+        UserError: a class has no images.
+    """
     annotations = val / "val_annotations.txt"
     if annotations.is_file() and image_files(val / "images"):
         return _annotated(annotations, {name: label for label, name in enumerate(names)})

@@ -151,6 +151,10 @@ def read_tree(
         raise UserError(f"{name} not found: {root} is no folder; give its folder's parent")
     found = _folders(root)
     _check_domains(name, root, found, domains)
+    if not any(_folders(root / domain) for domain in found):
+        raise UserError(
+            f"{name}: no class folders in {root / found[0]}; it takes DOMAIN/CLASS/* in {root}"
+        )
     names = _folders(root / found[0])
     for domain in found[1:]:
         _check_same(root, found[0], names, domain, _folders(root / domain))

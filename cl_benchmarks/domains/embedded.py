@@ -34,12 +34,18 @@ Style = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def plain(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """White on black."""
+    """White on black.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     return gray[:, None].expand(-1, 3, -1, -1)
 
 
 def coloured(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """A random colour on a darker one, at least 0.4 apart in brightness."""
+    """A random colour on a darker one, at least 0.4 apart in brightness.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     count = len(gray)
     colours = torch.rand(2, count, 3, 1, 1, generator=generator)
     light = colours.mean(dim=2, keepdim=True)
@@ -62,13 +68,19 @@ def textured(gray: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def noisy(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """Half the contrast, under Gaussian noise of deviation 0.2 in each channel."""
+    """Half the contrast, under Gaussian noise of deviation 0.2 in each channel.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     noise = torch.randn(len(gray), 3, *gray.shape[1:], generator=generator)
     return (0.25 + 0.5 * gray[:, None] + 0.2 * noise).clamp(0, 1)
 
 
 def edges(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """White outlines on black: the length of the gradient (Sobel), as chalk would draw them."""
+    """White outlines on black: the length of the gradient (Sobel), as chalk would draw them.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     both = torch.stack([kernel, kernel.T])[:, None]
     slopes = F.conv2d(F.pad(gray[:, None], (1, 1, 1, 1), mode="replicate"), both)
@@ -78,7 +90,10 @@ def edges(gray: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def rotated(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """White on black, turned by 45 to 135 degrees to either side."""
+    """White on black, turned by 45 to 135 degrees to either side.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     turn = math.pi / 4 * (1 + 2 * torch.rand(len(gray), generator=generator))
     turn = turn * torch.where(torch.rand(len(gray), generator=generator) < 0.5, 1.0, -1.0)
     zero = torch.zeros_like(turn)
@@ -89,7 +104,10 @@ def rotated(gray: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def blocky(gray: Tensor, generator: torch.Generator) -> Tensor:
-    """White on black, in pixels of three times the size."""
+    """White on black, in pixels of three times the size.
+
+    Gray images [N, H, W] in 0..1 to [N, 3, H, W].
+    """
     small = F.interpolate(gray[:, None], size=-(-gray.shape[-1] // 3), mode="area")
     return F.interpolate(small, size=gray.shape[1:], mode="nearest").expand(-1, 3, -1, -1)
 

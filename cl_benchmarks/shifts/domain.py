@@ -92,7 +92,7 @@ class Memory(Domain):
         return f"{hashlib.sha256(values.tobytes()).hexdigest()[:16]}-{values.shape}"
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """See Domain."""
+        """See Domain: uint8 [n, 3, S, S]."""
         return self.tensor[torch.as_tensor(indices, dtype=torch.int64)]
 
 
@@ -121,7 +121,7 @@ class Files(Domain):
         return cache.digest(values)
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """See Domain.
+        """See Domain: uint8 [n, 3, S, S].
 
         Raises:
             UserError: a file that is missing, damaged, no image, or too small to be cropped.
@@ -158,7 +158,11 @@ def read_image(path: Path, resize: int | None, size: int) -> Tensor:
 
 
 def check(corruption: str, severity: int) -> None:
-    """Refuse an unknown corruption or severity with a UserError."""
+    """Refuse an unknown corruption or severity.
+
+    Raises:
+        UserError: it is unknown; names those that there are.
+    """
     if corruption not in CORRUPTIONS + EXTRA:
         raise unknown("corruption", corruption, CORRUPTIONS + EXTRA)
     if severity not in SEVERITIES:
@@ -228,7 +232,10 @@ class Corrupted(Domain):
         return self._folder
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """See Domain. An image is corrupted once; 150 kB each are cached at 224 pixels."""
+        """See Domain: uint8 [n, 3, S, S].
+
+        An image is corrupted once; 150 kB each are cached at 224 pixels.
+        """
         return torch.stack([self._one(int(i)) for i in indices])
 
     def _one(self, index: int) -> Tensor:
@@ -259,7 +266,7 @@ class Resized(Domain):
         return f"{self.domain.identity}, {self.size} px"
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """See Domain."""
+        """See Domain: uint8 [n, 3, S, S]."""
         x = self.domain.images(indices).float()
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         return x.round().clamp(0, 255).to(torch.uint8)

@@ -103,7 +103,11 @@ class Embedded(ShiftSource):
         return Memory(corruption, torch.from_numpy(images), self._labels)
 
     def other(self, shift: str) -> Domain:
-        """See ShiftSource."""
+        """See ShiftSource.
+
+        Raises:
+            UserError: there is no such shift.
+        """
         if shift == "clean":
             images = self._clean()
         elif shift == "rendition":

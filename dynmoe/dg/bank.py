@@ -262,6 +262,6 @@ def whole_set(bank: AdapterBank) -> list[Theta]:
 
 
 def balance(layers: list[MoALinear], weight: float) -> dict[str, Tensor]:
-    """The layers' load-balancing losses, weighted and summed, by name; none outside training."""
+    """The layers' load-balancing losses, weighted, summed to a scalar; none outside training."""
     losses = [layer.last_balance for layer in layers if layer.last_balance is not None]
     return {"balance": weight * torch.stack(losses).sum()} if losses else {}

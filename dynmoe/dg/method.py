@@ -140,12 +140,18 @@ class DGMethod(nn.Module, Part, kind="dg"):
         return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.trainable())
 
     def learned_state(self) -> dict[str, Tensor]:
-        """`state_dict()` without parameters that are frozen: what a small checkpoint needs."""
+        """`state_dict()` without parameters that are frozen: what a small checkpoint needs.
+
+        Each tensor has the shape of its parameter or buffer.
+        """
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name not in frozen}
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Restore `learned_state()` into a method of the same options on the same backbone."""
+        """Restore `learned_state()` into a method of the same options on the same backbone.
+
+        Shapes must be those of the parameters and buffers of these names.
+        """
         self.load_state_dict({**self.state_dict(), **state})
 
     def extra_state(self) -> dict[str, Any]:

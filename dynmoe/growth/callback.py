@@ -72,7 +72,7 @@ class GrowthCallback:
         return self._ask(Signals(step=step)) or event
 
     def backward_done(self, loss: Tensor | float) -> None:
-        """The gradients of a step are there, not clipped yet; `loss` is its training loss."""
+        """The gradients of a step are there, not clipped yet; `loss`, a scalar, is its loss."""
         needs = self.controller.trigger.needs
         if "loss" in needs:
             self._latest["loss"] = float(loss.detach() if isinstance(loss, Tensor) else loss)

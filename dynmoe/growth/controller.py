@@ -133,7 +133,17 @@ class GrowthController:
         Pending gradients stay with the weights they belong to: those of units and rows that are
         drawn or copied are set to 0, all others stay, also where a Parameter is replaced.
         `make_probe` gives the probe; it is called only when the layers grow.
+
+        Raises:
+            UserError: the trigger needs a figure that is not in `signals`; or see `grow`.
         """
+        for name in () if signals.task_starts else sorted(self.trigger.needs):
+            if getattr(signals, name) is None:
+                raise UserError(
+                    f"trigger {self.trigger.name} needs {name}, and this loop does not tell it; "
+                    f"use another trigger, or pass Signals(step=..., {name}=...), nan where there "
+                    "is no new value"
+                )
         signals = distributed.common_signals(signals, self.trigger.needs)
         before = copy.deepcopy(self.trigger.state_dict())
         if not self.trigger.fires(signals):

@@ -85,7 +85,7 @@ def common_generator(generator: torch.Generator) -> torch.Generator:
 
 
 def mean_tensors(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means of equally named tensors over the processes that have them."""
+    """Means of equally named tensors, of the same shape, over the processes that have them."""
     if not several_processes():
         return dict(own)
     every = gathered({name: tensor.cpu() for name, tensor in own.items()})

@@ -229,7 +229,11 @@ class DuplicateInit(
     """
 
     def plan(self, request: Request) -> Plan:
-        """Deal or copy, whichever the budget allows."""
+        """Deal or copy, whichever the budget allows.
+
+        Raises:
+            UserError: the bank has no hidden units.
+        """
         if not len(request.segment):
             raise UserError(
                 "init duplicate needs a bank with hidden units: whole copies of an expert under "

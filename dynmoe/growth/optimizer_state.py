@@ -81,7 +81,10 @@ def neutral_state(
 def entry_state(
     optimizer: Optimizer, parameter: Tensor, axis: int
 ) -> Iterator[tuple[str, Tensor, int]]:
-    """(key, tensor, its axis) of the state that has entries along the parameter's `axis`."""
+    """(key, tensor, its axis) of the state that has entries along the parameter's `axis`.
+
+    The parameter has any shape; a tensor of the state may have fewer axes (factored moments).
+    """
     for key, value in optimizer.state.get(parameter, {}).items():
         its_axis = _axis_of(key, value, parameter.shape, axis)
         if its_axis is not None:
@@ -121,7 +124,7 @@ def forget_flat_state(optimizer: Optimizer | None) -> None:
 
 
 def pad(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """The tensor with `count` zero entries more along `axis`."""
+    """A tensor of any shape with `count` zero entries more along `axis`."""
     shape = list(tensor.shape)
     shape[axis] = count
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)

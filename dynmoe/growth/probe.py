@@ -45,7 +45,10 @@ def classification_shock(before: Any, after: Any, labels: Tensor | None) -> dict
 
 
 def find_logits(outputs: Any) -> Tensor | None:
-    """The logits in what a model returns, or its first tensor of floating point, or None."""
+    """The logits in what a model returns, or its first tensor of floating point, or None.
+
+    Of any shape; a classifier's are [B, C].
+    """
     if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
         return outputs["logits"]
     named = getattr(outputs, "logits", None)

@@ -72,7 +72,11 @@ class UtilityUnits(
     def scores(
         self, bank: UnitBank, mean_activation: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Contribution utility [H]; needs a probe batch."""
+        """Contribution utility [H]; needs a probe batch.
+
+        Raises:
+            UserError: there is no probe batch.
+        """
         if mean_activation is None:
             raise UserError(
                 "pruning by utility needs a probe batch: pass probe= to the growth step"

@@ -99,7 +99,11 @@ def grow_layer(
 
 
 def check_room(layer: MoELayer, experts: int) -> None:
-    """Raise a UserError where the layer was made for fewer experts."""
+    """Refuse more experts than the layer was made for.
+
+    Raises:
+        UserError: it was made for fewer.
+    """
     if experts > layer.max_experts:
         raise UserError(
             f"cannot grow to {experts} experts: the layer was made for at most "

@@ -125,7 +125,11 @@ class GrowthCallback(Callback):
         return self.controller.events
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the controller of this `fit`'s optimizer; the state goes on."""
+        """Make the controller of this `fit`'s optimizer; the state goes on.
+
+        Raises:
+            UserError: there is not exactly one optimizer.
+        """
         if len(trainer.optimizers) != 1:
             raise UserError(
                 f"GrowthCallback needs one optimizer, not {len(trainer.optimizers)}; use "
@@ -160,7 +164,7 @@ class GrowthCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Note the loss; of accumulated batches it is that of the last."""
+        """Note the loss, a scalar; of accumulated batches it is that of the last."""
         self._loss = float(loss.detach()) * trainer.accumulate_grad_batches
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

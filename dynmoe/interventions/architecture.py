@@ -80,7 +80,7 @@ class Mirror(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Concatenate x and -x."""
+        """Concatenate x and -x: [..., D] to [..., 2 D], images [B, C, H, W] to [B, 2 C, H, W]."""
         return torch.cat([x, -x], dim=1 if x.dim() == 4 else -1)
 
 
@@ -233,6 +233,6 @@ class Injected(nn.Module):
                 self.register_buffer(f"{kind}_{name}", kept)
 
     def forward(self, z: Tensor) -> Tensor:
-        """The frozen outputs, plus what the new layer has learnt."""
+        """The frozen outputs of z [..., D], plus what the new layer has learnt: [..., outputs]."""
         frozen = F.linear(z, self.frozen_weight, self.frozen_bias)
         return frozen + self.new(z) - F.linear(z, self.copy_weight, self.copy_bias)

@@ -46,6 +46,12 @@ class Limit(Enum):
     INSIDE_0_1 = "between 0 and 1", lambda value: 0 < value < 1
 
 
+HOOKS = (
+    "transform", "attach", "task_starts", "penalty", "gradients_ready", "step_done", "after_step",
+    "grown", "plugin",
+)  # fmt: skip
+"""Methods of an intervention by which it acts (`begin` alone acts only by hooks of torch's)."""
+
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Gives the next task's training batches: inputs [B, ...] and labels [B], on the model's device."""
 
@@ -61,7 +67,7 @@ class Intervention(Part, ABC, kind="intervention"):
         limits: option -> what values it may have.
 
     Raises:
-        UserError: an option has another value.
+        UserError: an option has another value, or no loop calls what a class defines.
     """
 
     reshapes: ClassVar[bool] = False
@@ -73,12 +79,25 @@ class Intervention(Part, ABC, kind="intervention"):
     generator: torch.Generator
 
     def __init__(self, config: PartConfig) -> None:
+        self._check_hooks()
         self.config = config
         self.steps = 0
         for option, limit in self.limits.items():
             (words, holds), value = limit.value, getattr(config, option)
             if not holds(value):
                 raise UserError(f"{self.name}: {option}={value} must be {words}")
+
+    @classmethod
+    def _check_hooks(cls) -> None:
+        """Refuse a class whose methods no loop calls: one with a hook's name misspelt, say."""
+        acts = any(getattr(cls, hook) is not getattr(Intervention, hook) for hook in HOOKS)
+        own = [n for n in dir(cls) if not n.startswith("_") and callable(getattr(cls, n))]
+        strange = [name for name in own if not hasattr(Intervention, name) and name != "Config"]
+        if strange and not acts:
+            raise UserError(
+                f"intervention {cls.name}: no loop calls {', '.join(strange)}, so it would do "
+                f"nothing; the hooks are {', '.join(HOOKS)}"
+            )
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
         """Change the network's make, in place, before training and before its optimizer exists.
@@ -99,7 +118,7 @@ class Intervention(Part, ABC, kind="intervention"):
         """Task number `task` >= 1 comes next; `batches` is None in loops without tasks' data."""
 
     def penalty(self) -> Tensor | float:
-        """What is added to the training loss, nats."""
+        """What is added to the training loss, nats: a scalar."""
         return 0.0
 
     def gradients_ready(self) -> None:
@@ -114,7 +133,7 @@ class Intervention(Part, ABC, kind="intervention"):
         """The optimizer has taken step number `self.steps`."""
 
     def grown(self, before: dict[str, Tensor]) -> None:
-        """The network has grown. `before`: old values of the MoE layers' parameters, by name.
+        """The network has grown. `before`: old values of the MoE layers' parameters, in old shapes.
 
         Parameters may have been replaced by longer ones; hidden units are found again if needed.
         """
@@ -260,7 +279,7 @@ class Anchored(Intervention):
         self.anchor = Anchor(self.model)
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, its value at the start), for all that learn."""
+        """(parameter, its value at the start, of its shape), for all that learn."""
         return self.anchor.pairs() if self.anchor else iter(())
 
     def state(self) -> dict[str, Any]:

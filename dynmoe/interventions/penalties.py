@@ -33,7 +33,7 @@ class L2(Intervention, name="l2", source="Krogh & Hertz 1991, Eq. 1"):
         """factor of the squared norm (our choice; Dohare et al. 2024 search 1e-3 to 1e-6)"""
 
     def penalty(self) -> Tensor:
-        """The penalty at the present weights."""
+        """The penalty at the present weights: a scalar."""
         squares = {p: p.square() for p in self.model.parameters() if p.requires_grad}
         for _, layer in moe_layers(self.model):
             for rows in (*layer.router.expert_rows(), *layer.bank.expert_rows()):

@@ -148,7 +148,11 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
 
     @torch.no_grad()
     def shrink(self, parameters: list[nn.Parameter], directions: list[Tensor]) -> None:
-        """Multiply weights by their clipped cosines with the descent directions."""
+        """Multiply weights by their clipped cosines with the descent directions.
+
+        A direction has its parameter's shape: [n, D] with a cosine for each row, or [n, C, h, w]
+        with one for each of the n C kernels.
+        """
         for parameter, direction in zip(parameters, directions, strict=True):
             axes = 2 if parameter.dim() > 2 else parameter.dim() - 1
             shape = (*parameter.shape[:axes], -1)

@@ -214,7 +214,7 @@ def unit_banks(layer: MoELayer) -> list[UnitBank]:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 if it has fewer bits: means over many rows need them."""
+    """A tensor of any shape, in float32 if it has fewer bits: means over many rows need them."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -87,7 +87,7 @@ def swap_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -
 
 @torch.no_grad()
 def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """New first values of a network's parameters, by name, on their device.
+    """New first values of a network's parameters, by name, in their shapes, on their device.
 
     Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their start.
     Parameters of other modules are left out.
@@ -142,19 +142,22 @@ class Anchor:
         self.first = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, its value at the start), for all that learn."""
+        """(parameter, its value at the start, of its shape), for all that learn."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield parameter, self.first[name]
 
     def load(self, first: dict[str, Tensor]) -> None:
-        """Take copies of saved values at the start, to where the parameters are."""
+        """Take copies of saved first values, in the parameters' shapes, to where these are."""
         parameters = dict(self.model.named_parameters())
         self.first = {name: first[name].clone().to(p.device) for name, p in parameters.items()}
 
     @torch.no_grad()
     def grown(self, before: dict[str, Tensor]) -> None:
-        """The network has grown; `before` holds the parameters that growth may have changed."""
+        """The network has grown; `before` holds parameters that growth may have changed, by name.
+
+        Old shapes are at most as large as new ones along each axis.
+        """
         parameters = dict(self.model.named_parameters())
         for name, old in before.items():
             born = parameters[name].detach().clone()

@@ -61,7 +61,7 @@ class RunConfig:
     runs_dir: Path = place(Path("runs"))
     """where run folders are made"""
     name: str | None = place(None)
-    """the run's name; none: the preset and a hash of the settings"""
+    """the run's name; none: preset, what differs from it, and a hash"""
     resume: bool = place(False)
     """go on from the newest checkpoint of this run"""
     checkpoint_every_s: float = place(60.0)

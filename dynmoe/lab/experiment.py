@@ -13,11 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 from dynmoe.lab.config import RunConfig, check_name
 from dynmoe.lab.export import Exporter
 from dynmoe.lab.mirrors import check_mirrors
@@ -209,6 +209,17 @@ class Experiment(ABC):
     def draw(self, path: Path, results: Results, title: str) -> None:
         """The figure of a comparison, as a PNG file written atomically."""
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """What `draw` reads of the summaries, one a seed, from an `entry` of results.json.
+
+        Raises:
+            UserError: results.json does not hold enough; so it is by default.
+        """
+        raise UserError(
+            f"figures of {self.command} are not drawn from results.json alone; give the study's "
+            "command again, which reads its finished runs"
+        )
+
     @abstractmethod
     def title(self, config: Any, shared: Any) -> str:
         """What the numbers are about: data, order, network."""
@@ -266,7 +277,17 @@ class Results:
     def values(
         self, stream: str, variant: str, metric: str = "", at: At | None = None
     ) -> list[float]:
-        """[S] one number per seed."""
+        """[S] one number per seed.
+
+        Raises:
+            UserError: no such stream, variant or part.
+        """
+        if stream not in self.runs:
+            raise unknown("stream", stream, self.runs)
+        if variant not in self.runs[stream]:
+            raise unknown(f"variant on stream {stream!r}", variant, self.runs[stream])
+        if at is not None and at not in get_args(At):
+            raise unknown("part of a run, at", at, get_args(At))
         runs = self.runs[stream][variant]
         metric, at = metric or self.experiment.metric, at or self.experiment.at
         return [self.experiment.value(run, metric, at) for run in runs]

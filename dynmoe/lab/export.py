@@ -85,7 +85,9 @@ def read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def take_out(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """The value as JSON takes it, its tensors moved into `tensors` under dotted names.
+    """The value as JSON takes it, its tensors, of any shape, moved into `tensors`.
+
+    There they stand under dotted names, on the CPU.
 
     Raises:
         TypeError: a value is neither plain nor a tensor.
@@ -107,7 +109,7 @@ def take_out(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def put_back(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `take_out` was given; tuples come back as lists.
+    """What `take_out` was given, tensors in their shapes; tuples come back as lists.
 
     Raises:
         KeyError: a tensor is not there.

@@ -25,7 +25,8 @@ COLORS = ("#222222", "#8a8a8a", "#e29a2d", "#7fc8f8", "#1b6ca8", "#5b3a8c", "#f4
 """Of methods, see `METHODS`; curves after these take them again, with other lines and marks."""
 METHODS = {
     "dense": 0, "fresh": 1, "dynamicmoe": 4, "moe-static": 2, "reset-block": 7, "cbp": 5,
-    "l2-init": 8, "redo": 9, "replay": 6,
+    "l2-init": 8, "redo": 9, "replay": 6, "g2": 4, "grow g2": 4,
+    "DynamicMoE g2": 4,
     "noadapt": 0, "tent": 2, "eata": 5, "sar": 8, "deyo": 9, "cotta": 6, "becotta": 7, "moetta": 4,
     "linear-probe": 0, "erm": 1, "lora": 2, "kadaptation": 9, "moa": 7, "moe2": 4,
 }  # fmt: skip

@@ -125,7 +125,11 @@ class Logger:
         self.show(self._latest, final)
 
     def sync(self) -> int:
-        """Flush to disk; returns the length of `log.jsonl` in bytes."""
+        """Flush to disk; returns the length of `log.jsonl` in bytes.
+
+        Raises:
+            ResourceError: the disk is full, or cannot be written.
+        """
         try:
             self._file.flush()
             os.fsync(self._file.fileno())

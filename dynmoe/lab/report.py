@@ -14,6 +14,7 @@ from dynmoe.lab.config import identity
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.files import make_folder, write_json
 from dynmoe.lab.launchers import Local
+from dynmoe.lab.names import of_others
 from dynmoe.lab.results import Result, read_run
 from dynmoe.lab.runner import make_job, results_of, run_jobs, run_one
 from dynmoe.lab.statistics import Interval
@@ -37,21 +38,25 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
     if config.threads:
         torch.set_num_threads(config.threads)
     shared = processes.in_turn(lambda: experiment.load(config))
+    seeds = range(config.seed, config.seed + config.seeds)
     jobs = {
         stream: {
             label: [
-                make_job(experiment, preset, replace(one, seed=config.seed + number), label, shared)
-                for number in range(config.seeds)
+                make_job(
+                    experiment, of_others(preset) if others else preset, replace(one, seed=seed),
+                    label, shared,
+                )
+                for seed in seeds
             ]
-            for label, one in variants.items()
+            for others, (label, one) in enumerate(variants.items())
         }
         for stream, variants in experiment.variants(config, shared).items()
-    }
+    }  # fmt: skip
     flat = [job for variants in jobs.values() for own in variants.values() for job in own]
     alone, model = config.jobs == 1 or len(flat) == 1, None
     for job in flat:
         if alone or job.done:  # a finished run is opened too, to see that its settings are ours
-            done = run_one(experiment, preset, job.config, shared)
+            done = run_one(experiment, job.preset, job.config, shared)
             model = done.model if job is flat[0] else model
     if processes.rank() > 0:
         return Result(flat[0].folder, (), model)
@@ -90,7 +95,7 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         rows = table(results, stream, difference=config.seeds > 1)
         print_table(heading, rows, caption(experiment, config.seeds))
     experiment.report_more(folder, config, shared, results)
-    print(f"results: {folder}")
+    print(f"results: {folder}" + (", figure comparison.png" if runs > 1 else ""))
 
 
 def entry(results: Results, stream: str, variant: str) -> dict[str, Any]:

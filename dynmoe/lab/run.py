@@ -11,6 +11,7 @@ with Run("cl", preset, config) as run:
 
 from __future__ import annotations
 
+import glob
 import json
 import platform
 import shlex
@@ -46,7 +47,7 @@ class Run:
 
     Args:
         command: "cl", "rl", ...
-        preset: name of the preset, part of the default run name.
+        preset: begins the default run name; see `dynmoe.lab.names`.
         config: the settings.
         label: put into the default run name, e.g. the method and the data set.
 
@@ -64,9 +65,9 @@ class Run:
 
     def __init__(self, command: str, preset: str, config: RunConfig, label: str = "") -> None:
         self.config = config
-        parts = [preset, label, digest(config)]
-        self.name = config.name or "-".join(part for part in parts if part)
-        self.folder = Path(config.runs_dir) / command / self.name / f"seed-{config.seed}"
+        place = Path(config.runs_dir) / command
+        self.name = config.name or _name(place, preset, label, digest(config))
+        self.folder = place / self.name / f"seed-{config.seed}"
         self.checkpoints = self.folder / "checkpoints"
         self.device = resolve(config.device)
         self.summary: dict[str, Any] | None = None
@@ -298,6 +299,18 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds a run with other settings ({'; '.join(changed)}); "
             "use those settings, or another --name"
         )
+
+
+def _name(place: Path, preset: str, label: str, settings: str) -> str:
+    """A run's name, which ends in the hash of its settings.
+
+    A folder of these settings and this preset that is there already is taken, whatever else its
+    name says: earlier versions did not tell what differs from the preset.
+    """
+    own = "-".join(filter(None, [preset, label, settings]))
+    begins = glob.escape(preset.split("-")[0])
+    there = sorted(path.name for path in place.glob(f"{begins}-*-{settings}"))
+    return there[0] if there and own not in there else own
 
 
 def remove_if_never_begun(folder: Path) -> None:

@@ -103,6 +103,20 @@ class Study(Part, ABC, kind="study"):
         results.experiment.draw(path, results, title)
 
 
+def check_preset(study: Study, preset: str) -> None:
+    """Refuse a preset for which a study of somebody's own gives no flags or no seeds.
+
+    Raises:
+        UserError: names what is lacking.
+    """
+    for what, given in (("start", study.start), ("seeds", study.seeds)):
+        if preset not in given:
+            raise UserError(
+                f"study {study.name} has no preset {preset!r}: its {what} names "
+                f"{', '.join(given)} only; use one of these, or add {preset!r} to {what}"
+            )
+
+
 def run_study(
     study: Study,
     experiment: Experiment,
@@ -236,9 +250,15 @@ def judge(study: Study, results: Results) -> tuple[list[str], int]:
     """The study's verdict, and the comparisons that it makes, for whose number it is corrected.
 
     The verdict is asked twice: to count its comparisons, and with the intervals that hold for all.
+
+    Raises:
+        UserError: it asks for a stream, variant or part of the runs that is not there, or returns
+            no list of sentences.
     """
     counted = replace(results, family=Family())
-    study.verdict(counted)
+    said = study.verdict(counted)
+    if not isinstance(said, list) or not all(isinstance(sentence, str) for sentence in said):
+        raise UserError(f"study {study.name}: verdict must return a list of strings, not {said!r}")
     comparisons = max(1, len(counted.family.made))
     return study.verdict(replace(results, family=Family(comparisons))), comparisons
 

@@ -142,7 +142,11 @@ class UnitBank(ExpertBank):
         super().reset_parameters(generator)
 
     def check_resettable(self) -> None:
-        """Raise the UserError of `reset_parameters`: a reset replaces no Parameter."""
+        """Refuse a reset that would have to replace Parameters.
+
+        Raises:
+            UserError: the pool has gained units since it was made.
+        """
         units, first = len(self.segment), sum(self.initial_sizes)
         if units != first:
             raise UserError(

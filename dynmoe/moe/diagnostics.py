@@ -126,8 +126,8 @@ def routing_stats(model: nn.Module, labels: Tensor | None = None) -> dict[str, d
     Layers that have not run yet, or saw padding only, are left out.
 
     Args:
-        labels: of that pass's samples, padding included, as `label_uncertainty` takes them. They
-            add `label_entropy`, and for each expert e that some sample uses
+        labels: [B] of that pass's samples, padding included, as `label_uncertainty` takes them.
+            They add `label_entropy`, and for each expert e that some sample uses
             `label_entropy/expert_<e>` and `label_information/expert_<e>` (Eq. 16), nats.
     """
     found = {}
@@ -239,7 +239,7 @@ def routing_table(
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What each MoE layer is given while the model computes x, by layer name.
+    """What each MoE layer is given while the model computes x, [..., D] by layer name.
 
     In evaluation mode; the model is left as it was. A layer that runs twice gives its last input.
     """
@@ -290,7 +290,10 @@ def output_change(before: Tensor, after: Tensor) -> FunctionChange:
 
 @torch.no_grad()
 def function_change(before: nn.Module, after: nn.Module, x: Tensor) -> FunctionChange:
-    """Compare what two modules make of x, in evaluation mode; both are left as they were."""
+    """Compare what two modules make of x, in evaluation mode; both are left as they were.
+
+    x has a shape that both take, and their outputs have one shape.
+    """
     with undisturbed(before):
         old = before(x)
     with undisturbed(after):

@@ -100,7 +100,7 @@ def distil(
 
 @torch.no_grad()
 def route(layer: MoELayer, x: Tensor) -> Routing:
-    """Where the layer sends x in evaluation mode; the layer is left as it was."""
+    """Where the layer sends x [..., D] in evaluation mode; the layer is left as it was."""
     with undisturbed(layer):
         layer(x)
         assert layer.last_routing is not None

@@ -72,7 +72,7 @@ def draw_normal(rows: Tensor, index: Tensor, std: float, generator: torch.Genera
 
 @torch.no_grad()
 def draw_seed(seed: Tensor, generator: torch.Generator | None) -> None:
-    """Fill a tensor of int64 with seeds, each between 0 and 2^62."""
+    """Fill a tensor of int64, of any shape, with seeds, each between 0 and 2^62."""
     if seed.is_meta:
         return
     seed.copy_(torch.randint(2**62, seed.shape, generator=generator, device=home(generator)))

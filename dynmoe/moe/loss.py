@@ -74,7 +74,7 @@ class PassLosses:
         self._returned: dict[str, Tensor] = {}
 
     def values(self) -> dict[str, Tensor]:
-        """The losses by name, for the objective; hands them out."""
+        """The losses by name, scalars, for the objective; hands them out."""
         losses, self._losses = self._losses, {}
         if self._with_gradient or not torch.is_grad_enabled():
             return losses
@@ -85,7 +85,10 @@ class PassLosses:
         }
 
     def go_on_from(self, y: Tensor, losses: dict[str, Tensor]) -> Tensor:
-        """y, the output of a recomputed pass, so that the returned gradient reaches its losses."""
+        """y, the output of a recomputed pass, so that the returned gradient reaches its losses.
+
+        y has any shape, and keeps it; the losses are scalars.
+        """
         for name, gradient in self._returned.items():
             y = _Sending.apply(y, losses[name], gradient)
         return y

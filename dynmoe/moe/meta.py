@@ -35,6 +35,8 @@ def adapt_routers(
 ) -> dict[str, Tensor]:
     """The weights of the routers after gradient steps on a task's support samples.
 
+    They come by name, in the shapes of the model's own.
+
     The model stays as it is: `torch.func.functional_call(model, weights, x)` runs it with them.
 
     Args:
@@ -130,6 +132,8 @@ def meta_step(
 
 def router_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of all routers that learn, by their names in the model.
+
+    Most are [M, D], a row for each expert; a router may have others, of any shape.
 
     Raises:
         UserError: there are none.

@@ -25,7 +25,11 @@ from dynmoe.moe.router import Router
 def routing_inputs(
     model: nn.Module, mask: Tensor | None = None, context: Tensor | None = None
 ) -> Iterator[None]:
-    """Hand every MoE layer of a model a padding mask or a context for passes in the block."""
+    """Hand every MoE layer of a model a padding mask or a context for passes in the block.
+
+    mask [B, ...] is False for padding and context [B, ...] is what routers may look at, each with
+    an entry per position or per sample, as in `MoELayer.forward`.
+    """
     layers = [layer for _, layer in moe_layers(model)]
     before = [layer.routing_context for layer in layers]
     for layer in layers:

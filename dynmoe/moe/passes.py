@@ -134,7 +134,7 @@ class _Sum(torch.autograd.Function):
 
 
 def batch_sum(own: Tensor) -> Tensor:
-    """A sum over a pass's rows as one over the whole batch, where that is shared.
+    """A sum over a pass's rows, of any shape, as one over the whole batch, where that is shared.
 
     Gradients are right if those of all processes are then averaged, as each has the whole sum.
     """

@@ -39,7 +39,7 @@ class Pruned:
 
 @torch.no_grad()
 def prune(layer: MoELayer, batches: Sequence[Tensor], threshold: float) -> Pruned:
-    """Remove the active experts whose load on the data is below a threshold.
+    """Remove the active experts whose load on batches [..., D_in] is below a threshold.
 
     The kept experts' units and rows are copied; what was removed frees a place, so that the new
     layer can grow to as many experts as the old one. Where gates are scaled by the number of

@@ -117,7 +117,7 @@ class Routing:
         return self.active.sum() if self.chosen is None else self.chosen.sum(dim=1, keepdim=True)
 
     def without_padding(self, mask: Tensor | None) -> Routing:
-        """The same decision with nothing for the padding, and `mask` noted."""
+        """The same decision with nothing for the padding; `mask`, bool [N], is noted."""
         if mask is None:
             return self
         real = mask.unsqueeze(1)
@@ -238,10 +238,28 @@ class Router(nn.Module, Part, kind="router"):
         groups: int = 1,
         sizes: Tensor | None = None,
     ) -> Routing:
-        """Route samples x [N, D]; the other arguments are described in `RouterInput`."""
+        """Route samples x [N, D]; the other arguments are described in `RouterInput`.
+
+        Raises:
+            UserError: `route` returned something else than a routing of N samples over M experts.
+        """
         groups = len(x) if self.independent else groups
         routing = self.route(RouterInput(x, mask, context, groups, sizes))
+        if not torch.compiler.is_compiling():
+            self._check(routing, (len(x), len(self.active)))
         return routing.without_padding(mask)
+
+    def _check(self, routing: Any, shape: tuple[int, int]) -> None:
+        """Refuse what a router of somebody's own may return instead, before it goes further."""
+        found = getattr(routing, "gates", routing)
+        if isinstance(routing, Routing) and found.shape == shape:
+            return
+        what = f"{type(found).__name__} {list(getattr(found, 'shape', []))}"
+        raise UserError(
+            f"{type(self).__name__}.route returned {type(routing).__name__} with gates {what}; "
+            f"return a dynmoe.moe.Routing whose gates are [N, M] = {list(shape)}, M counting the "
+            "experts that may still come"
+        )
 
     @abstractmethod
     def route(self, inputs: RouterInput) -> Routing:
@@ -262,7 +280,7 @@ class Router(nn.Module, Part, kind="router"):
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.active.shape]
 
     def expert_buffers(self) -> list[Tensor]:
-        """Buffers whose first axis is the expert axis M; pruning reorders their entries."""
+        """Buffers [M, ...] whose first axis is the experts'; pruning reorders their entries."""
         return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.active.shape]
 
     @torch.no_grad()

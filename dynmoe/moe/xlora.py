@@ -30,6 +30,8 @@ so that a factor alpha / r stands in B."""
 def adapter_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Copies of the adapters of a model that `adapt_linears` gave LoRA experts, one in each layer.
 
+    Of each layer, by its name: A [R, D_in] and B [D_out, R], the latter times alpha / r.
+
     Raises:
         UserError: there are none, or a layer has more experts, or gates other than 1.
     """

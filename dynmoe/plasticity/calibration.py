@@ -52,6 +52,8 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
 def adaptive_calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
     """Adaptive calibration error: bins of equal mass, from the least sure samples to the surest.
 
+    confidence [N] and right [N], of N samples.
+
     Sizes differ by one at most; with fewer samples than bins each is a bin. Equal mass is that of
     Nguyen and O'Connor 2015 (arXiv 1508.05154), Section 4, and of Nixon et al. 2019 (arXiv
     1904.01685), who also bin the probabilities of all other classes; here the predicted class

@@ -84,7 +84,7 @@ def firing_rate(h: Tensor) -> Tensor:
 
 
 def sample_axes(h: Tensor) -> tuple[int, ...]:
-    """All axes but the units'."""
+    """All axes of h but the units': h is [N, C, height, width] with units C, or [N, ..., units]."""
     return tuple(axis for axis in range(h.ndim) if axis != unit_axis(h))
 
 
@@ -182,7 +182,7 @@ def gram_eigenvalues(h: Tensor) -> Tensor:
 
 
 def srank99(sigma: Tensor) -> float:
-    """Smallest k with sum_{i<=k} sigma_i >= .99 sum sigma; 0 if all are 0.
+    """Smallest k with sum_{i<=k} sigma_i >= .99 sum sigma, of sigma [k]; 0 if all are 0.
 
     Source: srank_delta with delta = .01, Kumar et al. 2021 (arXiv 2010.14498). Code of
     loss-of-plasticity papers calls it "stable rank". A slack of 1e-12 settles ties.
@@ -193,7 +193,7 @@ def srank99(sigma: Tensor) -> float:
 
 
 def stable_rank_fro(sigma: Tensor) -> float:
-    """The classical stable rank |H|_F^2 / |H|_2^2, within 1..min(N, d); 0 if all are 0.
+    """The classical stable rank |H|_F^2 / |H|_2^2, in 1..min(N, d), of sigma [k]; 0 if all are 0.
 
     Source: Rudelson and Vershynin 2007 (arXiv math/0503442), "numerical rank".
     """
@@ -202,7 +202,9 @@ def stable_rank_fro(sigma: Tensor) -> float:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp(-sum p log p) with p = sigma / sum sigma, within 1..min(N, d); 0 if all are 0.
+    """exp(-sum p log p) with p = sigma / sum sigma, of sigma [k]; 0 if all are 0.
+
+    Within 1..min(N, d), the features being [N, d].
 
     Source: Roy and Vetterli 2007 (EUSIPCO), "The effective rank".
     """
@@ -211,7 +213,7 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 def feature_rank(sigma: Tensor, samples: int, eps: float = 0.01) -> float:
-    """Number of sigma_i(H) / sqrt(N) above eps. Not scale-free.
+    """Number of sigma_i(H) / sqrt(N) above eps, of sigma [k]. Not scale-free.
 
     Source: Lyle et al. 2022 (arXiv 2204.09560), "feature rank".
     """

@@ -86,12 +86,15 @@ class Probe:
 
 
 def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters by name, to be kept as a probe's `initial`."""
+    """Copies of all parameters by name, in their shapes, to be kept as a probe's `initial`."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def outside_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters outside MoE layers: inside, growth moves units about."""
+    """Copies of the parameters outside MoE layers, in their shapes.
+
+    Inside, growth moves units about.
+    """
     layers = tuple(f"{name}." for name, _ in moe_layers(model))
     return {n: p for n, p in copy_parameters(model).items() if not n.startswith(layers)}
 

@@ -187,7 +187,9 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         self.optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum)
 
     def finite(self, loss: Tensor, logits: Tensor) -> bool:
-        """Whether the loss is finite and the logits `sound`; else the batch counts as skipped.
+        """Whether the loss, a scalar, is finite and the logits [B, C] are `sound`.
+
+        Else the batch counts as skipped.
 
         A sample without weight in the loss spoils the gradients too: 0 times nan is nan.
         """
@@ -197,7 +199,10 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
         return False
 
     def learn(self, loss: Tensor, logits: Tensor) -> bool:
-        """Take one step of the optimizer down the loss; whether all was `finite`, else do not."""
+        """Take one step down the loss, a scalar, if it and the logits [B, C] are `finite`.
+
+        Returns whether the step was taken.
+        """
         if not self.finite(loss, logits):
             return False
         assert self.optimizer is not None

@@ -48,7 +48,7 @@ def possible_classes(logits: Tensor) -> int:
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in float32 or wider."""
+    """Values of any shape in float32 or wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -58,7 +58,10 @@ def mean_of(values: Tensor, trusted: Tensor) -> Tensor:
 
 
 def margin(given: float | None, share: float, logits: Tensor) -> float:
-    """An entropy margin: the one given, or that share of the largest entropy, ln C."""
+    """An entropy margin, nats: the one given, or that share of the largest entropy, ln C.
+
+    logits: [B, C].
+    """
     return share * math.log(possible_classes(logits)) if given is None else given
 
 

@@ -129,7 +129,7 @@ def _blind(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of the angle between two vectors; 0 where one of them is 0."""
+    """Cosine of the angle between two vectors [P]; 0 where one of them is 0."""
     return float(F.cosine_similarity(a, b, dim=0))
 
 
@@ -158,7 +158,10 @@ def mean_pairwise(cosines: Tensor) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
-    """Share of right answers, in batches of `size` at most; the model is left as it was."""
+    """Share of right answers for images [N, C, H, W] with labels [N]; the model is left as it was.
+
+    Batches have `size` images at most.
+    """
     with undisturbed(model):
         right = sum(
             int((model(x).argmax(dim=1) == y).sum()) for x, y in batches_of(images, labels, size)
@@ -168,6 +171,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> flo
 
 def pooled(domains: Mapping[str, Split], generator: torch.Generator) -> tuple[Batch, Tensor]:
     """The learnt parts of all domains in one random order, and the number of each one's domain.
+
+    Images [N, C, H, W] with labels [N]; domains' numbers int64 [N].
 
     `generator` is on the CPU.
     """

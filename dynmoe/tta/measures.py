@@ -273,6 +273,8 @@ def _score(
 def kept_for_backward(model: nn.Module, images: Tensor) -> int:
     """Bytes of all tensors that a forward pass keeps for its backward pass, but for the model's.
 
+    images: a batch [B, C, H, W].
+
     The model is left as it was.
     """
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}

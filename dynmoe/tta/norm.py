@@ -111,6 +111,8 @@ class MoELayerNorm(nn.Module):
     def balance(self) -> Tensor:
         """The last batch's `E sum_e f_e P_e` over all its samples; 1 when they are spread evenly.
 
+        A scalar.
+
         Available in training mode.
         """
         self.layer.collect_losses()  # what is collected here is not to be kept for anyone else

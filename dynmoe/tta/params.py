@@ -17,6 +17,12 @@ from dynmoe.tta.entropy import wide
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names under which torch's wrappers (compile, data parallel, FSDP, checkpoints) hold a module."""
+
+
+class UnfitModelError(UserError):
+    """The model has none of the layers that a method adapts."""
+
+
 NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 """Layers whose scale and shift methods train; subclasses such as timm's count."""
 
@@ -29,7 +35,7 @@ def affine_parameters(
     `keep` gets a layer's name, without torch's wrappers, and the layer.
 
     Raises:
-        UserError: there are none; the message names `method`.
+        UnfitModelError: there are none; the message names `method`.
     """
     found = [
         parameter
@@ -39,7 +45,7 @@ def affine_parameters(
         if parameter is not None
     ]
     if not found:
-        raise UserError(
+        raise UnfitModelError(
             f"{method} adapts normalisation layers, and the model has none with weights that it "
             "may train (LayerNorm, BatchNorm or GroupNorm); use method noadapt or another model"
         )
@@ -81,7 +87,7 @@ def channel_last_norms(model: nn.Module) -> list[tuple[str, nn.LayerNorm]]:
 
 @contextmanager
 def holding(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Let the parameters hold other values, by name, within the block.
+    """Let the parameters hold other values, by name and of their shapes, within the block.
 
     Graphs of earlier passes stay valid, and wrappers of any kind see the values.
     """
@@ -118,7 +124,10 @@ def work_alone(model: nn.Module) -> None:
 
 
 def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that adaptation may change: what is trained, and all buffers."""
+    """The tensors of a model that adaptation may change: what is trained, and all buffers.
+
+    By name, in their shapes.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | dict(model.named_buffers())
 
@@ -181,7 +190,10 @@ def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def moved(value: Any, like: Tensor) -> Any:
-    """The value, its tensors on like's device, floats in like's dtype or float32 if wider."""
+    """The value, its tensors, of any shape, on like's device.
+
+    Numbers with a point take like's dtype, or float32 if that is wider.
+    """
     if isinstance(value, Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return value.to(like.device, dtype if value.is_floating_point() else value.dtype)

@@ -18,6 +18,7 @@ import torch
 
 import dynmoe.dg.__main__ as dg
 import dynmoe.tta.__main__ as tta
+import envs
 from dynmoe import cl, registry, rl
 from dynmoe.growth import GrowthController, Signals
 from dynmoe.lab.config import parse
@@ -91,6 +92,12 @@ def test_the_environment(folder: Path) -> None:
     assert names["observations"].shape == (4, 7)  # type: ignore[attr-defined]
     game = __import__("my_games").Corridor(3)
     game.reset()
+    one = {"name": "my_games:Corridor-v0", "frames": 3, "size": 4}
+    stacked = envs.make("my_stacks:Stacked-v0", num_envs=2, env_args=one)
+    seen, _ = stacked.reset()
+    assert seen.shape == (2, 3, 4) and stacked.resumable
+    seen = stacked.step([1, 0])[0]
+    assert seen.argmax(dim=2).tolist() == [[0, 0, 1], [0, 0, 0]]  # places, the latest last
     steps = [game.step(1) for _ in range(2)]
     assert [(reward, done) for _, reward, done, _, _ in steps] == [(0.0, False), (1.0, True)]
     assert np.array_equal(steps[-1][0], [0, 0, 1])

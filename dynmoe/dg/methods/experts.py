@@ -77,7 +77,7 @@ class GMoE(DGMethod, name="gmoe", source="Li et al. 2023 (arXiv 2206.04046), GMo
 
 
 def collected_balance(method: DGMethod) -> dict[str, Tensor]:
-    """The losses of a method's MoE layers, summed, by name; none outside training mode."""
+    """The losses of a method's MoE layers, summed to a scalar; none outside training mode."""
     losses = list(collect_aux_losses(method).values())
     return {"balance": torch.stack(losses).sum()} if losses else {}
 

@@ -25,7 +25,7 @@ class Average:
     """steps"""
 
     def add(self, weights: list[Tensor], count: int = 1) -> None:
-        """Take in the mean weights of `count` more steps."""
+        """Take in the mean weights of `count` more steps; shapes are the same in every call."""
         if not self.count:
             self.weights = [w.detach().clone() for w in weights]
             self.count = count
@@ -178,7 +178,7 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
 
 @contextmanager
 def swapped(parameters: list[nn.Parameter], weights: list[Tensor]) -> Iterator[None]:
-    """Other values in some parameters, inside the block only."""
+    """Other values, of the same shapes, in some parameters, inside the block only."""
     own = [p.data for p in parameters]
     try:
         for parameter, value in zip(parameters, weights, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cl_benchmarks.backbone import SmallVit
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.lab.config import parse
+from dynmoe.lab.names import preset_and_changes
 from dynmoe.lab.results import Result
 from dynmoe.registry import get
 
@@ -98,4 +99,4 @@ def run(config: Config, preset: str = "own") -> Result:
 def main(argv: list[str]) -> None:
     """Read the command line, train all methods in all trials, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.dg", DESCRIPTION)
-    run(config, preset)
+    run(config, preset_and_changes(preset, presets()[preset], config))

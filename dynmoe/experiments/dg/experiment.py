@@ -137,6 +137,12 @@ class DomainGeneralisation(Experiment):
             entry[metric] = three(results.interval(stream, variant, metric))
         return entry
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """Accuracy on each left-out domain, one summary a seed."""
+        own = {"trainable": entry["trainable"], "measures": {}}
+        by_seed = zip(*entry["domains"].values(), strict=True)
+        return [{"tests": [{"accuracy": a, **own} for a in seed]} for seed in by_seed]
+
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Per stream: accuracy with its interval by variant, and against the trainable parameters.
 

@@ -46,6 +46,8 @@ def principal_directions(path: Tensor) -> tuple[Tensor, Tensor]:
 def random_directions(start: list[Tensor], generator: torch.Generator) -> list[list[Tensor]]:
     """Two random directions, each tensor scaled to the length of the weights that it moves.
 
+    A direction has a tensor for each of `start`, of its shape.
+
     Li et al. 2018, Section 4, with whole tensors for filters (our choice).
     """
     directions = []

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynmoe.lab.config import parse
+from dynmoe.lab.names import preset_and_changes
 from dynmoe.lab.results import Result
 
 if TYPE_CHECKING:
@@ -80,4 +81,4 @@ def run(config: Config, preset: str = "own") -> Result:
 def main(argv: list[str]) -> None:
     """Read the command line, run the methods on the streams, show and draw the results."""
     preset, config = parse(presets(), argv, "python -m dynmoe.tta", DESCRIPTION)
-    run(config, preset)
+    run(config, preset_and_changes(preset, presets()[preset], config))

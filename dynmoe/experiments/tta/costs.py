@@ -40,7 +40,7 @@ class Cost:
         self.images, self.seconds = self.images + images, self.seconds + time.perf_counter() - began
 
     def write(self, folder: Path, adapter: Adapter, images: Tensor) -> None:
-        """Write `cost.json`: images_per_s, and mib, see `print_costs`."""
+        """Write `cost.json`: images_per_s, and mib, for images [B, C, H, W]; see `print_costs`."""
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:

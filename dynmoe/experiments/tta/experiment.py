@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from cl_benchmarks.shifts.stream import Stream, domains_of
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.costs import print_costs
@@ -32,6 +34,7 @@ from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.options import FEW, for_classes, for_stream
+from dynmoe.tta.params import UnfitModelError
 
 EXPERTS = ("balance", "largest_share", "used_experts", "router_entropy", "similarity")
 """Metrics of the experts' history; none for methods without experts."""
@@ -108,8 +111,7 @@ class TestTimeAdaptation(Experiment):
         found = {own: _fitted(config, classes)}
         found |= {label: replace(config, method=method) for label, method in methods.items()}
         streams = [shifted(replace(config, streams=(s,)), shared.source) for s in config.streams]
-        for one in found.values():  # what cannot work shows now
-            _check_batches(make_adapter(one, copy.deepcopy(shared.model)), config, streams)
+        _check_methods(found, shared.model, config, streams)  # what cannot work shows now
 
         def trial(label: str, one: Config, stream: str) -> Config:
             name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
@@ -200,6 +202,11 @@ class TestTimeAdaptation(Experiment):
                     entry[f"{metric}_{at}"] = three(confidence_interval(values, "mean"))
         return entry
 
+    def summaries(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """Curve and accuracy of each seed: all domains of a stream have as many images."""
+        seeds = zip(entry["curve"], entry["domains"], strict=True)
+        return [{"curve": c, "accuracy": sum(d.values()) / len(d)} for c, d in seeds]
+
     def draw(self, path: Path, results: Results, title: str) -> None:
         """Per stream: each variant's accuracy, and what it is above the source along the stream."""
         comparison_figure(path, results, title)
@@ -235,6 +242,28 @@ class TestTimeAdaptation(Experiment):
         skipped = sum(run["skipped"] for run in runs)
         if skipped:
             print(f"batches not learnt from, because their loss was not finite: {skipped}")
+
+
+def _check_methods(
+    found: dict[str, Config], model: nn.Module, config: Config, streams: list[Stream]
+) -> None:
+    """Refuse methods that cannot adapt the model; the line names those that can.
+
+    Raises:
+        UserError: there is one.
+    """
+    fit, unfit = [], None
+    for label, one in found.items():
+        try:
+            _check_batches(make_adapter(one, copy.deepcopy(model)), config, streams)
+            fit.append(label)
+        except UnfitModelError as error:
+            unfit = unfit or error
+    if unfit and fit:
+        first, *others = sorted(fit, key="noadapt".__eq__)
+        raise UserError(f"{unfit}. What fits: --method {first} --compare {' '.join(others)}")
+    if unfit:
+        raise unfit
 
 
 def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> None:

@@ -32,15 +32,15 @@ class Hidden(nn.Module):
         self._held = [module.eval().requires_grad_(False)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the module makes of x."""
+        """What the module makes of x; shapes are the module's."""
         return self._held[0](x)
 
     def hidden_state(self) -> dict[str, Tensor]:
-        """The module's tensors, by name."""
+        """The module's tensors, by name, in their shapes."""
         return self._held[0].state_dict()
 
     def load_hidden_state(self, state: dict[str, Tensor]) -> None:
-        """Restore `hidden_state()`."""
+        """Restore `hidden_state()`, names and shapes being the same."""
         self._held[0].load_state_dict(state)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hidden:
@@ -65,7 +65,10 @@ class FrozenFront(nn.Module):
         self._files: dict[tuple[str, str], KeptRows] = {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; the front part is not computed for the images that were `offer`ed last."""
+        """Logits [B, C] of images [B, 3, S, S].
+
+        The front part is not computed for the images that were `offer`ed last.
+        """
         if self._known is not None and self._known[0] is images:
             features = self._known[1]
         else:
@@ -74,11 +77,11 @@ class FrozenFront(nn.Module):
         return self.model.transformer(features)  # type: ignore[operator]
 
     def hidden_state(self) -> dict[str, Tensor]:
-        """The front part's tensors, by name."""
+        """The front part's tensors, by name, in their shapes."""
         return self._stem.hidden_state()
 
     def load_hidden_state(self, state: dict[str, Tensor]) -> None:
-        """Restore `hidden_state()`."""
+        """Restore `hidden_state()`, names and shapes being the same."""
         self._stem.load_hidden_state(state)
 
     @property

@@ -151,7 +151,7 @@ def timm_model(
 
 
 def keep_classes(model: nn.Module, indices: Tensor) -> None:
-    """Cut a model's classifier down to some outputs, in place.
+    """Cut a model's classifier down to the outputs `indices` [n], in place.
 
     Raises:
         UserError: the classifier (timm's, or `head`) is no Linear.

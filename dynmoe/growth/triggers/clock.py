@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, unknown
 from dynmoe.registry import Part, PartConfig
 
 
@@ -48,12 +48,22 @@ class Trigger(Part, ABC, kind="trigger"):
         every: steps between two measurements of those that take a probe batch.
         joined: steps that count as one, see `figures.RowTrigger`.
         state: names of the attributes to resume from; plain values, or dicts of such.
+
+    Raises:
+        UserError: a class is defined that needs what `Signals` does not have.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     every: int = 1
     joined: int = 1
     state: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        figures = [f.name for f in fields(Signals) if f.default is None]
+        for name in cls.needs:
+            if name not in figures:
+                raise unknown(f"figure in needs of the trigger {cls.__name__}", name, figures)
 
     def __init__(self, config: PartConfig) -> None:
         self.config = config

@@ -125,7 +125,11 @@ class FigureTrigger(RowTrigger, ABC):
 
 
 def check_share(config: PartConfig, share: str, count: str) -> None:
-    """Refuse an option that is no share, or another that is no count; both by name."""
+    """Refuse an option that is no share, or another that is no count; both by name.
+
+    Raises:
+        UserError: one of them is; names both.
+    """
     value, number = getattr(config, share), getattr(config, count)
     if not 0 < value < 1 or number < 1:
         raise UserError(

@@ -48,7 +48,7 @@ class Maps:
 
     @classmethod
     def of(cls, vector: Tensor, sizes: list[Widths], dim_in: int, dim_out: int) -> Maps:
-        """The maps that a vector holds with those widths; its end may be spare."""
+        """The maps that a vector [P] holds with those widths; its end may be spare."""
         units, units_out = sum(a for a, _, _ in sizes), sum(c for _, _, c in sizes)
         shapes: list[tuple[int, ...]] = [(units, dim_in), (units,)]
         shapes += [(b, a) for a, b, _ in sizes] + [(b,) for _, b, _ in sizes]
@@ -301,7 +301,11 @@ class BottleneckBank(
         super().reset_parameters(generator)
 
     def check_resettable(self) -> None:
-        """Raise the UserError of `reset_parameters`: a reset replaces no Parameter."""
+        """Refuse a reset that would have to replace Parameters.
+
+        Raises:
+            UserError: the experts have gained parameters since they were made.
+        """
         now, first = len(self.weights), self.shape.total(self.initial_sizes)
         if now != first:
             raise UserError(

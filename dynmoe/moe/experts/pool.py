@@ -349,7 +349,11 @@ class ConvPool(Pool, name="conv", source="ours; the hidden pool with convolution
         self.reset_parameters(generator)
 
     def forward(self, x: Tensor, routing: Routing, gate_scale: Tensor | float = 1.0) -> Tensor:
-        """Mix the experts' outputs for images x [N, C_in, h, w] to [N, C_out, h, w]."""
+        """Mix the experts' outputs for images x [N, C_in, h, w] to [N, C_out, h, w].
+
+        Raises:
+            UserError: x has another number of axes.
+        """
         if x.dim() != 4:
             raise UserError(
                 "bank conv takes images [N, C, h, w], and here its input has the shape "

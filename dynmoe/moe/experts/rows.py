@@ -144,7 +144,7 @@ class ScaleShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x, gamma and beta."""
+        """Of x [B, T, D], and of gamma and beta [B, D]; the gradient is [B, T, D]."""
         x, gamma = ctx.saved_tensors
         product = x * gradient
         of_gamma = product.sum(dim=1)

@@ -169,7 +169,10 @@ class MutualInformationLoss(
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Shannon entropy over the last axis, nats; its gradient is finite where p is 0."""
+    """Shannon entropy of p [..., K] over its last axis, nats: [...].
+
+    Its gradient is finite where p is 0.
+    """
     return -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 

@@ -138,7 +138,7 @@ class VaryingRouter(Router):
     def sparse_varying(
         self, logits: Tensor, probabilities: Tensor, chosen: Tensor, renormalise: bool
     ) -> Routing:
-        """As `sparse`, but an expert that is alone keeps its probability as gate."""
+        """As `sparse`, of [N, M] each; an expert that is alone keeps its probability as gate."""
         routing = self.sparse(logits, probabilities, chosen, renormalise)
         alone = torch.where(chosen, probabilities, 0.0)
         routing.gates = torch.where(routing.used() == 1, alone, routing.gates)

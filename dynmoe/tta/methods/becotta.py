@@ -15,7 +15,7 @@ from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import mean_of, softmax_entropy
 from dynmoe.tta.options import sure_margin
-from dynmoe.tta.params import NORMS, plain_modules
+from dynmoe.tta.params import NORMS, UnfitModelError, plain_modules
 
 
 class BlockExperts(nn.Module):
@@ -46,7 +46,10 @@ class BlockExperts(nn.Module):
         self.noise = Noise(generator)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """What the block gives, and the chosen adapter's word on it."""
+        """What the block gives, and the chosen adapter's word on it.
+
+        Tokens [B, T, D], or maps [B, D, H, W] or [B, H, W, D]; the shape is the block's own.
+        """
         y = self.block(*args, **kwargs)
         channels_first = y.dim() == 4 and y.shape[-1] != self.down.shape[1]
         x = y.movedim(1, -1) if channels_first else y
@@ -104,7 +107,12 @@ class Becotta(
         return {"margin": sure_margin(classes)}
 
     def prepare(self) -> None:
-        """Wrap the blocks."""
+        """Wrap the blocks.
+
+        Raises:
+            UserError: an option is out of range.
+            UnfitModelError: the model has no blocks with a normalisation layer.
+        """
         config = self.config
         if config.num_experts < 1 or not config.lr > 0 or not config.std >= 0:
             raise UserError(
@@ -143,7 +151,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
         for block in module
     ]
     if not found:
-        raise UserError(
+        raise UnfitModelError(
             "becotta puts experts beside the blocks of a model with `blocks`, such as timm's ViT "
             "and ConvNeXt; this model has none"
         )
@@ -155,4 +163,4 @@ def _width(block: nn.Module) -> int:
     for module in block.modules():
         if isinstance(module, NORMS) and module.weight is not None:
             return len(module.weight)
-    raise UserError("becotta: a block without a normalisation layer does not show its width")
+    raise UnfitModelError("becotta: a block without a normalisation layer does not show its width")

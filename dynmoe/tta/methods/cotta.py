@@ -11,7 +11,7 @@ from dynmoe.errors import UserError
 from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.entropy import cross_entropy, wide
-from dynmoe.tta.params import holding
+from dynmoe.tta.params import UnfitModelError, holding
 
 
 class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), Section 3"):
@@ -49,7 +49,12 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
         """of views and restored numbers"""
 
     def prepare(self) -> None:
-        """All parameters called weight or bias."""
+        """All parameters called weight or bias.
+
+        Raises:
+            UserError: an option is out of range.
+            UnfitModelError: no parameter is called weight or bias.
+        """
         config = self.config
         if config.views < 1 or not all(0 <= p <= 1 for p in (config.teacher_decay, config.restore)):
             raise UserError(
@@ -59,7 +64,9 @@ class Cotta(Adapter, name="cotta", source="Wang et al. 2022 (arXiv 2203.13591), 
         named = self.model.named_parameters()
         self.trained = {n: p for n, p in named if n.split(".")[-1] in ("weight", "bias")}
         if not self.trained:
-            raise UserError("cotta trains parameters called weight or bias; the model has none")
+            raise UnfitModelError(
+                "cotta trains parameters called weight or bias; the model has none"
+            )
         self.use_sgd(list(self.trained.values()), config.lr, config.momentum)
         teacher = {n: wide(p.detach()).clone() for n, p in self.trained.items()}
         self.memory = {"teacher": teacher}

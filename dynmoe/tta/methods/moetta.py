@@ -28,7 +28,7 @@ from dynmoe.tta.entropy import (
 )
 from dynmoe.tta.norm import MoELayerNorm
 from dynmoe.tta.options import for_stream, sure_margin
-from dynmoe.tta.params import channel_last_norms
+from dynmoe.tta.params import UnfitModelError, channel_last_norms
 
 Setting = Literal["paper", "official"]
 DECAY = 0.99
@@ -180,7 +180,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         norms = [norm for number, norm in enumerate(found) if number not in frozen]
         if not norms:
             which = "those in frozen" if config.frozen else f"the first {config.keep}"
-            raise UserError(
+            raise UnfitModelError(
                 "moetta puts experts into LayerNorms over the last axis; the model has none beyond "
                 f"{which}; use another model, another method or keep fewer"
             )

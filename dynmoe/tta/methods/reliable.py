@@ -118,7 +118,7 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
         return logits
 
     def penalty(self) -> Tensor | float:
-        """`alpha sum_i F_i (theta_i - theta_i^0)^2`; 0 without Fisher information."""
+        """`alpha sum_i F_i (theta_i - theta_i^0)^2`, a scalar; 0 without Fisher information."""
         fisher = self.memory["fisher"]
         if fisher is None or self.config.fisher_weight == 0:
             return 0.0
@@ -170,7 +170,12 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         both codes, for a ResNet-50 or a ViT of 12 blocks. Wrappers of the model do not count"""
 
     def prepare(self) -> None:
-        """Scales and shifts of all but the last layers."""
+        """Scales and shifts of all but the last layers.
+
+        Raises:
+            UserError: rho is below 0.
+            UnfitModelError: the model has no scales and shifts to train.
+        """
         config = self.config
         if not config.rho >= 0:
             raise UserError(f"sar: rho={config.rho} must be at least 0")
@@ -276,7 +281,12 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
     draws_on_cpu = True
 
     def prepare(self) -> None:
-        """All scales and shifts."""
+        """All scales and shifts.
+
+        Raises:
+            UserError: an option is out of range.
+            UnfitModelError: the model has no scales and shifts to train.
+        """
         config = self.config
         if config.grid < 1 or not 0 < config.occlusion <= 1:
             raise UserError(

@@ -36,7 +36,12 @@ class Tent(Adapter, name="tent", source="Wang et al. 2021 (arXiv 2006.10726), Se
         maximisation (Krause et al. 2010; SHOT)"""
 
     def prepare(self) -> None:
-        """All scales and shifts."""
+        """All scales and shifts.
+
+        Raises:
+            UserError: im is out of range.
+            UnfitModelError: the model has no scales and shifts to train.
+        """
         if not 0 <= self.config.im < float("inf"):
             raise UserError(f"tent: im={self.config.im} must be at least 0")
         parameters = affine_parameters(self.model, self.name)
@@ -71,7 +76,11 @@ class Mgtta(Adapter, name="mgtta", source="a baseline of Fan et al. 2025 (arXiv 
         """MGTTA has no options here."""
 
     def prepare(self) -> None:
-        """Refuse, always."""
+        """Refuse, always.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(
             "mgtta moves weights by a learned optimizer: it needs its authors' checkpoint "
             "(mgg_ckpt.pth), their code for it and statistics of the source, none of which comes "

@@ -89,6 +89,13 @@ def test_refusal_names_divisors_nearby(data: ImageData) -> None:
         _make("iid").split(data, 7, 0)
 
 
+def test_a_class_a_task_leaves_a_shared_head_nothing_to_tell_apart(data: ImageData) -> None:
+    with pytest.raises(UserError, match="12 chunks of 12 classes have one class each.* shuffle"):
+        _make("class").split(data, 12, 0)
+    full = registry.get("protocol", "class").Config(head="full").build()
+    assert len(full.split(data, 12, 0)) == 12
+
+
 def test_negative_seed_is_refused(data: ImageData) -> None:
     with pytest.raises(UserError, match="seed -1 is negative"):
         _make("iid").split(data, 4, -1)

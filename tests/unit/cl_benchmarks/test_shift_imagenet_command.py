@@ -49,7 +49,8 @@ def test_both_protocols(labels: str, root: Path, tmp_path: Path) -> None:
         f"--window 1 --routing-batches 0 --labels {labels} --runs-dir {tmp_path}"
     )
     main(flags.split())
-    results = json.loads((tmp_path / "tta" / "imagenet" / "results.json").read_text())
+    (file,) = (tmp_path / "tta").glob("imagenet-*/results.json")
+    results = json.loads(file.read_text())
     seeds = {
         name: json.loads((tmp_path / "tta" / entry["runs"] / "seed-0/summary.json").read_text())
         for name, entry in results["streams"]["rendition"].items()

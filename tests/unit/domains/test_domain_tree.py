@@ -169,3 +169,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         DomainSet("x", (one,), ("a", "b"))
     with pytest.raises(ValueError, match=r"0 \.\. 0"):
         DomainSet("x", (one, one), ("a",))
+
+
+def test_class_folders_without_domains_above_them(tmp_path: Path) -> None:
+    classes = make_tree(tmp_path / "set", ["a", "b"], ["cat", "dog"]) / "a"
+    with pytest.raises(UserError, match="own: no class folders in .*cat; it takes DOMAIN/CLASS"):
+        read_tree("own", classes)

@@ -53,12 +53,18 @@ class Odd(gymnasium.Env):
 VECTOR, TWO = spaces.Box(0, 1, (2,)), spaces.Discrete(2)
 
 
+def stacked(frames: int) -> gymnasium.Env:
+    """Its latest frames, which a deque holds."""
+    return gymnasium.wrappers.FrameStackObservation(gymnasium.make("CartPole-v1"), frames)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
     """Ids of the environments above."""
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "Picture-v0": (Picture, {}),
         "Engine-v0": (Engine, {}),
+        "Stack-v0": (stacked, {"frames": 3}),
         "Shifted-v0": (Picture, {"first": 2}),
         "Words-v0": (Odd, {"shows": VECTOR, "takes": spaces.Text(3)}),
         "Pairs-v0": (Odd, {"shows": VECTOR, "takes": spaces.Tuple((TWO, TWO))}),
@@ -246,7 +252,9 @@ class Engine(Picture):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "Picture-v0", "FrozenLake-v1"])
+@pytest.mark.parametrize("name", [
+    "CartPole-v1", "Acrobot-v1", "Picture-v0", "FrozenLake-v1", "Stack-v0",
+])  # fmt: skip
 def test_resuming_goes_on_bit_for_bit(name: str, scaled: bool, tmp_path: Path) -> None:
     def made() -> GymEnv:
         return GymEnv(name, 3, 1, normalize_observations=scaled, normalize_rewards=scaled)

@@ -281,6 +281,10 @@ def test_a_comparison_on_folders_with_a_model_of_ones_own(code: Path, tmp_path: 
     [
         ("--streams potpourri", "nothing for the stream potpourri; use --streams classical, cl"),
         ("--model {code}:bare --compare moetta", "moetta puts experts into LayerNorms"),
+        (
+            "--model {code}:bare --method moetta --compare noadapt cotta",
+            "keep fewer. What fits: --method cotta --compare noadapt",
+        ),
         ("--model {code}:grid", "must give logits"),
         ("--size 0", "does not tell the size of its images; give --size"),
         ("--mean 1 2", "--mean 1 2: give three numbers"),
