@@ -99,10 +99,11 @@ _positions = 1
 def share_batch(on: bool = True) -> None:
     """Say that the rows which the processes see at a time are one batch, dealt out to them.
 
-    Process r of P has the rows r, r + P, r + 2 P, ... of it. From then on all that a training pass
-    takes of the batch as a whole, means in losses and noise, is what one process would have with
-    the whole batch, and every process must make the same passes. Without this, as under
-    `DistributedDataParallel` in general, each process's rows are a batch of their own.
+    Process r of P has the rows r, r + P, r + 2 P, ... of it, with all their positions. From then on
+    all that a training pass takes of the batch as a whole, means in losses and noise, is what one
+    process would have with the whole batch, and every process must make the same passes. Without
+    this, as under `DistributedDataParallel` in general, each process's rows are a batch of their
+    own.
     """
     global _one_batch
     _one_batch = on
