@@ -19,7 +19,7 @@ from dynmoe.lab.config import run_command
 
 LAB = ("tyro", "rich", "scipy", "matplotlib", "tensorboard")
 """Packages that every run needs: the extra `lab`, which all others include."""
-SHARED = ("cl", "rl")
+SHARED = ("cl", "rl", "dg")
 """Commands whose runs several processes can share, see `dynmoe.lab.processes`."""
 TOP = ("cl_benchmarks", "agents", "envs")
 """Our packages whose names a folder of the user's may have, too."""

@@ -27,6 +27,7 @@ from dynmoe.moe import Routing
 from dynmoe.moe.bank import owners
 from dynmoe.moe.draws import Noise
 from dynmoe.moe.losses.balance import cv_squared
+from dynmoe.moe.passes import batch_sum
 from dynmoe.registry import PartConfig
 
 Adapter = Literal["kadaptation", "lora"]
@@ -154,10 +155,14 @@ class MoALinear(nn.Module):
         return torch.cat(deltas, dim=1).squeeze(0)[order.argsort()]
 
     def _kept(self, factors: Factors) -> Tensor:
-        """Dropout's factors of the ranks of the terms, one draw per update: 0 or 1/(1 - p)."""
+        """Dropout's factors of the ranks of the terms, one draw per update: 0 or 1/(1 - p).
+
+        A single update is that of all samples.
+        """
         left = factors.left
         like = left[:, :, :1]  # [B, T, 1, R]
-        return (self.noise.uniform(like) >= self.dropout).to(left.dtype) / (1 - self.dropout)
+        drawn = self.noise.uniform(like, by_row=len(left) > 1)
+        return (drawn >= self.dropout).to(left.dtype) / (1 - self.dropout)
 
     def _route(self, logits: Tensor) -> Tensor:
         """Gates [B, N, I] of logits [B, N, I], 0 but for one adapter per token."""
@@ -166,7 +171,7 @@ class MoALinear(nn.Module):
         noisy, used, load = flat, probabilities, None
         self.last_balance = None
         if self.training:
-            noisy = flat + self.noise.normal(flat) / count
+            noisy = flat + self.noise.normal(logits).flatten(0, 1) / count
             used = noisy.softmax(dim=1)
             load = torch.special.ndtr((probabilities - used.amax(dim=1, keepdim=True)) * count)
             self.last_balance = balance_loss(probabilities, load)
@@ -206,8 +211,8 @@ def balance_loss(probabilities: Tensor, load: Tensor) -> Tensor:
     1701.06538), Eqs. 6-7 and Appendix A, as MoA uses them.
     """
     all_live = torch.ones(load.shape[1], dtype=torch.bool, device=load.device)
-    importance = cv_squared(probabilities.sum(dim=0), all_live)
-    return (importance + cv_squared(load.sum(dim=0), all_live)) / 2
+    importance = cv_squared(batch_sum(probabilities.sum(dim=0)), all_live)
+    return (importance + cv_squared(batch_sum(load.sum(dim=0)), all_live)) / 2
 
 
 def check_config(config: MoAConfig, adapter: Adapter, dim_in: int, dim_out: int) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.registry import load_own_parts
 
 KILLED = "its process was killed, perhaps as memory ran out; start it again to go on"
@@ -122,3 +123,15 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def installed(package: str, extra: str) -> None:
+    """Refuse an engine that is not there.
+
+    Raises:
+        UserError: it is not installed; the line names the extra that brings it.
+    """
+    if find_spec(package) is None:
+        raise UserError(
+            f"this launcher needs {package}, not installed here; run: pip install 'dynmoe[{extra}]'"
+        )

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -135,6 +135,21 @@ def all_rows(own: Tensor) -> Tensor:
     for number, part in enumerate(parts):
         rows[number :: size()] = part
     return rows.to(own.device)
+
+
+def own_items(items: Sequence[T]) -> Sequence[T]:
+    """The items that are this process's work: every P-th one."""
+    return items[rank() :: size()]
+
+
+def all_items(own: list[T]) -> list[T]:
+    """What each process has found of its own items, in the order of all; tensors of the CPU."""
+    if not joined():
+        return own
+    parts: list[Any] = [None] * size()
+    dist.all_gather_object(parts, own)
+    count = sum(map(len, parts))
+    return [parts[place % size()][place // size()] for place in range(count)]
 
 
 def own_share(rows: int, whole: int) -> float:

@@ -33,7 +33,7 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
     if not experiment.on_processes:
         torchrun.refuse(experiment.command, f"start it as: python -m dynmoe.{experiment.command}")
     if config.jobs > 1:
-        torchrun.refuse(f"--jobs {config.jobs}", "leave --jobs out: its processes share each run")
+        torchrun.refuse(f"--jobs {config.jobs}", "use --jobs 1: its processes share each run")
     processes.join(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

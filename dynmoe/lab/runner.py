@@ -203,6 +203,8 @@ def try_jobs(
         try:
             again = todo
             for _ in range(1 + retries):
+                if not again:
+                    break
                 with closing(_launched(launcher, again)) as ended:
                     for job, failure in ended:
                         failed.pop(job.folder, None)

@@ -187,9 +187,15 @@ class Noise(nn.Module):
         self.step.zero_()
         self._forget()
 
-    def uniform(self, like: Tensor) -> Tensor:
-        """Numbers between 0 and 1, of the shape, dtype and device of `like`."""
-        return self._draw(like).to(like.dtype)
+    def uniform(self, like: Tensor, by_row: bool = True) -> Tensor:
+        """Numbers between 0 and 1, of the shape, dtype and device of `like`.
+
+        Args:
+            like: [N, ...].
+            by_row: its rows are those of the batch; False: they are the same for all of it, and
+                alike on all processes that share it.
+        """
+        return self._draw(like, by_row).to(like.dtype)
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers, of the shape, dtype and device of `like` (inverse of erf)."""
@@ -204,7 +210,7 @@ class Noise(nn.Module):
         self.drawn.zero_()
         self._passes.clear()
 
-    def _draw(self, like: Tensor) -> Tensor:
+    def _draw(self, like: Tensor, by_row: bool = True) -> Tensor:
         """Numbers inside (0, 1) in float32 or wider, from hashes of consecutive integers."""
         wide = torch.promote_types(like.dtype, torch.float32)
         if not self.training:
@@ -212,7 +218,7 @@ class Noise(nn.Module):
         order = self._passes.recall(new_pass(), self._next)
         key = scramble(scramble(self.seed + self.step * GOLDEN) + order * GOLDEN)
         place = torch.arange(1, like.numel() + 1, device=like.device)
-        if one_batch() and len(like):  # those of the whole batch
+        if by_row and one_batch() and len(like):  # those of the whole batch
             first = places(len(like), like.device) * like[0].numel()
             place = (first[:, None] + place[: like[0].numel()]).flatten()
         z = scramble(key + place * GOLDEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +16,7 @@ from dynmoe.moe.experts.pool import HiddenPool
 from dynmoe.moe.loss import AuxLoss, LossInput, PassLosses
 from dynmoe.moe.losses.balance import NoLoss
 from dynmoe.moe.padding import Padding, sample_means
-from dynmoe.moe.passes import Passes, new_pass
+from dynmoe.moe.passes import Passes, new_pass, one_batch, positions
 from dynmoe.moe.router import Router, Routing, Slots, hard_routing
 from dynmoe.moe.routers.soft import CosineRouter
 from dynmoe.registry import PartConfig, make_config
@@ -182,12 +183,15 @@ class MoELayer(nn.Module):
             routing_input = sample_means(x, axis, padding) if by_sample else rows
         elif padding is not None:
             routing_input = torch.where(padding.samples.unsqueeze(1), routing_input, 0.0)
-        routing = self._route(
-            routing_input,
-            None if padding is None else padding.routed(by_sample),
-            None if context is None else _per_row(context, len(routing_input), padding),
-            max(len(x), 1) if x.dim() > 2 and not by_sample else 1,
-        )
+        groups = max(len(x), 1) if x.dim() > 2 and not by_sample else 1
+        span = len(routing_input) // groups if x.dim() > 2 and not by_sample else 1
+        with positions(span) if one_batch() else nullcontext():
+            routing = self._route(
+                routing_input,
+                None if padding is None else padding.routed(by_sample),
+                None if context is None else _per_row(context, len(routing_input), padding),
+                groups,
+            )
         self.last_routing = routing
         if by_sample and not self.bank.per_sample:
             routing = routing.repeated(rows.shape[0] // max(len(routing_input), 1))

@@ -9,7 +9,8 @@ so the recomputed pass gets the same numbers. (`preserve_rng_state=False` gives 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -92,15 +93,17 @@ def several_processes() -> bool:
 
 
 _one_batch = False
+_positions = 1
 
 
 def share_batch(on: bool = True) -> None:
     """Say that the rows which the processes see at a time are one batch, dealt out to them.
 
-    Process r of P has the rows r, r + P, r + 2 P, ... of it. From then on all that a training pass
-    takes of the batch as a whole, means in losses and noise, is what one process would have with
-    the whole batch, and every process must make the same passes. Without this, as under
-    `DistributedDataParallel` in general, each process's rows are a batch of their own.
+    Process r of P has the rows r, r + P, r + 2 P, ... of it, with all their positions. From then on
+    all that a training pass takes of the batch as a whole, means in losses and noise, is what one
+    process would have with the whole batch, and every process must make the same passes. Without
+    this, as under `DistributedDataParallel` in general, each process's rows are a batch of their
+    own.
     """
     global _one_batch
     _one_batch = on
@@ -111,10 +114,27 @@ def one_batch() -> bool:
     return _one_batch and several_processes()
 
 
+@contextmanager
+def positions(count: int) -> Iterator[None]:
+    """Say that so many rows in turn are the positions of one sample, inside the block.
+
+    Samples are what processes share; all positions of a sample are with one of them.
+    """
+    global _positions
+    before, _positions = _positions, count
+    try:
+        yield
+    finally:
+        _positions = before
+
+
 def places(count: int, device: torch.device) -> Tensor:
     """[count] the places of a pass's rows in the batch, which processes may share."""
     own = torch.arange(count, device=device)
-    return own * dist.get_world_size() + dist.get_rank() if one_batch() else own
+    if not one_batch():
+        return own
+    samples = own // _positions * dist.get_world_size() + dist.get_rank()
+    return samples * _positions + own % _positions
 
 
 class _Sum(torch.autograd.Function):
@@ -142,6 +162,14 @@ def batch_sum(own: Tensor) -> Tensor:
         return own
     total: Tensor = _Sum.apply(own)
     return total
+
+
+def batch_mean(own: Tensor) -> Tensor:
+    """A mean over a pass's rows, without gradient, as one over the whole batch.
+
+    Where it is shared, all processes must have as many rows of it.
+    """
+    return sum_over_processes(own) / dist.get_world_size() if one_batch() else own
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ def moment(trace: str) -> str:
     frames = re.findall(r'File "(.*)", line \d+ in (\S+)', trace)
     called = {name for _, name in frames}
     files = " ".join(path for path, _ in frames)
-    waits = "/lab/launchers.py" in files or "/lab/engines.py" in files
+    waits = any(f"/lab/{name}.py" in files for name in ("launchers", "engines", "slurm"))
     if waits and "carry_out" not in called:
         return "between"  # a sweep, while its runs are elsewhere
     if "/lab/checkpoint.py" in files:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from dynmoe import commands, sweep
 from dynmoe.errors import UserError
 from dynmoe.lab.config import identity, to_dict
-from dynmoe.lab.launchers import Local
-from dynmoe.lab.runner import Job, make_job, run_jobs
+from dynmoe.lab.launchers import Failure, Launcher, Local, Outcome, Work
+from dynmoe.lab.runner import Job, make_job, run_jobs, try_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
 
@@ -63,6 +64,30 @@ def test_settings_that_cannot_be_read_are_no_ones(tmp_path: Path) -> None:
     (job.folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read; delete"):
         run_jobs([job], Local(1), "refused")
+
+
+@dataclass(frozen=True)
+class Counting(Launcher):
+    """Runs nothing; each piece of work fails as often as asked for, and then ends well."""
+
+    failures: int
+    given: list[int] = field(default_factory=list)
+    jobs = 1
+
+    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:  # type: ignore[override]
+        self.given.append(len(items))
+        failed = Failure("killed", 4) if len(self.given) <= self.failures else None
+        yield from ((item, failed) for item in items)
+
+
+@pytest.mark.parametrize(("failures", "launches"), [(0, [1]), (1, [1, 1]), (9, [1, 1, 1])])
+def test_a_launcher_is_started_as_long_as_a_run_is_left(
+    failures: int, launches: list[int], tmp_path: Path
+) -> None:
+    job, _ = _job("cl", tmp_path)
+    launcher = Counting(failures)
+    failed = try_jobs([job], launcher, "counted", retries=2, keep_going=True)
+    assert launcher.given == launches and bool(failed) == (failures == 9)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.dg.prototypes import style
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import Noise, draw_uniform, seeded_linear
+from dynmoe.moe.passes import batch_sum
 from dynmoe.registry import PartConfig
 
 
@@ -192,7 +193,8 @@ def mutual_information(probabilities: Tensor, domains: Tensor) -> Tensor:
         domains: [B] numbers from 0.
     """
     member = F.one_hot(domains).to(probabilities)  # [B, d]
-    joint = member.t() @ probabilities / len(domains)
+    count = batch_sum(member.new_tensor(float(len(domains))))
+    joint = batch_sum(member.t() @ probabilities) / count
     apart = joint.sum(dim=0, keepdim=True) * joint.sum(dim=1, keepdim=True)
     least = torch.finfo(joint.dtype).tiny  # a domain without images counts 0, its gradient too
     return (joint * (joint.clamp_min(least).log() - apart.clamp_min(least).log())).sum()

@@ -14,6 +14,7 @@ from dynmoe.dg.method import DGMethod
 from dynmoe.dg.moa import MoAConfig, insert_moa
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import seeded_linear
+from dynmoe.moe.passes import batch_mean
 
 
 class MetaDMoE(
@@ -147,6 +148,8 @@ class MetaDMoE(
         own = self.head(self._features(self.student, images, mixed)).log_softmax(dim=1)
         divergence = (own.exp() * (own - taught.log_softmax(dim=1))).sum(dim=1).mean()
         (gradient,) = torch.autograd.grad(divergence, mixed)
+        if self.training:  # on the whole of a batch that processes share, equally
+            gradient = batch_mean(gradient)
         return mixed - self.config.step * gradient
 
     def _features(self, bank: AdapterBank, images: Tensor, mixed: Tensor | None = None) -> Tensor:

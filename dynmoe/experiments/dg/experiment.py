@@ -45,6 +45,7 @@ class DomainGeneralisation(Experiment):
     """
 
     command = "dg"
+    on_processes = True
     least: ClassVar[dict[str, float]] = {
         "steps": 1, "eval_every": 1, "batch_size": 1, "eval_batch": 1, "lr": 0, "weight_decay": 0,
         "granularity": 0, "features": 0, "landscape": 0,

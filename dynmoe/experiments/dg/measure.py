@@ -14,6 +14,7 @@ from torch import Tensor
 from dynmoe.dg.method import DGMethod
 from dynmoe.experiments.dg.landscape import plane_figures
 from dynmoe.experiments.dg.source import Source
+from dynmoe.lab import processes
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.figures import COLORS, new_figure, save
 from dynmoe.moe.layer import MoELayer
@@ -32,24 +33,27 @@ MARKERS = "os^DvP*Xph"
 def confidence(method: DGMethod, batches: Batches) -> tuple[Tensor, Tensor]:
     """Confidence [N] float64 in images, and where it is right, [N] bool; in evaluation mode.
 
-    See `dynmoe.plasticity.calibration.confidences`.
+    See `dynmoe.plasticity.calibration.confidences`. Processes that share a run have every P-th of
+    the batches each, and are told of all.
     """
     method.eval()
     judged = [confidences(method(images, known), labels) for images, known, labels in batches]
+    judged = processes.all_items(judged)
     sure, right = (torch.cat(parts) for parts in zip(*judged, strict=True))
     return sure, right
 
 
 @torch.no_grad()
 def mean_loss(method: DGMethod, batches: Batches) -> float:
-    """Mean cross-entropy, nats, on images, in evaluation mode."""
+    """Mean cross-entropy, nats, on images, in evaluation mode; processes as in `confidence`."""
     method.eval()
-    total, count = 0.0, 0
+    found: list[tuple[float, int]] = []
     for images, known, labels in batches:
         logits = method(images, known)
-        total += float(F.cross_entropy(logits, labels.to(logits.device), reduction="sum"))
-        count += len(labels)
-    return total / count
+        loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        found.append((float(loss), len(labels)))
+    losses, counts = zip(*processes.all_items(found), strict=True)
+    return sum(losses) / sum(counts)
 
 
 @torch.no_grad()

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_benchmarks.domain_set import batch_indices, split
+from cl_benchmarks.domain_set import split
 from dynmoe import seeding
 from dynmoe.dg.method import DGMethod
 from dynmoe.errors import NumericError, UserError
 from dynmoe.experiments.boards import DG
+from dynmoe.experiments.dg.batch import check_shared, training_batch
 from dynmoe.experiments.dg.exporting import keep_network
 from dynmoe.experiments.dg.headroom import gate_figures, headroom
 from dynmoe.experiments.dg.landscape import landscape_arrays, weights_now
@@ -26,11 +27,13 @@ from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source
 from dynmoe.growth import GrowthController, GrowthEvent, Signals
 from dynmoe.growth.probe import Probe
+from dynmoe.lab import processes
 from dynmoe.lab.cache import Arrays, write_npz
 from dynmoe.lab.experiment import Session
 from dynmoe.lab.recorder import Recorder, check_finite
 from dynmoe.lab.run import Run
 from dynmoe.moe import finish_step, moe_layers
+from dynmoe.moe.passes import share_batch
 from dynmoe.plasticity.calibration import calibration
 
 PROBE = 64
@@ -48,6 +51,8 @@ class Trial(Session):
 
     def __init__(self, run: Run, config: Config, source: Source) -> None:
         self.run, self.config, self.source = run, config, source
+        check_shared(config)
+        share_batch(processes.joined())
         self.splits = [
             split(len(domain), config.seed, number)
             for number, domain in enumerate(source.data.domains)
@@ -83,7 +88,7 @@ class Trial(Session):
             self.fold.method.settle()
             row = self.fold.row()
             self.fold.keep_figures()
-            if self.config.keep_model:
+            if self.config.keep_model and processes.rank() == 0:
                 keep_network(self.run.folder, self.fold.test, self.config.steps, self.fold.method)
             self.rows.append(row)
             self.fold = None
@@ -120,12 +125,15 @@ class Trial(Session):
             domain = self.source.data.domains[number]
             method.eval()
             found = []
-            for chosen in torch.arange(len(domain)).split(self.config.eval_batch):
+            batches = torch.arange(len(domain)).split(self.config.eval_batch)
+            for chosen in processes.own_items(batches):
                 images = self.source.prepare.batch(domain, chosen).to(self.run.device)
                 embedded = method.embed(images)
                 assert embedded is not None
                 found.append(embedded)
-            self.embeddings[number] = torch.cat(found)
+            if processes.joined():
+                found = processes.all_items([embedded.cpu() for embedded in found])
+            self.embeddings[number] = torch.cat(found).to(self.run.device)
         return self.embeddings[number]
 
 
@@ -182,6 +190,8 @@ class Fold:
             step = self.place * config.steps + self.step
             if self.trial.run.checkpoint_due() or self.step == config.steps:
                 check_finite(self.method, step, "use a smaller --lr")
+            if self.step == config.steps:
+                processes.check_alike(self.method, step)
             if self.step % config.eval_every == 0 or self.step == config.steps:
                 self._evaluate(self.loss)
             if recorder.progress.due(step):
@@ -191,37 +201,23 @@ class Fold:
                 recorder.save(step)
 
     def _train_step(self) -> float:
-        config, prepare, device = self.config, self.trial.source.prepare, self.trial.run.device
-        images, labels, embeddings = [], [], []
-        for number in self.sources:
-            domain, seed = self.trial.source.data.domains[number], config.seed
-            chosen = batch_indices(
-                self.trial.splits[number][0], config.batch_size, self.step, seed, number
-            )
-            generator = None
-            if config.augment:
-                generator = seeding.generator(seed, "augment", self.test, number, self.step)
-            else:
-                embedding = self.trial.embedding(self.method, number)
-                if embedding is not None:
-                    embeddings.append(embedding[chosen.to(device)])
-            images.append(prepare.batch(domain, chosen, generator))
-            labels.append(domain.labels[chosen])
+        """A step of the optimizer; the loss of the whole batch, nats.
+
+        Raises:
+            NumericError: it is not finite, and nothing has been updated with it.
+        """
+        batch = training_batch(self)
         self.method.train()
-        known = torch.cat(embeddings) if embeddings else None
-        domains = torch.arange(len(self.sources), device=device)
-        loss, _ = self.method.loss(
-            torch.cat(images).to(device), torch.cat(labels).to(device), known,
-            domains.repeat_interleave(config.batch_size),
-        )  # fmt: skip
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericError(
-                f"the loss of {config.method.part.name} is {value} at step {self.step} without "
-                f"{self.trial.source.data.names[self.test]}; use a smaller --lr"
-            )
+        loss, _ = self.method.loss(*batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        own = loss.detach().reshape(1) / processes.size()
+        value = float(processes.average_gradients(self.method.trainable(), own))
+        if not math.isfinite(value):
+            raise NumericError(
+                f"the loss of {self.config.method.part.name} is {value} at step {self.step} "
+                f"without {self.trial.source.data.names[self.test]}; use a smaller --lr"
+            )
         self.optimizer.step()
         finish_step(self.method)
         self.method.after_step()
@@ -241,7 +237,7 @@ class Fold:
             which = zip(("in", "out"), self.trial.splits[number], strict=True)
             for part, chosen in which:
                 if part == "out" or number == self.test:
-                    sure, right = confidence(self.method, self._shown(number, chosen))
+                    sure, right = confidence(self.method, self._shown(number, chosen, own=True))
                     point[part][name] = int(right.sum()) / len(right)
                     if part == "in":
                         point |= calibration(sure, right)
@@ -259,14 +255,15 @@ class Fold:
     def _validation_loss(self) -> float:
         """Mean cross-entropy on all held-out images of the sources, each domain alike, in nats."""
         held = {number: self.trial.splits[number][1] for number in self.sources}
-        losses = [mean_loss(self.method, self._shown(*pair)) for pair in held.items()]
+        losses = [mean_loss(self.method, self._shown(*pair, own=True)) for pair in held.items()]
         return sum(losses) / len(losses)
 
-    def _shown(self, number: int, indices: Tensor) -> Batches:
-        """Images `indices` of a domain as methods take them, in batches for evaluation."""
+    def _shown(self, number: int, indices: Tensor, own: bool = False) -> Batches:
+        """Images `indices` of a domain in batches for evaluation; `own`: this process's of them."""
         source, device = self.trial.source, self.trial.run.device
+        parts = indices.split(self.config.eval_batch)
         domain, embedding = source.data.domains[number], self.trial.embedding(self.method, number)
-        for chosen in indices.split(self.config.eval_batch):
+        for chosen in processes.own_items(parts) if own else parts:
             known = None if embedding is None else embedding[chosen.to(device)]
             yield source.prepare.batch(domain, chosen).to(device), known, domain.labels[chosen]
 
@@ -316,7 +313,7 @@ class Fold:
             )
         if config.landscape:
             arrays |= landscape_arrays(self, config.landscape)
-        if arrays:
+        if arrays and processes.rank() == 0:
             write_npz(trial.run.folder / "figures.npz", arrays)
 
     def _controller(self) -> GrowthController | None:

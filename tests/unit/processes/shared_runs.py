@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from cl_benchmarks.shared_norm import share_batch_norms
 from dynmoe.errors import Interrupted, UserError
-from dynmoe.lab import processes
+from dynmoe.lab import checkpoint, processes
 from dynmoe.lab.experiment import Session
 from dynmoe.lab.run import Run
 from dynmoe.moe import MoELayer
@@ -144,6 +145,76 @@ def trains_rl(folder: Path) -> dict[str, Any]:
         one.work()
         run.finish(one.summary())
         return {"weights": weights(one), "summary": one.summary()}
+
+
+def train_dg(folder: Path, name: str, stop_at: int = -1) -> dict[str, Any]:
+    """A run of dg in double precision, of MoE² with a growth, leaving out two domains in turn.
+
+    Args:
+        stop_at: the step with the second domain left out before which the last process gets
+            SIGTERM.
+
+    Returns:
+        the summary, and what was learnt, which the first process alone has kept.
+    """
+    from dynmoe.dg.__main__ import presets
+    from dynmoe.experiments.dg.experiment import DomainGeneralisation
+    from dynmoe.experiments.dg.trial import Fold
+
+    config = replace(
+        presets()["smoke"], runs_dir=folder / f"runs-{processes.rank()}", device="cpu", name=name,
+        compare=(), steps=4, eval_every=2, batch_size=4, eval_batch=16, features=2, resume=True,
+        test_domains=("plain", "edges"), granularity=1, keep_model=True,
+        method=get("dg", "moe2").Config(experts=2, max_experts=3, prototypes="kmeans"),
+        trigger=get("trigger", "every").Config(steps=2),
+    )  # fmt: skip
+    experiment, step = DomainGeneralisation(), Fold._train_step
+    shared = experiment.load(config)
+    shared.backbone.double()
+
+    def signalled(fold: Fold) -> float:
+        last = processes.rank() == processes.size() - 1
+        if last and (fold.place, fold.step) == (1, stop_at):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(fold)
+
+    torch.set_default_dtype(torch.double)
+    try:
+        with (
+            patch.object(Fold, "_train_step", signalled),
+            Run("dg", "smoke", config) as run,
+            closing(experiment.prepare(run, config, shared)) as trial,
+        ):
+            if run.restored is not None:
+                trial.restore(run.restored)
+            trial.work()
+            run.finish(trial.summary())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kept = [checkpoint.load_latest(run.folder / "models" / str(test)) for test in shared.tests]
+    return {"summary": trial.summary(), "weights": [one and one["state"] for one in kept]}
+
+
+def trains_dg(folder: Path) -> dict[str, Any]:
+    """What both domains' networks end with."""
+    return train_dg(folder, "whole")
+
+
+def resumes_dg(folder: Path) -> dict[str, Any]:
+    """The same, stopped with the second domain left out and resumed from its checkpoint."""
+    try:
+        train_dg(folder, "stopped", stop_at=2)
+        return {"stopped": False}
+    except Interrupted as error:
+        return {"stopped": str(error).split(";")[0], **train_dg(folder, "stopped")}
+
+
+def learns_dg(folder: Path) -> dict[str, Any]:
+    """Methods of dg that look at a batch as a whole, after steps on batches that are shared."""
+    from dg_learning import learn
+
+    share_batch()
+    return {name: learn(name) for name in ("moe2", "becotta", "gmoe", "meta-dmoe")}
 
 
 def refuses_cl(folder: Path) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import shared_runs
@@ -17,6 +19,8 @@ from dynmoe.errors import UserError
 from dynmoe.lab import processes
 from dynmoe.lab.report import run_all
 from dynmoe.rl import presets
+
+sys.path.append(str(Path(__file__).parents[1] / "dg"))  # of dg_learning, here and in processes
 
 
 def spawn(folder, *checks):
@@ -31,10 +35,11 @@ def spawn(folder, *checks):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of both commands; most of the time goes into imports."""
+    """Runs of the commands; most of the time goes into imports."""
     return spawn(
         tmp_path_factory.mktemp("runs"), shared_runs.trains_cl, shared_runs.resumes_cl,
-        shared_runs.trains_rl, shared_runs.refuses_cl,
+        shared_runs.trains_rl, shared_runs.refuses_cl, shared_runs.trains_dg,
+        shared_runs.resumes_dg,
     )  # fmt: skip
 
 
@@ -99,6 +104,27 @@ def test_an_agent_is_that_of_one_process(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_networks_of_domains_are_those_of_one_process(runs, tmp_path):
+    (first,), alone = found(runs, shared_runs.trains_dg, [0]), shared_runs.trains_dg(tmp_path)
+    assert [len(row["growth"]) for row in alone["summary"]["tests"]] == [1, 1]
+    assert close(first, alone) and None not in alone["weights"]
+    own = "runs-0/dg/whole/seed-0"
+    assert close(log(runs / own), log(tmp_path / own), LOGGED)
+
+
+@pytest.mark.slow
+def test_domains_resume_exactly_after_one_signal(runs):
+    (whole,) = found(runs, shared_runs.trains_dg, [0])
+    first, second = found(runs, shared_runs.resumes_dg)
+    assert first["stopped"] == second["stopped"] == "stopped by SIGTERM at step 7"
+    assert first["summary"] == second["summary"] == whole["summary"]
+    for one, two in zip(first["weights"], whole["weights"], strict=True):
+        assert all(torch.equal(two[name], value) for name, value in one.items())
+    logs = [runs / "runs-0/dg" / name / "seed-0" for name in ("whole", "stopped")]
+    assert log(logs[0]) == log(logs[1])
+
+
+@pytest.mark.slow
 def test_one_signal_stops_all_and_resuming_is_exact(runs):
     whole = found(runs, shared_runs.trains_cl)[0]
     for resumed in found(runs, shared_runs.resumes_cl):
@@ -125,12 +151,26 @@ def test_what_needs_whole_batches_is_refused_by_all(runs):
         assert words in reason and "2 processes" in reason
 
 
-def test_batch_norm_is_that_of_the_whole_batch_and_a_lost_process_is_known(tmp_path):
-    folder = spawn(tmp_path, shared_runs.shares_batch_norm, shared_runs.loses_one)
-    alone = shared_runs.shares_batch_norm(tmp_path)
-    for shared in found(folder, shared_runs.shares_batch_norm):
-        assert close(shared, alone)
+def test_two_processes_learn_from_the_whole_batch_and_know_a_lost_one(tmp_path):
+    """BatchNorm, and methods of dg that look at a batch as a whole."""
+    checks = (shared_runs.learns_dg, shared_runs.shares_batch_norm)
+    folder = spawn(tmp_path, *checks, shared_runs.loses_one)
+    for check in checks:
+        alone = check(tmp_path)
+        for shared in found(folder, check):
+            assert close(shared, alone)
     assert found(folder, shared_runs.loses_one, ranks=(0,)) == [True]
+
+
+def test_a_batch_of_domains_that_cannot_be_shared_evenly(monkeypatch):
+    from dynmoe.dg.__main__ import presets
+    from dynmoe.experiments.dg.batch import check_shared
+
+    config = replace(presets()["smoke"], batch_size=6)
+    check_shared(config)
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    with pytest.raises(UserError, match="--batch-size 6; use a multiple of 4, twice their number"):
+        check_shared(config)
 
 
 @pytest.fixture
