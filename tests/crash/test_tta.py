@@ -37,7 +37,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_after_every_batch(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

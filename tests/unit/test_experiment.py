@@ -236,6 +236,7 @@ def test_comparison(data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert again.count("digits, shuffle stream, mlp") == 1
 
 
+@pytest.mark.slow
 def test_seeds_are_runs_of_their_own_and_processes_change_nothing(
     data: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

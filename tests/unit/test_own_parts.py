@@ -117,6 +117,7 @@ def test_the_docs_router_trains_and_resumes_on_the_command_line(tmp_path: Path) 
     assert json.loads((saved / "summary.json").read_text())["tasks"] == summary["tasks"]
 
 
+@pytest.mark.slow
 def test_a_sweeps_processes_know_it(tmp_path: Path) -> None:
     (tmp_path / "my_router.py").write_text(EXAMPLE)
     sweep = ["cl", "--name", "s", "--seeds", "1", "--jobs", "1", "--variants"]

@@ -54,6 +54,7 @@ def entries(layer: MoELayer) -> dict[str, int]:
 @BUDGETS
 @pytest.mark.parametrize("router", ["cosine", "topk"])
 @pytest.mark.parametrize(("name", "init"), GROWTHS)
+@pytest.mark.thin(36)
 def test_growth_in_the_midst_of_training(name, init, router, budget):
     layer = make(name, router, shared_hidden=2)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
@@ -179,6 +180,7 @@ def test_a_grown_layer_is_restored_into_a_fresh_one(name):
 
 @pytest.mark.parametrize("router", ["cosine", "topk"])
 @pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.thin(4)
 def test_growth_keeps_one_graph(name, router, device):
     torch._dynamo.reset()
     layer = make(name, router, shared_hidden=2).to(device)

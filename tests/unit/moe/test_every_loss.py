@@ -167,7 +167,7 @@ def whole_layer(name: str, router: str) -> MoELayer:
     )  # fmt: skip
 
 
-@pytest.mark.thin(10)
+@pytest.mark.thin(4)
 @every_case
 def test_one_graph_through_growths_equal_to_eager(name, router):
     torch._dynamo.reset()

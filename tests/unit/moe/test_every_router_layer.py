@@ -95,6 +95,7 @@ def test_sequences_with_padding(name):
 
 
 @every_router
+@pytest.mark.thin(8)
 def test_one_graph_through_training_and_growth(name):
     torch._dynamo.reset()
     layer = make_layer(name)

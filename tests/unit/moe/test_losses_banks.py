@@ -89,7 +89,7 @@ def test_rows_of_unborn_experts_and_padding_do_not_count_on_every_bank(name, ban
         assert rows.grad is None or not rows.grad[2:].any()
 
 
-@pytest.mark.thin(8)
+@pytest.mark.thin(3)
 @every_case
 def test_compiled_equals_eager_on_every_bank(name, bank):
     torch._dynamo.reset()

@@ -100,6 +100,7 @@ def test_padding_and_other_sequences_do_not_matter(case):
 
 
 @every_case
+@pytest.mark.thin(4)
 def test_one_graph_through_growth(case, device):
     torch._dynamo.reset()
     layer = make_layer(case).float().to(device)
