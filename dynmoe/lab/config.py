@@ -161,7 +161,7 @@ def _refuse_others_options(config: Any, args: list[str]) -> None:
             if others:
                 raise UserError(
                     f"{word.split('=')[0]} is no option of {kind} {own.name}; it is one of "
-                    f"{', '.join(others)}: use {flag} {others[0]}, or leave it out"
+                    f"the options of {', '.join(others)}: use {flag} {others[0]}, or leave it out"
                 )
 
 
