@@ -54,7 +54,7 @@ class Config(RunConfig, GrowthSettings):
     batch_size: int = 64
     """images per optimizer step"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """what takes the steps"""
+    """the algorithm of the optimizer steps"""
     lr: float = 1e-3
     """learning rate"""
     weight_decay: float = 0.0

@@ -49,7 +49,7 @@ class RunConfig:
     """Settings that every command has."""
 
     seed: int = 0
-    """every random number of the run flows from it"""
+    """seed of all random numbers of the run"""
     seeds: int = place(1)
     """runs of each method, with seeds `seed`, `seed` + 1, ..."""
     jobs: int = place(1)
