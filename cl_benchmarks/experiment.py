@@ -306,7 +306,7 @@ def _all_variants(config: Config) -> list[Config]:
 def _compared(config: Config, name: str) -> Config:
     """The same settings with another method, or the dense network with an intervention."""
     if name == config.variant:
-        raise UserError(f"--compare {name}: that is the main run itself; name others")
+        raise UserError(f"--compare {name}: that is the main run itself; name other methods")
     own_name = f"{config.name}-{name}" if config.name else None
     method, intervention = "dense", name
     if name not in registry.names("intervention"):

@@ -54,7 +54,7 @@ class Config(RunConfig, GrowthSettings):
     batch_size: int = 64
     """images per optimizer step"""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """what takes the steps"""
+    """the algorithm of the optimizer steps"""
     lr: float = 1e-3
     """learning rate"""
     weight_decay: float = 0.0
@@ -81,7 +81,7 @@ class Config(RunConfig, GrowthSettings):
     """test images of each old task, for forgetting; 0 for all"""
 
     measure_every: int = 1
-    """metrics and maps in every so manyth task; accuracies in all"""
+    """N: metrics and maps in every Nth task only; accuracies in all"""
     expert_probes: bool = False
     """linear probes of experts on the next task; costs a pass over its images"""
 
@@ -103,18 +103,18 @@ class Config(RunConfig, GrowthSettings):
         if self.optimizer == "sgd":
             reasons["moments"] = "--optimizer sgd has no second moments; use adam"
         else:
-            reasons["momentum"] = f"it is for --optimizer sgd (now {self.optimizer})"
+            reasons["momentum"] = f"only --optimizer sgd uses it (now {self.optimizer})"
         if not self.network.neck:
             reasons["network.width"] = "without --network.neck blocks are as wide as the features"
         if self.network.part.name == "mlp":
             reasons["channels_last"] = "--network mlp has no convolutions"
         if self.network.place not in ("trunk", "everywhere"):
-            reasons["network.trunk_hidden"] = "it is for --network.place trunk or everywhere"
+            reasons["network.trunk_hidden"] = "only --network.place trunk or everywhere uses it"
         if getattr(self.protocol, "updates", 2) == 1:
             one = "--protocol.updates is 1; give it another value"
             reasons |= {"protocol.rows": one, "protocol.window": one}
         if self.trigger.part.name == "stage":
-            reasons.setdefault("trigger", "streams have no stages; use --trigger task, say")
+            reasons.setdefault("trigger", "streams have no stages; use --trigger task, for example")
         if reason := self._no_probes([set(method.reads()) for method in methods]):
             reasons["expert_probes"] = reason
         if reason := self.protocol.build().no_old_tasks():
@@ -145,13 +145,13 @@ def check_without_tasks(config: Config) -> None:
     """
     name, method = f"protocol {config.protocol.part.name}", config.method.build()
     if config.epochs != 1:
-        raise UserError(f"{name} sees every row once; use --epochs 1 (now {config.epochs})")
+        raise UserError(f"{name} shows every row once; use --epochs 1 (now {config.epochs})")
     if config.augment != "none":
-        raise UserError(f"{name}: rows are no pictures to be cropped; use --augment none")
+        raise UserError(f"{name}: its rows are not images; use --augment none")
     if config.reset_optimizer:
-        raise UserError(f"--reset-optimizer acts at task starts, and {name} tells of none")
+        raise UserError(f"--reset-optimizer acts at task starts, and {name} has none")
     if config.loss_over != "all":
-        raise UserError(f"{name} does not tell which classes come; use --loss-over all")
+        raise UserError(f"{name}: the classes of a window are not known; use --loss-over all")
     reasons = [method.without_tasks(), config.intervention.build().without_tasks()]
     if "trigger" in method.reads():
         reasons.append(config.trigger.build().without_tasks())

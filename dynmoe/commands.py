@@ -77,7 +77,7 @@ COMMANDS = {
         TOP,
     ),
     "search": Command(
-        "settings of a command that do best, found by trials and told on other seeds",
+        "the best settings of a command, found by trials and measured on other seeds",
         "that of its runs",
         "search",
         (*LAB, "optuna"),

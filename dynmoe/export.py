@@ -1,10 +1,10 @@
-"""`python -m dynmoe.export RUN OUT`: a trained network as safetensors with a model card.
+"""`python -m dynmoe.export RUN OUT`: save a trained network as safetensors, with a model card.
 
     python -m dynmoe.export runs/cl/laptop-dynamicmoe-digits-1f2e3d4c/seed-0 my-network
 
-RUN is a run's folder, or one of its checkpoints. OUT gets model.safetensors, model.json and
-README.md, the card. Runs of cl and rl keep their networks, those of tta and dg with --keep-model.
-In Python two lines load it, without the data that it was trained on:
+RUN is a run's folder, or one of its checkpoints. OUT gets model.safetensors, model.json and the
+model card README.md. Runs of cl and rl keep their networks; runs of tta and dg need --keep-model.
+Two lines of Python load the network, without its training data:
 
     from dynmoe.export import load
     model = load("my-network")

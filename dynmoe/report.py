@@ -4,7 +4,7 @@
     python -m dynmoe.report runs/study/granularity-laptop
 
 RUNS are folders of runs, folders above them, or folders with the results of a study or a sweep.
-Runs whose settings differ in the seed alone are one variant; all are compared with the first one.
+Runs that differ only in the seed are one variant; all variants are compared with the first one.
 The folder of results gets report.html, tables for LaTeX and as CSV, and figures as PDF and SVG.
 """
 

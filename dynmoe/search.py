@@ -1,12 +1,12 @@
-"""`python -m dynmoe.search`: the settings that do best, found by trials, told on other seeds.
+"""`python -m dynmoe.search`: find the best settings by trials, and measure them on other seeds.
 
     python -m dynmoe.search cl --trials 20
         --space "lr: 1e-4 1e-2 log" "granularity: 1 2 4" -- --protocol class
 
-What follows `--` are flags of every run. Trials are chosen by Optuna (TPE) and kept in
+Flags after `--` go to every run. Optuna (TPE) chooses the trials. They are kept in
 runs/search/NAME/search.db: a search that was stopped goes on where it was. Trials have seeds from
-1000 on; the best one is run again on the seeds of --seeds beside the settings without the search,
-and only these numbers are reported: those of the trials are the best of many, and too good.
+1000 on. The best trial is run again on the seeds of --seeds, beside the settings without the
+search. Only these numbers are reported: the best of many trials looks better than it is.
 """
 
 from __future__ import annotations

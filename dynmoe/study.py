@@ -3,9 +3,9 @@
     python -m dynmoe.study --list
     python -m dynmoe.study granularity --preset laptop
 
-Runs are runs of the command that the study is about, each in a folder of its own, several at a
-time. The folder is named after the run's settings, so that studies share what they have in common.
-Finished runs are read, unfinished ones resumed: a study can be stopped and started again at will.
+A study runs one command many times, several runs at a time. Each run has a folder named after its
+settings, so studies share the runs that they have in common. Finished runs are read, unfinished
+runs resumed: a study can be stopped and started again at any time.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
         --variants "dense: --method dense" "g2: --granularity 2" -- --protocol class
     python -m dynmoe.sweep rl --seeds 0..9 --grid "granularity: 1 2 4" "lr: 1e-4 1e-3" --dry-run
 
-What follows `--` are flags of every run. A sweep is a study without a question of its own: its runs
-are in folders named after their settings, finished ones are read, unfinished ones resumed. A run
-that fails is tried again when the others are done. Results go to runs/sweep/NAME.
+Flags after `--` go to every run. Each run has a folder named after its settings: finished runs are
+read, unfinished runs resumed. A run that fails is tried again when the others are done. Results go
+to runs/sweep/NAME.
 """
 
 from __future__ import annotations

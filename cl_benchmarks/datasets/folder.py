@@ -70,7 +70,9 @@ class Folder(Dataset, name="folder", source="ours; the layouts are torchvision's
         """
         c, root = self.config, self.config.data_dir.expanduser()
         if not root.is_dir():
-            raise UserError(f"{root} is no folder; give that of the images: --dataset.data-dir DIR")
+            raise UserError(
+                f"{root} is no folder; give the folder of the images: --dataset.data-dir DIR"
+            )
         domains: tuple[str, ...] = ()
         test_root = _test_folder(root)
         if test_root is not None:
@@ -92,7 +94,7 @@ class Folder(Dataset, name="folder", source="ours; the layouts are torchvision's
             train_labels, test_labels = [labels[i] for i in first], [labels[i] for i in last]
             train_domains, test_domains = [numbers[i] for i in first], [numbers[i] for i in last]
         if len(names) < 2:
-            raise UserError(f"{root} has 1 class, {names[0]}; it takes two or more")
+            raise UserError(f"{root} has 1 class, {names[0]}; two or more are needed")
         groups = list(zip(train_domains, train_labels, strict=True))
         kept, most = first_by_name(train, groups, c.per_class)
         images = decode_cached(
@@ -127,7 +129,7 @@ class Core50(Dataset, name="core50", source="Lomonaco and Maltoni 2017 (arXiv 17
         labels: str = "objects"
         """objects: 50 classes; categories: 10 classes of 5 objects each"""
         every: int = 1
-        """of each film only every so manyth frame; neighbours are nearly alike"""
+        """N: only every Nth frame of each film; neighbouring frames are nearly alike"""
 
     def __init__(self, config: Config) -> None:
         check_least("dataset", config, size=8, every=1)
@@ -261,5 +263,5 @@ def _check_same(first: Path, names: list[str], other: Path, found: list[str]) ->
     if differing:
         has, lacks = (other, first) if differing[0] in found else (first, other)
         raise UserError(
-            f"{has} has a class {differing[0]!r} and {lacks} has not; both need the same classes"
+            f"{has} has a class {differing[0]!r} and {lacks} does not; both need the same classes"
         )

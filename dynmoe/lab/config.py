@@ -49,7 +49,7 @@ class RunConfig:
     """Settings that every command has."""
 
     seed: int = 0
-    """every random number of the run flows from it"""
+    """seed of all random numbers of the run"""
     seeds: int = place(1)
     """runs of each method, with seeds `seed`, `seed` + 1, ..."""
     jobs: int = place(1)
@@ -161,7 +161,7 @@ def _refuse_others_options(config: Any, args: list[str]) -> None:
             if others:
                 raise UserError(
                     f"{word.split('=')[0]} is no option of {kind} {own.name}; it is one of "
-                    f"{', '.join(others)}: use {flag} {others[0]}, or leave it out"
+                    f"the options of {', '.join(others)}: use {flag} {others[0]}, or leave it out"
                 )
 
 

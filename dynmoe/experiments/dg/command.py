@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["Config", "experiment", "main", "presets", "run"]
 
 DESCRIPTION = """Domain generalisation: adapt a pre-trained vision transformer to some domains and
-measure it on one it has not seen, each in turn (DomainBed's protocol). MoE2 mixes adapters per
-image; --compare names baselines. Runs go to runs/dg/NAME/seed-N, tables and figures to
+measure it on a new domain, each in turn (DomainBed's protocol). MoE2 mixes adapters per image;
+--compare names baselines. Runs go to runs/dg/NAME/seed-N, tables and figures to
 runs/dg/NAME/report.
 
-Cost: laptop, minutes on two cores (embedded images and backbone); minute, one trial beside a
-linear probe; smoke, seconds; paper (ViT-B/16, one data set at a time), 60,000 steps per method
-at 96 images a step, meant for a GPU; photos (PACS, a small pre-trained transformer over a frozen
-stem: give --domains.data-dir and --weights), 2,400 steps per method at 48 images a step."""
+Cost. laptop (embedded images and backbone): minutes on two cores. minute: one trial beside a linear
+probe. smoke: seconds. photos (PACS, a small pre-trained transformer over a frozen stem; give
+--domains.data-dir and --weights): 2,400 steps per method at 48 images a step. paper (ViT-B/16, one
+data set at a time): 60,000 steps per method at 96 images a step, for a GPU."""
 MAIN = ("erm", "linear-probe", "lora", "kadaptation", "moa")
 
 

@@ -21,14 +21,14 @@ __all__ = ["Config", "experiment", "main", "presets", "run"]
 from cl_benchmarks.shifts.embedded import EmbeddedConfig
 from dynmoe.experiments.tta.settings import STEM_VIT, Config, SmallVit
 
-DESCRIPTION = """Test-time adaptation: a trained model meets corrupted and otherwise shifted images
+DESCRIPTION = """Test-time adaptation: a trained model sees corrupted and otherwise shifted images
 and goes on learning from them without labels. Every method runs on every stream with every seed;
-finished runs are read, and --resume goes on with one that was stopped. Runs, results.json and the
+finished runs are read, and stopped runs go on where they were. Runs, results.json and the
 figure go to runs/tta; `tensorboard --logdir runs` shows the runs.
 
 laptop: embedded fractals and a small vision transformer, which is trained once (about a minute)
-and cached; minute: five methods on one of its streams, one seed; smoke: in seconds, to see that
-all works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
+and cached; minute: five methods on one of its streams, one seed; smoke: seconds, shows that all
+works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
 FILE); tiny-imagenet: a stem-vit (--train-source, or --weights FILE)."""
 
 
