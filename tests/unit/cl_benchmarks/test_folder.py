@@ -70,7 +70,7 @@ def test_train_and_test_folders(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="test_share has no effect: .*is there"):
         _load(data_dir=tmp_path, test_share=0.5)
     (tmp_path / name / "b").rename(tmp_path / name / "c")
-    with pytest.raises(UserError, match="train has a class 'b' and .* has not"):
+    with pytest.raises(UserError, match="train has a class 'b' and .* does not"):
         _load(data_dir=tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_domains_are_told(tmp_path: Path) -> None:
     ):
         assert all(_fits(images[domains == d], labels[domains == d], 50 * d) for d in range(3))
     (root / "photo" / "dog").rename(root / "photo" / "fox")
-    with pytest.raises(UserError, match="art has a class 'dog' and .*photo has not"):
+    with pytest.raises(UserError, match="art has a class 'dog' and .*photo does not"):
         _load(data_dir=root)
 
 
