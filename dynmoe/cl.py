@@ -29,10 +29,10 @@ __all__ = ["Config", "experiment", "main", "presets", "run"]
 DESCRIPTION = """Continual learning: does a network that grows experts keep its ability to learn
 (its plasticity)? Results go to runs/cl/NAME/seed-N; `tensorboard --logdir runs` shows them.
 
-Time on 2 cores. smoke, minute (growth beside a dense network): under a minute. laptop, plain: 3
-minutes with two comparisons. Per method: tiny, keep (parts of Tiny ImageNet), 2 minutes; pairs (300
-two-class tasks of it), 10; online, 3 for 45,000 rows; tiny-long, an hour; paper (VGG-16, 55 million
-images), 15 days. `torchrun` divides a run between processes."""
+Cost: smoke and minute (growth beside a dense network), under a minute on 2 cores; laptop and plain,
+3 minutes with two comparisons. Per method: tiny and keep (parts of Tiny ImageNet), 2 minutes; pairs
+(300 two-class tasks of it), 10; online, 3 for 45,000 rows; tiny-long, an hour; paper (VGG-16, 55
+million images), 15 days. `torchrun` divides a run between processes."""
 
 
 def presets() -> dict[str, Config]:

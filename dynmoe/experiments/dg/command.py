@@ -25,7 +25,7 @@ measure it on a new domain, each in turn (DomainBed's protocol). MoE2 mixes adap
 --compare names baselines. Runs go to runs/dg/NAME/seed-N, tables and figures to
 runs/dg/NAME/report.
 
-Cost. laptop (embedded images and backbone): minutes on two cores. minute: one trial beside a linear
+Cost: laptop (embedded images and backbone): minutes on two cores. minute: one trial beside a linear
 probe. smoke: seconds. photos (PACS, a small pre-trained transformer over a frozen stem; give
 --domains.data-dir and --weights): 2,400 steps per method at 48 images a step. paper (ViT-B/16, one
 data set at a time): 60,000 steps per method at 96 images a step, for a GPU."""
