@@ -96,7 +96,8 @@ def test_ray_gives_the_run_of_a_lost_node_to_another(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
+    # Ray replaces 127.0.0.1 by the machine's own address, and leaves other loopback ones alone.
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.2", "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     names = ("long a", "long b")
     try:
@@ -105,7 +106,10 @@ def test_ray_gives_the_run_of_a_lost_node_to_another(tmp_path: Path) -> None:
         def lose() -> None:
             while not all((tmp_path / name).exists() for name in names):
                 time.sleep(0.05)
+            workers = [Path("/proc", (tmp_path / name).read_text().strip()) for name in names]
             cluster.remove_node(lost, allow_graceful=False)
+            while all(worker.exists() for worker in workers):  # it ends soon after its node
+                time.sleep(0.05)
             (tmp_path / "lost").touch()
 
         threading.Thread(target=lose, daemon=True).start()
