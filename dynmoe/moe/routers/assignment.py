@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from dynmoe.errors import UserError
 from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
@@ -123,7 +122,7 @@ OPERATION = "::".join(("dynmoe", "assign"))
 """Its name among torch's operations: library and name."""
 
 
-@custom_op(OPERATION, mutates_args=())
+@library.custom_op(OPERATION, mutates_args=())
 def assign(
     scores: Tensor, active: Tensor, real: Tensor, k: int, capacity: float, even: bool
 ) -> Tensor:
