@@ -24,6 +24,7 @@ from dynmoe.studies.keeping import EarlyOverfit as EarlyOverfit
 from dynmoe.studies.keeping import GrowthOrReset as GrowthOrReset
 from dynmoe.studies.keeping import RouterShiftDomains as RouterShiftDomains
 from dynmoe.studies.mechanism import Mechanism as Mechanism
+from dynmoe.studies.outer_experts import DGPhotographs as DGPhotographs
 from dynmoe.studies.pairs import Pairs as Pairs
 from dynmoe.studies.photographs import TTAPhotographs as TTAPhotographs
 from dynmoe.studies.photographs import TTAPhotographsLong as TTAPhotographsLong

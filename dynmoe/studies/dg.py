@@ -68,7 +68,7 @@ class DGExperts(
         others = [named(k) for k in OUTER_EXPERTS if k != 5] + ["2 to 5 outer experts", deltas]
         return [
             *(results.says(stream, other, five) for other in others),
-            *(_departure(results, stream, variant) for variant in (five, deltas)),
+            *(departure(results, stream, variant) for variant in (five, deltas)),
         ]
 
 
@@ -77,7 +77,7 @@ def named(experts: int) -> str:
     return "1 outer expert" if experts == 1 else f"{experts} outer experts"
 
 
-def _departure(results: Results, stream: str, variant: str) -> str:
+def departure(results: Results, stream: str, variant: str) -> str:
     """How far the variant is from its experts' mixed predictions, where Lemma 1 would hold."""
     kl, spread, change = (
         "{:.4f} nats [{:.4f}, {:.4f}]".format(*results.interval(stream, variant, metric))
@@ -197,7 +197,7 @@ class DGHeadroom(
     def verdict(self, results: Results) -> list[str]:
         """Oracles against one MoA, and experts by domain against chance."""
         (stream,) = results.streams
-        found = [_oracle(results, stream, name) for name in ("domain-experts", "moe2", "ensemble")]
+        found = [oracle(results, stream, name) for name in ("domain-experts", "moe2", "ensemble")]
         return [
             *found,
             results.says(stream, "domain-experts", "ensemble", "best_per_image"),
@@ -205,10 +205,10 @@ class DGHeadroom(
         ]
 
 
-def _oracle(results: Results, stream: str, variant: str) -> str:
-    """One sentence: how far the best expert per image is above one MoA, both at their last step."""
+def oracle(results: Results, stream: str, variant: str, base: str = "moa") -> str:
+    """One sentence: how far the best expert per image is above `base`, both at their last step."""
     best = results.values(stream, variant, "best_per_image")
-    gap = results.gap(best, results.values(stream, "moa", "oracle_accuracy"))
+    gap = results.gap(best, results.values(stream, base, "oracle_accuracy"))
     if math.isnan(gap.point):
         return f"{stream}: the best expert per image of {variant} was not measured."
     low, high = 100 * gap.low, 100 * gap.high
@@ -218,7 +218,7 @@ def _oracle(results: Results, stream: str, variant: str) -> str:
         else "there is room for a router"
     )
     return (
-        f"{stream}: the best expert per image of {variant} against moa: {100 * gap.point:+.1f} "
+        f"{stream}: the best expert per image of {variant} against {base}: {100 * gap.point:+.1f} "
         f"points [{low:.1f}, {high:.1f}]: {word}."
     )
 
@@ -261,14 +261,14 @@ class DGGates(DGStudy, name="dg-gates", source="ours"):
         """Gates and accuracy of each against the paper's form."""
         (stream,) = results.streams
         others = [name for name in self.variants("laptop") if "," in name and name != PAPERS]
-        gates = [_gates(results, stream, name) for name in (PAPERS, *others)]
-        return gates + [results.says(stream, name, PAPERS) for name in others]
+        found = [gates(results, stream, name) for name in (PAPERS, *others)]
+        return found + [results.says(stream, name, PAPERS) for name in others]
 
 
 PAPERS = "random, tau 0.5"
 
 
-def _gates(results: Results, stream: str, variant: str) -> str:
+def gates(results: Results, stream: str, variant: str) -> str:
     """One sentence: how well a variant's gates tell source domains apart."""
     nmi, entropy = (
         "{:.2f} [{:.2f}, {:.2f}]".format(*results.interval(stream, variant, metric))
@@ -315,6 +315,6 @@ class DGUnseen(DGStudy, name="dg-unseen", source="Radwan et al. 2026 (AAAI), MoE
             results.says(stream, "moa", "linear-probe"),
             *(results.says(stream, name, "moa") for name in (named(1), *many)),
             *(results.says(stream, name, named(1)) for name in many),
-            *(_gates(results, stream, name) for name in (named(3), APART)),
-            *(_departure(results, stream, name) for name in (named(3), APART)),
+            *(gates(results, stream, name) for name in (named(3), APART)),
+            *(departure(results, stream, name) for name in (named(3), APART)),
         ]

@@ -142,3 +142,20 @@ def test_the_verdict_on_headroom(best: float, word: str) -> None:
     runs = {name: rows(gate_nmi=0.3, gate_entropy=0.9) * 2 for name in gates.variants("laptop")}
     first, *_ = gates.verdict(Results({"s": runs}, {"s": {}}, DomainGeneralisation()))
     assert "random, tau 0.5" in first and "0.30 [0.30, 0.30]" in first
+
+
+def test_the_verdict_on_photographs() -> None:
+    """Each form against one outer expert; gates, spreads and oracles by name."""
+    study = registry.get("study", "dg-photographs")()
+    figures = {"gate_nmi": 0.3, "gate_entropy": 0.9, "kl": 0.01, "spread": 0.02, "loss_change": 0.0}
+    runs = {
+        name: rows(**figures, best_per_image=0.9 if name == "domain-experts" else 0.61) * 2
+        for name in study.variants("laptop")
+    }
+    said = study.verdict(Results({"s": runs}, {"s": {}}, DomainGeneralisation()))
+    oracles = [line for line in said if "best expert per image of" in line]
+    assert len(oracles) == 6 and all("against 1 outer expert" in line for line in oracles)
+    rooms = [line for line in oracles if "there is room" in line]
+    assert rooms == [line for line in oracles if "of domain-experts" in line]
+    assert sum("which are 0.0200" in line for line in said) == 4
+    assert sum("gate and source domain" in line for line in said) == 4
