@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
@@ -54,9 +55,21 @@ def submodule(module: nn.Module, name: str) -> Any:
 
 
 def features(backbone: nn.Module, images: Tensor) -> Tensor:
-    """[B, D] features of images [B, C, H, W]."""
-    tokens = backbone.forward_features(images)  # type: ignore[operator]
-    return backbone.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+    """[B, D] features of images [B, C, H, W].
+
+    In training mode the pass is in the backbone's `precision`, if it has been given one (see
+    `DGMethod.train_in`). What it returns is not in half precision.
+    """
+    precision = getattr(backbone, "precision", torch.float32)
+    half = backbone.training and precision != torch.float32
+    with torch.autocast(images.device.type, precision, enabled=half):
+        tokens = backbone.forward_features(images)  # type: ignore[operator]
+        return wide(backbone.forward_head(tokens, pre_logits=True))  # type: ignore[operator]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x [...] in float32 where it is in half precision; else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def beside(

@@ -135,6 +135,13 @@ class DGMethod(nn.Module, Part, kind="dg"):
         """The parameters that an optimizer is to be given."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def train_in(self, precision: torch.dtype) -> None:
+        """Run the backbone's passes in training in this precision, by autocast.
+
+        Weights, heads, mixtures of weights and losses stay as they are, and so do evaluations.
+        """
+        self.backbone.precision = precision  # type: ignore[assignment]
+
     def counts(self) -> tuple[int, int]:
         """Parameters in total, and the trainable ones."""
         return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.trainable())

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.dg.adapters import Factors, check_terms, default_terms, update
-from dynmoe.dg.backbone import beside
+from dynmoe.dg.backbone import beside, wide
 from dynmoe.errors import UserError
 from dynmoe.moe import Routing
 from dynmoe.moe.bank import owners
@@ -166,7 +166,7 @@ class MoALinear(nn.Module):
 
     def _route(self, logits: Tensor) -> Tensor:
         """Gates [B, N, I] of logits [B, N, I], 0 but for one adapter per token."""
-        count, flat = logits.shape[2], logits.flatten(0, 1)
+        count, flat = logits.shape[2], wide(logits.flatten(0, 1))
         probabilities = flat.softmax(dim=1)
         noisy, used, load = flat, probabilities, None
         self.last_balance = None

@@ -34,8 +34,9 @@ class DGPhotographs(
     def streams(self, preset: Preset) -> dict[str, str]:
         """One; preset paper trains ten times as long."""
         longer = "" if preset == "laptop" else " --steps 2000 --eval-every 500"
-        data = "--preset photos --domains.data-dir data --weights data/source.safetensors"
-        return {"PACS": f'{data} --domains.note "resized to 112 px"{longer}'}
+        data = "--preset photos --precision bfloat16 --domains.data-dir data"
+        weights = '--weights data/source.safetensors --domains.note "resized to 112 px"'
+        return {"PACS": f"{data} {weights}{longer}"}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Numbers of outer experts, ways to make three differ, and what bounds all routers."""

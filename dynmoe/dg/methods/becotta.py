@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.dg.backbone import features
+from dynmoe.dg.backbone import features, wide
 from dynmoe.dg.method import DGMethod
 from dynmoe.dg.prototypes import style
 from dynmoe.errors import UserError
@@ -170,7 +170,7 @@ class DomainExpertsBlock(nn.Module):
 
     def _route(self, mean: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [B, top] and their gates, from mean tokens [B, D]."""
-        logits = torch.einsum("bd,bed->be", mean, self.gate[domains])
+        logits = wide(torch.einsum("bd,bed->be", mean, self.gate[domains]))
         self.probabilities = logits.softmax(dim=1)
         if self.training:
             scale = F.softplus(torch.einsum("bd,bed->be", mean, self.gate_noise[domains]))

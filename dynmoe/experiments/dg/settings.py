@@ -26,7 +26,7 @@ class Config(RunConfig):
         "Backbone": ("model", "pretrained", "weights", "vit"),
         "Training": (
             "steps", "eval_every", "batch_size", "eval_batch", "lr", "weight_decay", "augment",
-            "selection",
+            "selection", "precision",
         ),
         "Growth": ("granularity", "trigger", "init"),
         "Figures": ("features", "landscape", "headroom"),
@@ -71,6 +71,8 @@ class Config(RunConfig):
     selection: Selection = "training-domain"
     """training-domain: the evaluation with the best mean accuracy on the source domains' held-out
     images; oracle: the last one. Both are reported, this one is in the table"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the backbone's passes in training; weights, losses and evaluations are float32"""
     granularity: int = 0
     """outer experts added by each growth; 0: no growth (ours, the paper's bank is fixed)"""
     trigger: PartConfig = slot("trigger", "every")

@@ -158,6 +158,8 @@ class Fold:
         self.method: DGMethod = config.method.build(
             trial.source.new_backbone(), len(data.classes), generator
         ).to(trial.run.device)
+        if config.precision == "bfloat16":
+            self.method.train_in(torch.bfloat16)
         self.optimizer = torch.optim.Adam(
             self.method.trainable(), config.lr, weight_decay=config.weight_decay
         )

@@ -52,6 +52,26 @@ def test_a_few_steps_learn_a_batch_and_leave_what_is_frozen(name):
 
 
 @each
+def test_bfloat16_in_training_alone(name):
+    """Close to float32, with gradients of all that learns; evaluations are as without it."""
+    exact, half = (make(name).float() for _ in range(2))
+    half.train_in(torch.bfloat16)
+    x = images().float()
+    with torch.no_grad():
+        torch.testing.assert_close(half.eval()(x), exact.eval()(x), rtol=0, atol=0)
+    losses = []
+    for method in (exact, half):
+        torch.manual_seed(3)
+        loss, parts = method.train().loss(x, LABELS)
+        assert all(part.dtype == torch.float32 for part in (loss, *parts.values()))
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.02)
+    assert losses[0] != losses[1]  # it does run in half precision
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in half.trainable())
+
+
+@each
 def test_what_learns(name):
     method = make(name)
     trainable = {n for n, p in method.named_parameters() if p.requires_grad}
