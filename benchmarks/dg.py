@@ -2,18 +2,20 @@
 
     pip install -e ".[test]"
     python -m benchmarks.dg [--threads 1] [--device cpu] [--batch 4]
-        [--width 192 --depth 12 --heads 3 --image 224 --patch 16] [--stem] [--kept]
+        [--width 192 --depth 12 --heads 3 --image 224 --patch 16] [--stem] [--kept] [--bfloat16]
 
 The default is ViT-Ti/16; --width 768 --heads 12 is ViT-B/16; --stem the transformer over a frozen
 stem, of the stem's kept tokens. Weights are random. A step is forward and backward pass; the frozen
 pass that MoE² needs for its embedding is counted in both, unless --kept: it is then there already,
-as in runs without augmentation. All variants take turns in one run; ratios are medians over the
-rounds, with the least and the largest of a round.
+as in runs without augmentation. With --bfloat16 training passes are in it, as with the command's
+--precision bfloat16, and MoA and MoE² are there in float32, too. All variants take turns in one
+run; ratios are medians over the rounds, with the least and the largest of a round.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from functools import partial
 
@@ -87,6 +89,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--stem", action="store_true")
     parser.add_argument("--kept", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -98,6 +101,11 @@ def main() -> None:
         name: config.build(backbone(args), CLASSES, generator).to(device)
         for name, config in VARIANTS.items()
     }
+    if args.bfloat16:
+        exact = {f"{name}, float32": copy.deepcopy(methods[name]) for name in ("moa", "moe2")}
+        for method in methods.values():
+            method.train_in(torch.bfloat16)
+        methods |= exact
     seconds = {}
     for what in ("step", "pass"):
         calls = {}
@@ -127,7 +135,8 @@ def main() -> None:
     )
     if args.stem:
         kind = "transformer over a frozen stem's kept tokens"
-    print(f"{kind}, batch {args.batch}, {args.device}, {args.threads} thread(s), float32")
+    precision = "training in bfloat16" if args.bfloat16 else "float32"
+    print(f"{kind}, batch {args.batch}, {args.device}, {args.threads} thread(s), {precision}")
     Console(width=140).print(table)
 
 

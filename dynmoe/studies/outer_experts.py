@@ -47,12 +47,12 @@ class DGPhotographs(
         return {
             ONE: f"{moe2} 1",
             THREE: three,
-            SIX: f"{moe2} 6",
-            APART: f"{three} {apart}",
-            BY_DOMAIN: f"{three} {by_domain}",
             BOTH: f"{three} {by_domain} {apart}",
             "domain-experts": "--method domain-experts --headroom",
             "ensemble": "--method ensemble --headroom",
+            BY_DOMAIN: f"{three} {by_domain}",
+            APART: f"{three} {apart}",
+            SIX: f"{moe2} 6",
         }
 
     def verdict(self, results: Results) -> list[str]:
