@@ -17,6 +17,7 @@ without torchrun, nothing here does anything.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -98,10 +99,12 @@ def by_first(work: Callable[[], T]) -> T:
     if not joined():
         return work()
     told: list[Any] = [None, None]
+    found: list[T] = []
     failure = None
     if rank() == 0:
         try:
-            told[0] = work()
+            found.append(work())
+            told[0] = _packed(found[0])
         except DynmoeError as error:
             failure, told[1] = error, (str(error), error.exit_code)
     dist.broadcast_object_list(told, src=0)
@@ -109,7 +112,7 @@ def by_first(work: Callable[[], T]) -> T:
         raise failure
     if told[1] is not None:
         raise _told_of(*told[1])
-    return told[0]
+    return found[0] if found else _unpacked(told[0])
 
 
 def in_turn(work: Callable[[], T]) -> T:
@@ -197,8 +200,20 @@ def told_to_first(own: T) -> list[T] | None:
     if not joined():
         return [own]
     parts: list[Any] | None = [None] * size() if rank() == 0 else None
-    dist.gather_object(own, parts)
-    return parts
+    dist.gather_object(_packed(own), parts)
+    return parts and [_unpacked(part) for part in parts]
+
+
+def _packed(value: Any) -> bytes:
+    """As in a file: torch pickles no tensors of uint32, such as Craftax has."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    """The value again; another process of this run has packed it."""
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 def joined_parts(own: Tensor, axis: int) -> Tensor:
