@@ -264,7 +264,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], figures: Tensor) -> Te
     *sums, known, asked, found = flat.split([*(g.numel() for g in own), len(has), 1, len(figures)])
     for parameter, mean, count in zip(learnt, sums, known.tolist(), strict=True):
         if count:
-            parameter.grad = mean.div_(size()).view_as(parameter).to(parameter.dtype)
+            # in the parameter's layout: fused optimizers read both in the order of their memory
+            parameter.grad = torch.empty_like(parameter).copy_(mean.div_(size()).view_as(parameter))
     if float(asked):
         _stop["agreed"] = _stop["asked"] or signal.SIGTERM
     return found

@@ -218,14 +218,15 @@ def refuses_cl(folder: Path) -> list[str]:
 
 
 def shares_batch_norm(folder: Path) -> dict[str, Tensor]:
-    """A network with BatchNorm after steps on batches of 5 and of 1 image."""
+    """A network with BatchNorm, channels last, after steps on batches of 5 and of 1 image."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
     ).double()
+    model.to(memory_format=torch.channels_last)
     if processes.joined():
         share_batch_norms(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, eps=1e-3, fused=True)
     share_batch()
     for count in (5, 1, 4):
         images = processes.own_rows(torch.randn(count, 3, 6, 6, dtype=torch.double))
