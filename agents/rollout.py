@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.actions import ActionDistribution
 from agents.actor_critic import ActorCritic, acting
 from dynmoe.errors import NumericError
 from dynmoe.lab import processes
@@ -103,9 +104,7 @@ def collect(
             if (allowed := env.action_mask) is not None:
                 _keep_mask(out, t, allowed)
             if uniform:
-                every = None if allowed is None else _among_all(env, allowed)
-                drawn = distribution.uniform(_among_all(env, parameters), generator, every)
-                actions, log_probs = (each[env.rows] for each in drawn)
+                actions, log_probs = _at_random(env, distribution, parameters, generator)
             else:
                 parameters = distribution.masked(parameters, allowed)
                 actions = distribution.sample(_among_all(env, parameters), generator)[env.rows]
@@ -144,6 +143,18 @@ def of_all(env: TorchVectorEnv, own: Rollout) -> Rollout:
     ended = [episode for part in processes.of_all(own.episodes) for episode in part]
     ended.sort(key=lambda episode: (episode.step, episode.env))
     return Rollout(**whole, gates=gates, episodes=ended)
+
+
+def _at_random(
+    env: TorchVectorEnv,
+    distribution: ActionDistribution,
+    parameters: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Actions [N, ...] whatever the parameters, of those allowed, and log p [N]."""
+    allowed = None if env.action_mask is None else _among_all(env, env.action_mask)
+    actions, log_probs = distribution.uniform(_among_all(env, parameters), generator, allowed)
+    return actions[env.rows], log_probs[env.rows]
 
 
 def _among_all(env: TorchVectorEnv, values: Tensor) -> Tensor:
