@@ -71,6 +71,7 @@ class Evaluator:
         known = {f"evaluation/{n}": found[n] for n in LOGGED if found[n] is not None}
         self.run.log.scalars(steps, known)
         self.scores.append([steps, found["return_mean"]])
-        if self.best == self.scores[-1] and processes.rank() == 0:
-            state = {"step": update, "state": self.state()}
-            checkpoint.save(self.run.folder / BEST, update, state)
+        if self.best == self.scores[-1]:
+            state = {"step": update, "state": self.state()}  # of all processes
+            if processes.rank() == 0:
+                checkpoint.save(self.run.folder / BEST, update, state)

@@ -113,7 +113,8 @@ class ReinforcementLearning(Experiment):
         if run.restored is None:
             run.log.event(0, "memory", {"freed_memory_is_kept": kept})
         with seeding.kept():
-            env = processes.in_turn(lambda: make_env(config, run.device))
+            part = (processes.rank(), processes.size())
+            env = processes.in_turn(lambda: make_env(config, run.device, part))
         try:
             if config.video is not None:
                 from agents.playing import check_pictures
@@ -263,7 +264,7 @@ class AgentSession(Session):
         )
         if config.eval_every:
             with seeding.kept():
-                own = make_env(config, run.device)
+                own = processes.in_turn(lambda: make_env(config, run.device))
             self.recorder.evaluator = Evaluator(run, config, self.policy, own, env, self.state)
         self.recorder.arrived.append(lambda stage: self.intervention.task_starts(stage, None))
 
@@ -278,7 +279,7 @@ class AgentSession(Session):
             self.controller.load_state_dict(state["controller"])
         self.recorder.load_state_dict(state["recorder"])
         self.observations = self.env.load_state_dict(state["env"])
-        self.floors = state["floors"].to(self.observations.device)
+        self.floors = state["floors"][self.env.rows].to(self.observations.device)
         self.recorder.progress.start_at(self.start * self.config.batch_size)
 
     def work(self) -> None:
@@ -290,14 +291,16 @@ class AgentSession(Session):
         )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """After the latest update."""
+        """After the latest update; of several processes the first has all environments' states."""
+        env = self.env.state_dict()
+        parts = processes.told_to_first(env) if self.env.part[1] > 1 else None
         return {
             "update": self.recorder.update,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
             "intervention": self.intervention.state_dict(),
-            "env": self.env.state_dict(),
+            "env": self.env.joined_state(parts) if parts else env,
             "floors": self.recorder.floors,
             "recorder": self.recorder.state_dict(),
         }

@@ -25,8 +25,10 @@ def growing_steps(config: Config) -> int:
     return (config.updates - 1) * config.batch_size + 1
 
 
-def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
-    """The environments of a run.
+def make_env(
+    config: Config, device: torch.device, part: tuple[int, int] = (0, 1)
+) -> TorchVectorEnv:
+    """The environments of a run, or a part (r, P) of them where that can be.
 
     Raises:
         UserError: settings that cannot be.
@@ -36,7 +38,7 @@ def make_env(config: Config, device: torch.device) -> TorchVectorEnv:
         observation="pixels" if config.renderer == "upstream" else None,
         env_args=_env_args(config.env_args),
         normalize_observations=config.normalize_observations,
-        normalize_rewards=config.normalize_rewards, gamma=config.gamma,
+        normalize_rewards=config.normalize_rewards, gamma=config.gamma, part=part,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from agents import ppo
 from agents.actor_critic import ActorCritic
 from agents.rollout import Rollout, collect
 from dynmoe import seeding
+from dynmoe.lab import processes
 from dynmoe.moe.diagnostics import gate_shares, most_experts
 from dynmoe.moe.local_routing import (
     experts_used,
@@ -95,7 +97,7 @@ def returns_on_phases(
     """
     found: list[tuple[float, float]] = []
     for phase in range(phases):
-        own = env.on_phase(phase)
+        own = processes.in_turn(partial(env.on_phase, phase))
         with undisturbed(policy), ppo.autocast(env.device, autocast):
             found.append(_first_returns(own, policy, seeding.derive(seed, "phase", phase)))
         own.close()

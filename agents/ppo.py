@@ -6,6 +6,7 @@ advantage normalisation per minibatch, annealed learning rate; Engstrom et al. 2
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from agents.actions import ActionDistribution, Categorical
 from agents.actor_critic import ActorCritic, learning
-from agents.rollout import Rollout, collect, estimate_advantages
+from agents.rollout import Rollout, collect, estimate_advantages, of_all
 from dynmoe import seeding
 from dynmoe.errors import NumericError, UserError
 from dynmoe.interventions.intervention import Intervention, NoIntervention
@@ -149,7 +150,9 @@ def train(
     """Train from update `start` to the last; everything drawn depends on seed and update alone.
 
     Args:
-        observations, floors: [N, ...] and [N], where the environments are.
+        env: the environments; where it is a part of them, processes share the play, and all learn
+            from and report the rollouts of all.
+        observations, floors: [N, ...] and [N], where these environments are.
         learns, acts: whether the network is trained, and followed.
         intervention: keeps it plastic; attached to the policy and the optimizer. None for none.
 
@@ -160,10 +163,14 @@ def train(
         generator = seeding.generator(seed, "rollout", update, device=env.device)
         if settings.anneal_lr:
             set_learning_rate(optimizer, settings.lr * (1 - update / settings.updates))
+        play = functools.partial(
+            collect, env, policy, observations, floors, settings.rollout_steps, settings.gamma,
+            generator, uniform=not acts,
+        )  # fmt: skip
         with autocast(env.device, settings.autocast):
-            rollout = collect(env, policy, observations, floors, settings.rollout_steps,
-                              settings.gamma, generator, uniform=not acts)  # fmt: skip
-        observations, floors = rollout.next_observations, rollout.next_floors
+            own = processes.all_succeed(play)
+        observations, floors = own.next_observations, own.next_floors
+        rollout = of_all(env, own)
         stats = None
         if learns:
             order = seeding.generator(seed, "minibatches", update)

@@ -100,7 +100,7 @@ class UpdateRecorder(Recorder):
         self.measured = {}
         if self.progress.due(steps) or last:
             self.progress.update(steps, ret=self.episodes.score, experts=self._experts())
-        if last or self.run.checkpoint_due():
+        if last or processes.by_first(self.run.checkpoint_due):  # the state is of all of them
             check_finite(self.policy, steps, "a smaller --lr may help")
             if last:
                 processes.check_alike(self.policy, steps)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.actions import ActionDistribution
 from agents.actor_critic import ActorCritic, acting
 from dynmoe.errors import NumericError
+from dynmoe.lab import processes
 from dynmoe.moe import moe_layers
 from envs.vector import TorchVectorEnv
 
@@ -23,7 +25,7 @@ class Episode:
     """One finished episode."""
 
     env: int
-    """index of its environment"""
+    """index of its environment, among all"""
     step: int
     """step of the rollout, 0..T-1, with which it ended"""
     episode_return: float
@@ -84,7 +86,8 @@ def collect(
 
     Args:
         gamma: discount, for the value of what a truncated episode still had to come.
-        generator: draws the actions; on the environments' device.
+        generator: draws the actions, on the environments' device; those of all environments, where
+            `env` is a part of them.
         uniform: every action equally often, whatever the policy says.
         pictures: gets the packed pictures [N, ...] of all states acted in.
 
@@ -101,10 +104,10 @@ def collect(
             if (allowed := env.action_mask) is not None:
                 _keep_mask(out, t, allowed)
             if uniform:
-                actions, log_probs = distribution.uniform(parameters, generator, allowed)
+                actions, log_probs = _at_random(env, distribution, parameters, generator)
             else:
                 parameters = distribution.masked(parameters, allowed)
-                actions = distribution.sample(parameters, generator)
+                actions = distribution.sample(_among_all(env, parameters), generator)[env.rows]
                 log_probs = distribution.log_prob(parameters, actions)
             out.observations[t], out.floors[t] = observations, floors
             out.actions[t], out.values[t], out.log_probs[t] = actions, values, log_probs
@@ -120,11 +123,50 @@ def collect(
             if bool(cut_off.any()):
                 last = info["final_obs"][cut_off]
                 out.rewards[t, cut_off] += gamma * policy(env.unpack(last))[1]
-            out.episodes += _finished(info, t)
+            out.episodes += _finished(info, t, env.first)
             floors = info["floor"]
         out.next_observations, out.next_floors = observations, floors
         out.last_value = policy(env.unpack(observations))[1]
     return out
+
+
+def of_all(env: TorchVectorEnv, own: Rollout) -> Rollout:
+    """The rollout of all environments, of those of their parts, one on each process."""
+    if env.part[1] == 1:
+        return own
+    whole: dict[str, Any] = {}
+    for name, value in vars(own).items():
+        if isinstance(value, Tensor):
+            axis = 0 if name in ("last_value", "next_observations", "next_floors") else 1
+            whole[name] = processes.joined_parts(value, axis)
+    gates = {name: processes.joined_parts(each, 1) for name, each in own.gates.items()}
+    ended = [episode for part in processes.of_all(own.episodes) for episode in part]
+    ended.sort(key=lambda episode: (episode.step, episode.env))
+    return Rollout(**whole, gates=gates, episodes=ended)
+
+
+def _at_random(
+    env: TorchVectorEnv,
+    distribution: ActionDistribution,
+    parameters: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Actions [N, ...] whatever the parameters, of those allowed, and log p [N]."""
+    allowed = None if env.action_mask is None else _among_all(env, env.action_mask)
+    actions, log_probs = distribution.uniform(_among_all(env, parameters), generator, allowed)
+    return actions[env.rows], log_probs[env.rows]
+
+
+def _among_all(env: TorchVectorEnv, values: Tensor) -> Tensor:
+    """Values [n, ...] of a part in their rows of all environments [N, ...], zeros elsewhere.
+
+    What is drawn for all of them is then drawn for each as by one process that has them all.
+    """
+    if env.part[1] == 1:
+        return values
+    every = values.new_zeros(env.whole, *values.shape[1:])
+    every[env.rows] = values
+    return every
 
 
 def _finite(parameters: Tensor, values: Tensor) -> bool:
@@ -180,15 +222,15 @@ def estimate_advantages(rollout: Rollout, gamma: float, lam: float) -> Tensor:
     return result
 
 
-def _finished(info: dict[str, Any], step: int) -> list[Episode]:
-    """The episodes that ended in a step, from the environment's info."""
+def _finished(info: dict[str, Any], step: int, first: int) -> list[Episode]:
+    """The episodes that ended in a step, from the environment's info; `first` is its number."""
     if not bool(info["_episode"].any()):
         return []
     ended = info["_episode"].nonzero().flatten().tolist()
     record, unlocked = info["episode"], info["achievements"]
     return [
         Episode(
-            env=i,
+            env=first + i,
             step=step,
             episode_return=float(record["r"][i]),
             length=int(record["l"][i]),

@@ -48,6 +48,7 @@ def make(
     normalize_observations: bool = False,
     normalize_rewards: bool = False,
     gamma: float = 0.99,
+    part: tuple[int, int] = (0, 1),
 ) -> TorchVectorEnv:
     """N environments of that name.
 
@@ -62,6 +63,8 @@ def make(
         env_args: keyword arguments of a gymnasium environment; options of a debug one or of
             Craftax-Phases-v1.
         normalize_observations, normalize_rewards, gamma: see envs.wrappers; gymnasium's only.
+        part: (r, P) for the r-th of P equal parts of the N environments alone; gymnasium's are made
+            whole all the same, and their `part` says so (see envs.vector).
 
     Raises:
         UserError: unknown name, or a setting that cannot be.
@@ -79,7 +82,7 @@ def make(
     }
     _only_gymnasium(name, normalising)
     options = env_args or {}
-    own = _own_env(name, num_envs, seed, where, settings, options)
+    own = _own_env(name, num_envs, seed, where, settings, options, part)
     if own is not None:
         return own
     if name == "SlipperyAnt-v0":
@@ -100,6 +103,7 @@ def _own_env(
     where: torch.device,
     settings: dict[str, Any],
     options: dict[str, Any],
+    part: tuple[int, int],
 ) -> TorchVectorEnv | None:
     """Craftax or a debug environment; None: the name is none of ours.
 
@@ -110,16 +114,17 @@ def _own_env(
 
     if name in craftax.NAMES:
         _known(name, options, ())
-        return craftax.CraftaxVectorEnv(name, num_envs, seed, where, **settings)
+        return craftax.CraftaxVectorEnv(name, num_envs, seed, where, part=part, **settings)
     if name == craftax_phases.NAME:
         _known(name, options, craftax_phases.OPTIONS)
-        return craftax_phases.CraftaxPhases(num_envs, seed, where, **(settings | options))
+        own = settings | options
+        return craftax_phases.CraftaxPhases(num_envs, seed, where, part=part, **own)
     for setting, value in settings.items():
         if value != CRAFTAX_USUAL[setting] and (name in debug.GAMES or _in_gymnasium(name)):
             raise UserError(f"{setting} {value!r} is for Craftax only; leave it out for {name}")
     if name in debug.GAMES:
         _known(name, options, [field.name for field in fields(debug.StagesOptions)])
-        return debug.Stages(name, num_envs, seed, where, **options)
+        return debug.Stages(name, num_envs, seed, where, part, **options)
     return None
 
 

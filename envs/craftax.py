@@ -19,7 +19,7 @@ from dynmoe.errors import UserError
 from envs import craftax_game, jax_setup
 from envs.craftax_code import layout
 from envs.craftax_game import Carry, Programs, State
-from envs.vector import Actions, Info, TorchVectorEnv, step_info
+from envs.vector import Actions, Info, TorchVectorEnv, count_of, step_info
 
 NAMES = {
     "Craftax-Pixels-v1": (False, True),
@@ -37,7 +37,8 @@ class CraftaxVectorEnv(TorchVectorEnv):
     """N environments of one of upstream's four names.
 
     Environment i's k-th world depends on (seed, i, k) alone, and the chance in its steps on
-    (seed, i, number of the step): N environments are the first N of any larger number.
+    (seed, i, number of the step): N environments are the first N of any larger number, and a part
+    of them plays as it does among all.
 
     Args:
         name: one of NAMES.
@@ -50,10 +51,13 @@ class CraftaxVectorEnv(TorchVectorEnv):
         renderer: "fast", ours, or "upstream", the reference, which has no codes.
         env_device: where JAX runs the rules; "auto" is the kind that `device` is, if JAX has it.
         max_timesteps: length at which an episode is cut off; upstream's by default.
+        part: (r, P) for the r-th of P equal parts of the N environments alone.
 
     Raises:
         UserError: any of these cannot be, or jax or craftax is not installed.
     """
+
+    by_env = ("episodes", "waiting", "state", "returns", "deepest")
 
     def __init__(
         self,
@@ -65,11 +69,13 @@ class CraftaxVectorEnv(TorchVectorEnv):
         renderer: str = "fast",
         env_device: str = "auto",
         max_timesteps: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.classic, pixels = NAMES[name]
         self.observation = _observation(name, pixels, observation, renderer)
         if max_timesteps is not None and max_timesteps < 1:
             raise UserError(f"max_timesteps {max_timesteps} is too small; use 1 or more")
+        self.part, num_envs = part, count_of(num_envs, part)
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device, self.renderer = torch.device(device), renderer
         kind, index = _place(self.device, env_device)
@@ -137,7 +143,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         taken = self.as_actions(actions).to(torch.int32).numpy()
         self._carry, out = self._programs.step(
             *(self._carry, self._worlds.worlds, rows, count),
-            *(taken, self._chance, np.int32(self._longest())),
+            *(taken, self._chance, np.int32(self._longest()), np.int32(self.first)),
         )
         self._worlds.use(self._waiting)
         observations = final = self._frames(self._look())
@@ -191,7 +197,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
         """States, counters and statistics of the running episodes, as tensors on the CPU.
 
         Worlds made in advance are left out, as they can be made again; so are those of the
-        environments `waiting` to begin an episode.
+        environments `waiting` to begin an episode, which are numbers among all.
 
         Raises:
             RuntimeError: `reset` was not called yet.
@@ -202,26 +208,29 @@ class CraftaxVectorEnv(TorchVectorEnv):
         state = {name: _copied(values) for name, values in carry.pop("state").items()}
         return {
             "name": self.name,
-            "num_envs": self.num_envs,
+            "num_envs": self.whole,
             "max_timesteps": self.max_timesteps,
             "seed": self.seed,
             "episodes": _copied(self._worlds.episodes),
-            "waiting": _copied(self._waiting),
+            "waiting": _copied(self._waiting) + self.first,
             "state": state,
             **{name: _copied(values) for name, values in carry.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Go on where `state_dict` was called; returns the present observations [N, ...].
+        """Go on where `state_dict` of all environments was called.
+
+        Returns the present observations [N, ...].
 
         Raises:
             UserError: the state is of other environments, or of another version of Craftax.
         """
-        for name in ("name", "num_envs", "max_timesteps"):
-            if state[name] != getattr(self, name):
+        own = {"name": self.name, "num_envs": self.whole, "max_timesteps": self.max_timesteps}
+        for name, value in own.items():
+            if state[name] != value:
                 raise UserError(
-                    f"the saved environments have {name} {state[name]!r}, these have "
-                    f"{getattr(self, name)!r}; use the same"
+                    f"the saved environments have {name} {state[name]!r}, these have {value!r}; "
+                    "use the same"
                 )
         wanted = self._programs.carry
         if set(wanted["state"]) != set(state["state"]):
@@ -230,14 +239,16 @@ class CraftaxVectorEnv(TorchVectorEnv):
 
         def restored(like: Any, saved: Tensor) -> Any:
             # a copy, because JAX would write into the saved tensor
-            return jax.device_put(np.array(saved.cpu().numpy(), like.dtype), self._jax_device)
+            values = saved.cpu().numpy()[self.rows] if like.shape else saved.cpu().numpy()
+            return jax.device_put(np.array(values, like.dtype), self._jax_device)
 
         self._begin(state["seed"])
         self._resume(state)
-        self._worlds.episodes[:] = state["episodes"].cpu().numpy()
+        self._worlds.episodes[:] = state["episodes"].cpu().numpy()[self.rows]
         self._carry = jax.tree.map(restored, wanted, {name: state[name] for name in wanted})
         seen = self._look().clone()
-        waiting = state["waiting"].cpu().numpy()
+        waiting = state["waiting"].cpu().numpy() - self.first
+        waiting = waiting[(waiting >= 0) & (waiting < self.num_envs)]
         if len(waiting):
             seen[waiting] = self._enter(waiting)[waiting]
         return self._frames(seen)
@@ -255,7 +266,7 @@ class CraftaxVectorEnv(TorchVectorEnv):
 
     def _new_worlds(self, key: np.ndarray) -> Worlds:
         """None made yet."""
-        return Worlds(self._programs, self._jax_device, key)
+        return Worlds(self._programs, self._jax_device, key, self.first)
 
     def _longest(self) -> int:
         """Length at which the next step cuts episodes off."""
@@ -296,10 +307,11 @@ class Worlds:
     Attributes:
         worlds: states [N] of those worlds that are there.
         episodes: [N] number of the episode that each environment will begin next.
+        first: number of the first environment among all.
     """
 
-    def __init__(self, programs: Programs, device: Any, key: np.ndarray) -> None:
-        self.programs, self.key = programs, key
+    def __init__(self, programs: Programs, device: Any, key: np.ndarray, first: int) -> None:
+        self.programs, self.key, self.first = programs, key, first
         self.worlds: State = _blank(programs.carry["state"], device)
         self.episodes = np.zeros(programs.carry["deepest"].shape, np.int64)
         self.there = np.zeros(self.episodes.shape, bool)
@@ -317,7 +329,7 @@ class Worlds:
             block = _padded(some, k)
             episodes = self.episodes[block].astype(np.int32)
             self.worlds = self.programs.make(
-                self.worlds, self.key, block, episodes, np.int32(len(some))
+                self.worlds, self.key, block, episodes, np.int32(len(some)), np.int32(self.first)
             )
             self.made()
             self.there[some] = True

@@ -5,7 +5,8 @@ as long as 30 to 60 steps, so a step makes none: worlds are made by the block an
 an episode ends.
 
 Randomness is counted, not carried: environment i's step t draws from (key, t, i) and its k-th world
-from (key, k, i), so neither depends on what the other environments do.
+from (key, k, i), so neither depends on what the other environments do. The N environments at hand
+may be a part of all: then i counts from the number of the first.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Programs(NamedTuple):
 
     step: Callable[..., tuple[Carry, dict[str, Array]]]
     """(carry, N worlds, rows [N] int32, count [] int32, actions [N] int32, key [2] uint32, most
-    steps of an episode [] int32): the first `count` of `rows` begin in their worlds, then all
-    step -> carry, a dict of
+    steps of an episode [] int32, number of the first environment [] int32): the first `count` of
+    `rows` begin in their worlds, then all step -> carry, a dict of
 
     floats        [2, N] float32, reward and return
     flags         [3, N] bool, terminated, truncated, either
@@ -77,8 +78,9 @@ class Programs(NamedTuple):
     achievements  [N, A] bool
     """
     make: Callable[..., State]
-    """(N worlds, key [2] uint32, rows [k] int32, episodes [k] int32, count [] int32) -> N worlds;
-    those of the first `count` of `rows` are made, for these environments' given episodes"""
+    """(N worlds, key [2] uint32, rows [k] int32, episodes [k] int32, count [] int32, number of the
+    first environment [] int32) -> N worlds; those of the first `count` of `rows` are made, for
+    these environments' given episodes"""
     carry: Carry
     """shapes and types of a carry, as jax.ShapeDtypeStruct"""
     k: int
@@ -202,8 +204,8 @@ def _build(classic: bool, n: int, k: int) -> tuple[dict[str, Program], dict[str,
     }
     step, make = (functools.partial(f, classic) for f in (_step, _make))
     return {
-        "step": Program(step, (carry, worlds, every, one, every, key, one), donate=True),
-        "make": Program(make, (worlds, key, block, block, one), donate=True),
+        "step": Program(step, (carry, worlds, every, one, every, key, one, one), donate=True),
+        "make": Program(make, (worlds, key, block, block, one, one), donate=True),
     }, game(classic).facts._asdict()
 
 
@@ -245,12 +247,19 @@ def _upstream_frames(package: str) -> Callable[[Tree], Array]:
 
 
 def _make(
-    classic: bool, worlds: State, key: Array, rows: Array, episodes: Array, count: Array
+    classic: bool,
+    worlds: State,
+    key: Array,
+    rows: Array,
+    episodes: Array,
+    count: Array,
+    number: Array,
 ) -> State:
     import jax
 
     fold, make = jax.random.fold_in, game(classic).make
-    new = jax.vmap(lambda i, episode: make(fold(fold(key, episode), i)))(rows, episodes)
+    numbers = number + rows
+    new = jax.vmap(lambda i, episode: make(fold(fold(key, episode), i)))(numbers, episodes)
     return _copy(worlds, by_name(new), jax.numpy.arange(len(rows)), rows, count)
 
 
@@ -263,13 +272,14 @@ def _step(
     actions: Array,
     key: Array,
     most: Array,
+    number: Array,
 ) -> tuple[Carry, dict[str, Array]]:
     import jax
     import jax.numpy as jnp
 
     carry = _start(carry, worlds, rows, count)
     rules, now = game(classic), jax.random.fold_in(key, carry["step"])
-    keys = jax.vmap(lambda i: jax.random.fold_in(now, i))(jnp.arange(len(actions)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(now, i))(number + jnp.arange(len(actions)))
     state, reward = jax.vmap(rules.step)(keys, tree(classic, carry["state"]), actions)
     over = jax.vmap(rules.is_over, in_axes=(0, None))
     # upstream ends an episode for its length as for a death; at time 0 only the death is left

@@ -32,7 +32,7 @@ class CraftaxPhases(CraftaxVectorEnv):
     kit brings count as unlocked in `info["achievements"]`; they have paid nothing.
 
     Args:
-        num_envs, seed, device, renderer, env_device, max_timesteps: as for CraftaxVectorEnv.
+        num_envs, seed, device, renderer, env_device, max_timesteps, part: as for CraftaxVectorEnv.
         observation: "codes" (default), "pixels", "pixels-float", or "symbolic": the float vector.
         floors: where the episodes of each phase begin, each 0..8.
         steps: environment steps of a phase, over all environments together; one number for all
@@ -55,6 +55,7 @@ class CraftaxPhases(CraftaxVectorEnv):
         max_timesteps: int | None = None,
         floors: Sequence[int] = range(craftax_kits.FLOORS),
         steps: int | Sequence[int] = 1_000_000,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.floors, self.bounds = _floors(floors), _bounds(steps, len(floors))
         self.env_device, self._taken, self._cut = env_device, 0, False
@@ -62,7 +63,7 @@ class CraftaxPhases(CraftaxVectorEnv):
         symbolic = observation == "symbolic"
         super().__init__(
             f"Craftax-{'Symbolic' if symbolic else 'Pixels'}-v1", num_envs, seed, device,
-            None if symbolic else observation, renderer, env_device, max_timesteps,
+            None if symbolic else observation, renderer, env_device, max_timesteps, part,
         )  # fmt: skip
         self.name = NAME
         self.max_return = None  # what is left to unlock differs from phase to phase
@@ -91,20 +92,20 @@ class CraftaxPhases(CraftaxVectorEnv):
     def step(self, actions: Actions) -> tuple[Tensor, Tensor, Tensor, Tensor, Info]:
         """One step of all environments with actions [N]; the last of a phase ends all episodes."""
         before = self.first_floor
-        phase = bisect_right(self.bounds, self._taken + self.num_envs)
+        phase = bisect_right(self.bounds, self._taken + self.whole)
         self._cut, self.phase = phase > self.phase, phase
         observations, reward, terminated, truncated, info = super().step(actions)
-        self._taken += self.num_envs
+        self._taken += self.whole
         info["floor"][info["_episode"]] = self.first_floor
         info["episode"]["deepest"] = info["episode"]["deepest"].clamp(min=before)
         info["phase"] = torch.full_like(info["floor"], phase)
         return observations, reward, terminated, truncated, info
 
     def on_phase(self, phase: int) -> CraftaxPhases:
-        """As many environments of that phase alone."""
+        """As many environments as there are in all, of that phase alone."""
         observation = None if self.renderer == "fast" else self.observation
         return CraftaxPhases(
-            self.num_envs, self.seed, self.device,
+            self.whole, self.seed, self.device,
             "symbolic" if self.observation == "symbolic" else observation,
             self.renderer, self.env_device, self.max_timesteps, [self.floors[phase]],
         )  # fmt: skip
@@ -145,7 +146,7 @@ class PhaseWorlds(Worlds):
     """Next worlds in which the player begins on `floor`, with what it would carry there."""
 
     def __init__(self, env: CraftaxPhases, key: np.ndarray) -> None:
-        super().__init__(env._programs, env._jax_device, key)
+        super().__init__(env._programs, env._jax_device, key, env.first)
         self.equip = craftax_kits.program(
             env.num_envs, env._jax_device.platform.replace("gpu", "cuda"), env._jax_device.id
         )

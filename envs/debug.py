@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from envs.vector import Actions, Info, TorchVectorEnv, step_info
+from envs.vector import Actions, Info, TorchVectorEnv, count_of, step_info
 
 GAMES = {"Identity-v0": 1, "Stages-v0": 3}
 """Name -> number of floors."""
@@ -75,9 +75,12 @@ class Stages(TorchVectorEnv):
     With `sights`, each floor shows symbols of its own, as vectors of standard normal numbers that
     belong to the game, not to the seed: what is learnt of one floor neither helps nor stays apart.
 
+    All environments share one generator. A part of them draws for all and takes its own.
+
     Args:
         name: "Identity-v0" (1 floor) or "Stages-v0" (3 floors, each another task).
         num_envs, seed, device: as for all environments.
+        part: (r, P) for the r-th of P equal parts of the N environments alone.
         options: fields of `StagesOptions`.
 
     Raises:
@@ -87,6 +90,7 @@ class Stages(TorchVectorEnv):
     length: Tensor
     score: Tensor
     longest_row: Tensor
+    by_env = ("floor", "symbol", "progress", "longest_row", "length", "score")
 
     def __init__(
         self,
@@ -94,9 +98,11 @@ class Stages(TorchVectorEnv):
         num_envs: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
         **options: int,
     ) -> None:
-        self.name, self.num_envs, self.seed = name, num_envs, seed
+        self.name, self.num_envs, self.seed = name, count_of(num_envs, part), seed
+        self.part = part
         self.device = torch.device(device)
         self.options = StagesOptions(**options).check(name)
         self.need = self.options.need or TO_NEXT_FLOOR
@@ -161,22 +167,21 @@ class Stages(TorchVectorEnv):
         return self.looks[floor * self.options.symbols + symbol]
 
     def on_phase(self, phase: int) -> Stages:
-        """The same game, with episodes that begin on that floor."""
+        """The same game in as many environments as there are in all, begun on that floor."""
         options = asdict(replace(self.options, first=phase))
-        return Stages(self.name, self.num_envs, self.seed, self.device, **options)
+        return Stages(self.name, self.whole, self.seed, self.device, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the generator."""
-        names = ("floor", "symbol", "progress", "longest_row", "length", "score")
-        return {name: getattr(self, name).cpu().clone() for name in names} | {
+        return {name: getattr(self, name).cpu().clone() for name in self.by_env} | {
             "generator": self.generator.get_state()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Restore `state_dict()`; returns the present observations [N, 2]."""
+        """Restore `state_dict()` of all; returns the present observations [N, 2] of these."""
         self.generator.set_state(state["generator"])
         for name in state.keys() - {"generator"}:
-            setattr(self, name, state[name].to(self.device).clone())
+            setattr(self, name, state[name][self.rows].to(self.device).clone())
         self.started = True
         return self._observe()
 
@@ -204,8 +209,8 @@ class Stages(TorchVectorEnv):
 
     def _draw(self) -> Tensor:
         """Next symbols [N]."""
-        drawn = torch.randint(self.options.symbols, (self.num_envs,), generator=self.generator)
-        return drawn.to(self.device)
+        drawn = torch.randint(self.options.symbols, (self.whole,), generator=self.generator)
+        return drawn[self.rows].to(self.device)
 
     def _observe(self) -> Tensor:
         return torch.stack([self.floor, self.symbol], dim=1).to(torch.uint8)

@@ -15,6 +15,10 @@ Shapes: N environments, A achievements. Tensors are on `device`.
 and `reset`'s info holds `floor` alone. `reset` starts all over again with a seed; without one it
 goes on with the environment's random numbers, the first time with those of the seed it was made
 with. Actions count from 0, and come as tensors, arrays or lists; those beyond a Box are clipped.
+
+N environments may be a part of all that a run has, so that processes can share the play: `part`
+says which. A part plays as its environments do among all. Where that cannot be, as all share
+something that their steps move (gymnasium's running means), environments are always whole.
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         action_mask: [N, P] bool, the options that the present states allow, those of each choice
             after another; None: all, always.
         max_return: the most an episode can return, or None where there is no such number.
+        part: (r, P), these are the r-th of P equal parts of all environments; (0, 1): they are all.
+        by_env: entries of `state_dict()` with rows by environment, in nests of dicts; those of a
+            part are the same rows of all.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -82,6 +89,23 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     achievements: tuple[str, ...] = ()
     action_mask: Tensor | None = None
     max_return: float | None = None
+    part: tuple[int, int] = (0, 1)
+    by_env: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> int:
+        """How many environments there are in all."""
+        return self.part[1] * self.num_envs
+
+    @property
+    def first(self) -> int:
+        """The number of the first of these among all."""
+        return self.part[0] * self.num_envs
+
+    @property
+    def rows(self) -> slice:
+        """The places of these among all."""
+        return slice(self.first, self.first + self.num_envs)
 
     def set_spaces(self, observation: spaces.Space, action: spaces.Space) -> None:
         """Set the spaces of one environment and of all `num_envs`."""
@@ -145,7 +169,15 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        """Restore `state_dict()`; returns the present observations [N, ...]."""
+        """Restore `state_dict()` of all environments, where these are a part too.
+
+        Returns the present observations [N, ...] of these.
+        """
+
+    def joined_state(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The `state_dict()` of all environments, from those of all parts in order."""
+        rows = {name: _joined([part[name] for part in parts]) for name in self.by_env}
+        return {**parts[0], **rows}
 
     @property
     def stage_floors(self) -> list[int]:
@@ -179,6 +211,28 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
+
+
+def count_of(num_envs: int, part: tuple[int, int]) -> int:
+    """How many of N environments are in a part (r, P).
+
+    Raises:
+        UserError: the parts would not be equal.
+    """
+    parts = part[1]
+    if num_envs % parts:
+        raise UserError(
+            f"num_envs {num_envs} cannot be divided into {parts} equal parts, one for each "
+            f"process; use a multiple of {parts}, such as {num_envs + -num_envs % parts}"
+        )
+    return num_envs // parts
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors [n, ...] one after the other, in nests of dicts."""
+    if isinstance(parts[0], dict):
+        return {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    return torch.cat(parts)
 
 
 def _between(actions: Tensor, most: Tensor) -> bool:

@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 2 -m dynmoe.cl ...
 
 All processes do the same, from the same seed, on the same data, so that weights, growths and
-measurements are equal everywhere; only the rows of each batch are dealt out. So there are two
-places where they must meet: after each backward pass their gradients are averaged
-(`average_gradients`), and what rank 0 alone reads from disk is told to all (`by_first`). Rank 0
-alone writes and prints. No DistributedDataParallel: growth replaces parameters, and one sum of one
-flat tensor after the backward pass needs to know nothing about them.
+measurements are equal everywhere; only the rows of each batch are dealt out, and environments. So
+there are few places where they must meet: after each backward pass their gradients are averaged
+(`average_gradients`), parts of what was played are joined (`joined_parts`), and what rank 0 alone
+reads from disk is told to all (`by_first`). Rank 0 alone writes and prints. No
+DistributedDataParallel: growth replaces parameters, and one sum of one flat tensor after the
+backward pass needs to know nothing about them.
 
 A loss of process r on its n_r rows of a batch of n is `P n_r / n` times their mean: the mean over
 P processes is then the mean over the batch, however uneven its parts. With one process, and
@@ -16,6 +17,7 @@ without torchrun, nothing here does anything.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -97,20 +99,20 @@ def by_first(work: Callable[[], T]) -> T:
     if not joined():
         return work()
     told: list[Any] = [None, None]
+    found: list[T] = []
     failure = None
     if rank() == 0:
         try:
-            told[0] = work()
+            found.append(work())
+            told[0] = _packed(found[0])
         except DynmoeError as error:
             failure, told[1] = error, (str(error), error.exit_code)
     dist.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
     if told[1] is not None:
-        told_of = DynmoeError(told[1][0])
-        told_of.exit_code = told[1][1]
-        raise told_of
-    return told[0]
+        raise _told_of(*told[1])
+    return found[0] if found else _unpacked(told[0])
 
 
 def in_turn(work: Callable[[], T]) -> T:
@@ -118,6 +120,40 @@ def in_turn(work: Callable[[], T]) -> T:
     kept: list[T] = []
     by_first(lambda: kept.append(work()))
     return kept[0] if kept else work()
+
+
+def all_succeed(work: Callable[[], T]) -> T:
+    """What `work()` gives on each process; if it fails on one, it fails on all.
+
+    Signals to stop travel along, see `average_gradients`.
+
+    Raises:
+        DynmoeError: as raised here, or by the first that failed.
+    """
+    if not joined():
+        return work()
+    found: list[T] = []
+    failure: DynmoeError | None = None
+    try:
+        found.append(work())
+    except DynmoeError as error:
+        failure = error
+    told = of_all((failure and (str(failure), failure.exit_code), _stop["asked"]))
+    if any(asked is not None for _, asked in told):
+        _stop["agreed"] = _stop["asked"] or signal.SIGTERM
+    if failure is not None:
+        raise failure
+    for failed, _ in told:
+        if failed:
+            raise _told_of(*failed)
+    return found[0]
+
+
+def _told_of(message: str, exit_code: int) -> DynmoeError:
+    """The error that another process has told of."""
+    error = DynmoeError(message)
+    error.exit_code = exit_code
+    return error
 
 
 def own_rows(rows: Tensor) -> Tensor:
@@ -129,8 +165,7 @@ def all_rows(own: Tensor) -> Tensor:
     """The rows [n, ...] of which each process has its own, in their order; by way of the CPU."""
     if not joined():
         return own
-    parts: list[Any] = [None] * size()
-    dist.all_gather_object(parts, own.cpu())
+    parts = of_all(own.cpu())
     rows = torch.empty(sum(map(len, parts)), *own.shape[1:], dtype=parts[0].dtype)
     for number, part in enumerate(parts):
         rows[number :: size()] = part
@@ -146,10 +181,49 @@ def all_items(own: list[T]) -> list[T]:
     """What each process has found of its own items, in the order of all; tensors of the CPU."""
     if not joined():
         return own
-    parts: list[Any] = [None] * size()
-    dist.all_gather_object(parts, own)
+    parts = of_all(own)
     count = sum(map(len, parts))
     return [parts[place % size()][place // size()] for place in range(count)]
+
+
+def of_all(own: T) -> list[T]:
+    """What each process has, in order of rank; tensors of the CPU."""
+    if not joined():
+        return [own]
+    parts: list[Any] = [None] * size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def told_to_first(own: T) -> list[T] | None:
+    """On rank 0 what each process has, in order of rank, tensors of the CPU; None on the others."""
+    if not joined():
+        return [own]
+    parts: list[Any] | None = [None] * size() if rank() == 0 else None
+    dist.gather_object(_packed(own), parts)
+    return parts and [_unpacked(part) for part in parts]
+
+
+def _packed(value: Any) -> bytes:
+    """As in a file: torch pickles no tensors of uint32, such as Craftax has."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    """The value again; another process of this run has packed it."""
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def joined_parts(own: Tensor, axis: int) -> Tensor:
+    """Tensors of equal shapes, one of each process in order of rank, joined along an axis."""
+    if not joined():
+        return own
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts, dim=axis)
 
 
 def own_share(rows: int, whole: int) -> float:
@@ -190,7 +264,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], figures: Tensor) -> Te
     *sums, known, asked, found = flat.split([*(g.numel() for g in own), len(has), 1, len(figures)])
     for parameter, mean, count in zip(learnt, sums, known.tolist(), strict=True):
         if count:
-            parameter.grad = mean.div_(size()).view_as(parameter).to(parameter.dtype)
+            # in the parameter's layout: fused optimizers read both in the order of their memory
+            parameter.grad = torch.empty_like(parameter).copy_(mean.div_(size()).view_as(parameter))
     if float(asked):
         _stop["agreed"] = _stop["asked"] or signal.SIGTERM
     return found

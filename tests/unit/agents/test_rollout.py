@@ -16,6 +16,7 @@ from agents.actor_critic import ActorCritic
 from agents.encoders import MLP
 from agents.rollout import Rollout, collect, estimate_advantages
 from dynmoe.moe import moe_layers
+from envs.debug import Stages
 from envs.vector import TorchVectorEnv
 
 
@@ -173,6 +174,28 @@ def test_what_is_recorded_is_what_the_network_says() -> None:
         torch.testing.assert_close(
             rollout.last_value, policy(env.unpack(rollout.next_observations))[1]
         )
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_part_of_the_environments_plays_as_among_all(uniform: bool) -> None:
+    """The same actions are drawn for it, and episodes bear their numbers."""
+    how = {"need": 1, "floors": 2, "longest": 5}
+    whole = Stages("Stages-v0", 6, 1, **how)
+    policy = make_policy(whole, make_block=moe_blocks())
+    expected = roll(whole, policy, uniform=uniform)
+    assert len({episode.length for episode in expected.episodes}) > 2
+    parts = [Stages("Stages-v0", 6, 1, part=(r, 3), **how) for r in range(3)]
+    found = [roll(part, policy, uniform=uniform) for part in parts]
+    for part, own in zip(parts, found, strict=True):
+        for name in ("observations", "actions", "dones", "floors"):
+            assert torch.equal(getattr(own, name), getattr(expected, name)[:, part.rows])
+        for name in ("log_probs", "values", "rewards"):
+            assert torch.allclose(getattr(own, name), getattr(expected, name)[:, part.rows])
+        for name, gates in own.gates.items():
+            assert torch.allclose(gates, expected.gates[name][:, part.rows])
+        assert torch.allclose(own.last_value, expected.last_value[part.rows])
+        assert torch.equal(own.next_observations, expected.next_observations[part.rows])
+    assert sorted(map(str, expected.episodes)) == sorted(str(e) for f in found for e in f.episodes)
 
 
 def test_floors_line_up_with_observations() -> None:

@@ -1,7 +1,11 @@
-"""What each of two processes that share a run does in the tests, and what one does alone."""
+"""What each of two processes that share a run does in the tests, and what one does alone.
+
+Runs of rl are in shared_play.py.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from contextlib import closing
@@ -33,17 +37,18 @@ def as_torchrun(rank: int, size: int, port: int) -> None:
     }  # fmt: skip
 
 
-def work(rank: int, size: int, port: int, folder: str, names: list[str]) -> None:
-    """Checks of this file in turn on one of several processes; what each finds is kept."""
+def work(rank: int, size: int, port: int, folder: str, checks: list[tuple[str, str]]) -> None:
+    """Checks, (module, function), in turn on one of several processes; what each finds is kept."""
     torch.set_num_threads(1)
-    if "trains_cl" in names:  # Avalanche must come before the processes are joined
+    if any(name == "trains_cl" for _, name in checks):  # Avalanche must come before all are joined
         from cl_benchmarks.preparing import load_trainer
 
         load_trainer()
     as_torchrun(rank, size, port)
     processes.join("cpu")
-    for name in names:
-        torch.save(globals()[name](Path(folder)), f"{folder}/{name}-{rank}.pt")
+    for module, name in checks:
+        check = getattr(importlib.import_module(module), name)
+        torch.save(check(Path(folder)), f"{folder}/{name}-{rank}.pt")
     os._exit(0)  # the group cannot be left in order where one has gone
 
 
@@ -74,7 +79,7 @@ def in_float64(session: Session) -> None:
     assert session.model is not None
     session.model.double()
     for module in session.model.modules():
-        if isinstance(module, nn.Linear | MoELayer):
+        if isinstance(module, nn.Linear | nn.Conv2d | MoELayer):
             module.register_forward_pre_hook(lambda _, given: (given[0].double(), *given[1:]))
 
 
@@ -125,26 +130,6 @@ def resumes_cl(folder: Path) -> dict[str, Any]:
         return {"stopped": False}
     except Interrupted as error:
         return {"stopped": str(error).split(";")[0], **train(config)}
-
-
-def trains_rl(folder: Path) -> dict[str, Any]:
-    """What three updates and a growth end with, of minibatches of 15 steps."""
-    from agents.experiment import ReinforcementLearning
-    from dynmoe.rl import presets
-
-    config = replace(
-        presets()["smoke"], runs_dir=folder / f"runs-{processes.rank()}", name="whole",
-        device="cpu", num_envs=5, rollout_steps=6, minibatches=2, epochs=2, total_steps=90,
-        encoder=get("encoder", "mlp").Config(hidden=16), probe_samples=16,
-        trigger=get("trigger", "every").Config(steps=60), router=get("router", "topk").Config(),
-        balance=get("loss", "switch").Config(weight=0.1),
-    )  # fmt: skip
-    experiment = ReinforcementLearning()
-    with Run("rl", "smoke", config) as run, closing(experiment.prepare(run, config, None)) as one:
-        in_float64(one)
-        one.work()
-        run.finish(one.summary())
-        return {"weights": weights(one), "summary": one.summary()}
 
 
 def train_dg(folder: Path, name: str, stop_at: int = -1) -> dict[str, Any]:
@@ -233,14 +218,15 @@ def refuses_cl(folder: Path) -> list[str]:
 
 
 def shares_batch_norm(folder: Path) -> dict[str, Tensor]:
-    """A network with BatchNorm after steps on batches of 5 and of 1 image."""
+    """A network with BatchNorm, channels last, after steps on batches of 5 and of 1 image."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
     ).double()
+    model.to(memory_format=torch.channels_last)
     if processes.joined():
         share_batch_norms(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, eps=1e-3, fused=True)
     share_batch()
     for count in (5, 1, 4):
         images = processes.own_rows(torch.randn(count, 3, 6, 6, dtype=torch.double))

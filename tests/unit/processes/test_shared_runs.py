@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shared_play
 import shared_runs
 import torch
-import torch.multiprocessing as mp
+from together import LOGGED, close, found, log, spawn, together_and_alone
 
 from dynmoe import commands
 from dynmoe.errors import UserError
@@ -23,67 +21,13 @@ from dynmoe.rl import presets
 sys.path.append(str(Path(__file__).parents[1] / "dg"))  # of dg_learning, here and in processes
 
 
-def spawn(folder, *checks):
-    """Let two processes carry out checks of `shared_runs`; what each found is in the folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = [check.__name__ for check in checks]
-    mp.spawn(shared_runs.work, args=(2, port, str(folder), names), nprocs=2)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs of the commands; most of the time goes into imports."""
     return spawn(
         tmp_path_factory.mktemp("runs"), shared_runs.trains_cl, shared_runs.resumes_cl,
-        shared_runs.trains_rl, shared_runs.refuses_cl, shared_runs.trains_dg,
-        shared_runs.resumes_dg,
+        shared_runs.refuses_cl, shared_runs.trains_dg, shared_runs.resumes_dg,
     )  # fmt: skip
-
-
-def found(folder, check, ranks=(0, 1)):
-    return [torch.load(folder / f"{check.__name__}-{rank}.pt") for rank in ranks]
-
-
-def close(one, two, rel=1e-6):
-    """Nested values that agree, tensors to 1e-9; texts and whole numbers exactly."""
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(close(one[key], two[key], rel) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(
-            close(*pair, rel) for pair in zip(one, two, strict=True)
-        )
-    if isinstance(one, torch.Tensor):
-        return torch.allclose(one, two, rtol=1e-9, atol=1e-9)
-    if isinstance(one, float):
-        return one == pytest.approx(two, rel=rel, abs=1e-3 * rel)
-    return one == two
-
-
-LOGGED = 1e-3
-"""Logged figures are float32, and a count of exact zeros moves with the order of sums."""
-LATEST_PASS = re.compile(r"router/(entropy|balance|load_max|load_min|newest_share|dead_experts)/")
-"""What an agent's log tells of the latest pass, of which a process has its own rows."""
-
-
-def of_the_whole(lines):
-    """Lines of a log without what is of a process's own rows."""
-    return [{k: v for k, v in line.items() if not LATEST_PASS.match(k)} for line in lines]
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def together_and_alone(runs, check, tmp_path):
-    """What rank 0 of two processes ends with, whose weights are equal, and one process alone."""
-    first, second = found(runs, check)
-    assert all(torch.equal(first["weights"][name], w) for name, w in second["weights"].items())
-    alone = check(tmp_path)
-    assert len(alone["summary"]["growth"]) == 1
-    return first, alone
 
 
 @pytest.mark.slow
@@ -93,14 +37,6 @@ def test_a_run_is_that_of_one_process(runs, tmp_path):
     assert close(first["summary"], alone["summary"])
     own = "runs-0/cl/whole/seed-0"
     assert close(log(runs / own), log(tmp_path / own), LOGGED)
-
-
-@pytest.mark.slow
-def test_an_agent_is_that_of_one_process(runs, tmp_path):
-    first, alone = together_and_alone(runs, shared_runs.trains_rl, tmp_path)
-    assert close(first, alone)
-    lines = [of_the_whole(log(at / "runs-0/rl/whole/seed-0")) for at in (runs, tmp_path)]
-    assert len(lines[0]) == 7 and close(*lines, LOGGED)
 
 
 @pytest.mark.slow
@@ -152,8 +88,10 @@ def test_what_needs_whole_batches_is_refused_by_all(runs):
 
 
 def test_two_processes_learn_from_the_whole_batch_and_know_a_lost_one(tmp_path):
-    """BatchNorm, and methods of dg that look at a batch as a whole."""
-    checks = (shared_runs.learns_dg, shared_runs.shares_batch_norm)
+    """BatchNorm, methods of dg that look at a batch as a whole, and a rollout of rl."""
+    checks = (
+        shared_runs.learns_dg, shared_runs.shares_batch_norm, shared_play.shares_a_rollout
+    )  # fmt: skip
     folder = spawn(tmp_path, *checks, shared_runs.loses_one)
     for check in checks:
         alone = check(tmp_path)
