@@ -101,6 +101,7 @@ class Experiment(ABC):
         command: its name on the command line.
         least: setting -> the smallest value that can work; parts check their own options.
         metric: what a verdict is about, unless it names another.
+        search_metric: what a search of settings wants much of, unless it names another.
         at: the part of a run that it is about, unless it names another.
         span: the two parts of a run that `Results.kept` compares.
         columns: of the tables.
@@ -114,6 +115,7 @@ class Experiment(ABC):
     command: ClassVar[str]
     least: ClassVar[dict[str, float]] = {}
     metric: ClassVar[str]
+    search_metric: ClassVar[str] = ""  # the metric
     at: ClassVar[At] = "last"
     span: ClassVar[str] = "first to last task"
     columns: ClassVar[tuple[Column, ...]]

@@ -13,6 +13,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.experiments.dg.exporting import DomainExporter
 from dynmoe.experiments.dg.measure import beside_figure, method_figures
+from dynmoe.experiments.dg.selection import selected
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
@@ -39,7 +40,8 @@ class DomainGeneralisation(Experiment):
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
     `oracle_accuracy`, at the last one; `source_accuracy`, on the sources' held-out images at the
-    selected one; `ece` and `adaptive_ece`, at the selected one;
+    selected one; `selection_accuracy`, by which it was selected, and by which a search chooses
+    settings, as in DomainBed; `ece` and `adaptive_ece`, at the selected one;
     `trainable`, the trainable parameters; and the method's own `measures`, of MoE² those of
     `dynmoe.dg.methods.moe2.departure`.
     """
@@ -51,6 +53,7 @@ class DomainGeneralisation(Experiment):
         "granularity": 0, "features": 0, "landscape": 0,
     }  # fmt: skip
     metric = "accuracy"
+    search_metric = "selection_accuracy"
     columns = (
         ("accuracy", "accuracy", "mean"),
         ("last evaluation", "oracle_accuracy", "mean"),
@@ -99,6 +102,8 @@ class DomainGeneralisation(Experiment):
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Mean over the left-out domains; nan for a figure that was not measured."""
+        if metric == self.search_metric:
+            return selection_accuracy(summary)
         found = [{**row, **row["measures"]}.get(metric) for row in summary["tests"]]
         return sum(math.nan if value is None else float(value) for value in found) / len(found)
 
@@ -201,6 +206,15 @@ class DomainGeneralisation(Experiment):
                     kept[name] = arrays
         if len(kept) > 1:
             beside_figure(folder / "features_beside.png", kept, shared.data.names, left_out)
+
+
+def selection_accuracy(summary: dict[str, Any]) -> float:
+    """By which a run's evaluations were selected, a share; mean over the left-out domains."""
+    found = [
+        selected(row["curve"], row["domain"], row.get("held_out", {}))[summary["selection"]][0]
+        for row in summary["tests"]
+    ]
+    return sum(found) / len(found)
 
 
 def by_domain(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
