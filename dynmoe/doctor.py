@@ -36,6 +36,7 @@ EXTRAS = {
     "search": "`dynmoe search`",
     "slurm": "`--launcher submitit`",
     "ray": "`--launcher ray`",
+    "hub": "`dynmoe export --push`, `load_from_hub`",
     "wandb": "`--mirror wandb`",
     "mlflow": "`--mirror mlflow`",
     "lightning": "callbacks for Lightning",
