@@ -227,7 +227,9 @@ class Experiment(ABC):
         """What the numbers are about: data, order, network."""
 
     def chance(self, config: Any, shared: Any) -> float | None:
-        """The accuracy of guesses, in 0..1, for its figures; None where numbers are no accuracies.
+        """The accuracy of guesses, in 0..1, for figures; None where numbers are no accuracies.
+
+        A run's summary has it as `chance`.
 
         Args:
             config: the settings.
@@ -265,6 +267,8 @@ class Results:
     """stream -> variant -> run folders, one per seed"""
     experiment: Experiment
     family: Family = field(default_factory=Family, compare=False)
+    chance: dict[str, float] = field(default_factory=dict, compare=False)
+    """stream -> the accuracy of guesses, 0..1, where it is known; figures show it"""
 
     @property
     def streams(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
+from dynmoe.lab.figures import told_chance
 from dynmoe.lab.study import Study
 
 
@@ -46,9 +47,10 @@ def redraw(file: Path, found: dict[str, Any], experiment: Experiment, study: Stu
                 for s, variants in entries.items()}  # fmt: skip
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{file} does not hold what the figure shows") from error
-    results = Results(runs, {stream: {} for stream in runs}, experiment)
+    chance = {s: float(level) for s, level in found.get("chance", {}).items()}
+    results = Results(runs, {stream: {} for stream in runs}, experiment, chance=chance)
     path = file.with_name("figure.png" if file.name == "results.json" else f"{file.stem}.png")
     title = f"{found.get('study') or found.get('title') or file.stem} "
-    title += f"({found['seeds']} seeds, 95 % t intervals)"
+    title += f"({found['seeds']} seeds, 95 % t intervals{told_chance(chance.values())})"
     (study or experiment).draw(path, results, title)
     return path

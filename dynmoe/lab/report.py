@@ -89,6 +89,7 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         told = f"{config.seeds} seeds, 95 % t intervals" if config.seeds > 1 else "one seed"
         if chance := experiment.chance(config, shared):
             told += f"; chance: {100 * chance:.3g} %"
+            results = replace(results, chance=dict.fromkeys(results.streams, chance))
         experiment.draw(folder / "comparison.png", results, f"{title}\n{told}")
     for stream in results.streams:
         heading = f"{title}: {stream}" if stream else title

@@ -21,7 +21,7 @@ from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
-from dynmoe.lab.figures import dots, looks, new_figure, save
+from dynmoe.lab.figures import chance_line, dots, looks, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import three
@@ -160,6 +160,7 @@ class DomainGeneralisation(Experiment):
             rows = {v: results.interval(stream, v) for v in results.runs[stream]}
             dots(left, rows, 100)
             left.set(title=stream, xlabel="accuracy on left-out domains (%)")
+            chance_line(left, results.chance.get(stream), across=True)
             own = looks(rows)
             for variant, interval in rows.items():
                 trainable = results.values(stream, variant, "trainable")[0]
