@@ -105,6 +105,8 @@ class Experiment(ABC):
         at: the part of a run that it is about, unless it names another.
         span: the two parts of a run that `Results.kept` compares.
         columns: of the tables.
+        lesser: headings of those that lose their intervals in a terminal that is too narrow.
+        legend: what their headings leave unsaid, for the line below a table.
         references: variants that every study of the command must have.
         missing: shown in tables where a run does not have the metric.
         about: settings that say what a run is about, not how it goes about it: where runs differ
@@ -119,6 +121,8 @@ class Experiment(ABC):
     at: ClassVar[At] = "last"
     span: ClassVar[str] = "first to last task"
     columns: ClassVar[tuple[Column, ...]]
+    lesser: ClassVar[tuple[str, ...]] = ()
+    legend: ClassVar[str] = ""
     references: ClassVar[tuple[str, ...]] = ()
     missing: ClassVar[str] = ""
     about: ClassVar[tuple[str, ...]] = ()

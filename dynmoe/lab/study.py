@@ -308,7 +308,8 @@ def _report(
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
     for stream, chosen in variants.items():
         rows = table(results, stream)
-        print_table(": ".join(filter(None, [study.name, stream])), rows, about)
+        heading = ": ".join(filter(None, [study.name, stream]))
+        print_table(heading, rows, about, results.experiment.lesser)
         marked = [f"`{flags}`" if flags else "" for flags in chosen.values()]
         ends = ["flags", "---", *marked]
         ends += [""] * (len(rows) + 1 - len(ends))  # of what stands beside the runs

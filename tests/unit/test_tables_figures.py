@@ -159,10 +159,25 @@ def test_a_wide_table_fits_a_terminal(
         assert all(out.count(piece) >= 1 for piece in cell.split(" ", 1))
 
 
+def test_lesser_columns_lose_their_intervals_before_a_table_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"number {n}" for n in range(6)]
+    rows = [["method", *names], ["a", *(f"1{n}.5 [-10.0, 2{n}.0]" for n in range(6))]]
+    print_table("all of it", rows, "two seeds", lesser=names[1:5])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and out.count("┏") == 1
+    assert [out.count(f"2{n}.0]") for n in range(6)] == [1, 0, 0, 0, 0, 1]
+    assert all(f"1{n}.5" in out for n in range(6)) and "a wider terminal" in out
+    print_table("all of it", [row[:5] for row in rows], "two seeds", lesser=names)
+    assert "[-10.0, 24.0]" not in (out := capsys.readouterr().out) and "wider" not in out
+    assert out.count("-10.0") == 4  # they fit as they are
+
+
 FLAGS = "--preset smoke --chunks 2 --epochs 2 --eval-samples 60 --probe-samples 40"
 
 
-@pytest.mark.slow
 def test_the_level_of_guesses_is_drawn_where_the_axes_show_it() -> None:
     figure = figures.new_figure("", 3)
     near, far, across = figure.subplots(1, 3)
@@ -190,6 +205,7 @@ def test_a_level_that_runs_do_not_know_or_agree_on_is_not_told() -> None:
     assert chance_of(runs) == {"known": 0.1}
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["cl", "--name", "s", "--seeds", "2", "--jobs", "1", "--runs-dir", str(tmp_path),
             "--variants", "plain: --method dense", "g1: --granularity 1", "--",

@@ -56,11 +56,13 @@ class DomainGeneralisation(Experiment):
     search_metric = "selection_accuracy"
     columns = (
         ("accuracy", "accuracy", "mean"),
-        ("last evaluation", "oracle_accuracy", "mean"),
+        ("last step", "oracle_accuracy", "mean"),
         ("ECE", "ece", "mean"),
-        ("adaptive ECE", "adaptive_ece", "mean"),
-        ("trainable parameters", "trainable", "mean"),
+        ("ECE, ad.", "adaptive_ece", "mean"),
+        ("trainable", "trainable", "mean"),
     )
+    lesser = ("last step", "ECE", "ECE, ad.")
+    legend = "ECE, ad.: with adaptive bins"
     references = ("linear-probe", "moa")
     at = "mean"
     about = ("domains", "test_domains", "model")
@@ -192,6 +194,9 @@ class DomainGeneralisation(Experiment):
         (runs,), (folders,) = results.runs.values(), results.folders.values()
         caption = f"test accuracy in %, mean ± standard error over {config.seeds} trial(s)"
         print_table(self.title(config, shared), domain_table(runs), caption)
+        for name, own in runs.items():
+            last = own[0]["tests"][-1]
+            print(f"{name}: {last['trainable']:,} of {last['parameters']:,} parameters are trained")
         kept: dict[str, Arrays] = {}
         for name, own in runs.items():
             measures = self.entry(results, "", name)["measures"]
@@ -234,20 +239,19 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 
 def domain_table(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Headings, then a row per method: each left-out domain, their average, and its size.
+    """Headings, then a row per method: each left-out domain, and their average.
 
     Errors of the average are over trials' means: the trials, not their domains, are independent.
     """
     domains = list(by_domain(next(iter(runs.values()))))
-    rows = [["method", *domains, "average", "trainable", "parameters"]]
+    rows = [["method", *domains, "average"]]
     for name, own in runs.items():
         values = by_domain(own)
         means = [float(np.mean(trial)) for trial in zip(*values.values(), strict=True)]
-        last = own[0]["tests"][-1]
         cells = [_cell(*mean_error(trials)) for trials in (*values.values(), means)]
-        rows.append([name, *cells, f"{last['trainable']:,}", f"{last['parameters']:,}"])
+        rows.append([name, *cells])
     return rows
 
 
 def _cell(mean: float, error: float) -> str:
-    return f"{100 * mean:.1f}" if math.isnan(error) else f"{100 * mean:.1f} ± {100 * error:.1f}"
+    return f"{100 * mean:.1f}" if math.isnan(error) else f"{100 * mean:.1f}±{100 * error:.1f}"
