@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.figures import band, dots, looks, new_figure, save
+from dynmoe.lab.figures import band, chance_line, dots, looks, new_figure, save
 from dynmoe.lab.statistics import confidence_interval
 
 PANELS = (("train_accuracy", "train accuracy at task end"), ("online_accuracy", "online accuracy"),
@@ -40,6 +40,7 @@ def draw(path: Path, results: Results, title: str, references: tuple[str, ...]) 
                 draw_curves(axes, results, stream, metric, label)
             else:
                 _draw_means(axes, results, stream, metric, label, references)
+            chance_line(axes, results.chance.get(stream), across=not curves)
     save(figure, path)
 
 

@@ -6,6 +6,7 @@ dynmoe cl --granularity 2   is python -m dynmoe.cl --granularity 2
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,6 +22,10 @@ LAB = ("tyro", "rich", "scipy", "matplotlib", "tensorboard")
 """Packages that every run needs: the extra `lab`, which all others include."""
 SHARED = ("cl", "rl", "dg")
 """Commands whose runs several processes can share, see `dynmoe.lab.processes`."""
+NEW = (
+    "new here? dynmoe doctor says what is missing; dynmoe cl --preset minute shows\n"
+    "what growth does, in about a minute"
+)
 TOP = ("cl_benchmarks", "agents", "envs")
 """Our packages whose names a folder of the user's may have, too."""
 
@@ -98,7 +103,7 @@ COMMANDS = {
         TOP,
     ),
     "export": Command(
-        "a trained network as safetensors with a model card, to share and to load in two lines",
+        "a trained network as files with a model card, or on a hub; two lines load it",
         "seconds",
         "lab",
         (*LAB, "safetensors"),
@@ -178,12 +183,13 @@ def need(what: str, extra: str, packages: Iterable[str]) -> None:
 
 
 def listing() -> str:
-    """The commands with a line and the cost of the default preset each."""
+    """The commands, each with what it does and the cost of its default preset; 80 columns."""
     width = max(map(len, COMMANDS))
     lines = ["usage: dynmoe COMMAND [options]; dynmoe COMMAND --help explains them", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:{width}}  {command.summary} ({command.cost})")
-    return "\n".join(lines)
+        text = f"  {name:{width}}  {command.summary} ({command.cost})"
+        lines += textwrap.wrap(text, 80, subsequent_indent=" " * (width + 4))
+    return "\n".join([*lines, "", NEW])
 
 
 def dispatch(argv: list[str]) -> None:

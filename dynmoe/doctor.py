@@ -36,6 +36,7 @@ EXTRAS = {
     "search": "`dynmoe search`",
     "slurm": "`--launcher submitit`",
     "ray": "`--launcher ray`",
+    "hub": "`dynmoe export --push`, `load_from_hub`",
     "wandb": "`--mirror wandb`",
     "mlflow": "`--mirror mlflow`",
     "lightning": "callbacks for Lightning",
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
     if count["problem"]:
         print(f"\n{_plural(count['problem'], 'problem')} to solve first (see above)")
         sys.exit(1)
-    print(f"\nready: no problem, {_plural(count['note'], 'note')}; try: dynmoe cl --preset smoke")
+    print(f"\nready: no problem, {_plural(count['note'], 'note')}; try: dynmoe cl --preset minute")
 
 
 def examine(data_dir: Path, runs_dir: Path, imports: bool = False) -> Iterator[Finding]:

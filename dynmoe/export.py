@@ -8,6 +8,9 @@ Two lines of Python load the network, without its training data:
 
     from dynmoe.export import load
     model = load("my-network")
+
+`--push OWNER/NAME` sends the files to the Hugging Face Hub as well, for the owner alone to see; the
+lines are then `from dynmoe.export import load_from_hub; model = load_from_hub("OWNER/NAME")`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ begin("export", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 from torch import nn  # noqa: E402
 
-from dynmoe.lab import checkpoint  # noqa: E402
+from dynmoe.lab import checkpoint, hub  # noqa: E402
 from dynmoe.lab.export import equal_states, read_network, write_network  # noqa: E402
 from dynmoe.lab.finished import UNREADABLE  # noqa: E402
 from dynmoe.lab.model_card import UNKNOWN, Card, shown_settings  # noqa: E402
@@ -50,6 +53,10 @@ class Config:
     """of dg: the domain that was left out; none: the first one"""
     license: str = UNKNOWN
     """of the weights, such as mit or cc-by-4.0"""
+    push: str = ""
+    """OWNER/NAME on the Hugging Face Hub to send the files to; needs its token"""
+    public: bool = False
+    """with --push: all may see a new OWNER/NAME"""
     debug: bool = False
     """show the traceback of an error"""
 
@@ -72,7 +79,24 @@ def load(folder: Path | str) -> nn.Module:
     return command.experiment().exporter().network(config, state)
 
 
-def export(run: Path | str, out: Path | str, part: str = "", licence: str = UNKNOWN) -> Path:
+def load_from_hub(name: str, revision: str | None = None, folder: Path | None = None) -> nn.Module:
+    """The network OWNER/NAME of the Hugging Face Hub, as `load` gives it.
+
+    Args:
+        name: OWNER/NAME.
+        revision: a branch, tag or commit; None: the newest.
+        folder: where its files are put; None: the cache of huggingface_hub.
+
+    Raises:
+        UserError: there is no such network, it may not be read, or a package is not installed.
+        ResourceError: the hub cannot be reached, or files are damaged.
+    """
+    return load(hub.fetch(name, revision, folder))
+
+
+def export(
+    run: Path | str, out: Path | str, part: str = "", licence: str = UNKNOWN, name: str = ""
+) -> Path:
     """Write a run's network into a folder, and make sure that it can be made again.
 
     Args:
@@ -80,6 +104,7 @@ def export(run: Path | str, out: Path | str, part: str = "", licence: str = UNKN
         out: see `Config.out`.
         part: of dg, the domain that was left out.
         licence: of the weights.
+        name: OWNER/NAME on a hub, for the card; `dynmoe.lab.hub.push` sends the folder.
 
     Returns:
         The folder.
@@ -113,6 +138,7 @@ def export(run: Path | str, out: Path | str, part: str = "", licence: str = UNKN
         parameters=sum(p.numel() for p in network.parameters()),
         use=exporter.usage(config, shared, part),
         licence=licence,
+        hub=name,
         summary=json.loads(summary.read_text()) if at_end else None,
         step=saved["step"] if saved else 0,
         session=json.loads((folder / "environment.json").read_text())["sessions"][-1],
@@ -126,18 +152,30 @@ def main(argv: list[str]) -> None:
     """Export a run's network, and say how to load it.
 
     Raises:
-        UserError: the run or the folder for the files is not named, or the run cannot be exported.
+        UserError: the run or the folder for the files is not named, or the run cannot be exported
+            or sent.
+        ResourceError: the hub cannot be reached; the files are written.
     """
-    config = tyro.cli(Config, args=argv, prog="python -m dynmoe.export", description=__doc__)
+    config = tyro.cli(
+        Config, args=argv, prog="python -m dynmoe.export", description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
     if config.run is None or config.out is None:
         raise UserError(
             "name the run's folder and a folder for the files, such as: dynmoe export "
             "runs/cl/NAME/seed-0 my-network"
         )
-    export(config.run, config.out, config.part, config.license)
+    if config.push:
+        hub.check_push(config.push)
+    elif config.public:
+        raise UserError("--public has no effect without --push OWNER/NAME; leave it out")
+    export(config.run, config.out, config.part, config.license, config.push)
     print(f"exported: {config.out}; load it with dynmoe.export.load({str(config.out)!r})")
     if config.license == UNKNOWN:
         print("note: no licence is named; use --license NAME before you share it", file=sys.stderr)
+    if config.push:
+        address = hub.push(config.out, config.push, config.public)
+        print(f"sent: {address}; load it with dynmoe.export.load_from_hub({config.push!r})")
 
 
 def _command(name: str) -> Any:

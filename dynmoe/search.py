@@ -63,7 +63,8 @@ class Config(Where):
     trials: int = 20
     """trials in all, those of earlier calls counted in"""
     metric: str = ""
-    """what the search wants much of; by default what the command's verdicts are about"""
+    """what the search wants much of; by default what the command's verdicts are about, but for dg
+    the accuracy that its --selection goes by: the left-out domain must not choose settings"""
     at: At | None = None
     """part of the run that it is taken from; by default the command's own"""
     minimize: bool = False
@@ -95,11 +96,16 @@ class Search:
     launcher: Launcher
 
     @property
+    def metric(self) -> str:
+        """What is searched for, where it is not what the command's verdicts are about."""
+        return self.config.metric or load(self.config.command).experiment().search_metric
+
+    @property
     def about(self) -> str:
         """All that decides the trials, as one would type it."""
         c = self.config
         words = [c.command, "--space", *c.space]
-        words += ["--metric", c.metric] if c.metric else []
+        words += ["--metric", self.metric] if self.metric else []
         words += ["--at", c.at] if c.at else []
         words += ["--minimize"] if c.minimize else []
         words += ["--prune", c.prune] if c.prune else []
@@ -125,7 +131,7 @@ class Search:
             UserError: runs of this command have no such number.
         """
         experiment, found = jobs[0].experiment, []
-        metric, at = self.config.metric or experiment.metric, self.config.at or experiment.at
+        metric, at = self.metric or experiment.metric, self.config.at or experiment.at
         for job in jobs:
             try:
                 found.append(experiment.value(job.summary(), metric, at))
@@ -247,8 +253,9 @@ def run_trials(search: Search, study: optuna.Study, out: Path, command: str) -> 
         for number, end in told.items():
             study.set_user_attr(f"message {number}", end.message)
             study.tell(number, end.value, state[end.state])
-        _write(search, study, out, command)
-    return _write(search, study, out, command)
+        _write(study, out, command)
+    _write(study, out, command)
+    return _show(search, study)
 
 
 State = Literal["COMPLETE", "PRUNED", "FAIL"]
@@ -311,37 +318,49 @@ def _make(
     return dict(sorted(told.items()))
 
 
-def _write(search: Search, study: optuna.Study, out: Path, command: str) -> str:
-    """Write search.json, show the best trials, and return the flags of the best.
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in study.trials if trial.state.is_finished()]
 
-    Raises:
-        UserError: no trial has ended well.
-    """
-    ended = [trial for trial in study.trials if trial.state.is_finished()]
-    sign = 1 if search.config.minimize else -1
-    good = [(trial.value, trial) for trial in ended if trial.value is not None]
-    good.sort(key=lambda pair: (sign * pair[0], pair[1].number))
+
+def _good(study: optuna.Study) -> list[tuple[float, optuna.trial.FrozenTrial]]:
+    """(value, trial) of those that ended well, the best first."""
+    sign = 1 if study.direction.name == "MINIMIZE" else -1
+    good = [(trial.value, trial) for trial in _ended(study) if trial.value is not None]
+    return sorted(good, key=lambda pair: (sign * pair[0], pair[1].number))
+
+
+def _write(study: optuna.Study, out: Path, command: str) -> None:
+    """Write search.json."""
     rows = [
         {"trial": trial.number, "flags": flags_of(trial.params), "value": trial.value,
          "state": trial.state.name.lower(),
          "message": study.user_attrs.get(f"message {trial.number}", "")}
-        for trial in ended
+        for trial in _ended(study)
     ]  # fmt: skip
+    good = _good(study)
     best = flags_of(good[0][1].params) if good else None
     write_json(out / "search.json", {"command": command, "best": best, "trials": rows})
-    if len(ended) < search.config.trials:
-        return best or ""
-    if best is None:
-        raise UserError(f"no trial ended well; the last one: {rows[-1]['message']}")
+
+
+def _show(search: Search, study: optuna.Study) -> str:
+    """Show the best trials, and return the flags of the best.
+
+    Raises:
+        UserError: no trial has ended well.
+    """
+    ended, good = _ended(study), _good(study)
+    if not good:
+        message = study.user_attrs.get(f"message {ended[-1].number}", "")
+        raise UserError(f"no trial ended well; the last one: {message}")
     table = [["trial", "flags", "value"]]
     table += [[str(t.number), flags_of(t.params), f"{value:.4g}"] for value, t in good[:SHOWN]]
-    states = [row["state"] for row in rows]
+    states = [trial.state.name.lower() for trial in ended]
     caption = (
         f"{len(ended)} trials, {states.count('fail')} failed, {states.count('pruned')} stopped "
         f"early; seeds from {SEARCH_SEED} on"
     )
     print_table("search", table, caption)
-    return best
+    return flags_of(good[0][1].params)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ TTA = Board(
 
 DG = Board(
     {
-        "1 test accuracy": {r"on \1": "(.*)/test"},
+        "1 test accuracy": {r"on \1": "([^/]*)/test"},
         "2 growth": {
             r"change of the output, \1": "(.*)/growth/output_change",
             r"loss after, \1": "(.*)/growth/loss_after",
             r"loss before, \1": "(.*)/growth/loss_before",
         },
-        "3 validation accuracy": {r"without \1": "(.*)/validation"},
-        "4 loss": {r"without \1": "(.*)/loss"},
+        "3 validation accuracy": {r"without \1": "([^/]*)/validation"},
+        "4 loss": {r"without \1": "([^/]*)/loss"},
     }
 )
-"""A chart of each group per domain that was left out."""
+"""A chart of each group per domain that was left out; trainings that only select have none."""

@@ -101,9 +101,12 @@ class Experiment(ABC):
         command: its name on the command line.
         least: setting -> the smallest value that can work; parts check their own options.
         metric: what a verdict is about, unless it names another.
+        search_metric: what a search of settings wants much of, unless it names another.
         at: the part of a run that it is about, unless it names another.
         span: the two parts of a run that `Results.kept` compares.
         columns: of the tables.
+        lesser: headings of those that lose their intervals in a terminal that is too narrow.
+        legend: what their headings leave unsaid, for the line below a table.
         references: variants that every study of the command must have.
         missing: shown in tables where a run does not have the metric.
         about: settings that say what a run is about, not how it goes about it: where runs differ
@@ -114,9 +117,12 @@ class Experiment(ABC):
     command: ClassVar[str]
     least: ClassVar[dict[str, float]] = {}
     metric: ClassVar[str]
+    search_metric: ClassVar[str] = ""  # the metric
     at: ClassVar[At] = "last"
     span: ClassVar[str] = "first to last task"
     columns: ClassVar[tuple[Column, ...]]
+    lesser: ClassVar[tuple[str, ...]] = ()
+    legend: ClassVar[str] = ""
     references: ClassVar[tuple[str, ...]] = ()
     missing: ClassVar[str] = ""
     about: ClassVar[tuple[str, ...]] = ()
@@ -225,7 +231,9 @@ class Experiment(ABC):
         """What the numbers are about: data, order, network."""
 
     def chance(self, config: Any, shared: Any) -> float | None:
-        """The accuracy of guesses, in 0..1, for its figures; None where numbers are no accuracies.
+        """The accuracy of guesses, in 0..1, for figures; None where numbers are no accuracies.
+
+        A run's summary has it as `chance`.
 
         Args:
             config: the settings.
@@ -263,6 +271,8 @@ class Results:
     """stream -> variant -> run folders, one per seed"""
     experiment: Experiment
     family: Family = field(default_factory=Family, compare=False)
+    chance: dict[str, float] = field(default_factory=dict, compare=False)
+    """stream -> the accuracy of guesses, 0..1, where it is known; figures show it"""
 
     @property
     def streams(self) -> list[str]:

@@ -122,6 +122,30 @@ def dots(axes: Any, rows: dict[str, Interval], factor: float) -> None:
     axes.set_yticks(places, ranked)
 
 
+def told_chance(levels: Iterable[float]) -> str:
+    """What a title says of the accuracies of guesses, each in 0..1; nothing where none is known."""
+    shown = list(dict.fromkeys(f"{100 * level:.3g} %" for level in levels))
+    return f"; chance: {' or '.join(shown)}" if shown else ""
+
+
+def chance_line(axes: Any, level: float | None, across: bool = False) -> None:
+    """A thin dotted line at the accuracy of guesses, named in the legend.
+
+    None where the level is not known, or lies beyond what the axes show: it must not squeeze them.
+
+    Args:
+        axes: with everything else drawn, in percent.
+        level: in 0..1, or None.
+        across: accuracies go from left to right.
+    """
+    if level is None:
+        return
+    low, high = axes.get_xlim() if across else axes.get_ylim()
+    if low <= 100 * level <= high:
+        draw = axes.axvline if across else axes.axhline
+        draw(100 * level, color="#444444", linestyle=(0, (1, 3)), linewidth=1, label="chance")
+
+
 def _or_least(value: float) -> float:
     return value if value == value else -math.inf
 

@@ -17,8 +17,8 @@ from dynmoe.lab.experiment import Experiment
 UNKNOWN = "unknown"
 """The licence of a network for which none was chosen."""
 LOAD = """```python
-from dynmoe.export import load
-model = load("path/of/this/folder")
+from dynmoe.export import {function}
+model = {function}("{place}")
 ```"""
 
 
@@ -46,12 +46,14 @@ class Card:
     """of the checkpoint"""
     session: dict[str, Any]
     """of environment.json: command, versions, device"""
+    hub: str = ""
+    """OWNER/NAME on a hub that it is sent to"""
 
     def text(self) -> str:
         """The card, Markdown."""
         return "\n\n".join([
             self._head(), f"# {self.method}: {self.title}", self._what(),
-            f"## Load it\n\n{LOAD}\n\n{self.use}",
+            f"## Load it\n\n{self._load()}\n\n{self.use}",
             f"## Training\n\n{self._training()}",
             f"## Metrics\n\n{self._metrics()}",
             f"## Settings\n\n{_table(('setting', 'value'), self.settings.items())}",
@@ -63,6 +65,11 @@ class Card:
         lines = ["---", f"license: {json.dumps(licence)}", "library_name: dynmoe", "tags:"]
         lines += ["- mixture-of-experts", f"- dynmoe-{self.experiment.command}", "---"]
         return "\n".join(lines)
+
+    def _load(self) -> str:
+        if self.hub:
+            return LOAD.format(function="load_from_hub", place=self.hub)
+        return LOAD.format(function="load", place="path/of/this/folder")
 
     def _what(self) -> str:
         return (

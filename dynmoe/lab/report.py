@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,12 @@ def report(folder: Path, config: Any, shared: Any, results: Results) -> None:
         told = f"{config.seeds} seeds, 95 % t intervals" if config.seeds > 1 else "one seed"
         if chance := experiment.chance(config, shared):
             told += f"; chance: {100 * chance:.3g} %"
+            results = replace(results, chance=dict.fromkeys(results.streams, chance))
         experiment.draw(folder / "comparison.png", results, f"{title}\n{told}")
     for stream in results.streams:
         heading = f"{title}: {stream}" if stream else title
         rows = table(results, stream, difference=config.seeds > 1)
-        print_table(heading, rows, caption(experiment, config.seeds))
+        print_table(heading, rows, caption(experiment, config.seeds), experiment.lesser)
     experiment.report_more(folder, config, shared, results)
     print(f"results: {folder}" + (", figure comparison.png" if runs > 1 else ""))
 
@@ -149,7 +151,9 @@ def table(results: Results, stream: str, difference: bool = False) -> list[list[
 def caption(experiment: Experiment, seeds: int) -> str:
     """What the numbers of a table are."""
     unit = ", shares in %" if experiment.unit(experiment.metric)[0] == 100 else ""
-    return (f"mean over {seeds} seeds [95 % t interval]" if seeds > 1 else "one seed") + unit
+    legend = f"; {experiment.legend}" if experiment.legend else ""
+    told = f"mean over {seeds} seeds [95 % t interval]" if seeds > 1 else "one seed"
+    return told + unit + legend
 
 
 def cell(interval: Interval, factor: float, digits: int, missing: str = "") -> str:
@@ -162,17 +166,30 @@ def cell(interval: Interval, factor: float, digits: int, missing: str = "") -> s
     return f"{point:,.{digits}f}{ends}"
 
 
-def print_table(title: str, rows: list[list[str]], caption: str = "") -> None:
+def print_table(
+    title: str, rows: list[list[str]], caption: str = "", lesser: Sequence[str] = ()
+) -> None:
     """Print headings and rows on the terminal, the first column to the left.
 
-    A table that is too wide has its intervals on lines of their own, and if that does not help, the
-    columns that do not fit as another table below. Without a terminal 80 columns are taken.
+    A table that is too wide has its intervals on lines of their own. If that does not help, the
+    `lesser` columns lose theirs, and what still does not fit is another table below. Without a
+    terminal 80 columns are taken.
     """
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    for number, part in enumerate(fit(rows, console.width)):
+    parts = fit(rows, console.width)
+    if len(parts) > 1 and lesser:
+        cut = [place for place, heading in enumerate(rows[0]) if heading in lesser]
+        short = [
+            [text.split(" [")[0] if place in cut else text for place, text in enumerate(row)]
+            for row in rows
+        ]
+        fewer = fit(short, console.width)
+        if len(fewer) < len(parts):
+            parts, caption = fewer, f"{caption}; a wider terminal shows all intervals"
+    for number, part in enumerate(parts):
         more = number > 0
         shown = Table(title=None if more else title, caption=None if more else caption)
         for place, heading in enumerate(part[0]):

@@ -69,6 +69,8 @@ def run_one(
                         session.restore(run.restored)
                     session.work()
                 summary = session.summary()
+                if (chance := experiment.chance(config, shared)) is not None:
+                    summary["chance"] = chance
                 final = {f"final/{metric}/{at}": experiment.value(summary, metric, at)
                          for _, metric, at in experiment.columns}  # fmt: skip
                 known = {tag: value for tag, value in final.items() if not math.isnan(value)}
@@ -149,11 +151,20 @@ def plan(
 
 def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) -> Results:
     """Those of finished jobs: stream -> variant -> one per seed."""
-    return Results(
-        {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
-        {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()},
-        experiment,
-    )
+    runs = {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
+    folders = {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
+    return Results(runs, folders, experiment, chance=chance_of(runs))
+
+
+def chance_of(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, float]:
+    """Stream -> the accuracy of guesses, where all its runs know it and agree; see `Results`."""
+    found: dict[str, float] = {}
+    for stream, variants in runs.items():
+        levels = {run.get("chance") for own in variants.values() for run in own}
+        level = levels.pop() if len(levels) == 1 else None
+        if level is not None:
+            found[stream] = level
+    return found
 
 
 def run_jobs(

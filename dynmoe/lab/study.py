@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.figures import VECTORS
+from dynmoe.lab.figures import VECTORS, told_chance
 from dynmoe.lab.files import write_atomic, write_json, writing
 from dynmoe.lab.launchers import Launcher
 from dynmoe.lab.report import beside, caption, entry, print_table, table
@@ -294,11 +294,13 @@ def _report(
         "study": study.name, "question": question, "command": command, "commits": commits,
         "seeds": count, "first_seed": seeds.start, "comparisons": comparisons, "verdict": verdict,
         "streams": streams,
+        **({"chance": results.chance} if results.chance else {}),
         **beside(results),
     })  # fmt: skip
     before = VECTORS.set(True)
     try:
-        study.draw(out / "figure.png", results, f"{study.name} ({count} seeds)")
+        told = f"{study.name} ({count} seeds{told_chance(results.chance.values())})"
+        study.draw(out / "figure.png", results, told)
     finally:
         VECTORS.reset(before)
     lines = [f"# {study.name}", "", question, "", "```bash", command, "```", ""]
@@ -306,7 +308,8 @@ def _report(
     lines += [f"{about[0].upper()}{about[1:]}; runs made on commit {', '.join(commits)}.", ""]
     for stream, chosen in variants.items():
         rows = table(results, stream)
-        print_table(": ".join(filter(None, [study.name, stream])), rows, about)
+        heading = ": ".join(filter(None, [study.name, stream]))
+        print_table(heading, rows, about, results.experiment.lesser)
         marked = [f"`{flags}`" if flags else "" for flags in chosen.values()]
         ends = ["flags", "---", *marked]
         ends += [""] * (len(rows) + 1 - len(ends))  # of what stands beside the runs

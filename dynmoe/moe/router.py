@@ -203,6 +203,7 @@ class Router(nn.Module, Part, kind="router"):
     ) -> None:
         super().__init__()
         self.initial_experts = num_experts
+        self._mask_seen = False  # whether `_check_mask` has looked since the experts last changed
         self.weight = nn.Parameter(torch.empty(max_experts, dim))
         self.register_buffer("active", torch.arange(max_experts) < num_experts)
         self.register_buffer("logit_shift", torch.zeros(max_experts))
@@ -241,7 +242,8 @@ class Router(nn.Module, Part, kind="router"):
         """Route samples x [N, D]; the other arguments are described in `RouterInput`.
 
         Raises:
-            UserError: `route` returned something else than a routing of N samples over M experts.
+            UserError: `route` returned something else than a routing of N samples over M experts,
+                or one that uses experts which do not exist yet.
         """
         groups = len(x) if self.independent else groups
         routing = self.route(RouterInput(x, mask, context, groups, sizes))
@@ -253,6 +255,8 @@ class Router(nn.Module, Part, kind="router"):
         """Refuse what a router of somebody's own may return instead, before it goes further."""
         found = getattr(routing, "gates", routing)
         if isinstance(routing, Routing) and found.shape == shape:
+            if not self._mask_seen:
+                self._check_mask(routing)
             return
         what = f"{type(found).__name__} {list(getattr(found, 'shape', []))}"
         raise UserError(
@@ -260,6 +264,27 @@ class Router(nn.Module, Part, kind="router"):
             f"return a dynmoe.moe.Routing whose gates are [N, M] = {list(shape)}, M counting the "
             "experts that may still come"
         )
+
+    def _check_mask(self, routing: Routing) -> None:
+        """Refuse weight for experts that do not exist yet.
+
+        It waits for the device, so it looks at one pass after each change of the experts; where no
+        value can be looked at (meta tensors, `torch.func.vmap`), at a later one.
+        """
+        if routing.gates.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            given = bool((routing.gates.detach() > 0)[:, ~self.active].any())
+            scored = bool((routing.logits.detach() > float("-inf"))[:, ~self.active].any())
+        except RuntimeError:
+            return
+        if given or scored:
+            what = "gates above 0" if given else "logits above -inf"
+            raise UserError(
+                f"{type(self).__name__}.route gives {what} to experts that do not exist yet; put "
+                "its logits through self.mask(logits) before it makes gates of them"
+            )
+        self._mask_seen = True
 
     @abstractmethod
     def route(self, inputs: RouterInput) -> Routing:
@@ -297,6 +322,7 @@ class Router(nn.Module, Part, kind="router"):
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Re-initialise the rows `index` [n]: uniform in +-1/sqrt(D), as torch's linear layers."""
+        self._mask_seen = False
         bound = self.weight.shape[1] ** -0.5
         for parameter in self.expert_rows():
             draw_entries(parameter, 0, index, bound, generator)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from dynmoe.lab.experiment import Experiment, Results
-from dynmoe.lab.figures import band, looks, new_figure, save
+from dynmoe.lab.figures import band, chance_line, looks, new_figure, save
 from dynmoe.lab.statistics import confidence_interval
 from dynmoe.lab.study import Preset, Study
 from dynmoe.studies.keeping import PHOTOS, UNMEASURED, about, points
@@ -118,6 +118,7 @@ class Pairs(Study, name="pairs", source="Dohare et al. 2024 (Nature 632, 768-774
                 band(axes, x, means, looks(variants)[variant], variant, 100)
             axes.set(xlabel="task", ylabel="test accuracy (%), tenths of the tasks")
             axes.set_title(stream)
+            chance_line(axes, results.chance.get(stream))
         save(figure, path)
 
 

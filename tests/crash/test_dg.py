@@ -22,8 +22,8 @@ from torch import Tensor
 from cl_benchmarks.domain_set import split
 from dynmoe.dg import __main__ as dg
 from dynmoe.dg.methods.moe2 import MoE2
+from dynmoe.experiments.dg.fold import Fold
 from dynmoe.experiments.dg.source import load_source
-from dynmoe.experiments.dg.trial import Fold
 from dynmoe.lab.experiment import logged
 
 SMALL = "--preset smoke --compare --checkpoint-every-s 0 --name x --features 5"

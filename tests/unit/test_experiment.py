@@ -191,8 +191,9 @@ def test_summary_and_log(data: ImageData, tmp_path: Path) -> None:
     of_old = {"accuracy_matrix", "forgetting", "backward_transfer", "forward_transfer"}
     assert summary.keys() == of_old | {
         "method", "dataset", "protocol", "access", "seed", "tasks", "plasticity", "growth",
-        "lock_out",
+        "lock_out", "chance",
     }  # fmt: skip
+    assert summary["chance"] == 1 / 10
     assert all(summary[name] is None for name in of_old)  # of shuffled labels nothing is left
     keys = {"train_accuracy", "test_accuracy", "online_accuracy", "num_experts", "parameters"}
     assert all(keys <= task.keys() for task in summary["tasks"])

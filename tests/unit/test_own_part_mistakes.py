@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dynmoe.growth.triggers.clock import Trigger
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.study import Preset, Study, check_preset, judge
-from dynmoe.moe import MoELayer, Router
+from dynmoe.moe import MoELayer, Router, Routing
 from dynmoe.registry import PartConfig
 
 
@@ -76,6 +76,45 @@ def test_a_router_that_returns_something_else(answer: Any, found: str) -> None:
     odd = layer(make_router(answer))
     with pytest.raises(UserError, match=f"{found}.*return a dynmoe.moe.Routing.* = .3, 4."):
         odd(torch.randn(3, 4))
+
+
+def unmasked(router: Router, x: torch.Tensor) -> Any:
+    gates = (x @ router.weight.T).softmax(1)
+    return Routing(gates=gates, logits=gates.log(), probabilities=gates, active=router.active)
+
+
+def unmasked_logits(router: Router, x: torch.Tensor) -> Any:
+    return replace(router.dense(x @ router.weight.T), logits=x @ router.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"), [(unmasked, "gates above 0"), (unmasked_logits, "logits above -inf")]
+)
+def test_a_router_that_forgets_which_experts_exist(answer: Any, what: str) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(UserError, match=rf"Odd\.route gives {what} .* self\.mask\(logits\)"):
+        layer(make_router(answer))(x)
+    full = MoELayer(4, 4, hidden=8, num_experts=4, router=make_router(answer))
+    assert full(x).shape == x.shape  # all exist: nothing to mask
+
+
+def test_the_mask_is_looked_at_once_after_each_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    original = Router._check_mask
+
+    def counted(self: Router, routing: Routing) -> None:
+        looked.append(int(self.active.sum()))
+        original(self, routing)
+
+    monkeypatch.setattr(Router, "_check_mask", counted)
+    good = layer(make_router(lambda router, x: router.dense(x @ router.weight.T)))
+    for _ in range(3):
+        good(torch.full((3, 4), float("nan")))  # nan is not what it is about
+        good(torch.randn(3, 4))
+    GrowthController(good).grow(0)
+    for _ in range(3):
+        good(torch.randn(3, 4))
+    assert looked == [2, 3]
 
 
 # triggers ----------------------------------------------------------------------------------------

@@ -42,8 +42,12 @@ def test_means_are_those_that_the_runs_gave(name: str) -> None:
 
 def test_the_figure_stands_beside_the_numbers(tmp_path: Path) -> None:
     file = shutil.copy(STUDIES / "dg-router" / "results.json", tmp_path)
+    told = numbers("dg-router") | {"chance": {"embedded": 0.7}}
     assert draw_again(Path(file)) == tmp_path / "figure.png"
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "figure.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    Path(file).write_text(json.dumps(told))
+    assert draw_again(Path(file)).read_bytes() != before  # a line more
     tasks = {"a": {m: [[0.1, 0.2]] for m in ("train_accuracy", "online_accuracy", "test_accuracy")}}
     (tmp_path / "mine.json").write_text(json.dumps({"title": "t", "seeds": 1, "variants": tasks}))
     assert draw_again(tmp_path / "mine.json") == tmp_path / "mine.png"

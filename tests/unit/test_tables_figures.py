@@ -17,6 +17,7 @@ from dynmoe.lab.config import run_command
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.figures import looks
 from dynmoe.lab.report import fit, print_table, table
+from dynmoe.lab.runner import chance_of
 
 COLORS = ("#1b6ca8", "#d1495b", "#e29a2d")
 """Easily told from the gray of text and axes."""
@@ -158,7 +159,50 @@ def test_a_wide_table_fits_a_terminal(
         assert all(out.count(piece) >= 1 for piece in cell.split(" ", 1))
 
 
+def test_lesser_columns_lose_their_intervals_before_a_table_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"number {n}" for n in range(6)]
+    rows = [["method", *names], ["a", *(f"1{n}.5 [-10.0, 2{n}.0]" for n in range(6))]]
+    print_table("all of it", rows, "two seeds", lesser=names[1:5])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and out.count("┏") == 1
+    assert [out.count(f"2{n}.0]") for n in range(6)] == [1, 0, 0, 0, 0, 1]
+    assert all(f"1{n}.5" in out for n in range(6)) and "a wider terminal" in out
+    print_table("all of it", [row[:5] for row in rows], "two seeds", lesser=names)
+    assert "[-10.0, 24.0]" not in (out := capsys.readouterr().out) and "wider" not in out
+    assert out.count("-10.0") == 4  # they fit as they are
+
+
 FLAGS = "--preset smoke --chunks 2 --epochs 2 --eval-samples 60 --probe-samples 40"
+
+
+def test_the_level_of_guesses_is_drawn_where_the_axes_show_it() -> None:
+    figure = figures.new_figure("", 3)
+    near, far, across = figure.subplots(1, 3)
+    near.set_ylim(0, 103)
+    far.set_ylim(55, 60)
+    across.set_xlim(0, 60)
+    for axes, level in ((near, None), (near, 0.05), (far, 0.05)):
+        figures.chance_line(axes, level)
+    figures.chance_line(across, 0.25, across=True)
+    (line,), (upright,) = near.lines, across.lines
+    assert set(line.get_ydata()) == {5.0} and line.get_label() == "chance"
+    assert set(upright.get_xdata()) == {25.0}
+    assert not far.lines and far.get_ylim() == (55, 60)
+    assert figures.told_chance([0.1, 0.1, 1 / 3]) == "; chance: 10 % or 33.3 %"
+    assert figures.told_chance([]) == ""
+
+
+def test_a_level_that_runs_do_not_know_or_agree_on_is_not_told() -> None:
+    runs = {
+        "known": {"a": [{"chance": 0.1}, {"chance": 0.1}], "b": [{"chance": 0.1}]},
+        "of before": {"a": [{"chance": 0.1}, {}]},
+        "two": {"a": [{"chance": 0.1}], "b": [{"chance": 0.2}]},
+        "none": {"a": [{}]},
+    }
+    assert chance_of(runs) == {"known": 0.1}
 
 
 @pytest.mark.slow
@@ -171,6 +215,7 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "sweep" / "s"
     results = json.loads((folder / "results.json").read_text())
     assert FLAGS in results["command"] and results["seeds"] == 2
+    assert results["chance"] == {"": 0.1}  # digits
     variants = results["streams"][""]
     assert list(variants) == ["plain", "g1"]
     summaries = {p: json.loads(p.read_text()) for p in tmp_path.rglob("summary.json")}

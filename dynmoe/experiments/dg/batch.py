@@ -18,7 +18,7 @@ from dynmoe.experiments.dg.settings import Config
 from dynmoe.lab import processes
 
 if TYPE_CHECKING:
-    from dynmoe.experiments.dg.trial import Fold
+    from dynmoe.experiments.dg.fold import Fold
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,7 @@ def training_batch(fold: Fold) -> Batch:
         chosen = batch_indices(trial.splits[number][0], config.batch_size, fold.step, seed, number)
         own = processes.own_rows(chosen)
         if config.augment:  # all are augmented, as each takes its numbers from one generator
-            generator = seeding.generator(seed, "augment", fold.test, number, fold.step)
+            generator = seeding.generator(seed, "augment", *fold.out, number, fold.step)
             shown = trial.source.prepare.batch(domain, chosen, generator)
             images.append(processes.own_rows(shown))
         else:

@@ -13,6 +13,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.experiments.dg.exporting import DomainExporter
 from dynmoe.experiments.dg.measure import beside_figure, method_figures
+from dynmoe.experiments.dg.selection import selected
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
@@ -20,7 +21,7 @@ from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
-from dynmoe.lab.figures import dots, looks, new_figure, save
+from dynmoe.lab.figures import chance_line, dots, looks, new_figure, save
 from dynmoe.lab.report import print_table
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import three
@@ -39,7 +40,8 @@ class DomainGeneralisation(Experiment):
 
     Metrics, as means over the left-out domains: `accuracy`, at the selected evaluation;
     `oracle_accuracy`, at the last one; `source_accuracy`, on the sources' held-out images at the
-    selected one; `ece` and `adaptive_ece`, at the selected one;
+    selected one; `selection_accuracy`, by which it was selected, and by which a search chooses
+    settings, as in DomainBed; `ece` and `adaptive_ece`, at the selected one;
     `trainable`, the trainable parameters; and the method's own `measures`, of MoE² those of
     `dynmoe.dg.methods.moe2.departure`.
     """
@@ -51,13 +53,16 @@ class DomainGeneralisation(Experiment):
         "granularity": 0, "features": 0, "landscape": 0,
     }  # fmt: skip
     metric = "accuracy"
+    search_metric = "selection_accuracy"
     columns = (
         ("accuracy", "accuracy", "mean"),
-        ("last evaluation", "oracle_accuracy", "mean"),
+        ("last step", "oracle_accuracy", "mean"),
         ("ECE", "ece", "mean"),
-        ("adaptive ECE", "adaptive_ece", "mean"),
-        ("trainable parameters", "trainable", "mean"),
+        ("ECE, ad.", "adaptive_ece", "mean"),
+        ("trainable", "trainable", "mean"),
     )
+    lesser = ("last step", "ECE", "ECE, ad.")
+    legend = "ECE, ad.: with adaptive bins"
     references = ("linear-probe", "moa")
     at = "mean"
     about = ("domains", "test_domains", "model")
@@ -99,6 +104,8 @@ class DomainGeneralisation(Experiment):
 
     def value(self, summary: dict[str, Any], metric: str, at: At) -> float:
         """Mean over the left-out domains; nan for a figure that was not measured."""
+        if metric == self.search_metric:
+            return selection_accuracy(summary)
         found = [{**row, **row["measures"]}.get(metric) for row in summary["tests"]]
         return sum(math.nan if value is None else float(value) for value in found) / len(found)
 
@@ -155,6 +162,7 @@ class DomainGeneralisation(Experiment):
             rows = {v: results.interval(stream, v) for v in results.runs[stream]}
             dots(left, rows, 100)
             left.set(title=stream, xlabel="accuracy on left-out domains (%)")
+            chance_line(left, results.chance.get(stream), across=True)
             own = looks(rows)
             for variant, interval in rows.items():
                 trainable = results.values(stream, variant, "trainable")[0]
@@ -186,6 +194,9 @@ class DomainGeneralisation(Experiment):
         (runs,), (folders,) = results.runs.values(), results.folders.values()
         caption = f"test accuracy in %, mean ± standard error over {config.seeds} trial(s)"
         print_table(self.title(config, shared), domain_table(runs), caption)
+        for name, own in runs.items():
+            last = own[0]["tests"][-1]
+            print(f"{name}: {last['trainable']:,} of {last['parameters']:,} parameters are trained")
         kept: dict[str, Arrays] = {}
         for name, own in runs.items():
             measures = self.entry(results, "", name)["measures"]
@@ -201,6 +212,15 @@ class DomainGeneralisation(Experiment):
                     kept[name] = arrays
         if len(kept) > 1:
             beside_figure(folder / "features_beside.png", kept, shared.data.names, left_out)
+
+
+def selection_accuracy(summary: dict[str, Any]) -> float:
+    """By which a run's evaluations were selected, a share; mean over the left-out domains."""
+    found = [
+        selected(row["curve"], row["domain"], row.get("held_out", {}))[summary["selection"]][0]
+        for row in summary["tests"]
+    ]
+    return sum(found) / len(found)
 
 
 def by_domain(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -219,20 +239,19 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 
 def domain_table(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Headings, then a row per method: each left-out domain, their average, and its size.
+    """Headings, then a row per method: each left-out domain, and their average.
 
     Errors of the average are over trials' means: the trials, not their domains, are independent.
     """
     domains = list(by_domain(next(iter(runs.values()))))
-    rows = [["method", *domains, "average", "trainable", "parameters"]]
+    rows = [["method", *domains, "average"]]
     for name, own in runs.items():
         values = by_domain(own)
         means = [float(np.mean(trial)) for trial in zip(*values.values(), strict=True)]
-        last = own[0]["tests"][-1]
         cells = [_cell(*mean_error(trials)) for trials in (*values.values(), means)]
-        rows.append([name, *cells, f"{last['trainable']:,}", f"{last['parameters']:,}"])
+        rows.append([name, *cells])
     return rows
 
 
 def _cell(mean: float, error: float) -> str:
-    return f"{100 * mean:.1f}" if math.isnan(error) else f"{100 * mean:.1f} ± {100 * error:.1f}"
+    return f"{100 * mean:.1f}" if math.isnan(error) else f"{100 * mean:.1f}±{100 * error:.1f}"

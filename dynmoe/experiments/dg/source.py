@@ -16,6 +16,7 @@ from cl_benchmarks.stem_vit import StemViT, load_stem_vit
 from dynmoe import seeding
 from dynmoe.dg.backbone import make_backbone
 from dynmoe.errors import UserError
+from dynmoe.experiments.dg.selection import check_selection
 from dynmoe.experiments.dg.settings import Config
 
 STEM_VIT = "stem-vit"
@@ -54,6 +55,7 @@ def load_source(config: Config) -> Source:
     """
     data = config.domains.build().load()
     tests = check_domains(data.names, config.test_domains)
+    check_selection(config.selection, len(data.names))
     if config.model == "embedded":
         if config.pretrained or config.weights is not None:
             raise UserError(

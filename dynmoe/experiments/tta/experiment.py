@@ -72,12 +72,14 @@ class TestTimeAdaptation(Experiment):
         ("clean images", "clean", "mean"),
         ("clean, held out, at the end", "held_out", "last"),
         ("ECE", "ece", "mean"),
-        ("adaptive ECE", "adaptive_ece", "mean"),
+        ("ECE, ad.", "adaptive_ece", "mean"),
         ("most loaded expert", "largest_share", "last"),
         ("router entropy", "router_entropy", "last"),
         ("likeness of experts", "similarity", "last"),
         ("learned - random routing", "routing_gain", "mean"),
     )
+    lesser = tuple(heading for heading, _, _ in columns[1:])
+    legend = "ECE, ad.: with adaptive bins"
     references = ("noadapt", "tent")
     about = ("data", "streams", "order", "severity", "limit")
 

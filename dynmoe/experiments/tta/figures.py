@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.figures import band, dots, looks, new_figure, save
+from dynmoe.lab.figures import band, chance_line, dots, looks, new_figure, save
 from dynmoe.lab.report import cell, print_table
 from dynmoe.lab.statistics import confidence_interval, paired_difference
 
@@ -25,6 +25,7 @@ def comparison_figure(path: Path, results: Results, title: str) -> None:
         variants = results.runs[stream]
         dots(left, {v: results.interval(stream, v, "accuracy", "mean") for v in variants}, 100)
         left.set(title=stream, xlabel="accuracy (%)")
+        chance_line(left, results.chance.get(stream), across=True)
         source = "noadapt" if "noadapt" in variants else next(iter(variants))
         own = looks(results.variants)
         for variant, runs in variants.items():

@@ -144,7 +144,7 @@ def train_dg(folder: Path, name: str, stop_at: int = -1) -> dict[str, Any]:
     """
     from dynmoe.dg.__main__ import presets
     from dynmoe.experiments.dg.experiment import DomainGeneralisation
-    from dynmoe.experiments.dg.trial import Fold
+    from dynmoe.experiments.dg.fold import Fold
 
     config = replace(
         presets()["smoke"], runs_dir=folder / f"runs-{processes.rank()}", device="cpu", name=name,
