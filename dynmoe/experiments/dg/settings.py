@@ -67,15 +67,15 @@ class Config(RunConfig):
     weight_decay: float = 0.0
     """of Adam"""
     augment: bool = False
-    """augment training images as DomainBed does; images that are evaluated never are"""
+    """augment training images, and these alone, as DomainBed does"""
     selection: Selection = "training-domain"
     """the evaluation that is reported. training-domain: best on the source domains' held-out
     images; held-out-domain: best on source domains that other trainings leave out, too; oracle:
     the last one"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of the backbone's passes in training; weights, losses and evaluations are float32"""
+    """of the backbone's passes in training"""
     granularity: int = 0
-    """outer experts added by each growth; 0: no growth (ours, the paper's bank is fixed)"""
+    """outer experts added by each growth; 0: no growth, as in the paper"""
     trigger: PartConfig = slot("trigger", "every")
     """when to grow; a plateau is one of the mean accuracy on held-out images of the sources"""
     init: PartConfig = slot("init", "zero-output")
