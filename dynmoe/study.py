@@ -39,8 +39,7 @@ class Config(Where):
     list: bool = False
     """show all studies and stop"""
     redraw: tuple[Path, ...] = ()
-    """results.json files whose figures are drawn again beside them, without the runs; not of rl.
-    Tables of a page beside them that had percentile bootstraps get t intervals"""
+    """results.json files whose figures are drawn again beside them, without the runs; not of rl"""
     preset: Preset = "laptop"
     """laptop: embedded data, minutes on two cores; paper: the papers' data and length, for GPUs"""
     streams: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Figures and tables of finished comparisons made again from results.json, without the runs."""
+"""Figures of finished comparisons drawn again from their results.json, without the runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from dynmoe.errors import UserError
 from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.figures import told_chance
-from dynmoe.lab.old_pages import renew_tables
 from dynmoe.lab.study import Study
 
 
@@ -31,8 +30,6 @@ def read_results(file: Path) -> dict[str, Any]:
 
 def redraw(file: Path, found: dict[str, Any], experiment: Experiment, study: Study | None) -> Path:
     """Draw a comparison's figure beside its numbers, as it is drawn today; its path.
-
-    A study's page beside it whose tables have percentile bootstraps gets t intervals.
 
     Args:
         file: where the numbers are. The figure of results.json is figure.png, that of class.json
@@ -56,6 +53,4 @@ def redraw(file: Path, found: dict[str, Any], experiment: Experiment, study: Stu
     title = f"{found.get('study') or found.get('title') or file.stem} "
     title += f"({found['seeds']} seeds, 95 % t intervals{told_chance(chance.values())})"
     (study or experiment).draw(path, results, title)
-    if study is not None:
-        renew_tables(file.with_name("study.md"), results)
     return path
