@@ -181,7 +181,7 @@ class Run:
             ) from None
         self._lock = lock(self.folder)
         remove_leftovers(self.folder)
-        check_settings(self.folder, identity(self.config))
+        check_settings(self.folder, self.config)
         summary = self.folder / "summary.json"
         if summary.is_file():
             return json.loads(summary.read_text()), None
@@ -271,14 +271,15 @@ class Run:
         write_json(path, {"sessions": [*sessions, now]})
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, config: RunConfig) -> None:
     """Refuse a run's folder that holds a run with other settings, and say which differ.
 
-    What was left by an attempt that never got to a checkpoint is no run.
+    What was left by an attempt that never got to a checkpoint is no run. A setting that the run was
+    made without, because it came later, has its default: what was done before.
 
     Args:
         folder: the run's.
-        settings: the `identity` of those that are asked for.
+        config: the settings that are asked for.
 
     Raises:
         UserError: they differ, or cannot be read.
@@ -293,7 +294,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(
             f"{path} cannot be read; delete {folder} to run it again, or use another --name"
         ) from None
-    changed = difference({k: v for k, v in saved.items() if k in settings}, settings)
+    settings = identity(config)
+    known = identity(type(config)()) | {k: v for k, v in saved.items() if k in settings}
+    changed = difference(known, settings)
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}); "

@@ -107,7 +107,7 @@ class Job:
         Raises:
             UserError: the folder holds a run with other settings.
         """
-        check_settings(self.folder, identity(self.config))
+        check_settings(self.folder, self.config)
         return (self.folder / "summary.json").is_file()
 
     def summary(self) -> Any:
