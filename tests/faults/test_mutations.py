@@ -88,7 +88,7 @@ MUTATIONS = {
         RUN, "if goes_on and sessions:", "if False:", OF_RUNS
     ),
     "a run's settings may not change": Mutation(
-        RUN, "        check_settings(self.folder, identity(self.config))\n", "", OF_RUNS
+        RUN, "        check_settings(self.folder, self.config)\n", "", OF_RUNS
     ),
     "a finished run is read": Mutation(RUN, "if summary.is_file():", "if False:", OF_RUNS),
     "an unfinished one is not begun again without --resume": Mutation(

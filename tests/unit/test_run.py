@@ -111,6 +111,19 @@ def test_other_versions_than_before_are_told_and_noted(
     assert capsys.readouterr().err == ""
 
 
+def test_a_setting_that_came_later_has_its_default(tmp_path: Path) -> None:
+    with _run(tmp_path, name="x") as run:
+        run.checkpoint(1, {})
+    path = run.folder / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("lr") == 0.1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"other settings \(lr: 0\.1 -> 0\.2\)"):
+        _run(tmp_path, name="x", lr=0.2, resume=True).__enter__()
+    with _run(tmp_path, name="x", resume=True) as same:
+        assert same.restored is not None
+
+
 def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     with _run(tmp_path, name="x") as run:
         run.checkpoint(1, {})
