@@ -71,15 +71,16 @@ class ContinualLearning(Experiment):
         ("first task", "train_accuracy", "first"),
         ("last task", "train_accuracy", "last"),
         ("mean", "train_accuracy", "mean"),
-        ("worst", "train_accuracy", "worst"),
         ("per task", "train_accuracy", "slope"),
-        ("online, mean", "online_accuracy", "mean"),
-        ("test, mean", "test_accuracy", "mean"),
-        ("ECE, mean", "ece", "mean"),
-        ("adaptive ECE", "adaptive_ece", "mean"),
+        ("online", "online_accuracy", "mean"),
+        ("test", "test_accuracy", "mean"),
         ("old tasks, end", "old_accuracy", "last"),
         ("forgetting", "forgetting", "last"),
+        ("ECE", "ece", "mean"),
+        ("ECE, ad.", "adaptive_ece", "mean"),
     )
+    lesser = ("per task", "ECE", "ECE, ad.")
+    legend = "online, test, ECE: mean over tasks; ECE, ad.: adaptive bins"
     references = ("dense", "fresh")
     about = ("dataset", "protocol", "access", "chunks")
 

@@ -49,9 +49,10 @@ class Config(Where):
     """the command to run"""
     variants: tuple[str, ...] | None = None
     """what is compared, each as "label: flags"; the others are told against the first. Without any,
-    the grid alone is swept, and without a grid dense and g2"""
+    the choices of the grid are compared, and without a grid dense and g2"""
     grid: tuple[str, ...] = ()
-    """settings, each as "name: values"; every variant is run with every choice of values"""
+    """settings, each as "name: values", such as "protocol: class noise"; the variants are compared
+    at each choice of values"""
     name: str | None = None
     """names the folder of the results; none: the command and a hash of what is swept"""
     seeds: str = "5"
@@ -67,23 +68,29 @@ class Config(Where):
 
 
 class Sweep(Study):  # not registered: it is made of a command line
-    """What a command finds with each of several sets of flags."""
+    """What a command finds with each of several sets of flags.
 
-    def __init__(self, name: str, chosen: dict[str, str]) -> None:
-        self.name, self.chosen = name, chosen  # type: ignore[misc]
+    Args:
+        name: of the folder of the results.
+        chosen: variant -> its flags.
+        at: choice of the grid -> its flags; one without a name by default.
+    """
+
+    def __init__(self, name: str, chosen: dict[str, str], at: dict[str, str] | None = None) -> None:
+        self.name, self.chosen, self.at = name, chosen, at or {"": ""}  # type: ignore[misc]
 
     def streams(self, preset: Preset) -> dict[str, str]:
-        """One, without a name; the flags of all runs are added to it."""
-        return {"": ""}
+        """The choices of the grid; the flags of all runs are added to each."""
+        return self.at
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of the command line."""
         return self.chosen
 
     def verdict(self, results: Results) -> list[str]:
-        """Each against the first."""
+        """Each against the first, at each choice of the grid."""
         first, *others = self.chosen
-        return [results.says("", other, first) for other in others]
+        return [results.says(choice, other, first) for choice in self.at for other in others]
 
 
 def main(argv: list[str]) -> None:
@@ -131,6 +138,9 @@ def sweep(
 ) -> Results | None:
     """Run a command with each variant, choice of the grid and seed, and compare them.
 
+    Where there are variants and a grid, each choice of the grid is a stream of the results, on
+    which the variants are compared. Without variants the choices are compared.
+
     Finished runs are read. Where runs are processes of this machine, call it below
     `if __name__ == "__main__":`, as each imports the calling script.
 
@@ -150,7 +160,7 @@ def sweep(
         UserError: what does not fit, told before anything is run.
         DynmoeError: runs failed; the others are done.
     """
-    chosen = combine(variants or {}, grid or {}, command)
+    chosen, at = choose(variants or {}, grid or {}, command)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     launcher = launcher or Local(1)
     words = _words(command, variants or {}, grid or {}, flags)
@@ -159,41 +169,45 @@ def sweep(
     experiment, presets = module.experiment(), module.presets()
     if dry_run:
         planned = [
-            plan(experiment, presets, [*shlex.split(own), *flags], list(seeds), runs_dir, label)
+            plan(experiment, presets, [*shlex.split(own), *shlex.split(values), *flags],
+                 list(seeds), runs_dir, ", ".join(filter(None, [choice, label])))
+            for choice, values in at.items()
             for label, own in chosen.items()
-        ]
+        ]  # fmt: skip
         print_forecast([job for own in planned for job in own], runs_dir, launcher.jobs)
         return None
     span = f"{len(seeds)}" if seeds.start == 0 else f"{seeds.start}..{seeds.stop - 1}"
     return run_study(
-        Sweep(name, chosen), experiment, presets, list(flags), seeds, launcher,
+        Sweep(name, chosen, at), experiment, presets, list(flags), seeds, launcher,
         runs_dir, runs_dir / "sweep" / name, f"python -m dynmoe.sweep --seeds {span} {words}",
         retries=retries,
     )  # fmt: skip
 
 
-def combine(
+def choose(
     variants: Mapping[str, str], grid: Mapping[str, Sequence[object]], command: str
-) -> dict[str, str]:
-    """Label -> flags of every variant with every choice of the grid's values.
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What is compared and where, each as label -> flags: variants, and choices of the grid.
+
+    Without variants the choices of the grid are compared, in one place without a name.
 
     Raises:
         UserError: there is neither, and the command has no variants by default.
     """
-    if not variants and not grid:
-        if command not in ("cl", "rl"):
-            raise UserError(
-                f'nothing to sweep; give {command} --variants "label: flags" or '
-                '--grid "name: values"'
-            )
-        variants = DEFAULT
-    choices = [[(key, str(value)) for value in values] for key, values in grid.items()]
-    combined = {}
-    for (label, own), *picked in itertools.product(variants.items() or [("", "")], *choices):
-        parts = [label, *(f"{key} {value}" for key, value in picked)]
-        more = [word for key, value in picked for word in (f"--{key}", value)]
-        combined[", ".join(filter(None, parts))] = " ".join(filter(None, [own, shlex.join(more)]))
-    return combined
+    choices = {}
+    settings = [[(key, str(value)) for value in values] for key, values in grid.items()]
+    for picked in itertools.product(*settings):
+        words = [word for key, value in picked for word in (f"--{key}", value)]
+        choices[", ".join(f"{key} {value}" for key, value in picked)] = shlex.join(words)
+    if variants:
+        return dict(variants), choices
+    if grid:
+        return choices, {"": ""}
+    if command not in ("cl", "rl"):
+        raise UserError(
+            f'nothing to sweep; give {command} --variants "label: flags" or --grid "name: values"'
+        )
+    return DEFAULT, {"": ""}
 
 
 def _words(

@@ -11,23 +11,45 @@ from finished_runs import FLAGS, TINY, finish
 
 from dynmoe import sweep
 from dynmoe.errors import UserError
+from dynmoe.lab.experiment import Results
 from dynmoe.lab.files import writing
 from dynmoe.lab.run import remove_if_never_begun
 
 
-def test_a_grid_is_the_product_of_its_values_with_every_variant() -> None:
+def test_without_variants_the_choices_of_the_grid_are_compared() -> None:
     grid = sweep.read_grid(("granularity: 1 2", "--router: cosine topk"))
-    assert sweep.combine({}, grid, "tta") == {
-        "granularity 1, router cosine": "--granularity 1 --router cosine",
-        "granularity 1, router topk": "--granularity 1 --router topk",
-        "granularity 2, router cosine": "--granularity 2 --router cosine",
-        "granularity 2, router topk": "--granularity 2 --router topk",
-    }
-    assert sweep.combine({"a": "--lr 1", "b": ""}, {"granularity": [3]}, "cl") == {
-        "a, granularity 3": "--lr 1 --granularity 3",
-        "b, granularity 3": "--granularity 3",
-    }
-    assert list(sweep.combine({}, {}, "rl")) == ["dense", "g2"]
+    assert sweep.choose({}, grid, "tta") == (
+        {
+            "granularity 1, router cosine": "--granularity 1 --router cosine",
+            "granularity 1, router topk": "--granularity 1 --router topk",
+            "granularity 2, router cosine": "--granularity 2 --router cosine",
+            "granularity 2, router topk": "--granularity 2 --router topk",
+        },
+        {"": ""},
+    )
+    assert sweep.choose({}, {}, "rl") == (sweep.DEFAULT, {"": ""})
+
+
+def test_variants_are_compared_at_each_choice_of_the_grid() -> None:
+    """No variant is told against another one that ran at other values."""
+    variants = {"a": "--lr 1e-3", "b": ""}
+    assert sweep.choose(variants, {"granularity": [3, 4]}, "cl") == (
+        variants,
+        {"granularity 3": "--granularity 3", "granularity 4": "--granularity 4"},
+    )
+    study = sweep.Sweep("s", *sweep.choose(variants, {"granularity": [3, 4]}, "cl"))
+    runs = {
+        choice: {label: [_finished(accuracy + noise) for noise in (0.0, 0.01)]
+                 for label, accuracy in (("a", 0.9), ("b", level))}
+        for choice, level in (("granularity 3", 0.3), ("granularity 4", 0.4))
+    }  # fmt: skip
+    first, second = study.verdict(Results(runs, {}, sweep.load("cl").experiment()))
+    assert first.startswith("granularity 3: b against a: -60.0 points")
+    assert second.startswith("granularity 4: b against a: -50.0 points")
+
+
+def _finished(accuracy: float) -> dict:
+    return {"tasks": [{"train_accuracy": accuracy}]}
 
 
 def test_seeds_are_a_number_or_a_range() -> None:
@@ -53,7 +75,7 @@ def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path
 
 def test_nothing_to_sweep() -> None:
     with pytest.raises(UserError, match="nothing to sweep; give dg --variants"):
-        sweep.combine({}, {}, "dg")
+        sweep.choose({}, {}, "dg")
 
 
 def test_a_dry_run_tells_what_is_left_from_finished_runs(
