@@ -161,6 +161,7 @@ def sweep(
         DynmoeError: runs failed; the others are done.
     """
     chosen, at = choose(variants or {}, grid or {}, command)
+    _check_named_once(chosen, at, flags)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     launcher = launcher or Local(1)
     words = _words(command, variants or {}, grid or {}, flags)
@@ -208,6 +209,38 @@ def choose(
             f'nothing to sweep; give {command} --variants "label: flags" or --grid "name: values"'
         )
     return DEFAULT, {"": ""}
+
+
+def _check_named_once(
+    chosen: Mapping[str, str], at: Mapping[str, str], flags: Sequence[str]
+) -> None:
+    """Refuse a setting that is named in two places: one of its values would have no effect.
+
+    Raises:
+        UserError: names the setting and both places.
+    """
+    places = [
+        *((f"variant {label!r}", own) for label, own in chosen.items()),
+        *((f"the grid's {choice!r}", own) for choice, own in at.items()),
+        ("the flags of all runs", shlex.join(flags)),
+    ]
+    named = [(place, _settings(shlex.split(own))) for place, own in places]
+    of_variants, of_grid = named[: len(chosen)], named[len(chosen) : -1]
+    pairs = [
+        *itertools.product(of_variants, of_grid),
+        *((one, named[-1]) for one in (*of_variants, *of_grid)),
+    ]
+    for (place, own), (other, there) in pairs:
+        if twice := sorted(own & there):
+            raise UserError(
+                f"{twice[0]} is in {place} and in {other}, so one of them would have no effect; "
+                "name it in one place"
+            )
+
+
+def _settings(words: Sequence[str]) -> set[str]:
+    """The settings that flags name."""
+    return {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def _words(

@@ -73,6 +73,26 @@ def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path
         sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--variants", "a: --lr 1", "b:", "--", "--lr=2"],
+         "--lr is in variant 'a' and in the flags of all runs"),
+        (["--variants", "a: --lr 1", "--grid", "lr: 1 2"],
+         "--lr is in variant 'a' and in the grid's 'lr 1'"),
+        (["--variants", "a:", "--grid", "batch-size: 8", "--", "--batch_size", "4"],
+         "--batch-size is in the grid's 'batch-size 8' and in the flags of all runs"),
+        (["--grid", "lr: 1 2", "--", "--lr", "3"],
+         "--lr is in variant 'lr 1' and in the flags of all runs"),
+    ],
+)  # fmt: skip
+def test_a_setting_named_in_two_places(flags: list[str], message: str, tmp_path: Path) -> None:
+    """One of its values would have no effect."""
+    with pytest.raises(UserError, match=message):
+        sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_sweep() -> None:
     with pytest.raises(UserError, match="nothing to sweep; give dg --variants"):
         sweep.choose({}, {}, "dg")
