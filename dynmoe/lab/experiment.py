@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -307,31 +307,28 @@ class Results:
         return [logged(folder, tag) for folder in self.folders[stream][variant]]
 
     def difference(
-        self,
-        stream: str,
-        a: str,
-        b: str,
-        metric: str = "",
-        at: At | None = None,
+        self, stream: str, a: str, b: str, metric: str = "", at: At | None = None
     ) -> Interval:
         """Mean of a - b over seeds, paired by seed, with its t interval at the family's level.
 
         nan where a run lacks the metric.
         """
-        return self.gap(self.values(stream, a, metric, at), self.values(stream, b, metric, at))
+        key = (stream, a, b, metric or self.experiment.metric, at or self.experiment.at)
+        ones, others = (self.values(stream, v, metric, at) for v in (a, b))
+        return self.gap(ones, others, key)
 
-    def gap(self, ones: Sequence[float], others: Sequence[float]) -> Interval:
-        """The same of any two numbers of each seed, `[S]` each: for what is no metric."""
-        return _UNKNOWN if _lacking([*ones, *others]) else self.family.difference(ones, others)
+    def gap(
+        self, ones: Sequence[float], others: Sequence[float], key: Hashable | None = None
+    ) -> Interval:
+        """The same of any two numbers of each seed, `[S]` each: for what is no metric.
 
-    def says(
-        self,
-        stream: str,
-        a: str,
-        b: str,
-        metric: str = "",
-        at: At | None = None,
-    ) -> str:
+        `key` says what is compared, see `Family.difference`.
+        """
+        if _lacking([*ones, *others]):
+            return _UNKNOWN
+        return self.family.difference(ones, others, key)
+
+    def says(self, stream: str, a: str, b: str, metric: str = "", at: At | None = None) -> str:
         """One sentence: is a above b on this stream? The interval decides."""
         gap, where = self.difference(stream, a, b, metric, at), f"{stream}: " if stream else ""
         ones, others = (self.values(stream, v, metric, at) for v in (a, b))

@@ -10,7 +10,7 @@ Comparisons that are told together are a `Family`, whose intervals hold all at o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -136,25 +136,32 @@ class Family:
         size: comparisons in the family, m.
 
     Attributes:
-        made: the different comparisons made so far; one that is made again counts once.
+        made: keys of the different comparisons made so far; one that is made again counts once.
     """
 
     def __init__(self, size: int = 1) -> None:
         self.size = size
-        self.made: set[tuple[tuple[float, ...], tuple[float, ...]]] = set()
+        self.made: set[Hashable] = set()
 
     @property
     def confidence(self) -> float:
         """Level of each interval."""
         return 1 - 0.05 / self.size
 
-    def difference(self, a: Sequence[float], b: Sequence[float]) -> Interval:
+    def difference(
+        self, a: Sequence[float], b: Sequence[float], key: Hashable | None = None
+    ) -> Interval:
         """Mean of a - b over seeds (`[S]` each), with its t interval at the family's level.
+
+        Args:
+            a, b: numbers of each seed.
+            key: what is compared, so that two pairs with equal numbers count as two comparisons;
+                None: the numbers.
 
         Raises:
             ValueError: as `paired_difference`.
         """
-        self.made.add((tuple(a), tuple(b)))
+        self.made.add((tuple(a), tuple(b)) if key is None else key)
         return paired_difference(a, b, confidence=self.confidence)
 
 

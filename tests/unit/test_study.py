@@ -96,6 +96,13 @@ def test_the_verdict_of_a_study_is_corrected_for_the_comparisons_it_makes() -> N
     assert needed > (seeds_to_see(ones, others) or 0)
 
 
+def test_variants_with_equal_numbers_are_comparisons_of_their_own() -> None:
+    level = [[0.1, 1.0], [0.2, 1.0], [0.3, 1.0]]
+    r = results(a=[[0.1, 0.5], [0.2, 0.4], [0.3, 0.3]], b=level, c=level, d=level)
+    sentences, comparisons = judge(Many(), r)
+    assert comparisons == 6 and len(sentences) == 8
+
+
 def test_a_study_of_equal_methods_calls_any_better_in_five_of_a_hundred_cases() -> None:
     """At 5 seeds, with methods that share their seeds' ups and downs."""
     rng, studies, wrong, alone = np.random.default_rng(1), 150, 0, 0
