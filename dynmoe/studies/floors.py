@@ -20,6 +20,8 @@ WATCHED = ("1 -> 2", "1 -> k", "1 -> 2, rows kept")
 """Variants whose newest expert is looked at: it comes with a floor."""
 ROUTING = ("floor_information", "segment_routing")
 """What the router's use of experts is judged by, grown against experts from the start."""
+OVER_TIME = ("newest_on_new", "newest_at_first")
+"""The newest expert's share on its floor at the end, and just after its growth."""
 ARRIVAL = "--trigger stage --trigger.share 0.5"
 ROUTERS = {
     "cosine": "",
@@ -168,19 +170,8 @@ class RLPhases(Shifting, name="rl-phases", source="ours, after Kim 2025 (arXiv 2
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """Three phases on a laptop."""
-        floors, each, width = (3, self.phase, 64) if preset == "laptop" else (9, 10_000_000, 512)
-        world = {
-            "observation": "symbolic", "floors": list(range(floors)), "steps": each,
-            "max_timesteps": 400,
-        }  # fmt: skip
-        envs = "--num-envs 32 --rollout-steps 32 --minibatches 4 --probe-every 2"
-        if preset == "paper":
-            envs = "--num-envs 1024 --rollout-steps 64 --minibatches 8 --probe-every 10"
-        return {
-            "phases": f"--preset craftax --env Craftax-Phases-v1 --env-args {quoted(world)} {envs} "
-            f"--total-steps {floors * each} --encoder mlp --encoder.widths {width} "
-            "--encoder.hidden 64 --lr 1e-3 --no-anneal-lr --threads 1 --phase-returns"
-        }
+        floors, each = (3, self.phase) if preset == "laptop" else (9, 10_000_000)
+        return {"phases": phases(list(range(floors)), each, floors * each, preset)}
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of `rl-floors`, but for k from the start; the clock grows with the second phase."""
@@ -204,6 +195,82 @@ class RLPhasesLong(
         return {name: own for name, own in super().variants(preset).items() if name in self.asked}
 
 
+class RLTakeover(Shifting, name="rl-takeover", source="ours, after Kim 2025 (arXiv 2511.18987)"):
+    """Why does the newest expert get most of the weight on Craftax, on every floor?
+
+    Two worlds: after half of the time episodes begin in the dungeon, or go on in the overworld. One
+    expert becomes two at that moment. The new one is drawn at random (the default), is a copy of
+    the old one, starts with output 0, or learns at a tenth of the pace. If a new floor is the
+    reason, its share rises in the first world alone. If being untrained is, a copy's does not rise.
+    If it learns faster than the old one, at a tenth of the pace it rises less.
+    """
+
+    seeds: ClassVar[dict[Preset, int]] = {"laptop": 5, "paper": 5}
+    half: ClassVar[dict[Preset, int]] = {"laptop": 24_576, "paper": 10_000_000}
+    """environment steps before the growth, and after it"""
+    drawn: ClassVar = "drawn at random"
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """With the next floor, and without."""
+        total, worlds = 2 * self.half[preset], {"next floor": [0, 1], "same floor": [0]}
+        return {
+            name: phases(floors, total // len(floors), total, preset)
+            for name, floors in worlds.items()
+        }
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """Ways to make the new expert, one change each."""
+        grown = f"--method dynamicmoe --trigger at --trigger.steps {self.half[preset]}"
+        return {
+            self.drawn: grown,
+            "a copy": f"{grown} --init duplicate",
+            "output 0": f"{grown} --init zero-output",
+            "a tenth of the pace": f"{grown} --new-experts.lr 0.1 --new-experts.lr-steps 1000000",
+        }
+
+    def verdict(self, results: Results) -> list[str]:
+        """Does its share rise after the growth, by world and start?"""
+        sentences = [
+            share_over_time(results, stream, variant)
+            for stream in results.streams
+            for variant in results.variants
+        ]
+        others = [name for name in results.variants if name != self.drawn]
+        sentences += [
+            results.says(stream, other, self.drawn, "newest_on_new")
+            for stream in results.streams
+            for other in others
+        ]
+        rises = {stream: _rise(results, stream, self.drawn) for stream in results.streams}
+        if len(rises) == 2:
+            gap = results.gap(*rises.values())
+            sentences.append(
+                f"{self.drawn}: the rise on the {' less that on the '.join(rises)}: "
+                f"{gap.point:+.3f} [{gap.low:.3f}, {gap.high:.3f}], "
+                f"{gap.verdict('higher', 'lower', 'no difference seen')}."
+            )
+        return sentences
+
+
+def phases(floors: list[int], each: int, total: int, preset: Preset) -> str:
+    """Flags of Craftax in phases, symbolic, with a small network on a laptop.
+
+    Args:
+        floors: that episodes of each phase begin on.
+        each, total: environment steps of a phase, and in all.
+        preset: of the study.
+    """
+    world = {"observation": "symbolic", "floors": floors, "steps": each, "max_timesteps": 400}
+    envs, width = "--num-envs 32 --rollout-steps 32 --minibatches 4 --probe-every 2", 64
+    if preset == "paper":
+        envs, width = "--num-envs 1024 --rollout-steps 64 --minibatches 8 --probe-every 10", 512
+    return (
+        f"--preset craftax --env Craftax-Phases-v1 --env-args {quoted(world)} {envs} "
+        f"--total-steps {total} --encoder mlp --encoder.widths {width} "
+        "--encoder.hidden 64 --lr 1e-3 --no-anneal-lr --threads 1 --phase-returns"
+    )
+
+
 def quoted(options: dict[str, Any]) -> str:
     """Options of an environment as one word of a command line."""
     return shlex.quote(json.dumps(options))
@@ -218,9 +285,15 @@ def share_on_floors(results: Results, stream: str, variant: str) -> str:
 
 def share_over_time(results: Results, stream: str, variant: str) -> str:
     """One sentence: does the newest expert's share on its floor rise after its growth?"""
-    last, first = (results.values(stream, variant, m) for m in ("newest_on_new", "newest_at_first"))
+    last, first = (results.values(stream, variant, m) for m in OVER_TIME)
     return _change(results, f"{stream}: {variant}: newest expert's share on its floor", last, first,
                    "from just after its growth to the end")  # fmt: skip
+
+
+def _rise(results: Results, stream: str, variant: str) -> list[float]:
+    """[S] by how much the newest expert's share on its floor rises after its growth."""
+    last, first = (results.values(stream, variant, m) for m in OVER_TIME)
+    return [a - b for a, b in zip(last, first, strict=True)]
 
 
 def routing_against(results: Results, stream: str, metric: str) -> str:

@@ -88,3 +88,24 @@ def test_a_study_of_fewer_agents_judges_those_that_it_has() -> None:
     own = Results({"s": runs}, {"s": {}}, study.experiment(None))  # type: ignore[arg-type]
     sentences, _ = judge(study, own)
     assert len(sentences) == 3 * len(study.judged) + 2 + len(ROUTING)
+
+
+def test_the_takeover_is_judged_with_and_without_a_new_floor() -> None:
+    """Made-up shares that rise where the floor changes, by 0.3 with an expert drawn at random."""
+    study = registry.get("study", "rl-takeover")()
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for stream in study.streams("laptop"):
+        changes = stream == "next floor"
+        for variant in study.variants("laptop"):
+            new = 0.8 if changes and variant == study.drawn else 0.5
+            own = [summary(s, 2.0, new, 0.1, True) for s in range(5)]
+            runs.setdefault(stream, {})[variant] = own
+    own = Results(runs, {name: {} for name in runs}, study.experiment(None))  # type: ignore[arg-type]
+    sentences, _ = judge(study, own)
+    assert len(sentences) == 2 * 4 + 2 * 3 + 1
+    rises = [text for text in sentences if "from just after its growth" in text]
+    assert ["+0.320 [" in text and "higher" in text for text in rises] == [True, *[False] * 7]
+    against = [text for text in sentences if f" against {study.drawn}: " in text]
+    assert ["lower" in text for text in against] == [True] * 3 + [False] * 3
+    assert "the rise on the next floor less that on the same floor: +0.300" in sentences[-1]
+    assert study.verdict(Results({"next floor": runs["next floor"]}, {}, own.experiment))
