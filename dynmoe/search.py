@@ -51,6 +51,9 @@ SHOWN = 10
 """Trials in the table."""
 
 
+QUESTION = "Is the best trial of a search better than the settings without it, on other seeds?"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Where):
     """Settings of a search."""
@@ -192,9 +195,9 @@ def search(config: Config, flags: list[str], launcher: Launcher) -> Results:
         best = run_trials(own, open_study(own, out), out, command)
     module = load(config.command)
     return run_study(
-        Sweep(name, {"without the search": "", "best trial": best}), module.experiment(),
-        module.presets(), flags, seeds, launcher, config.runs_dir, out, command,
-        retries=config.retries,
+        Sweep(name, {"without the search": "", "best trial": best}, question=QUESTION),
+        module.experiment(), module.presets(), flags, seeds, launcher, config.runs_dir, out,
+        command, retries=config.retries,
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ class Config(Where):
     at each choice of values"""
     name: str | None = None
     """names the folder of the results; none: the command and a hash of what is swept"""
+    question: str = "What differs between these variants?"
+    """what the sweep is to answer; it stands above the results"""
     seeds: str = "5"
     """seeds of each variant: N for 0 .. N-1, or first..last such as 10..19"""
     retries: int = 1
@@ -74,10 +76,18 @@ class Sweep(Study):  # not registered: it is made of a command line
         name: of the folder of the results.
         chosen: variant -> its flags.
         at: choice of the grid -> its flags; one without a name by default.
+        question: what stands above the results.
     """
 
-    def __init__(self, name: str, chosen: dict[str, str], at: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        chosen: dict[str, str],
+        at: dict[str, str] | None = None,
+        question: str = Config.question,
+    ) -> None:
         self.name, self.chosen, self.at = name, chosen, at or {"": ""}  # type: ignore[misc]
+        self.__doc__ = question
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """The choices of the grid; the flags of all runs are added to each."""
@@ -116,6 +126,7 @@ def main(argv: list[str]) -> None:
         flags=argv[cut + 1 :],
         seeds=read_seeds(config.seeds),
         name=config.name,
+        question=config.question,
         launcher=launcher,
         retries=config.retries,
         runs_dir=config.runs_dir,
@@ -131,6 +142,7 @@ def sweep(
     flags: Sequence[str] = (),
     seeds: int | range = 5,
     name: str | None = None,
+    question: str = Config.question,
     launcher: Launcher | None = None,
     retries: int = 1,
     runs_dir: Path = Path("runs"),
@@ -138,11 +150,9 @@ def sweep(
 ) -> Results | None:
     """Run a command with each variant, choice of the grid and seed, and compare them.
 
-    Where there are variants and a grid, each choice of the grid is a stream of the results, on
-    which the variants are compared. Without variants the choices are compared.
-
-    Finished runs are read. Where runs are processes of this machine, call it below
-    `if __name__ == "__main__":`, as each imports the calling script.
+    With variants and a grid, each choice of the grid is a stream of the results. Finished runs are
+    read. Where runs are processes of this machine, call it below `if __name__ == "__main__":`, as
+    each imports the calling script.
 
     Args:
         command: cl, rl, tta or dg.
@@ -151,6 +161,7 @@ def sweep(
         flags: of every run.
         seeds: their number from 0 on, or their range.
         name: of the folder of the results, `runs_dir/sweep/NAME`; None: from what is swept.
+        question: what the sweep is to answer; it stands above the results.
         launcher: where runs are carried out; None: one after another.
         retries: further attempts at a run that failed.
         runs_dir: where run folders are made.
@@ -179,7 +190,7 @@ def sweep(
         return None
     span = f"{len(seeds)}" if seeds.start == 0 else f"{seeds.start}..{seeds.stop - 1}"
     return run_study(
-        Sweep(name, chosen, at), experiment, presets, list(flags), seeds, launcher,
+        Sweep(name, chosen, at, question), experiment, presets, list(flags), seeds, launcher,
         runs_dir, runs_dir / "sweep" / name, f"python -m dynmoe.sweep --seeds {span} {words}",
         retries=retries,
     )  # fmt: skip

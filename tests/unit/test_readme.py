@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +42,28 @@ def test_the_readme_quotes_the_results():
         for number in numbers:
             assert re.search(rf"\b{re.escape(number)}\b", text), number
             assert re.search(rf"\b{re.escape(number)}\b", page.read_text()), number
+
+
+SWEEP = RESULTS.with_name("studies") / "trainability" / "results.json"
+ROWS = {  # variant of the sweep -> the beginnings of its rows on the two pages
+    "dense": ("dense network", "dense"),
+    "fresh": ("fresh network for each task", "fresh (new network per task)"),
+    "g2": ("growing network", "**DynamicMoE g2** (default)"),
+}
+
+
+@pytest.mark.parametrize("variant", ROWS)
+def test_the_tables_of_trainability_are_those_of_the_sweep(variant: str) -> None:
+    """Of both pages, to a digit after the point."""
+    streams = json.loads(SWEEP.read_text())["streams"]
+    for page, name in zip((README, RESULTS), ROWS[variant], strict=True):
+        text = page.read_text().partition("## Does growing keep trainability?")
+        row = re.search(rf"^\| {re.escape(name)} \|(.*)\|$", text[2] or text[0], re.MULTILINE)
+        assert row is not None, name
+        cells = [[float(x) for x in re.findall(r"-?[\d.]+", c)] for c in row.group(1).split("|")]
+        for cell, stream in zip(cells, ("class", "shuffle", "noise"), strict=True):
+            found = streams[f"protocol {stream}"][variant]["train_accuracy_last"]
+            assert cell == pytest.approx([100 * x for x in found][: len(cell)], abs=0.06), stream
 
 
 def test_the_loop_runs(capsys):
