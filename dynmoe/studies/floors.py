@@ -252,6 +252,39 @@ class RLTakeover(Shifting, name="rl-takeover", source="ours, after Kim 2025 (arX
         return sentences
 
 
+class RLCraftaxRouters(
+    RLTakeover, name="rl-craftax-routers", source="ours, after Kim 2025 (arXiv 2511.18987)"
+):
+    """Does any router give Craftax's next floor to the new expert, and leave the first alone?
+
+    The first world of rl-takeover, with the new expert drawn at random. Those routers are asked
+    that brought the most return in rl-routers, and the one whose newest expert was used most.
+    """
+
+    asked: ClassVar = ("cosine", "cosine, sharp", "softmax", "gaussian")
+
+    def streams(self, preset: Preset) -> dict[str, str]:
+        """With the next floor."""
+        return {"next floor": super().streams(preset)["next floor"]}
+
+    def variants(self, preset: Preset) -> dict[str, str]:
+        """One a router."""
+        grown = super().variants(preset)[self.drawn]
+        return {name: f"{grown} {ROUTERS[name]}".strip() for name in self.asked}
+
+    def verdict(self, results: Results) -> list[str]:
+        """The newest expert's share, by floor and over time; what gates tell of floors; return."""
+        sentences = []
+        for stream in results.streams:
+            sentences += [share_on_floors(results, stream, name) for name in self.asked]
+            sentences += [share_over_time(results, stream, name) for name in self.asked]
+            for metric in ("floor_information", "phase_return"):
+                sentences += [
+                    results.says(stream, name, self.asked[0], metric) for name in self.asked[1:]
+                ]
+        return sentences
+
+
 def phases(floors: list[int], each: int, total: int, preset: Preset) -> str:
     """Flags of Craftax in phases, symbolic, with a small network on a laptop.
 

@@ -109,3 +109,18 @@ def test_the_takeover_is_judged_with_and_without_a_new_floor() -> None:
     assert ["lower" in text for text in against] == [True] * 3 + [False] * 3
     assert "the rise on the next floor less that on the same floor: +0.300" in sentences[-1]
     assert study.verdict(Results({"next floor": runs["next floor"]}, {}, own.experiment))
+
+
+def test_routers_on_craftax_are_judged_by_floor() -> None:
+    study = registry.get("study", "rl-craftax-routers")()
+    assert list(study.streams("laptop")) == ["next floor"]
+    assert study.variants("laptop")["softmax"].endswith("--trigger.steps 24576 --router softmax")
+    runs = {}
+    for name in study.variants("laptop"):
+        runs[name] = [summary(s, 2.0, 0.8 if name == "softmax" else 0.1, 0.1, True)
+                      for s in range(5)]  # fmt: skip
+    own = Results({"next floor": runs}, {"next floor": {}}, study.experiment(None))  # type: ignore[arg-type]
+    sentences, _ = judge(study, own)
+    assert len(sentences) == 2 * 4 + 2 * 3
+    shares = [text for text in sentences if "on the floor that it came on" in text]
+    assert ["softmax" in text for text in shares if "higher" in text] == [True]
