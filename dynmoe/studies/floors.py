@@ -241,11 +241,12 @@ class RLTakeover(Shifting, name="rl-takeover", source="ours, after Kim 2025 (arX
             for stream in results.streams
             for other in others
         ]
-        rises = {stream: _rise(results, stream, self.drawn) for stream in results.streams}
-        if len(rises) == 2:
-            gap = results.gap(*rises.values())
+        if len(results.streams) == 2:
+            new, same = results.streams
+            ones, twos = (_rise(results, stream, self.drawn) for stream in (new, same))
+            gap = results.gap(ones, twos)
             sentences.append(
-                f"{self.drawn}: the rise on the {' less that on the '.join(rises)}: "
+                f"{self.drawn}: the rise on the {new} less that on the {same}: "
                 f"{gap.point:+.3f} [{gap.low:.3f}, {gap.high:.3f}], "
                 f"{gap.verdict('higher', 'lower', 'no difference seen')}."
             )
