@@ -188,11 +188,9 @@ def sweep(
         ]  # fmt: skip
         print_forecast([job for own in planned for job in own], runs_dir, launcher.jobs)
         return None
-    span = f"{len(seeds)}" if seeds.start == 0 else f"{seeds.start}..{seeds.stop - 1}"
     return run_study(
         Sweep(name, chosen, at, question), experiment, presets, list(flags), seeds, launcher,
-        runs_dir, runs_dir / "sweep" / name, f"python -m dynmoe.sweep --seeds {span} {words}",
-        retries=retries,
+        runs_dir, runs_dir / "sweep" / name, _told(name, question, seeds, words), retries=retries,
     )  # fmt: skip
 
 
@@ -252,6 +250,13 @@ def _check_named_once(
 def _settings(words: Sequence[str]) -> set[str]:
     """The settings that flags name."""
     return {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+
+def _told(name: str, question: str, seeds: range, words: str) -> str:
+    """The command line that makes the results again; `words` say what is swept."""
+    span = f"{len(seeds)}" if seeds.start == 0 else f"{seeds.start}..{seeds.stop - 1}"
+    own = shlex.join(["--name", name, "--question", question, "--seeds", span])
+    return f"python -m dynmoe.sweep {own} {words}"
 
 
 def _words(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -91,6 +92,24 @@ def test_a_setting_named_in_two_places(flags: list[str], message: str, tmp_path:
     with pytest.raises(UserError, match=message):
         sweep.main(["cl", "--runs-dir", str(tmp_path), *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_that_is_kept_makes_the_sweep_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With name, question and seeds; it is given once more as it was kept."""
+    kept: list[tuple[str, str | None, range]] = []
+
+    def run_study(study: sweep.Sweep, *args: object, **_: object) -> None:
+        kept.append((str(args[7]), study.__doc__, args[3]))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep, "run_study", run_study)
+    argv = ["cl", "--name", "s", "--question", "Does it pay?", "--seeds", "3..4",
+            "--variants", "a: --lr 1", "--grid", "protocol: class noise"]  # fmt: skip
+    sweep.main([*argv, "--runs-dir", str(tmp_path), "--", *FLAGS])
+    again = shlex.split(kept[0][0].removeprefix("python -m dynmoe.sweep "))
+    sweep.main(again)
+    assert kept[0] == kept[1] and kept[0][1:] == ("Does it pay?", range(3, 5))
 
 
 def test_nothing_to_sweep() -> None:
