@@ -58,13 +58,19 @@ def same(frames: np.ndarray, tiles: np.ndarray, ids: np.ndarray) -> bool:
 
 @compiled
 def pooled(
-    table: np.ndarray, bias: np.ndarray, ids: np.ndarray, out: np.ndarray, which: np.ndarray
+    table: np.ndarray,
+    bias: np.ndarray,
+    above: int,
+    ids: np.ndarray,
+    out: np.ndarray,
+    which: np.ndarray,
 ) -> None:
     """Sums of responses and the bias, and of each 3x3 window the largest.
 
     Args:
         table: [U, S, S * C], what each tile adds around itself.
         bias: [C].
+        above: rows of pixels above the first window.
         ids: [B, R, Q], the tile at each place.
         out: [B, h, w, C], the largest.
         which: [B, h, w, C] uint8, where in the window that is, row by row 0..8.
@@ -80,7 +86,7 @@ def pooled(
         for i in range(out.shape[1]):
             for dy in range(POOL):
                 _copy(lines[dy], start)
-                _sum_row(table, ids[b], POOL * i + dy, lines[dy])
+                _sum_row(table, ids[b], above + POOL * i + dy, lines[dy])
             first = lines[0, reach : reach + width].reshape(window)
             second = lines[1, reach : reach + width].reshape(window)
             third = lines[2, reach : reach + width].reshape(window)
@@ -88,7 +94,9 @@ def pooled(
 
 
 @compiled
-def spread(gradient: np.ndarray, which: np.ndarray, ids: np.ndarray, table: np.ndarray) -> None:
+def spread(
+    above: int, gradient: np.ndarray, which: np.ndarray, ids: np.ndarray, table: np.ndarray
+) -> None:
     """The gradient [B, h, w, C] of what `pooled` gave, added to that of its table [U, S, S * C]."""
     channels, side = gradient.shape[3], table.shape[1] - 2 * REACH
     reach, width = REACH * channels, gradient.shape[2] * POOL * channels
@@ -99,7 +107,7 @@ def spread(gradient: np.ndarray, which: np.ndarray, ids: np.ndarray, table: np.n
             for dy in range(POOL):
                 line = lines[dy, reach : reach + width].reshape(window)
                 _chosen(gradient[b, i], which[b, i], int32(POOL * dy), line)
-                _take_row(table, ids[b], POOL * i + dy, lines[dy])
+                _take_row(table, ids[b], above + POOL * i + dy, lines[dy])
 
 
 @compiled

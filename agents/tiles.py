@@ -7,14 +7,16 @@ their pixels, the convolution is computed for those alone, and each output is lo
 pooled in one pass. This is exact: the dense convolution but for the order of sums. The gradient
 goes the same way back, to the table of responses, and on to the kernel as in any convolution.
 
-Mobs, light and the inventory only make more distinct tiles. Night noise makes every tile of a frame
-one of its own; such frames take the dense pass. So does all on an accelerator, and float frames.
+Mobs, light and the inventory only make more distinct tiles. Night noise makes every tile of the map
+one of its own; it takes the dense pass, and only the inventory below it is put together from tiles.
+All takes the dense pass on an accelerator, and so do float frames.
 
 Shapes: B frames of R x Q tiles, T x T pixels each; U distinct tiles; C channels; h x w pooled.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +32,7 @@ Part = TypeVar("Part")
 REACH = 2
 POOL = 3
 REPEATED = 0.5
-"""least share of a frame's tiles that must be elsewhere as well; else it takes the dense pass"""
+"""least share of a frame's tiles that must be elsewhere as well; else it is noisy"""
 MOST = 0.25
 """most positions of responses, as a share of the frames' pixels; beyond it all take the dense pass,
 which is cheaper per position"""
@@ -54,19 +56,42 @@ class TiledConvolution(nn.Conv2d):
         """Of frames [B, 3, H, W], uint8 in 0..255 or floats in 0..1: [B, C, H // 3, W // 3]."""
         if x.dtype != torch.uint8 or x.device.type != "cpu":
             return self.dense(x)
-        ids, tiles, repeated = distinct_tiles(x, self.tile)
-        positions = len(tiles) * (self.tile + 2 * REACH) ** 2
-        if not len(tiles) or positions > MOST * len(ids) * x.shape[2] * x.shape[3]:
+        ids, tiles, repeated, below = distinct_tiles(x, self.tile)
+        if self._too_many(tiles, ids):
             return self.dense(x)
-        responses = F.conv2d(self._scaled(tiles), self.weight, padding=2 * REACH)
-        bias = self.bias if self.bias is not None else self.weight.new_zeros(len(self.weight))
-        summed: Tensor = SummedAndPooled.apply(responses.to(bias.dtype), bias, ids)
+        summed = self._from_tiles(tiles, ids)
         if repeated.all():
             return summed
-        parts = torch.cat([summed, self.dense(x[~repeated]).to(summed.dtype)])
+        parts = torch.cat([summed, self._noisy(x[~repeated], below).to(summed.dtype)])
         order = torch.cat([repeated.nonzero(), (~repeated).nonzero()]).squeeze(1).argsort()
         images = parts.permute(0, 2, 3, 1)  # as they lie in memory; indexing parts is slow backward
         return images.index_select(0, order).permute(0, 3, 1, 2)
+
+    def _noisy(self, x: Tensor, below: int) -> Tensor:
+        """The same of frames of which only the last `below` rows of tiles repeat."""
+        top = x.shape[2] - below * self.tile
+        windows = math.ceil((top + REACH) / POOL)  # those that pixels above may reach
+        if not below or windows >= x.shape[2] // POOL:
+            return self.dense(x)
+        ids, tiles, repeated, _ = distinct_tiles(x[:, :, top:], self.tile)
+        if not repeated.all() or self._too_many(tiles, ids):
+            return self.dense(x)
+        above = self.dense(x[:, :, : windows * POOL + REACH])
+        status = self._from_tiles(tiles, ids, windows * POOL - top)
+        parts = (part.permute(0, 2, 3, 1) for part in (above.to(status.dtype), status))
+        return torch.cat(tuple(parts), 1).permute(0, 3, 1, 2)
+
+    def _from_tiles(self, tiles: Tensor, ids: Tensor, first: int = 0) -> Tensor:
+        """Of tiles [U, 3, T, T] at ids [B, R, Q], from a row of pixels on: [B, C, h, w]."""
+        responses = F.conv2d(self._scaled(tiles), self.weight, padding=2 * REACH)
+        bias = self.bias if self.bias is not None else self.weight.new_zeros(len(self.weight))
+        summed: Tensor = SummedAndPooled.apply(responses.to(bias.dtype), bias, ids, first)
+        return summed
+
+    def _too_many(self, tiles: Tensor, ids: Tensor) -> bool:
+        """Whether the dense pass of frames with these ids [B, R, Q] is cheaper, or all there is."""
+        positions = len(tiles) * (self.tile + 2 * REACH) ** 2
+        return not len(tiles) or positions > MOST * ids.numel() * self.tile**2
 
     def dense(self, x: Tensor) -> Tensor:
         """The same from pixels: [B, 3, H, W] to [B, C, H // 3, W // 3]."""
@@ -82,10 +107,13 @@ class TiledConvolution(nn.Conv2d):
 
 
 class SummedAndPooled(torch.autograd.Function):
-    """Responses of tiles [U, C, S, S], S = T + 4, a bias [C] and ids [B, R, Q] -> [B, C, h, w]."""
+    """Responses of tiles [U, C, S, S], S = T + 4, a bias [C] and ids [B, R, Q] -> [B, C, h, w].
+
+    Windows begin at a row of pixels, `first`: 0, or REACH and more where other tiles lie above.
+    """
 
     @staticmethod
-    def forward(ctx: Any, responses: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, responses: Tensor, bias: Tensor, ids: Tensor, first: int) -> Tensor:
         """Sum each tile's response to those around it, add the bias, take each window's largest.
 
         Shapes are the class's: [U, C, S, S], [C] and [B, R, Q] to [B, C, h, w].
@@ -94,21 +122,21 @@ class SummedAndPooled(torch.autograd.Function):
 
         table = _as_table(responses)
         side = responses.shape[-1] - 2 * REACH
-        rows, columns = (n * side // POOL for n in ids.shape[1:])
+        rows, columns = (ids.shape[1] * side - first) // POOL, ids.shape[2] * side // POOL
         out = bias.new_empty(len(ids), rows, columns, len(bias))
         which = torch.empty(out.shape, dtype=torch.uint8)
 
         def some(part: slice) -> None:
             arrays = (x[part].numpy() for x in (ids, out, which))
-            tile_kernels.pooled(table.numpy(), bias.detach().numpy(), *arrays)
+            tile_kernels.pooled(table.numpy(), bias.detach().numpy(), first, *arrays)
 
         _in_threads(some, len(ids))
         ctx.save_for_backward(ids, which)
-        ctx.table = responses.shape
+        ctx.table, ctx.first = responses.shape, first
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """To the responses [U, C, S, S] and the bias [C]; the gradient is [B, C, h, w]."""
         from agents import tile_kernels
 
@@ -119,21 +147,22 @@ class SummedAndPooled(torch.autograd.Function):
         def some(part: slice) -> Tensor:
             table = gradient.new_zeros(count, side, side * channels)
             arrays = (x[part].numpy() for x in (gradient, which, ids))
-            tile_kernels.spread(*arrays, table.numpy())
+            tile_kernels.spread(ctx.first, *arrays, table.numpy())
             return table
 
         tables = _in_threads(some, len(ids))
         table = torch.stack(tables).sum(0) if len(tables) > 1 else tables[0]
         responses = table.view(count, side, side, channels).permute(0, 3, 1, 2)
-        return responses, gradient.sum((0, 1, 2)), None
+        return responses, gradient.sum((0, 1, 2)), None, None
 
 
-def distinct_tiles(x: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def distinct_tiles(x: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """What frames [B, C, H, W] uint8 are made of.
 
     Returns:
         ids [B', R, Q] int32, of the tile at each place of the frames that repeat tiles;
-        tiles [U, C, T, T] uint8; and [B] bool, which frames those are.
+        tiles [U, C, T, T] uint8; [B] bool, which frames those are; and how many of the last rows
+        of tiles repeat in the others.
     """
     from agents import tile_kernels
 
@@ -143,8 +172,11 @@ def distinct_tiles(x: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     weights = _weights(side, side * x.shape[1])
     tile_kernels.hashes(pixels.numpy(), weights, hashes.numpy())
     numbers, ids, counts = hashes.unique(return_inverse=True, return_counts=True)
-    repeated = (counts[ids] > 1).float().mean((1, 2)) >= REPEATED
+    elsewhere = (counts[ids] > 1).float()
+    repeated, below = elsewhere.mean((1, 2)) >= REPEATED, 0
     if not repeated.all():
+        shares = elsewhere[~repeated].mean((0, 2)) >= REPEATED
+        below = int(shares.flip(0).cumprod(0).sum())
         pixels = pixels[repeated]
         numbers, ids = hashes[repeated].unique(return_inverse=True)
     places = torch.empty(len(numbers), dtype=torch.int64)
@@ -155,8 +187,8 @@ def distinct_tiles(x: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = ids.to(torch.int32)
     if not tile_kernels.same(pixels.numpy(), tiles.numpy(), ids.numpy()):
         nothing = torch.zeros(count, dtype=torch.bool)  # two tiles share a hash: once in years
-        return ids[:0], tiles[:0].view(0, x.shape[1], side, side), nothing
-    return ids, tiles.view(-1, side, side, x.shape[1]).permute(0, 3, 1, 2), repeated
+        return ids[:0], tiles[:0].view(0, x.shape[1], side, side), nothing, 0
+    return ids, tiles.view(-1, side, side, x.shape[1]).permute(0, 3, 1, 2), repeated, below
 
 
 def _as_table(responses: Tensor) -> Tensor:

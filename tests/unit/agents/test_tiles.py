@@ -57,6 +57,33 @@ def test_forward_and_gradient_are_the_dense_ones(side: int, noisy: int) -> None:
         assert (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
 
 
+@pytest.mark.parametrize(("side", "status"), [(10, 4), (7, 2), (7, 3), (7, 5), (4, 3), (4, 1)])
+def test_noise_above_a_status_that_repeats(side: int, status: int) -> None:
+    layer = TiledConvolution(3, 8, side).double()
+    x = frames(side, count=8, kinds=2)
+    top = x.shape[2] - status * side
+    x[1:5, :, :top] = torch.randint(256, (4, 3, top, x.shape[3])).to(torch.uint8)
+    *_, repeated, below = distinct_tiles(x, side)
+    assert repeated.tolist() == [True, *[status * side > x.shape[2] / 2] * 4, True, True, True]
+    assert repeated.all() or below == status
+    out, dense = layer(x), restated(layer, x)
+    assert (out - dense).abs().max() < 1e-9
+    towards = torch.randn_like(dense)
+    for mine, theirs in zip(
+        gradients(layer, out, towards), gradients(layer, dense, towards), strict=True
+    ):
+        assert (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
+
+
+def test_of_a_noisy_frame_only_the_noise_is_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, seen = TiledConvolution(3, 8, 10), frames(10, count=8, kinds=2), []
+    x[1:5, :, :90] = torch.randint(256, (4, 3, 90, 110)).to(torch.uint8)
+    dense = layer.dense
+    monkeypatch.setattr(layer, "dense", lambda part: (seen.append(part.shape), dense(part))[1])
+    layer(x)
+    assert seen == [(4, 3, 95, 110)]  # 90 rows; up to the end of a window of 3, and 2 beyond
+
+
 def test_float32_and_two_threads_round_alone() -> None:
     layer, x = TiledConvolution(3, 32, 10), frames(10, 16)
     towards = torch.randn(16, 32, 43, 36)
@@ -76,7 +103,8 @@ def test_float32_and_two_threads_round_alone() -> None:
 
 def test_tiles_are_found_by_their_pixels() -> None:
     x = frames(7, noisy=1)
-    ids, found, repeated = distinct_tiles(x, 7)
+    ids, found, repeated, below = distinct_tiles(x, 7)
+    assert below == 0
     assert repeated.tolist() == [True, False, True, True, True, True]
     assert len(found) <= 27 and len({tuple(t.flatten().tolist()) for t in found}) == len(found)
     rebuilt = found[ids.long()].permute(0, 3, 1, 4, 2, 5).reshape(5, 3, 63, 63)
