@@ -38,6 +38,17 @@ def gradients(layer: TiledConvolution, out: Tensor, towards: Tensor) -> list[Ten
     return list(torch.autograd.grad((out * towards).sum(), list(layer.parameters())))
 
 
+def is_the_dense_one(layer: TiledConvolution, x: Tensor) -> None:
+    """A layer in float64, its outputs and its gradient."""
+    out, dense = layer(x), restated(layer, x)
+    assert (out - dense).abs().max() < 1e-9
+    towards = torch.randn_like(dense)
+    for mine, theirs in zip(
+        gradients(layer, out, towards), gradients(layer, dense, towards), strict=True
+    ):
+        assert (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
@@ -48,13 +59,7 @@ def _fixed_seed() -> None:
 def test_forward_and_gradient_are_the_dense_ones(side: int, noisy: int) -> None:
     layer = TiledConvolution(3, 8, side).double()
     x = frames(side, noisy=noisy)
-    out, dense = layer(x), restated(layer, x)
-    assert (out - dense).abs().max() < 1e-9
-    towards = torch.randn_like(dense)
-    for mine, theirs in zip(
-        gradients(layer, out, towards), gradients(layer, dense, towards), strict=True
-    ):
-        assert (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
+    is_the_dense_one(layer, x)
 
 
 @pytest.mark.parametrize(("side", "status"), [(10, 4), (7, 2), (7, 3), (7, 5), (4, 3), (4, 1)])
@@ -66,13 +71,7 @@ def test_noise_above_a_status_that_repeats(side: int, status: int) -> None:
     *_, repeated, below = distinct_tiles(x, side)
     assert repeated.tolist() == [True, *[status * side > x.shape[2] / 2] * 4, True, True, True]
     assert repeated.all() or below == status
-    out, dense = layer(x), restated(layer, x)
-    assert (out - dense).abs().max() < 1e-9
-    towards = torch.randn_like(dense)
-    for mine, theirs in zip(
-        gradients(layer, out, towards), gradients(layer, dense, towards), strict=True
-    ):
-        assert (mine - theirs).abs().max() < 1e-9 * theirs.abs().max()
+    is_the_dense_one(layer, x)
 
 
 def test_of_a_noisy_frame_only_the_noise_is_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
