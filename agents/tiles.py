@@ -57,6 +57,8 @@ class TiledConvolution(nn.Conv2d):
         if x.dtype != torch.uint8 or x.device.type != "cpu":
             return self.dense(x)
         ids, tiles, repeated, below = distinct_tiles(x, self.tile)
+        if not repeated.any():
+            return self._noisy(x, below)
         if self._too_many(tiles, ids):
             return self.dense(x)
         summed = self._from_tiles(tiles, ids)
@@ -89,9 +91,9 @@ class TiledConvolution(nn.Conv2d):
         return summed
 
     def _too_many(self, tiles: Tensor, ids: Tensor) -> bool:
-        """Whether the dense pass of frames with these ids [B, R, Q] is cheaper, or all there is."""
+        """Whether the dense pass of frames with these ids [B, R, Q] is cheaper."""
         positions = len(tiles) * (self.tile + 2 * REACH) ** 2
-        return not len(tiles) or positions > MOST * ids.numel() * self.tile**2
+        return positions > MOST * ids.numel() * self.tile**2
 
     def dense(self, x: Tensor) -> Tensor:
         """The same from pixels: [B, 3, H, W] to [B, C, H // 3, W // 3]."""

@@ -74,13 +74,16 @@ def test_noise_above_a_status_that_repeats(side: int, status: int) -> None:
     is_the_dense_one(layer, x)
 
 
-def test_of_a_noisy_frame_only_the_noise_is_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, seen = TiledConvolution(3, 8, 10), frames(10, count=8, kinds=2), []
-    x[1:5, :, :90] = torch.randint(256, (4, 3, 90, 110)).to(torch.uint8)
+@pytest.mark.parametrize("noisy", [slice(1, 5), slice(8)], ids=["some", "all"])
+def test_of_a_noisy_frame_only_the_noise_is_convolved(
+    monkeypatch: pytest.MonkeyPatch, noisy: slice
+) -> None:
+    layer, x, seen = TiledConvolution(3, 8, 10).double(), frames(10, count=8, kinds=2), []
+    x[noisy, :, :90] = torch.randint(256, x[noisy, :, :90].shape).to(torch.uint8)
     dense = layer.dense
     monkeypatch.setattr(layer, "dense", lambda part: (seen.append(part.shape), dense(part))[1])
-    layer(x)
-    assert seen == [(4, 3, 95, 110)]  # 90 rows; up to the end of a window of 3, and 2 beyond
+    is_the_dense_one(layer, x)
+    assert seen == [(len(x[noisy]), 3, 95, 110)]  # 90 rows, to a window's end, and 2 beyond
 
 
 def test_float32_and_two_threads_round_alone() -> None:
