@@ -27,6 +27,7 @@ import envs
 from agents.actor_critic import ActorCritic
 from agents.ppo import PPOSettings, autocast, train
 from agents.rollout import Rollout
+from agents.tiles import distinct_tiles
 from benchmarks.timing import alternate, ratio
 from dynmoe.lab.device import keep_freed_memory
 from dynmoe.registry import get
@@ -89,6 +90,7 @@ def passes(
 def play(env: TorchVectorEnv, steps: int, size: int) -> tuple[Tensor, Tensor]:
     """`size` frames of random play, the last after `steps` steps, and the last observations."""
     observations, _ = env.reset()
+    env.action_space.seed(0)
     seen = deque([observations], maxlen=math.ceil(size / env.num_envs))
     for _ in range(steps):
         seen.append(env.step(env.action_space.sample())[0])
@@ -143,8 +145,10 @@ def main() -> None:
                 variants[f"{part} {kind}, {mode}"] = call
             whole = end_to_end(env, policy, settings, observations)
             variants[f"end to end {kind}, {mode}"] = whole
+    noisy = 1 - float(distinct_tiles(batch.cpu(), tile)[2].float().mean())
     seconds = alternate(variants, args.rounds, device)
     print(f"{args.env}, conv, {args.threads} thread(s), {args.device}, played {args.played}")
+    print(f"  frames with night noise: {100 * noisy:.0f} %")
     report(seconds, args.modes, size)
 
 
