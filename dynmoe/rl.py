@@ -19,6 +19,7 @@ from dynmoe.registry import get
 begin("rl", __name__)  # before imports that may fail
 
 from agents.settings import Config  # noqa: E402
+from agents.tuned import tuned  # noqa: E402
 
 if TYPE_CHECKING:
     from dynmoe.lab.experiment import Experiment
@@ -56,23 +57,6 @@ def presets() -> dict[str, Config]:
         trigger=get("trigger", "stage").Config(share=0.5),
         probe_every=10,
     )
-    cartpole = replace(
-        laptop,
-        env="CartPole-v1",
-        encoder=get("encoder", "mlp").Config(widths=(64,), hidden=64),
-        total_steps=65_536,
-        trigger=every(steps=32_768),
-        threads=1,
-        probe_every=50,
-        # from here on the best of 20 trials; docs/rl.md has the command
-        num_envs=8,
-        rollout_steps=32,
-        minibatches=8,
-        epochs=10,
-        lr=1.4e-3,
-        gae_lambda=0.95,
-        gamma=0.99,
-    )
     craftax = replace(
         laptop,
         env="Craftax-Pixels-v1",
@@ -91,7 +75,7 @@ def presets() -> dict[str, Config]:
         probe_every=100,
         checkpoint_every_s=600,
     )
-    ready = {"laptop": laptop, "minute": smoke, "smoke": smoke, "cartpole": cartpole}
+    ready = {"laptop": laptop, "minute": smoke, "smoke": smoke, **tuned()}
     return ready | {"craftax": craftax, "paper": paper}
 
 
