@@ -100,7 +100,8 @@ def export(
     """Write a run's network into a folder, and make sure that it can be made again.
 
     Args:
-        run: the run's folder, or one of its checkpoints; of a folder the newest one counts.
+        run: the run's folder, one of its checkpoints, or a folder of them, such as `best` of rl;
+            of a folder the newest one counts.
         out: see `Config.out`.
         part: of dg, the domain that was left out.
         licence: of the weights.
@@ -120,9 +121,7 @@ def export(
     experiment, settings = command.experiment(), _settings(command)
     _check_free(out)
     config = from_dict(settings, json.loads((folder / "config.json").read_text()))
-    saved = (
-        checkpoint.load(run) if run.is_file() else checkpoint.load_latest(folder / "checkpoints")
-    )
+    saved = _saved(run, folder)
     shared = experiment.load(config)
     exporter = experiment.exporter()
     part = _part(part, exporter.parts(config, shared))

@@ -124,6 +124,19 @@ def test_a_policy_and_its_normalised_observations(tmp_path: Path) -> None:
         assert "not those of the end of a finished run" in (out / "README.md").read_text()
 
 
+def test_the_best_agent_is_not_the_last(tmp_path: Path) -> None:
+    """Nobody gets up the mountain, so that the first of equals is the best."""
+    _, done = policy_run(tmp_path, env="MountainCar-v0", eval_every=32, eval_steps=200)
+    best = checkpoint.load_latest(done.folder / "best")
+    last = checkpoint.load_latest(done.folder / "checkpoints")
+    assert best is not None and last is not None and best["step"] < last["step"]
+    out = export(done.folder / "best", tmp_path / "out")
+    made = load(out)[1].state_dict()  # type: ignore[index]
+    assert equal_states(made, best["state"]["policy"])
+    assert not equal_states(made, last["state"]["policy"])
+    assert f"the weights after step {best['step']}, not those" in (out / "README.md").read_text()
+
+
 def test_an_adapter_goes_on_as_it_would_have(tmp_path: Path) -> None:
     config = replace(
         tta.presets()["smoke"], compare=(), streams=("fog+clean",), limit=8, gates=0,
