@@ -16,6 +16,7 @@ from agents.settings import Config
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab.export import Exporter, no_checkpoint
+from envs.vector import TorchVectorEnv
 from envs.wrappers import LIMIT
 
 CPU = torch.device("cpu")
@@ -24,10 +25,10 @@ EPSILON = 1e-8
 
 
 class Normalise(nn.Module):
-    """Observations [B, D] as the agent saw them: by running statistics, clipped.
+    """Observations [B, D] or [B, C, H, W] as the agent saw them: by running statistics, clipped.
 
     Args:
-        mean, var: [D], of the training environments.
+        mean, var: [D] or [C, H, W], of the training environments.
     """
 
     mean: Tensor
@@ -39,7 +40,7 @@ class Normalise(nn.Module):
         self.register_buffer("var", var.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Observations [B, D], float32 in and out."""
+        """Observations [B, D] or [B, C, H, W], numbers in and float32 out."""
         return ((x - self.mean) / (self.var + EPSILON).sqrt()).clamp(-LIMIT, LIMIT)
 
 
@@ -57,13 +58,13 @@ class PolicyExporter(Exporter):
             state: dict[str, Any] = {
                 "input_shape": list(env.input_shape),
                 "actions": describe(env.single_action_space),
+                "normaliser": _statistics(env, config, saved),
             }
         finally:
             env.close()
         intervention: Intervention = config.intervention.build()
         state["intervention"] = saved["intervention"] if intervention.reshapes else None
-        normaliser = saved["env"].get("normaliser", {}) if config.normalize_observations else {}
-        return {**state, "normaliser": normaliser.get("observations"), "weights": saved["policy"]}
+        return {**state, "weights": saved["policy"]}
 
     def network(self, config: Config, state: dict[str, Any]) -> nn.Module:
         """The policy; where observations were normalised, behind a module that does so."""
@@ -92,12 +93,23 @@ class PolicyExporter(Exporter):
             shape, actions = " ".join(map(str, env.input_shape)), env.single_action_space
         finally:
             env.close()
-        kind = "uint8 or float32 in 0 .. 1 [B, C, H, W]" if len(env.input_shape) == 3 else "[B, D]"
+        image = len(env.input_shape) == 3
+        kind = "uint8 or float32 in 0 .. 1 [B, C, H, W]" if image else "[B, D]"
+        if config.normalize_observations:
+            kind = f"values as the environment gives them {'[B, C, H, W]' if image else '[B, D]'}"
         return (
             f"`model(observations)`: {kind}, of shape {shape} each -> (parameters of the "
             f"distribution over actions, values [B]). Actions: {actions}; of `Discrete` the "
             "parameters are logits."
         )
+
+
+def _statistics(env: TorchVectorEnv, config: Config, saved: dict[str, Any]) -> Any:
+    """Those of normalised observations, in the layout of the network's inputs; None without."""
+    if not config.normalize_observations:
+        return None
+    seen = saved["env"]["normaliser"]["observations"]
+    return {**seen, **{name: env.unpack(seen[name][None])[0] for name in ("mean", "var")}}
 
 
 def describe(space: spaces.Space) -> dict[str, Any]:

@@ -214,11 +214,14 @@ class GymEnv(TorchVectorEnv):
     def pictures(self) -> Tensor | None:
         """What gymnasium renders, uint8 [N, H, W, 3], of at most 320 pixels a side.
 
+        Where images are observed, these [N, ...] before normalisation; None: they are not scaled.
+
         Raises:
             UserError: it renders none, or a package for it is missing.
         """
         if super().pictured:
-            return None
+            raw = self.normaliser.raw()
+            return None if raw is None else torch.from_numpy(raw).to(self.device)
         drawn = torch.from_numpy(np.stack(self._ask("render")))
         factor = -(-max(drawn.shape[1:3]) // LONGEST_SIDE)
         if factor == 1:
@@ -228,7 +231,7 @@ class GymEnv(TorchVectorEnv):
 
     def images(self, pictures: Tensor) -> Tensor:
         """Images [B, C, H, W]."""
-        return self.unpack(pictures) if super().pictured else pictures.movedim(-1, 1)
+        return self.shown.inputs(pictures) if super().pictured else pictures.movedim(-1, 1)
 
     def normalise_as(self, state: dict[str, Any]) -> None:
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
@@ -243,7 +246,7 @@ class GymEnv(TorchVectorEnv):
         """One environment whose observations are arrays, normalised if they are to be."""
         env = as_array(env)
         assert isinstance(env.observation_space, spaces.Box)  # as_array refuses others
-        self.layout = layout_of(env.observation_space)
+        self.layout = self.shown = layout_of(env.observation_space)
         if self.normaliser.observations:
             self.layout = replace(self.layout, bounds=None)
         return self.normaliser.wrap(env)

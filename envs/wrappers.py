@@ -132,7 +132,7 @@ class Normaliser:
         """One environment, before it is put with the others."""
         if not self.observations:
             return env
-        wrapper = NormalizeObservation(env)
+        wrapper = _Scaled(env)
         wrapper.obs_rms = self.statistics.setdefault("observations", wrapper.obs_rms)  # all share
         self.wrappers.append(wrapper)
         return TransformObservation(
@@ -152,6 +152,11 @@ class Normaliser:
     def rewards_given(self, rewards: np.ndarray) -> np.ndarray:
         """The latest rewards [N] as the environments gave them, of those that came out."""
         return rewards if self.given is None else self.given.rewards
+
+    def raw(self) -> np.ndarray | None:
+        """The latest observations [N, ...] before normalisation; None: they are as they are."""
+        kept = [wrapper.raw for wrapper in self.wrappers if isinstance(wrapper, _Scaled)]
+        return np.stack(kept) if kept else None
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics in use, as tensors and plain values."""
@@ -175,6 +180,17 @@ class Normaliser:
         """Use the statistics as they are from now on."""
         for wrapper in self.wrappers:
             wrapper.update_running_mean = False
+
+
+class _Scaled(NormalizeObservation):
+    """Keeps the latest observation as it is before normalisation."""
+
+    raw: np.ndarray
+
+    def observation(self, observation: Any) -> Any:
+        """An observation [...], normalised."""
+        self.raw = np.array(observation)
+        return super().observation(observation)
 
 
 class _Given(VectorWrapper):

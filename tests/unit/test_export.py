@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,40 @@ def test_a_policy_and_its_normalised_observations(tmp_path: Path) -> None:
     for number, place in enumerate((inside, min(inside.glob("*.pt")))):
         out = export(place, tmp_path / str(number))
         assert "not those of the end of a finished run" in (out / "README.md").read_text()
+
+
+class Noise(gymnasium.Env):
+    """Shows images of 4 x 6 bytes in 3 colours."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (4, 6, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return self.np_random.integers(9, 200, (4, 6, 3), np.uint8), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        return self.np_random.integers(9, 200, (4, 6, 3), np.uint8), 0.0, False, False, {}
+
+
+def test_normalised_images_go_in_as_the_network_takes_images(tmp_path: Path) -> None:
+    """Channels first, and as bytes."""
+    gymnasium.register("Noise-v0", Noise)
+    config, done = policy_run(tmp_path, env="Noise-v0")
+    out = export(done.folder, tmp_path / "out")
+    env = make_env(config, torch.device("cpu"))
+    del gymnasium.registry["Noise-v0"]
+    saved = checkpoint.load_latest(done.folder / "checkpoints")
+    assert saved is not None and done.model is not None
+    env.normalise_as(saved["state"]["env"])
+    scaled = env.unpack(env.reset(seed=1)[0])
+    raw = env.pictures()
+    assert raw is not None and raw.dtype == torch.uint8
+    for one, other in zip(load(out)(raw.movedim(-1, 1)), done.model.eval()(scaled), strict=True):
+        torch.testing.assert_close(one, other)
+    card = (out / "README.md").read_text()
+    assert "values as the environment gives them [B, C, H, W], of shape 3 4 6 each" in card
+    env.close()
 
 
 def test_the_best_agent_is_not_the_last(tmp_path: Path) -> None:

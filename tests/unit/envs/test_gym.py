@@ -215,6 +215,23 @@ def test_last_and_first_images_of_episodes() -> None:
     env.close()
 
 
+def test_normalised_images_are_pictured_as_they_were() -> None:
+    """Through the ends of episodes, and with the frozen statistics of another."""
+    plain = GymEnv("Picture-v0", 2, 1)
+    env = GymEnv("Picture-v0", 2, 1, normalize_observations=True)
+    env.normalise_as({"normaliser": {"observations": {
+        "mean": torch.full((5, 7, 3), 50.0), "var": torch.full((5, 7, 3), 4.0), "count": 1.0,
+    }}})  # fmt: skip
+    seen, scaled = plain.reset()[0], env.reset()[0]
+    for actions in actions_for(env, 12):
+        drawn = env.filmed().pictures()
+        assert drawn is not None and torch.equal(drawn, seen)
+        assert torch.equal(env.images(drawn), plain.images(seen))
+        assert not torch.equal(scaled, seen.float()) and float(scaled.max()) == 10
+        seen, scaled = plain.step(actions)[0], env.step(actions)[0]
+    env.close()
+
+
 def test_actions_that_do_not_begin_at_0() -> None:
     env = GymEnv("Shifted-v0", 1)
     env.reset()
