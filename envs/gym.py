@@ -83,7 +83,7 @@ class GymEnv(TorchVectorEnv):
     @property
     def resumable(self) -> bool:
         """Whether all environments and wrappers are made of plain values."""
-        return state_of(self.envs) is not None
+        return self._state() is not None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -161,7 +161,7 @@ class GymEnv(TorchVectorEnv):
         statistics = self.normaliser.state_dict()
         if statistics:
             state["normaliser"] = statistics
-        inner = state_of(self.envs) if self.started else None
+        inner = self._state() if self.started else None
         if inner is not None:
             assert self.seen is not None
             running = {"score": self.score.clone(), "length": self.length.clone()}
@@ -250,6 +250,10 @@ class GymEnv(TorchVectorEnv):
         if self.normaliser.observations:
             self.layout = replace(self.layout, bounds=None)
         return self.normaliser.wrap(env)
+
+    def _state(self) -> list[dict[str, Any]] | None:
+        """Of all environments and wrappers, but for the statistics that they share."""
+        return state_of(self.envs, self.normaliser.statistics.values())
 
     def _ask(self, what: str, *args: Any, **kwargs: Any) -> Any:
         """Reset or step all environments.
