@@ -7,7 +7,9 @@ from typing import Any
 
 from agents.actor_critic import ActorCritic
 from agents.evaluate import evaluation_summary, play
+from agents.making import make_env
 from agents.settings import Config
+from dynmoe import seeding
 from dynmoe.lab import checkpoint, processes
 from dynmoe.lab.run import Run
 from envs.vector import TorchVectorEnv
@@ -18,15 +20,15 @@ LOGGED = ("return_mean", "return_iqm", "length_mean", "deepest_mean", "unfinishe
 
 
 class Evaluator:
-    """Plays one episode in each of its environments every `config.eval_every` steps.
+    """Plays one episode in each of as many environments every `config.eval_every` steps.
 
-    The episodes are the same worlds each time, and nothing of training depends on them. Where
-    observations are normalised, it is by the statistics of the training environments at that time.
+    They are made anew each time, as an environment may remember the episodes before: so they are
+    the same worlds, and nothing of training depends on them. Where observations are normalised, it
+    is by the statistics of the training environments at that time.
 
     Args:
         run, config, policy: whose, and of whom.
-        env: the environments to play in, used for nothing else.
-        trained_in: those of training.
+        trained_in: the environments of training.
         state: everything to go on from, kept where the mean return is the best so far.
 
     Attributes:
@@ -38,11 +40,10 @@ class Evaluator:
         run: Run,
         config: Config,
         policy: ActorCritic,
-        env: TorchVectorEnv,
         trained_in: TorchVectorEnv,
         state: Callable[[], dict[str, Any]],
     ) -> None:
-        self.run, self.config, self.policy, self.env = run, config, policy, env
+        self.run, self.config, self.policy = run, config, policy
         self.trained_in, self.state = trained_in, state
         self.scores: list[list[float | None]] = []
 
@@ -61,13 +62,18 @@ class Evaluator:
 
     def _play(self, update: int, steps: int) -> None:
         config = self.config
-        if config.normalize_observations or config.normalize_rewards:
-            self.env.normalise_as(self.trained_in.state_dict())
-        acts = config.method.build().acts
-        episodes, unfinished, _ = play(
-            self.env, self.policy, config.seed, config.eval_steps, not acts, config.autocast
-        )
-        found = evaluation_summary(self.env, episodes, unfinished)
+        with seeding.kept():
+            env = processes.in_turn(self._made)
+        try:
+            if config.normalize_observations or config.normalize_rewards:
+                env.normalise_as(self.trained_in.state_dict())
+            acts = config.method.build().acts
+            episodes, unfinished, _ = play(
+                env, self.policy, config.seed, config.eval_steps, not acts, config.autocast
+            )
+            found = evaluation_summary(env, episodes, unfinished)
+        finally:
+            env.close()
         known = {f"evaluation/{n}": found[n] for n in LOGGED if found[n] is not None}
         self.run.log.scalars(steps, known)
         self.scores.append([steps, found["return_mean"]])
@@ -75,3 +81,7 @@ class Evaluator:
             state = {"step": update, "state": self.state()}  # of all processes
             if processes.rank() == 0:
                 checkpoint.save(self.run.folder / BEST, update, state)
+
+    def _made(self) -> TorchVectorEnv:
+        """Environments in which nobody has played."""
+        return make_env(self.config, self.run.device)

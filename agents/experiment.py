@@ -263,9 +263,7 @@ class AgentSession(Session):
             run, config, self.state, env, self.policy, self.controller
         )
         if config.eval_every:
-            with seeding.kept():
-                own = processes.in_turn(lambda: make_env(config, run.device))
-            self.recorder.evaluator = Evaluator(run, config, self.policy, own, env, self.state)
+            self.recorder.evaluator = Evaluator(run, config, self.policy, env, self.state)
         self.recorder.arrived.append(lambda stage: self.intervention.task_starts(stage, None))
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -336,8 +334,6 @@ class AgentSession(Session):
     def close(self) -> None:
         """The environments."""
         self.env.close()
-        if self.recorder.evaluator is not None:
-            self.recorder.evaluator.env.close()
 
 
 def _check_shared(config: Config) -> None:

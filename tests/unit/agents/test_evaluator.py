@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -71,6 +72,32 @@ def test_the_best_is_kept_and_plays_as_it_was_scored(tmp_path: Path) -> None:
     assert sum(e.episode_return for e in episodes) / len(episodes) == pytest.approx(score)
     run_evaluation(replace(config, evaluate=done.folder / "best"))
     assert list(done.folder.glob(f"evaluation-{steps}-*.json"))
+
+
+class Harder(gymnasium.Env):
+    """Remembers its episodes, of 4 steps each: one step pays the number of the episode."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.episodes, self.steps = self.episodes + 1, 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.steps += 1
+        return np.zeros(2, np.float32), float(self.episodes), False, self.steps == 4, {}
+
+
+def test_each_evaluation_is_in_worlds_that_nobody_has_played_in(tmp_path: Path) -> None:
+    gymnasium.register("Harder-v0", Harder)
+    try:
+        _, done = ran(tmp_path, "harder", env="Harder-v0", eval_every=512, eval_steps=4)
+    finally:
+        del gymnasium.registry["Harder-v0"]
+    assert done.summary["evaluations"] == [[512, 4.0], [1024, 4.0]]
 
 
 def test_a_run_is_filmed_at_its_end_and_only_once(tmp_path: Path) -> None:
