@@ -83,5 +83,8 @@ class Evaluator:
                 checkpoint.save(self.run.folder / BEST, update, state)
 
     def _made(self) -> TorchVectorEnv:
-        """Environments in which nobody has played."""
+        """Environments in which nobody has played, of the phase that training is in."""
+        phase = self.trained_in.phase
+        if phase is not None:
+            return self.trained_in.on_phase(phase)
         return make_env(self.config, self.run.device)

@@ -41,12 +41,16 @@ def run_evaluation(config: Config) -> None:
         check_pictures(env, trained)
     filming = config.video is not None or (env.pictured and env.num_floors > 1)
     drawing = env.filmed() if filming else env
+    phase = env.phase_in(state["env"])
+    world = env if phase is None else env.on_phase(phase)  # where no phase ends the episodes
     apart = drawing is not env or env.phase is not None  # pictures are of other episodes
     with ProgressLine("evaluation", config.max_steps) as progress:
         episodes, unfinished, trace = play(
-            env, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
+            world, policy, config.seed, config.max_steps, uniform=not trained.method.build().acts,
             autocast=trained.autocast, observations=filming and not apart, progress=progress,
         )  # fmt: skip
+    if world is not env:
+        world.close()
     summary = evaluation_summary(env, episodes, unfinished)
     steps = state["update"] * trained.batch_size
     title = f"{trained.variant} on {trained.env} after {steps:,} steps"

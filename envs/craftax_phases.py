@@ -115,6 +115,10 @@ class CraftaxPhases(CraftaxVectorEnv):
         own = {"floors": list(self.floors), "bounds": list(self.bounds), "taken": self._taken}
         return super().state_dict() | {"phases": own}
 
+    def phase_in(self, state: dict[str, Any]) -> int:
+        """The phase of environments with that `state_dict()`: the newest that was reached."""
+        return bisect_right(self.bounds, state["phases"]["taken"])
+
     def _resume(self, state: dict[str, Any]) -> None:
         saved = state["phases"]
         for name in ("floors", "bounds"):
@@ -124,7 +128,7 @@ class CraftaxPhases(CraftaxVectorEnv):
                     f"{getattr(self, name)}; use the same"
                 )
         self._taken = saved["taken"]
-        self.phase = bisect_right(self.bounds, self._taken)
+        self.phase = self.phase_in(state)
 
     def _begin(self, seed: int) -> None:
         self._taken, self._cut, self.phase = 0, False, 0

@@ -192,6 +192,10 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """
         raise UserError(f"{self.name} has no phases; use Craftax-Phases-v1 or Stages-v0")
 
+    def phase_in(self, state: dict[str, Any]) -> int | None:
+        """The phase of environments with that `state_dict()`; None where `phase` is None."""
+        return None
+
     @property
     def pictured(self) -> bool:
         """Whether `filmed` environments have pictures."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from agents import evaluator, experiment, playing
 from agents.evaluate import play, print_achievements
 from agents.experiment import ReinforcementLearning
 from agents.making import make_env, make_policy
@@ -22,6 +24,7 @@ from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.lab import checkpoint
 from dynmoe.lab.runner import Done, run_one
+from envs.debug import Stages
 
 
 def ran(folder: Path, name: str, **options: Any) -> tuple[Config, Done]:
@@ -98,6 +101,53 @@ def test_each_evaluation_is_in_worlds_that_nobody_has_played_in(tmp_path: Path) 
     finally:
         del gymnasium.registry["Harder-v0"]
     assert done.summary["evaluations"] == [[512, 4.0], [1024, 4.0]]
+
+
+class Shifting(Stages):
+    """Stages-v0 in three phases of 256 steps, as Craftax-Phases-v1: the floor that all begin on."""
+
+    taken = 0
+
+    @property
+    def phase(self) -> int:  # type: ignore[override]
+        return min(self.taken // 256, 2)
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.taken = 0
+        return super().reset(**kwargs)
+
+    def step(self, actions: Any) -> Any:
+        self.taken += self.num_envs
+        return super().step(actions)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "taken": torch.tensor(self.taken)}
+
+    def phase_in(self, state: dict[str, Any]) -> int:
+        return min(int(state["taken"]) // 256, 2)
+
+
+def test_evaluations_are_in_the_phase_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `--evaluate` is in the newest one."""
+    env = Shifting("Stages-v0", 4, longest=16)
+    for module in (experiment, evaluator, playing):
+        monkeypatch.setattr(module, "make_env", lambda *_: Shifting("Stages-v0", 4, longest=16))
+    config, done = ran(
+        tmp_path, "phases", env="Stages-v0", normalize_observations=False, eval_every=256,
+        method=registry.get("agent", "untrained").Config(),
+    )  # fmt: skip
+    device, state = torch.device("cpu"), state_of(done)
+    policy = make_policy(config, env, device, config.intervention.build())
+    policy.load_state_dict(state["policy"])
+    phases = [play(env.on_phase(k), policy, config.seed, 2000)[0] for k in range(3)]
+    wanted = [sum(e.episode_return for e in played) / 4 for played in phases]
+    assert len(set(wanted)) == 3
+    assert [score for _, score in done.summary["evaluations"]] == [*wanted[1:], *wanted[2:] * 2]
+    run_evaluation(replace(config, evaluate=done.folder))
+    (path,) = done.folder.glob("evaluation-1024-*.json")
+    assert json.loads(path.read_text())["return_mean"] == wanted[2]
 
 
 def test_a_run_is_filmed_at_its_end_and_only_once(tmp_path: Path) -> None:
