@@ -29,18 +29,25 @@ def signals(
     score: float,
     stats: UpdateStats | None = None,
     measured: Mapping[str, float] | None = None,
+    first: int = 0,
+    phases: tuple[int, int] | None = None,
 ) -> Signals:
     """What triggers may look at after a rollout.
 
-    `reached` counts the environments that were on a floor at any step of the rollout. `stats` are
-    those of the update with it. `measured` is what was logged with it of the actor's network.
+    `reached` counts the environments that were on a floor at any step of the rollout, from the
+    floor that episodes begin on (`first`). Where there are `phases` (the one that the rollout's
+    last step was made in, how many) it counts these. `stats` are those of the update with it.
+    `measured` is what was logged with it of the actor's network.
     """
     measured = measured or {}
     figures: dict[str, Any] = {name: measured.get(tag, math.nan) for name, tag in FIGURES.items()}
     figures["loss"] = stats.value_loss if stats else math.nan
     figures["grad_norm"] = stats.grad_norm if stats else math.nan
-    there = [(rollout.floors == floor).any(dim=0) for floor in range(num_floors)]
-    reached = [int(envs.sum()) / len(envs) for envs in there]
+    if phases is not None and phases[1] > 1:
+        reached = [float(phase == phases[0]) for phase in range(phases[1])]
+    else:
+        there = [(rollout.floors == floor).any(dim=0) for floor in range(first, num_floors)]
+        reached = [int(envs.sum()) / len(envs) for envs in there]
     return Signals(step=env_steps, reached=tuple(reached), score=score, **figures)
 
 

@@ -60,12 +60,15 @@ METRICS: dict[str, str] = {
 class Shifts:
     """Counts the shifts of a run.
 
+    Args:
+        first: stage that training begins in.
+
     Attributes:
-        begun: [stage, environment steps at which it began] of all shifts; stage 0 began at 0.
+        begun: [stage, environment steps at which it began] of all shifts; the first began at 0.
     """
 
-    def __init__(self) -> None:
-        self.begun: list[list[int]] = [[0, 0]]
+    def __init__(self, first: int = 0) -> None:
+        self.begun: list[list[int]] = [[first, 0]]
 
     def see(self, steps: int, rollout: Rollout, phase: int | None, num_floors: int) -> int | None:
         """The stage that has begun since the rollout before, if one has.

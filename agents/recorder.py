@@ -66,7 +66,7 @@ class UpdateRecorder(Recorder):
         self.routing = FloorRouting(env.num_floors)
         self.traces = Traces()
         self.curve: list[list[float | None]] = []
-        self.shifts = Shifts()
+        self.shifts = Shifts(env.first_floor if env.phase is None else 0)
         self.arrived: list[Callable[[int], None]] = []
         self.phases: dict[str, Any] = {
             "phase_returns": [], "played_shares": [], "newest_shares": [], "routing": {},
@@ -202,9 +202,11 @@ class UpdateRecorder(Recorder):
         """Ask the controller, and log what it did."""
         if self.controller is None:
             return
+        env, played = self.env, self.env.phase_played
         seen = signals(
-            steps, rollout, self.env.num_floors, self.episodes.score, stats, self.measured
-        )
+            steps, rollout, env.num_floors, self.episodes.score, stats, self.measured,
+            env.first_floor, None if played is None else (played, env.num_phases),
+        )  # fmt: skip
         index = sample(rollout, self.config.probe_samples)
         event = self.controller.step(seen, lambda: (self._inputs(rollout, index), None))
         if event is not None:

@@ -58,7 +58,7 @@ class CraftaxPhases(CraftaxVectorEnv):
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.floors, self.bounds = _floors(floors), _bounds(steps, len(floors))
-        self.env_device, self._taken, self._cut = env_device, 0, False
+        self.env_device, self._taken, self._cut, self._played = env_device, 0, False, 0
         self.num_phases = len(self.floors)
         symbolic = observation == "symbolic"
         super().__init__(
@@ -69,9 +69,14 @@ class CraftaxPhases(CraftaxVectorEnv):
         self.max_return = None  # what is left to unlock differs from phase to phase
 
     @property
-    def first_floor(self) -> int:
+    def first_floor(self) -> int:  # type: ignore[override]
         """Where the episodes of the present phase begin."""
         return self.floors[self.phase]
+
+    @property
+    def phase_played(self) -> int:
+        """The phase that the latest step was made in."""
+        return self._played
 
     @property
     def stage_floors(self) -> list[int]:
@@ -93,7 +98,7 @@ class CraftaxPhases(CraftaxVectorEnv):
         """One step of all environments with actions [N]; the last of a phase ends all episodes."""
         before = self.first_floor
         phase = bisect_right(self.bounds, self._taken + self.whole)
-        self._cut, self.phase = phase > self.phase, phase
+        self._cut, self._played, self.phase = phase > self.phase, self.phase, phase
         observations, reward, terminated, truncated, info = super().step(actions)
         self._taken += self.whole
         info["floor"][info["_episode"]] = self.first_floor

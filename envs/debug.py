@@ -105,7 +105,7 @@ class Stages(TorchVectorEnv):
         self.part = part
         self.device = torch.device(device)
         self.options = StagesOptions(**options).check(name)
-        self.need = self.options.need or TO_NEXT_FLOOR
+        self.need, self.first_floor = self.options.need or TO_NEXT_FLOOR, self.options.first
         self.num_floors = self.num_phases = self.options.floors
         self.achievements = tuple(f"enter_floor_{f}" for f in range(1, self.num_floors))
         most = self.options.longest if self.num_floors == 1 else self.need * self.num_floors

@@ -67,6 +67,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         device: where observations, rewards and all else come out, and where actions may be.
         input_shape: shape of one unpacked observation, (C, H, W) or (D,).
         num_floors: stages the environment tells apart; 1 where it has none.
+        first_floor: floor that episodes begin on; at present, where there are phases.
         phase: the present phase of an environment that has a plan of them, or None.
         num_phases: parts of training whose episodes begin elsewhere, or floors that episodes can be
             begun on, see `on_phase`; 1 where there are none.
@@ -83,6 +84,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
     device: torch.device
     input_shape: tuple[int, ...]
     num_floors: int = 1
+    first_floor: int = 0
     num_phases: int = 1
     name: str
     phase: int | None = None
@@ -191,6 +193,11 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
             UserError: these have no phases; worlds that do say here how one begins.
         """
         raise UserError(f"{self.name} has no phases; use Craftax-Phases-v1 or Stages-v0")
+
+    @property
+    def phase_played(self) -> int | None:
+        """The phase that the latest step was made in, which may have ended it; None without any."""
+        return self.phase
 
     def phase_in(self, state: dict[str, Any]) -> int | None:
         """The phase of environments with that `state_dict()`; None where `phase` is None."""

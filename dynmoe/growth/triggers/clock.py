@@ -24,8 +24,8 @@ class Signals:
     task_starts: bool = False
     """a new task (not the first) begins at this very moment"""
     reached: tuple[float, ...] = ()
-    """share of environments that were in each stage (a Craftax floor) since the last ask; the first
-    is the stage where all begin; empty in loops without stages"""
+    """share of environments that were in each stage (a Craftax floor, or a phase of training) since
+    the last ask; the first is the stage where all begin; empty in loops without stages"""
     score: float | None = None
     """figure of merit of late, higher is better: mean episode return in reinforcement learning;
     mean accuracy on the latest 100 minibatches, before they are learnt, in continual learning"""

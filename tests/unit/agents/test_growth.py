@@ -71,6 +71,27 @@ def test_one_of_ten_is_no_more_than_a_share_of_a_tenth() -> None:
     assert trigger.fires(signals(2, rollout_of(floors=floors), 2, 0.0))
 
 
+def test_the_floor_that_all_begin_on_is_no_arrival() -> None:
+    trigger = registry.get("trigger", "stage").Config(limit=5).build()
+    floors = torch.full((3, 4), 2)
+    told = [trigger.fires(signals(1, rollout_of(floors=floors), 6, 0.0, first=2))]
+    floors[1, 0] = 3
+    told += [trigger.fires(signals(n, rollout_of(floors=floors), 6, 0.0, first=2)) for n in (2, 3)]
+    assert told == [False, True, False]
+
+
+def test_phases_are_stages_whatever_their_floors() -> None:
+    """They begin on floors 3, 1 and 4, and some agent always gets deeper by itself."""
+    trigger = registry.get("trigger", "stage").Config(limit=5).build()
+    fired = []
+    for step, (phase, floor) in enumerate([(0, 3), (0, 3), (1, 1), (1, 1), (2, 4)]):
+        floors = torch.full((3, 4), floor)
+        floors[2, 1] = 5
+        seen = signals(step, rollout_of(floors=floors), 9, 0.0, first=floor, phases=(phase, 3))
+        fired.append(trigger.fires(seen))
+    assert fired == [False, False, True, False, True]
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 400))
 def test_samples_are_spread_over_the_rollout(steps: int, envs: int, count: int) -> None:

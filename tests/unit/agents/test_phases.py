@@ -44,6 +44,13 @@ def test_a_stage_begins_when_more_than_half_have_been_there() -> None:
     assert told.see(16, rollout_on(half), 1, 3) == 1 and told.begun[-1] == [1, 16]
 
 
+def test_the_first_stage_is_no_shift() -> None:
+    shifts = Shifts(2)
+    assert shifts.see(8, rollout_on(torch.full((2, 4), 2)), None, 6) is None
+    assert shifts.see(16, rollout_on(torch.full((2, 4), 3)), None, 6) == 3
+    assert shifts.begun == [[2, 0], [3, 16]]
+
+
 @pytest.fixture
 def summary() -> dict[str, Any]:
     """A run of three phases of 40 steps, looked at every 10; growth at the second shift."""
@@ -144,6 +151,13 @@ def test_a_run_tells_of_its_shifts_and_resets_the_head_there(tmp_path: Path) -> 
     played = summary["phase_returns"]
     assert [len(returns) for _, returns in played] == [*stages[1:], 3]
     assert played[-1][0] == 4096 and all(0 <= r <= 6 for _, returns in played for r in returns)
+
+
+def test_a_run_does_not_grow_on_the_floor_that_it_begins_on(tmp_path: Path) -> None:
+    game = json.dumps({"need": 32, "first": 1})  # nobody gets further
+    rl.run(settings(tmp_path, "--env-args", game, "--trigger", "stage", "--total-steps", "512"))
+    summary = json.loads((tmp_path / "rl/x/seed-0/summary.json").read_text())
+    assert summary["growth"] == [] and summary["shifts"] == [[1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_phases_end_when_their_steps_are_done() -> None:
         _, reward, terminated, truncated, info = env.step(noop)
         phase = (step >= 6) + (step >= 16)
         assert info.keys() == KEYS and info["phase"].tolist() == [phase] * FULL
+        assert env.phase_played == (step > 6) + (step > 16)
         ends = step in (6, 16)
         assert (terminated | truncated).all() if ends else not truncated.any()
         assert info["floor"][info["_episode"]].eq([0, 2, 8][phase]).all()
