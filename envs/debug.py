@@ -70,8 +70,9 @@ class Stages(TorchVectorEnv):
 
     With `need`, later floors come only after learning: so many right actions in a row lead on, a
     wrong one sets the row back to 0, and a right one pays 1 where the row is the longest yet on
-    this floor. So nothing is gained by staying, and an episode returns at most need x floors. Of
-    actions at random, 5 % of episodes of 64 steps leave the first floor at need 5, 1 % at need 6.
+    this floor. So nothing is gained by staying, and an episode returns at most need x floors, and 1
+    a step. Of actions at random, 5 % of episodes of 64 steps leave the first floor at need 5, 1 %
+    at need 6.
     With `sights`, each floor shows symbols of its own, as vectors of standard normal numbers that
     belong to the game, not to the seed: what is learnt of one floor neither helps nor stays apart.
 
@@ -108,7 +109,9 @@ class Stages(TorchVectorEnv):
         self.need, self.first_floor = self.options.need or TO_NEXT_FLOOR, self.options.first
         self.num_floors = self.num_phases = self.options.floors
         self.achievements = tuple(f"enter_floor_{f}" for f in range(1, self.num_floors))
-        most = self.options.longest if self.num_floors == 1 else self.need * self.num_floors
+        most = self.options.longest
+        if self.num_floors > 1:
+            most = min(most, self.need * (self.num_floors - self.options.first))
         self.max_return = float(most)
         self.looks = self._looks().to(self.device)
         self.input_shape = tuple(self.looks.shape[1:])

@@ -48,6 +48,25 @@ def test_rows_of_right_actions_against_the_rules() -> None:
     assert min(ends.values()) > 5 and env.max_return == 12
 
 
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"need": 3, "floors": 4, "first": 2}, 6),
+        ({"need": 5, "longest": 8}, 8),
+        ({"first": 1}, 12),
+        ({"longest": 7}, 7),
+        ({"floors": 1, "longest": 7}, 7),
+    ],
+)
+def test_the_most_is_what_the_best_play_returns(options: dict[str, int], most: int) -> None:
+    env = Stages("Stages-v0", 2, **options)
+    seen, _ = env.reset()
+    for _ in range(40):
+        seen, *_, info = env.step(right_actions(seen))
+        assert not info["_episode"].any() or info["episode"]["r"].tolist() == [most] * 2
+    assert env.max_return == most
+
+
 def test_every_floor_has_sights_of_its_own() -> None:
     """The game's, whatever the seed; and fewer numbers than symbols, so that floors share them."""
     options = {"floors": 3, "symbols": 4, "sights": 7}
