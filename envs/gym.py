@@ -30,8 +30,8 @@ class GymEnv(TorchVectorEnv):
 
     Those whose state is plain values are saved with it (`envs.copying`); when a run in others is
     resumed, their episodes start again. What they count starts at 0 here: actions of
-    Discrete(3, start=2) are 0, 1 and 2. Where `info` holds an `action_mask` (Taxi-v3), only what
-    it allows is done.
+    Discrete(3, start=2) are 0, 1 and 2. Where `info` holds an `action_mask` (Taxi), only what it
+    allows is done.
 
     Args:
         name: a gymnasium id, such as "CartPole-v1"; "module:Name-v0" imports that module first.
@@ -118,8 +118,7 @@ class GymEnv(TorchVectorEnv):
         chosen = chosen.astype(self.envs.single_action_space.dtype)
         self.steps += 1
         observations, reward, terminated, truncated, seen = self._ask("step", chosen)
-        if self.action_mask is not None:
-            self.action_mask = self._mask(seen)
+        self.action_mask = self._mask(seen)
         done = torch.from_numpy(terminated | truncated)
         gained = np.asarray(reward, dtype=np.float32)
         given = np.asarray(self.normaliser.rewards_given(reward), dtype=np.float32)
@@ -294,19 +293,28 @@ class GymEnv(TorchVectorEnv):
         """The options allowed now, [N, P]: all of an environment that does not tell.
 
         Raises:
-            UserError: it tells of another number of options, or allows none of a choice.
+            UserError: it tells of another number of options, of no numbers, or allows none of a
+                choice.
         """
         space = self.single_action_space
         if "action_mask" not in info or isinstance(space, spaces.Box):
             return None if self.action_mask is None else torch.ones_like(self.action_mask)
         sizes = np.broadcast_to(options_of(space), space.shape or ()).reshape(-1).tolist()
-        given = torch.from_numpy(np.array(info["action_mask"]).reshape(self.num_envs, -1)).bool()
-        if given.shape[1] != sum(sizes):
-            raise UserError(
-                f"environment {self.name}: info['action_mask'] has {given.shape[1]} entries, and "
-                f"{space} has {sum(sizes)} options; give one entry for each"
-            )
-        given[~torch.from_numpy(info["_action_mask"])] = True
+        rows, tell = info["action_mask"], info["_action_mask"]
+        given = torch.ones(self.num_envs, sum(sizes), dtype=torch.bool)
+        for i in np.flatnonzero(tell).tolist():
+            row = _entries(rows[i] if isinstance(rows, np.ndarray) else rows)
+            if row is None:
+                raise UserError(
+                    f"environment {self.name}: info['action_mask'] of number {i} (of "
+                    f"{self.num_envs}) is no list of numbers; give {sum(sizes)} entries of 0 or 1"
+                )
+            if len(row) != sum(sizes):
+                raise UserError(
+                    f"environment {self.name}: info['action_mask'] has {len(row)} entries, and "
+                    f"{space} has {sum(sizes)} options; give one entry for each"
+                )
+            given[i] = torch.from_numpy(row != 0)
         stuck = ~torch.stack([part.any(dim=1) for part in given.split(sizes, dim=1)]).all(dim=0)
         if bool(stuck.any()):
             number = f"number {int(stuck.int().argmax())} (of {self.num_envs})"
@@ -327,6 +335,17 @@ class GymEnv(TorchVectorEnv):
                 f"environment {self.name}: {what} of number {i} (of {self.num_envs}) is {value} at "
                 f"step {self.steps}; rewards and observations must be finite"
             )
+
+
+def _entries(mask: Any) -> np.ndarray | None:
+    """The entries [P] of one environment's mask, or of one for each choice; None: no numbers."""
+    try:
+        if isinstance(mask, list | tuple):
+            mask = np.concatenate([np.ravel(part) for part in mask])
+        row = np.ravel(mask)
+        return row if row.dtype.kind in "biuf" else None
+    except ValueError:
+        return None
 
 
 def _from_zero(space: spaces.Space) -> spaces.Space:

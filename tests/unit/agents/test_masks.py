@@ -25,7 +25,8 @@ SIZES = [2, 4, 3]
 class Doors(gymnasium.Env):
     """Of 4 doors those are open whose number differs from the step's, modulo 4; a wrong one fails.
 
-    `what` makes the mask wrong: "short", or "shut" from step 2 on.
+    `what` makes the mask wrong: "short", or "shut" from step 2 on; has it told in "step" alone; or
+    as a "list", a "tuple" of parts, "text", a "dict", or of "none" of its entries.
     """
 
     observation_space = spaces.Box(0, 1, (4,), np.float32)
@@ -38,7 +39,8 @@ class Doors(gymnasium.Env):
         super().reset(seed=seed)
         self.time = int(self.np_random.integers(4))
         self.end = self.time + 5
-        return self._see()
+        seen, info = self._see()
+        return seen, {} if self.what == "step" else info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert action - 1 != self.time % 4, "a shut door"
@@ -50,7 +52,12 @@ class Doors(gymnasium.Env):
         if self.what == "shut" and self.time > 4:
             allowed[:] = False
         mask = allowed[:3] if self.what == "short" else allowed
-        return np.eye(4, dtype=np.float32)[self.time % 4], {"action_mask": mask.astype(np.int8)}
+        mask = mask.astype(np.int8)
+        kinds = {"list": [bool(one) for one in mask], "tuple": (mask[:1], mask[1:]), "text": "1011",
+                 "none": [1, None, 1, 1], "dict": {"door": mask}}  # fmt: skip
+        return np.eye(4, dtype=np.float32)[self.time % 4], {
+            "action_mask": kinds.get(self.what, mask)
+        }
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,9 +136,32 @@ def test_the_mask_is_saved_with_the_episodes() -> None:
     assert torch.equal(other.action_mask, env.action_mask)
 
 
+@pytest.mark.parametrize("what", ["list", "tuple", "step"])
+def test_masks_of_other_kinds_and_of_steps_alone(what: str) -> None:
+    """Where a reset tells of none, all is allowed until the first step."""
+    env = GymEnv("Doors-v0", 3, env_args={"what": what})
+    seen, _ = env.reset(seed=3)
+    shut = seen.argmax(dim=1)
+    for _ in range(12):
+        told = env.action_mask
+        if told is not None:
+            starts = env.length == 0
+            assert torch.equal(told, seen == 0) or (what == "step" and told[starts].all())
+            assert torch.equal(told[~starts], (seen == 0)[~starts])
+        seen, *_ = env.step((shut + 1) % 4)
+        shut = seen.argmax(dim=1)
+    assert env.action_mask is not None
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("short", "has 3 entries, .*has 4 options"), ("shut", "allows nothing at step [1-9]")],
+    [
+        ("short", "has 3 entries, .*has 4 options"),
+        ("shut", "allows nothing at step [1-9]"),
+        ("text", "of number 0 .* is no list of numbers; give 4 entries of 0 or 1"),
+        ("none", "is no list of numbers"),
+        ("dict", "is no list of numbers"),
+    ],
 )
 def test_masks_that_cannot_be(what: str, message: str) -> None:
     env = GymEnv("Doors-v0", 2, env_args={"what": what})
