@@ -85,20 +85,45 @@ def layout_of(space: spaces.Box) -> Layout:
 def as_array(env: gymnasium.Env) -> gymnasium.Env:
     """The environment with observations of bytes or float32: images as they are, else vectors.
 
-    Dictionaries, tuples and numbers that count (one-hot) are flattened by gymnasium's wrapper.
+    Dictionaries, tuples and numbers that count (one-hot) are flattened by gymnasium's wrapper; what
+    a dictionary or tuple holds in bytes, such as an image, is brought to 0..1.
 
     Raises:
         UserError: it cannot make an array of them.
     """
-    space = env.observation_space
+    shown = space = env.observation_space
     if not isinstance(space, spaces.Box) or (len(space.shape) != 1 and not _is_image(space)):
         env = FlattenObservation(env)
         space = env.observation_space
     if not isinstance(space, spaces.Box):
         raise UserError(f"it shows {space}, which cannot be flattened to an array of numbers")
+    if isinstance(shown, spaces.Dict | spaces.Tuple):
+        low, span = (np.concatenate(ends) for ends in zip(*_scales(shown), strict=True))
+
+        def scaled(seen: np.ndarray) -> np.ndarray:
+            return (seen.astype(np.float32) - low) / span
+
+        if (low != 0).any() or (span != 1).any():
+            space = spaces.Box(scaled(space.low), scaled(space.high), dtype=np.float32)
+            env = TransformObservation(env, scaled, space)
     if space.dtype not in (np.uint8, np.float32):
         env = DtypeObservation(env, np.float32)
     return env
+
+
+def _scales(space: spaces.Space) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What is subtracted from flattened observations, and what they are then divided by.
+
+    Both [D] of each part: the bounds of bytes, else 0 and 1.
+    """
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return [scale for part in parts for scale in _scales(part)]
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+        low, high = (end.astype(np.float32).ravel() for end in (space.low, space.high))
+        return [(low, np.where(high > low, high - low, np.float32(1)))]
+    size = spaces.flatdim(space)
+    return [(np.zeros(size, np.float32), np.ones(size, np.float32))]
 
 
 def _is_image(space: spaces.Box) -> bool:

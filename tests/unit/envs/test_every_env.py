@@ -137,6 +137,25 @@ def test_what_is_shown(kind: str) -> None:
     env.close()
 
 
+@pytest.mark.parametrize("together", [spaces.Dict, spaces.Tuple])
+def test_bytes_inside_of_others_are_scaled(together: Any) -> None:
+    """An image and a number of bytes; what is next to them stays as it is."""
+    parts: dict[str, spaces.Space] = {
+        "a": spaces.Box(0, 255, (6, 5, 3), np.uint8), "b": spaces.Discrete(3),
+        "c": spaces.Box(10, 30, (20,), np.uint8), "d": spaces.Box(-9, 9, (20,), np.float64),
+    }  # fmt: skip
+    space = together(parts if together is spaces.Dict else parts.values())
+    env = sampler(space)
+    for seen in (env.reset()[0], env.step([0, 0])[0]):
+        assert env.single_observation_space.contains(seen[0].numpy())
+        image, chosen, number, speed = seen.split([90, 3, 20, 20], dim=1)
+        assert image.min() >= 0 and 0.9 < image.max() <= 1
+        assert torch.equal(image * 255, (image * 255).round())
+        assert chosen.sum(dim=1).tolist() == [1, 1]
+        assert number.min() >= 0 and 0.5 < number.max() <= 1 and speed.abs().max() > 5
+    env.close()
+
+
 @pytest.mark.parametrize("kind", ["bytes-hwc", "bytes-chw", "gray", "stack-hwc", "stack-chw"])
 def test_pixels_stand_where_they_stood(kind: str) -> None:
     env = sampler(SHOWN[kind][0])
