@@ -19,7 +19,7 @@ from dynmoe.errors import UserError
 from envs import craftax_game, jax_setup
 from envs.craftax_code import layout
 from envs.craftax_game import Carry, Programs, State
-from envs.vector import Actions, Info, TorchVectorEnv, count_of, step_info
+from envs.vector import Actions, Info, TorchVectorEnv, count_of, counted, step_info
 
 NAMES = {
     "Craftax-Pixels-v1": (False, True),
@@ -73,8 +73,8 @@ class CraftaxVectorEnv(TorchVectorEnv):
     ) -> None:
         self.classic, pixels = NAMES[name]
         self.observation = _observation(name, pixels, observation, renderer)
-        if max_timesteps is not None and max_timesteps < 1:
-            raise UserError(f"max_timesteps {max_timesteps} is too small; use 1 or more")
+        if max_timesteps is not None:
+            max_timesteps = counted("max_timesteps", max_timesteps)
         self.part, num_envs = part, count_of(num_envs, part)
         self.name, self.num_envs, self.seed = name, num_envs, seed
         self.device, self.renderer = torch.device(device), renderer

@@ -14,7 +14,7 @@ from torch import Tensor
 from dynmoe.errors import UserError
 from envs import craftax_kits
 from envs.craftax import CraftaxVectorEnv, Worlds
-from envs.vector import Actions, Info
+from envs.vector import Actions, Info, whole
 
 NAME = "Craftax-Phases-v1"
 OPTIONS = ("observation", "max_timesteps", "floors", "steps")
@@ -177,20 +177,22 @@ def _floors(floors: Sequence[int]) -> list[int]:
     last = craftax_kits.FLOORS - 1
     if not isinstance(floors, Sequence) or not len(floors):
         raise UserError(f"{NAME}: floors={floors!r} must name the floor of each phase, as [0, 1]")
-    for phase, floor in enumerate(floors):
+    given = [whole(floor) for floor in floors]
+    for phase, floor in enumerate(given):
         if not isinstance(floor, int) or not 0 <= floor <= last:
             raise UserError(
-                f"{NAME}: phase {phase} begins on floor {floor}, and Craftax has floors 0 to {last}"
+                f"{NAME}: phase {phase} begins on floor {floor!r}, and Craftax has floors 0 to "
+                f"{last}"
             )
-    return list(floors)
+    return given
 
 
 def _bounds(steps: int | Sequence[int], phases: int) -> list[int]:
     """Environment steps after which each phase but the last is over."""
-    each = [steps] * phases if isinstance(steps, int) else list(steps)
+    each = [whole(n) for n in (steps if isinstance(steps, Sequence) else [steps] * phases)]
     if len(each) != phases or not all(isinstance(n, int) and n >= 1 for n in each):
         raise UserError(
-            f"{NAME}: steps={steps!r} must be one number, or one for each of the {phases} phases, "
-            "of at least 1"
+            f"{NAME}: steps={steps!r} must be one whole number, or one for each of the {phases} "
+            "phases, of at least 1"
         )
     return list(accumulate(each[:-1]))

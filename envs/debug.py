@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from envs.vector import Actions, Info, TorchVectorEnv, count_of, step_info
+from envs.vector import Actions, Info, TorchVectorEnv, count_of, step_info, whole
 
 GAMES = {"Identity-v0": 1, "Stages-v0": 3}
 """Name -> number of floors."""
@@ -47,18 +47,23 @@ class StagesOptions:
         Raises:
             UserError: names the option that cannot be.
         """
-        floors = self.floors or GAMES[name]
-        bounds = {
-            "need": (0, self.longest), "floors": (1, 256), "symbols": (1, 256),
-            "sights": (0, 4096), "longest": (1, 10**9), "first": (0, floors - 1),
-        }  # fmt: skip
-        for option, (low, high) in bounds.items():
-            value = floors if option == "floors" else getattr(self, option)
-            if not isinstance(value, int) or not low <= value <= high:
-                raise UserError(f"{name}: {option}={value} must be in {low}..{high}")
-        if self.need and floors == 1:
+        values = {option: whole(value) for option, value in asdict(self).items()}
+        if values["floors"] == 0:
+            values["floors"] = GAMES[name]
+
+        def check(**bounds: tuple[int, int]) -> None:
+            for option, (low, high) in bounds.items():
+                value = values[option]
+                if not isinstance(value, int) or not low <= value <= high:
+                    raise UserError(
+                        f"{name}: {option}={value!r} must be in {low}..{high}, a whole number"
+                    )
+
+        check(floors=(1, 256), symbols=(1, 256), sights=(0, 4096), longest=(1, 10**9))
+        check(need=(0, values["longest"]), first=(0, values["floors"] - 1))
+        if values["need"] and values["floors"] == 1:
             raise UserError(f"{name}: need={self.need} leads nowhere with one floor; leave it out")
-        return replace(self, floors=floors)
+        return StagesOptions(**values)
 
 
 class Stages(TorchVectorEnv):

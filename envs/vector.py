@@ -224,6 +224,23 @@ class TorchVectorEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """Normalise by the statistics of that `state_dict()`, and leave them as they are."""
 
 
+def whole(value: Any) -> Any:
+    """A whole number that was written as a float, such as JSON's 1e6, is one; others stay."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def counted(name: str, value: Any) -> int:
+    """A setting that counts.
+
+    Raises:
+        UserError: it is no whole number, or none that fits.
+    """
+    number = whole(value)
+    if not isinstance(number, int) or not 1 <= number < 2**31:
+        raise UserError(f"{name} {value!r} cannot be; use a whole number of 1 or more, below 2**31")
+    return number
+
+
 def count_of(num_envs: int, part: tuple[int, int]) -> int:
     """How many of N environments are in a part (r, P).
 

@@ -89,6 +89,13 @@ def test_actions_at_random_hardly_leave_the_first_floor() -> None:
     assert len(deepest) >= 64 and sum(d > 0 for d in deepest) / len(deepest) < 0.05
 
 
+def test_whole_floats_are_numbers() -> None:
+    """As JSON has them."""
+    env = Stages("Stages-v0", 2, floors=4.0, longest=1e2)  # type: ignore[arg-type]
+    assert (env.num_floors, env.options.longest) == (4, 100)
+    assert env.options == Stages("Stages-v0", 2, floors=4, longest=100).options
+
+
 @pytest.mark.parametrize("at", [7, 33])
 def test_resuming_with_options_is_exact(at: int) -> None:
     env = Stages("Stages-v0", 3, 2, **ROWS)
@@ -126,6 +133,10 @@ def test_a_phase_begins_on_its_floor() -> None:
         ({"need": 33}, "need=33 must be in 0..32"),
         ({"first": 3}, "first=3 must be in 0..2"),
         ({"sights": 2.5}, "sights=2.5 must be in"),
+        ({"floors": "3"}, "floors='3' must be in 1..256, a whole number"),
+        ({"longest": "96"}, "longest='96' must be in 1.."),
+        ({"longest": None}, "longest=None must be in 1.."),
+        ({"need": [2]}, r"need=\[2\] must be in 0..32"),
         ({"need": 2, "floors": 1}, "leads nowhere with one floor"),
         ({"sight": 8}, "unknown option of Stages-v0 'sight'.*Did you mean 'sights'"),
     ],
