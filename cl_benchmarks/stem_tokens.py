@@ -1,9 +1,9 @@
 """What a frozen convolutional stem says of all images of a domain set: computed once, and kept.
 
 The tokens lie in the user's cache folder as 16-bit floats (`dynmoe.lab.kept_rows`), under a digest
-of the stem's weights and of the images' files, so that all methods, trials and later runs share
-them; what was interrupted goes on where it was. They are of the images
-as they are: nothing can be augmented behind the stem.
+of the stem's weights, of mean and deviation of its input, and of the images' files, so that all
+methods, trials and later runs share them; what was interrupted goes on where it was. They are of
+the images as they are: nothing can be augmented behind the stem.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class StemTokens:
 
 def keep_tokens(model: StemViT, data: DomainSet) -> StemTokens:
     """The tokens of all images, from the cache if possible."""
-    stem = _digest([value.numpy() for value in model.stem.state_dict().values()])
+    tensors = [*model.stem.state_dict().values(), model.mean, model.std]
+    stem = _digest([value.numpy() for value in tensors])
     found = {}
     for domain in data.domains:
         key = cache.digest({"version": VERSION, "stem": stem, "images": _images_key(domain)})

@@ -48,6 +48,11 @@ def test_tokens_are_the_stems_and_are_made_once(capsys: pytest.CaptureFixture[st
     assert not capsys.readouterr().err
     keep_tokens(net, data(255 - pixels))
     assert capsys.readouterr().err.count("(once)") == 1
+    net.std.fill_(0.25)
+    other = keep_tokens(net, data(pixels)).batch(data(pixels).domains[1], chosen)
+    with torch.no_grad():
+        exact = net.features(pixels[chosen].float() / 255)
+    torch.testing.assert_close(other, exact, rtol=1e-2, atol=1e-2)
     with pytest.raises(ValueError, match="augmented"):
         kept.batch(data(pixels).domains[0], chosen, torch.Generator())
 
