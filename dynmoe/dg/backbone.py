@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 
 PARTS = ("blocks", "embed_dim", "forward_features", "forward_head")
+HEADS = ("head", "head_dist", "fc", "pre_logits", "attn_pool")
+"""What timm calls the classifier, and what stands before it in other models of the same tokens."""
 
 
 def check_backbone(backbone: nn.Module) -> None:
@@ -118,7 +120,8 @@ def make_backbone(name: str, *, pretrained: bool = False, weights: Path | None =
 def _load_weights(backbone: nn.Module, name: str, weights: Path) -> None:
     """Read a file of weights; those of a classifier are left out.
 
-    timm itself passes over weights that a file lacks, and so takes any other model's file.
+    timm itself passes over weights that a file lacks, or has too many of, and so takes any other
+    model's file.
     """
     from timm.models import load_state_dict
 
@@ -126,7 +129,7 @@ def _load_weights(backbone: nn.Module, name: str, weights: Path) -> None:
     try:
         state = load_state_dict(str(weights))
         state = convert(state, backbone) if convert else state
-        missing = backbone.load_state_dict(state, strict=False).missing_keys
+        missing, found = backbone.load_state_dict(state, strict=False)
     except Exception as error:  # torch and safetensors too
         raise UserError(
             f"weights {weights} cannot be loaded into {name}: {_line(error)}"
@@ -135,6 +138,13 @@ def _load_weights(backbone: nn.Module, name: str, weights: Path) -> None:
         raise UserError(
             f"weights {weights} cannot be loaded into {name}: they lack {missing[0]} and "
             f"{len(missing) - 1} more of its tensors; they are another model's"
+        )
+    extra = [key for key in found if key.split(".")[0] not in HEADS]
+    if extra:
+        raise UserError(
+            f"weights {weights} cannot be loaded into {name}: they hold {extra[0]} and "
+            f"{len(extra) - 1} more tensors that it lacks; they are another model's, name it with "
+            "--model"
         )
 
 

@@ -261,6 +261,11 @@ def test_backbones_by_name(tmp_path):
         torch.equal(a, b)
         for a, b in zip(vit.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
+    whole = vit.state_dict() | {"head.weight": torch.zeros(7, vit.embed_dim)}
+    torch.save(whole, good)
+    make_backbone(name, weights=good)  # a classifier's weights are left out
+    large = tmp_path / "large.pth"
+    torch.save(whole | {"blocks.9.norm1.bias": torch.zeros(1)}, large)
     state = vit.state_dict()
     state["blocks.0.attn.qkv.weight"] = torch.zeros(3, 3)
     torch.save(state, bad)
@@ -268,6 +273,7 @@ def test_backbones_by_name(tmp_path):
     garbage.write_text("no weights")
     for call, message in (
         (lambda: make_backbone(name, weights=bad), r"bad\.pth cannot be loaded into test_vit"),
+        (lambda: make_backbone(name, weights=large), r"blocks\.9\.norm1\.bias and 0 more"),
         (lambda: make_backbone(name, weights=garbage), "garbage.pth cannot be loaded"),
         (lambda: make_backbone(name, weights=tmp_path / "x"), "there is no such file"),
         (lambda: make_backbone("vit_none"), "timm has no model 'vit_none'"),
