@@ -82,6 +82,8 @@ def beside(
     Returns the new module.
     """
     attention = backbone.blocks[block].attn  # type: ignore[index,union-attr]
+    if getattr(attention, "q_bias", None) is not None:  # BEiT's and EVA's
+        attention.qkv_bias_separate = True  # else they read qkv's weight, and do not call it
     module = make(getattr(attention, name))
     setattr(attention, name, module)
     return module

@@ -156,9 +156,9 @@ class DomainExpertsBlock(nn.Module):
             draw_uniform(parameter, dim**-0.5, generator)
         nn.init.zeros_(self.up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        y = self.block(x)
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """[B, N, D] -> [B, N, D]; what else the backbone gives its blocks is passed on."""
+        y = self.block(x, *args, **options)
         if self.domains is None:
             return y
         chosen, gates = self._route(y.mean(dim=1), self.domains)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from dg_cases import CLASSES, METHODS, SMALL, images, make, tiny_vit
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -248,6 +249,22 @@ def test_a_backbone_without_the_expected_layers_is_refused(name):
     vit.blocks = nn.Sequential()
     with pytest.raises(UserError, match="has no blocks; it must have at least one"):
         config.build(vit, CLASSES, generator)
+
+
+@pytest.mark.parametrize("name", ["lora", "compacter", "moa", "moe2", "becotta"])
+def test_attention_that_keeps_the_bias_of_its_map_apart(name):
+    beit = Beit(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    for parameter in beit.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    x = images()
+    before = beit.double().eval()(x)
+    method = make(name, beit).eval()
+    torch.testing.assert_close(method.backbone(x), before)  # adapters start silent, or are not on
+    for parameter in method.trainable():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    method.train().loss(x, LABELS)[0].backward()
+    own = [p for n, p in method.named_parameters() if p.requires_grad and "head" not in n]
+    assert any(bool(p.grad.any()) for p in own if p.grad is not None)
 
 
 def test_backbones_by_name(tmp_path):
