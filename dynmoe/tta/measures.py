@@ -144,8 +144,8 @@ def expert_similarity(model: nn.Module) -> list[float | None]:
     ]
 
 
-Choice = Callable[[MoELayer, Routing], Tensor]
-"""A layer and its own routing -> the expert of each image instead, int64 [B]."""
+Choice = Callable[[MoELayer, Routing], Tensor | None]
+"""A layer and its own routing -> the expert of each image instead, int64 [B]; None: as it is."""
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
 """Gives batches again: images [B, C, H, W], labels [B] and domains int64 [B], on the model's
 device."""
@@ -157,6 +157,8 @@ def routed_by(model: nn.Module, choose: Choice) -> Iterator[None]:
 
     def replace(layer: MoELayer, _: nn.Module, args: tuple[Any, ...], own: Routing) -> Routing:
         expert = choose(layer, own)
+        if expert is None:
+            return own
         everywhere = torch.ones_like(expert, dtype=torch.bool)
         return hard_routing(expert, everywhere, own.active, own.gates)
 
@@ -184,7 +186,7 @@ def usefulness(
 
     Returns:
         Per routing `loss`, the mean cross-entropy in nats, and `accuracy`, a share:
-        learned: the model's own.
+        learned: the model's own, of `top_k` experts where it takes several; the others take one.
         random: in every layer each image gets an expert drawn uniformly, independently.
         most_loaded: in every layer all images get the one that most of them get when learned.
         best: all images get one number e in every layer, that of least loss, chosen in hindsight
@@ -199,10 +201,8 @@ def usefulness(
         return {}
     loads = {layer: torch.zeros(layer.max_experts, dtype=torch.int64) for layer in layers}
 
-    def own(layer: MoELayer, routing: Routing) -> Tensor:
-        picks = routing.picks()
-        loads[layer] += picks.sum(dim=0).long().cpu()
-        return picks.argmax(dim=1)
+    def own(layer: MoELayer, routing: Routing) -> None:
+        loads[layer] += routing.picks().sum(dim=0).long().cpu()
 
     def random(layer: MoELayer, routing: Routing) -> Tensor:
         drawn = torch.randint(layer.num_experts, (len(routing.gates),), generator=generator)
@@ -211,11 +211,12 @@ def usefulness(
     def only(expert: int) -> Choice:
         return lambda _, own: torch.full((len(own.gates),), expert, device=own.gates.device)
 
-    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor:
+    def most_loaded(layer: MoELayer, routing: Routing) -> Tensor | None:
         return only(int(loads[layer].argmax()))(layer, routing)
 
     number = min(layer.num_experts for layer in layers)
-    choices = {"learned": own, "random": random, **{str(e): only(e) for e in range(number)}}
+    choices: dict[str, Choice] = {"learned": own, "random": random}
+    choices |= {str(e): only(e) for e in range(number)}
     with undisturbed(model):
         found, domains = _score(model, batches, choices)
         found |= _score(model, batches, {"most_loaded": most_loaded})[0]  # as counted just now

@@ -15,9 +15,9 @@ from dynmoe.tta import Adapter, adapt
 from dynmoe.tta.measures import routed_by, usefulness
 
 
-def learnt(experts: int = 3, model: nn.Module | None = None) -> Adapter:
+def learnt(experts: int = 3, model: nn.Module | None = None, top_k: int = 1) -> Adapter:
     """After a few steps, with experts and routers that count."""
-    adapter = adapt(model or vit(), "moetta", num_experts=experts, lr=0.05)
+    adapter = adapt(model or vit(), "moetta", num_experts=experts, lr=0.05, top_k=top_k)
     for images in stream(3, side=16 if model is None else 32):
         adapter(images)
     for norm in adapter.norms:  # type: ignore[attr-defined]
@@ -107,6 +107,12 @@ def test_every_score_equals_the_restatement():
     assert found["by_image"]["accuracy"] >= found["best"]["accuracy"]
     scores = [row["loss"] for row in found.values()]
     assert len(set(scores)) == 6  # or they would not be told apart here
+
+
+def test_the_learned_routing_has_all_experts_that_the_model_takes():
+    adapter, given = learnt(top_k=2), batches()
+    found = measure(adapter, given)
+    close(found["learned"], naive(adapter, given, None)[0])
 
 
 def test_nothing_is_touched():
