@@ -106,8 +106,8 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         max_experts: int = 0
         """most experts that a layer can grow to; 0: num_experts"""
         grow: Literal["no", "drift", "every"] = "no"
-        """when layers get experts more (ours): drift, when the batches' mean entropy has risen;
-        every, each `grow_wait` batches"""
+        """when layers get experts more (ours), which needs `max_experts`: drift, when the batches'
+        mean entropy has risen; every, each `grow_wait` batches"""
         grow_wait: int = 100
         """batches before the first growth, and between two"""
         granularity: int = 1
@@ -306,6 +306,13 @@ def check_options(config: Any) -> None:
                 f"moetta: {option}={getattr(config, option)} has no effect with router=clusters, "
                 "which neither learns by gradient nor grows; leave it out"
             )
+    most = config.max_experts or config.num_experts
+    if config.grow != "no" and config.num_experts + config.granularity > most:
+        raise UserError(
+            f"moetta: grow={config.grow} adds granularity={config.granularity} to num_experts="
+            f"{config.num_experts}, and layers hold {most}; use max_experts="
+            f"{config.num_experts + config.granularity} or more"
+        )
     if config.frozen and config.keep != 1:
         raise UserError(
             f"moetta: keep={config.keep} has no effect beside frozen={list(config.frozen)}; give "

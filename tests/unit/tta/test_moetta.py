@@ -229,6 +229,8 @@ def test_routers_are_xavier_normal_and_the_model_starts_as_it_was():
     [
         ({"num_experts": 0}, "num_experts=0"),
         ({"max_experts": 3}, "max_experts=3"),
+        ({"grow": "every"}, "use max_experts=10 or more"),
+        ({"grow": "drift", "max_experts": 10, "granularity": 2}, "use max_experts=11 or more"),
         ({"keep": 5}, "none beyond the first 5"),
         ({"keep": -1}, "keep=-1"),
         ({"setting": "papre"}, "'papre' is neither"),
