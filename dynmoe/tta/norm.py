@@ -111,12 +111,13 @@ class MoELayerNorm(nn.Module):
     def balance(self) -> Tensor:
         """The last batch's `E sum_e f_e P_e` over all its samples; 1 when they are spread evenly.
 
-        A scalar.
+        A scalar; 0 where the model did not use the norm, as that of an auxiliary head.
 
         Available in training mode.
         """
         self.layer.collect_losses()  # what is collected here is not to be kept for anyone else
-        return self.layer.last_losses[SwitchLoss.name]
+        unused = self.experts_weight.new_zeros(())
+        return self.layer.last_losses.get(SwitchLoss.name, unused)
 
 
 def _mean_of_positions(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Eata(Adapter, name="eata", source="Niu et al. 2022 (arXiv 2204.02610), Sec
             with undisturbed(self.model):
                 logits = wide(self.model(images))
                 loss = F.cross_entropy(logits, logits.detach().argmax(dim=1))
-                gradients = torch.autograd.grad(loss, self.trained)
+                gradients = gradients_of(loss, self.trained)
             for total, gradient in zip(fisher, gradients, strict=True):
                 total += wide(gradient).square()
             if not all(bool(total.isfinite().all()) for total in fisher):
@@ -200,7 +200,7 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         if not self.finite(loss, logits) or (official and not bool(reliable.any())):
             return logits
         origin = [parameter.detach().clone() for parameter in self.trained]
-        self._shift(torch.autograd.grad(loss, self.trained))
+        self._shift(gradients_of(loss, self.trained))
         shifted = self.model(images)
         second = softmax_entropy(shifted)
         certain = second.detach() < e0
@@ -234,6 +234,11 @@ class Sar(Adapter, name="sar", source="Niu et al. 2023 (arXiv 2302.12400)"):
         if memory["average"] is not None and memory["average"] < self.config.reset_below:
             self.restore_weights()
             memory["resets"] += 1
+
+
+def gradients_of(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Gradients in the parameters' shapes; 0 for what the pass left out, as an auxiliary head."""
+    return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
 
 
 CONSTANTS = {

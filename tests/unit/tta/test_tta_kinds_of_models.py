@@ -246,3 +246,17 @@ def test_an_adapter_can_be_compiled(method):
     for images in stream(2):
         torch.testing.assert_close(whole(images), plain(images), rtol=1e-9, atol=1e-9)
     assert plain(stream(1)[0]).shape == (6, CLASSES)
+
+
+@each_learner
+def test_a_norm_that_the_model_does_not_use_changes_nothing(method):
+    """As those of heads that are for training alone."""
+    options = {"eata": {"fisher_weight": 2000.0}, "cotta": {"confidence": 0.0}}.get(method, {})
+    model = vit()
+    model.aux = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, CLASSES)).double()
+    plain, other = make(method, **options), make(method, model, **options)
+    for adapter in (plain, other):
+        adapter.observe_source(stream(1, seed=3))
+    for images in stream(2):
+        torch.testing.assert_close(other(images), plain(images))
+    assert plain.steps == other.steps == 2
