@@ -43,8 +43,7 @@ class StreamSession(Session):
         self.recorder = Recorder(run, label, len(self.stream), self.state, "batches")
         run.log.use(TTA)
         if run.restored is None and self.adapter.source_images:
-            count = self.adapter.source_images
-            self.adapter.observe_source(_source_batches(config, source, count, run.device))
+            self.adapter.observe_source(source_batches(config, source, self.adapter, run.device))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after a batch."""
@@ -163,18 +162,20 @@ def make_adapter(config: Config, model: nn.Module) -> Adapter:
     return for_run(config.method, config.lr_scale, config.seed, model).build(model)
 
 
-def _source_batches(
-    config: Config, source: ShiftSource, count: int, device: torch.device
+def source_batches(
+    config: Config, source: ShiftSource, adapter: Adapter, device: torch.device
 ) -> Iterator[Tensor]:
-    """Clean images, a random choice: training images where there are some, else validation's."""
+    """Clean images, a random choice: training images where there are some, else validation's.
+
+    As many as the adapter asks for, in batches [B, 3, S, S] of `config.batch_size`; one more in the
+    last where a single image would be left for a model that normalises by the batch.
+    """
     generator = seeding.generator(config.seed, "source-images")
-    if isinstance(source, Embedded):
-        images = source.training_images()[0]
-        chosen = torch.randperm(len(images), generator=generator)[:count]
-        parts = (images[part] for part in chosen.split(config.batch_size))
-    else:
-        clean = source.other("clean")
-        chosen = torch.randperm(len(clean), generator=generator)[:count]
-        parts = (clean.images(part.tolist()) for part in chosen.split(config.batch_size))
-    for part in parts:
+    pool = source.training_images()[0] if isinstance(source, Embedded) else source.other("clean")
+    chosen = torch.randperm(len(pool), generator=generator)[: adapter.source_images]
+    cuts = list(chosen.split(config.batch_size))
+    if adapter.by_batch and len(cuts) > 1 and len(cuts[-1]) == 1:
+        cuts[-2:] = [torch.cat(cuts[-2:])]
+    for cut in cuts:
+        part = pool[cut] if isinstance(pool, Tensor) else pool.images(cut.tolist())
         yield normalise(part.to(device), source.mean, source.std)

@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from tta_models import resnet, vit
 
 from cl_benchmarks.shifts.embedded import Embedded, EmbeddedConfig
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.models import keep_classes, timm_model
-from dynmoe.experiments.tta.settings import SmallVit, for_run, parse_variant
+from dynmoe.experiments.tta.session import source_batches
+from dynmoe.experiments.tta.settings import Config, SmallVit, for_run, parse_variant
 from dynmoe.experiments.tta.source_model import embedded_model, normalise, small_vit
 from dynmoe.lab import cache
 from dynmoe.plasticity.calibration import calibration, confidences
@@ -111,6 +113,22 @@ def test_source_model_is_trained_once_and_the_same() -> None:
     loss = nn.functional.cross_entropy
     x = normalise(images, data.mean, data.std)
     assert loss(one(x), labels) < loss(untrained(x), labels)
+
+
+def test_no_source_image_is_left_alone_where_the_batch_normalises() -> None:
+    data, cpu = Embedded(DATA), torch.device("cpu")  # 24 training images
+
+    def sizes(model: nn.Module, batch_size: int) -> list[int]:
+        adapter = adapt(model, "eata")
+        batches = list(source_batches(Config(batch_size=batch_size), data, adapter, cpu))
+        adapter.observe_source(batches)
+        every = torch.cat(batches).flatten(1)
+        assert len(every.unique(dim=0)) == 24
+        return [len(batch) for batch in batches]
+
+    assert sizes(resnet(), 23) == [24]
+    assert sizes(resnet(), 10) == [10, 10, 4]
+    assert sizes(vit(), 23) == [23, 1]
 
 
 def test_normalise() -> None:
