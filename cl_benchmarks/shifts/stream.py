@@ -105,7 +105,8 @@ def make_stream(
         limit: images of each domain, drawn at random; None for all.
 
     Raises:
-        UserError: an unknown stream or order, data that are missing, a limit below 1.
+        UserError: an unknown stream or order, data that are missing, a limit below 1, numbers of
+            images that differ between severities in the gradual order.
     """
     if order not in ("mixed", "sequential", "gradual"):
         raise unknown("order", order, ("mixed", "sequential", "gradual"))
@@ -119,11 +120,23 @@ def make_stream(
         chosen = shuffled[:limit]  # unshuffled, a class-sorted folder would give its first classes
         if corruption and order == "gradual":
             steps = [source.corrupted(name, s) for s in GRADUAL]
+            _check_alike(name, steps)
             parts = torch.tensor_split(chosen, len(GRADUAL))
             segments += [Segment(d, part) for d, part in zip(steps, parts, strict=True)]
         else:
             segments.append(Segment(domain, chosen))
     return Stream(segments, order, batch_size, seed)
+
+
+def _check_alike(name: str, steps: list[Domain]) -> None:
+    """Refuse a corruption with another number of images at one severity than at the others."""
+    counts = {severity: len(step) for severity, step in zip(GRADUAL, steps, strict=True)}
+    if len(set(counts.values())) > 1:
+        have = ", ".join(f"{count} at severity {s}" for s, count in sorted(counts.items()))
+        raise UserError(
+            f"the gradual order needs the same images of {name} at every severity, and there are "
+            f"{have}; complete them, or use --order mixed or sequential"
+        )
 
 
 @dataclass(frozen=True, eq=False)

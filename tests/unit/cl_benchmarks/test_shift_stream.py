@@ -134,6 +134,21 @@ def test_bad_input() -> None:
         Stream([empty], "mixed", 4, 0)
 
 
+class Uneven(Marked):
+    """Of severity 3 there is an image less."""
+
+    def corrupted(self, corruption: str, severity: int) -> Domain:
+        whole = super().corrupted(corruption, severity)
+        count = EACH - (severity == 3)
+        return Memory(corruption, whole.images(range(count)), whole.labels[:count])
+
+
+def test_severities_with_other_numbers_of_images_are_for_other_orders() -> None:
+    assert make_stream(Uneven(), "fog", "mixed", severity=3).num_images == EACH - 1
+    with pytest.raises(UserError, match="20 at severity 2, 19 at severity 3, 20 at severity 4"):
+        make_stream(Uneven(), "fog", "gradual")
+
+
 def test_a_stream_of_chosen_domains() -> None:
     assert domains_of("fog+clean") == ("fog", "clean") and domains_of("fog") == ("fog",)
     assert domains_of("classical+") == (*CORRUPTIONS, "clean")
