@@ -68,8 +68,10 @@ class DomainGeneralisation(Experiment):
     about = ("domains", "test_domains", "model")
 
     def check(self, config: Config) -> None:
-        """Also what is compared."""
+        """Also what is compared, and that a grid has sides."""
         super().check(config)
+        if config.landscape == 1:
+            raise UserError("--landscape 1 is too small; use 0, or at least 2")
         for name in config.compare:
             registry.get("dg", name)
             if config.compare.count(name) > 1:

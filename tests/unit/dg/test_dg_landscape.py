@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from dynmoe.errors import UserError
 from dynmoe.experiments.dg.command import main
 from dynmoe.experiments.dg.landscape import principal_directions
 
@@ -47,3 +49,8 @@ def test_a_run_keeps_both_planes_and_shows_features_side_by_side(tmp_path: Path)
     assert path.shape == (3, 2) and not path[1:].any() and path[0].any()
     reach = arrays["principal_axis"][-1]
     assert np.abs(path).max() < reach < 1.3 * np.abs(path).max()
+
+
+def test_a_grid_of_one_point_is_no_landscape() -> None:
+    with pytest.raises(UserError, match="--landscape 1 is too small; use 0, or at least 2"):
+        main(["--preset", "smoke", "--landscape", "1"])
