@@ -302,8 +302,18 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         self.use_sgd(affine_parameters(self.model, self.name), lr, config.momentum)
 
     def adapt(self, images: Tensor) -> Tensor:
-        """One step, if any sample is trusted."""
+        """One step, if any sample is trusted.
+
+        Raises:
+            UserError: images of fewer pixels along a side than `grid` has patches.
+        """
         config, constants = self.config, CONSTANTS[self.config.setting]
+        side = min(images.shape[-2:])
+        if config.destroy == "patch" and config.grid > side:
+            raise UserError(
+                f"deyo: grid={config.grid} cuts more patches along a side than the images have "
+                f"pixels; use 1 to {side}"
+            )
         logits = self.model(images)
         h = softmax_entropy(logits)
         likely = (h < margin(config.filter, constants["filter"], logits)).nonzero().flatten()

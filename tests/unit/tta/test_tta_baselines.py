@@ -296,6 +296,12 @@ def test_a_spoilt_batch_counts_as_skipped_even_where_nobody_is_trusted(method, o
     assert (adapter.steps, adapter.skipped) == (0, 1)
 
 
+def test_deyo_cannot_cut_more_patches_than_pixels():
+    assert adapt(vit(), "deyo", filter=9.0, grid=16)(stream(1)[0]).isfinite().all()
+    with pytest.raises(UserError, match="grid=17 .* use 1 to 16"):
+        adapt(vit(), "deyo", grid=17)(stream(1)[0])
+
+
 def test_deyo_does_not_trust_what_loses_nothing():
     """Images of one colour have no shape to destroy: PLPD is 0, and must be above the threshold."""
     adapter = adapt(vit(), "deyo", filter=9.0, plpd=0.0)
