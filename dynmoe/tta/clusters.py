@@ -33,12 +33,14 @@ class Clusters(nn.Module):
         UserError: scipy, which places the centres, is not installed.
 
     Attributes:
+        led: a module that takes its samples has been found.
         chosen: int64 [B], the centres of the samples seen last.
         centres, counts: buffers [E, D] and [E], the samples' means and numbers.
         seen, mean, square: buffers [], [D] and [D]: samples so far, their mean, and sum of squared
             deviations from it.
     """
 
+    led = False
     centres: Tensor
     counts: Tensor
     seen: Tensor
@@ -56,6 +58,19 @@ class Clusters(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("square", torch.zeros(dim))
+
+    def check_width(self, dim: int) -> None:
+        """Refuse samples of another number of features.
+
+        Raises:
+            UserError: names both numbers.
+        """
+        if dim != len(self.mean):
+            raise UserError(
+                f"router=clusters: the first LayerNorm that the model calls has {dim} features, "
+                f"and the first in module order {len(self.mean)}; name the latter in frozen, or "
+                "use router=learned"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Clusters:
         """Move along, but stay in float32: half precision cannot count the samples of a stream."""

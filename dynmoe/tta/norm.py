@@ -33,10 +33,11 @@ class MoELayerNorm(nn.Module):
             top_k largest p), see `StraightThroughRouter`.
         per: "sample" or "batch", what gets experts of its own.
         clusters: chooses the experts in place of a router, for several norms together; `top_k` and
-            `per` then have no effect.
-        leads: this norm is the first of those; its input decides.
+            `per` then have no effect. The first of the norms that the model calls leads: its
+            input decides.
 
     Attributes:
+        leads: this norm leads its `clusters`.
         layer: the MoELayer that holds router and experts; its loss is the balance of the batch.
     """
 
@@ -49,12 +50,11 @@ class MoELayerNorm(nn.Module):
         top_k: int = 1,
         per: Literal["sample", "batch"] = "sample",
         clusters: Clusters | None = None,
-        leads: bool = False,
     ) -> None:
         super().__init__()
         (dim,) = norm.normalized_shape
         self.eps = norm.eps
-        self.clusters, self.leads = clusters, leads
+        self.clusters, self.leads = clusters, False
         learned = StraightThroughRouter.Config(k=top_k, per=per)
         self.layer = MoELayer(
             dim,
@@ -76,13 +76,20 @@ class MoELayerNorm(nn.Module):
         self.layer.reset_parameters(generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ..., D] -> [B, ..., D]."""
+        """[B, ..., D] -> [B, ..., D].
+
+        Raises:
+            UserError: the clusters are of another width than the norm that leads them.
+        """
         routing_input = x if x.dim() == 2 else _mean_of_positions(x.flatten(1, -2))
         shape = x.shape[-1:]
         # Scale 1 and shift 0 change nothing, but without them torch's CPU kernel is twice as slow.
         normal = F.layer_norm(x, shape, x.new_ones(shape), x.new_zeros(shape), self.eps)
         if self.clusters is None:
             return self.layer(normal, routing_input=routing_input)
+        if not self.clusters.led:
+            self.clusters.check_width(routing_input.shape[1])
+            self.leads = self.clusters.led = True
         if self.leads:
             self.clusters(routing_input)
         return self.layer(normal, routing_input=routing_input, context=self.clusters.chosen)

@@ -145,7 +145,7 @@ class Moetta(Adapter, name="moetta", source="Fan et al. 2025 (arXiv 2511.13760)"
         for _, norm in norms:
             most = config.max_experts or config.num_experts
             new = MoELayerNorm(norm, config.num_experts, most, generator, config.top_k,
-                               config.route_per, clusters, leads=not self.norms)  # fmt: skip
+                               config.route_per, clusters)  # fmt: skip
             replace_module(self.model, norm, new)
             self.norms.append(new.train())  # in which layers compute their losses
         for module in self.model.modules():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tta_models import stream, vit
 
 from dynmoe.errors import UserError
@@ -74,6 +74,35 @@ def test_all_layers_follow_the_first_ones_choice() -> None:
     first, *others = (norm.layer.last_routing.chosen for norm in adapter.norms)
     assert first.any(dim=0).sum() == 3
     assert all(torch.equal(first, other) for other in others)
+
+
+class Late(nn.Module):
+    """Two LayerNorms; `late`: the one that is called last, of `width`, stands first."""
+
+    def __init__(self, late: bool, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner, outer = nn.LayerNorm(8), nn.LayerNorm(width)
+        self.norms = nn.ModuleList([outer, inner] if late else [inner, outer])
+        self.parts = nn.ModuleList([nn.Linear(3, 8), nn.Linear(8, width), nn.Linear(width, 10)])
+        self.inner, self.outer = (1, 0) if late else (0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norms[self.inner](self.parts[0](images.flatten(2).transpose(1, 2)))
+        return self.parts[2](self.norms[self.outer](self.parts[1](x))).mean(dim=1)
+
+
+def test_the_norm_that_is_called_first_leads() -> None:
+    late, plain = (adapt(Late(late).double(), "moetta", keep=0, **OURS) for late in (True, False))
+    for images in stream(3):
+        torch.testing.assert_close(late(images), plain(images), rtol=0, atol=0)
+    assert [norm.leads for norm in late.norms] == [False, True]
+    assert [norm.leads for norm in copy.deepcopy(plain).norms] == [True, False]
+    wide = Late(late=True, width=6).double()
+    with pytest.raises(UserError, match="calls has 8 features, and the first in module order 6"):
+        adapt(wide, "moetta", keep=0, **OURS)(stream(1)[0])
+    fit = adapt(Late(late=True, width=6).double(), "moetta", frozen=(0,), **OURS)
+    assert fit(stream(1)[0]).isfinite().all()
 
 
 def test_the_spread_is_the_entropy_of_each_experts_mean_prediction(monkeypatch) -> None:
