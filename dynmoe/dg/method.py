@@ -32,6 +32,7 @@ class DGMethod(nn.Module, Part, kind="dg"):
             again unaugmented: `forward(images, embed(images))` is `forward(images)`.
         starts: `start` is to be called before the first step.
         watches: `watch` is to be called with the validation loss before each evaluation.
+        least_images: of each source domain, in a training batch.
 
     Raises:
         UserError: the backbone lacks an expected layer.
@@ -40,6 +41,7 @@ class DGMethod(nn.Module, Part, kind="dg"):
     embeds: ClassVar[bool] = False
     starts: bool = False
     watches: ClassVar[bool] = False
+    least_images: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -63,6 +65,11 @@ class DGMethod(nn.Module, Part, kind="dg"):
         Raises:
             UserError: an option, or the backbone, is unfit.
         """
+
+    @staticmethod
+    def unfit(config: Any, sources: int) -> str:
+        """The option that must be another for so many source domains; "" where all are fit."""
+        return ""
 
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [S, B, C] of the S members (1 but for ensembles), and weighted penalties by name.

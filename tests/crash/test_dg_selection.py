@@ -122,7 +122,7 @@ def test_stopped_at_every_step_and_resumed(tmp_path: Path, monkeypatch: pytest.M
     ("extra", "words"),
     [
         ("--domains.styles plain edges", "leaves out two domains, and there are 2"),
-        ("--method domain-experts --method.experts 2", "without plain and coloured"),
+        ("--method domain-experts --method.experts 2", "also trains on 1 source"),
     ],
 )
 def test_what_cannot_be_selected_so(

@@ -52,6 +52,11 @@ class BecottaDG(
         synergy: float = 0.1
         """weight of the synergy loss, the mean over layers of the negative mutual information"""
 
+    @staticmethod
+    def unfit(config: Any, sources: int) -> str:
+        """The number of domains, if some source domain would have no router."""
+        return "" if config.domains >= sources else "domains"
+
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Wrap the blocks."""
         if min(config.domains, config.experts, config.rank) < 1:

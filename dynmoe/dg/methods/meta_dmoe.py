@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class MetaDMoE(
         turn: steps taken, which name the next target.
     """
 
+    least_images = 2
     turn: Tensor
 
     @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class MetaDMoE(
         """as many as there are source domains"""
         step: float = 0.1
         """length of the student's step: times the gradient of the mean KL, nats"""
+
+    @staticmethod
+    def unfit(config: Any, sources: int) -> str:
+        """The number of experts, if it is not that of the source domains."""
+        return "" if config.experts == sources else "experts"
 
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Make experts, aggregator and student."""
@@ -90,7 +96,8 @@ class MetaDMoE(
         Where no domains are given, all experts learn from all images, and none is left out.
 
         Raises:
-            UserError: the batch has not as many domains as there are experts.
+            UserError: the batch has not as many domains as there are experts, or one image of the
+                target.
         """
         count = self.config.experts
         penalties: list[Tensor] = []
@@ -110,8 +117,13 @@ class MetaDMoE(
         own = slice(None) if domains is None else domains == target
         keep = [k for k in range(count) if domains is None or k != target]
         images, labels = images[own], labels[own]
+        if len(images) < self.least_images:
+            raise UserError(
+                f"meta-dmoe: the batch has {len(images)} image of a domain, whose student adapts "
+                "to one half and learns from the other; use --batch-size 2 or more"
+            )
         taught = self.aggregate(images, keep)
-        half = max(1, len(images) // 2)
+        half = len(images) // 2
         mixed = self._adapted(images[:half], taught[:half].detach())
         logits = self.head(self._features(self.student, images[half:], mixed))
         penalties += balance(self.layers, self.config.balance).values()

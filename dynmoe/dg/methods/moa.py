@@ -120,6 +120,11 @@ class DomainExperts(
         experts: int = 3
         """as many as there are source domains"""
 
+    @staticmethod
+    def unfit(config: Any, sources: int) -> str:
+        """The number of experts, if it is not that of the source domains."""
+        return "" if config.experts == sources else "experts"
+
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Make the experts."""
         if config.experts < 2:

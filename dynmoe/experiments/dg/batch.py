@@ -6,7 +6,7 @@ others: what is a mean over images is the mean of theirs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,3 +71,36 @@ def check_shared(config: Config) -> None:
             f"{count} processes cannot share --batch-size {config.batch_size}; use a multiple of "
             f"{2 * count}, twice their number"
         )
+
+
+def check_batches(found: dict[str, Config], own: str, domains: int) -> None:
+    """Refuse methods that batches of the data do not suit, before any of them is trained.
+
+    Args:
+        found: name of a method -> its settings.
+        own: the method of `--method`; the others have no options.
+        domains: of the data set.
+
+    Raises:
+        UserError: names the setting and what works.
+    """
+    for name, config in found.items():
+        part: Any = config.method.part
+        if config.batch_size < part.least_images:
+            raise UserError(
+                f"method {name} needs {part.least_images} images of each source domain in a batch; "
+                f"use --batch-size {part.least_images} or more (now {config.batch_size})"
+            )
+        if option := part.unfit(config.method, domains - 1):
+            flags = f"--method.{option} {domains - 1}"
+            way = flags if name == own else f"--method {name} {flags}, not --compare {name}"
+            way = way if domains > 2 else f"data with 3 domains or more, not {domains}"
+            raise UserError(
+                f"method {name} has {option}={getattr(config.method, option)}, and there are "
+                f"{domains - 1} source domains; use {way}"
+            )
+        if config.selection == "held-out-domain" and part.unfit(config.method, domains - 2):
+            raise UserError(
+                f"--selection held-out-domain also trains on {domains - 2} source domains, for "
+                f"which method {name} would need other options; use another --selection"
+            )

@@ -11,6 +11,7 @@ import numpy as np
 
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.experiments.dg.batch import check_batches
 from dynmoe.experiments.dg.exporting import DomainExporter
 from dynmoe.experiments.dg.measure import beside_figure, method_figures
 from dynmoe.experiments.dg.selection import selected
@@ -78,7 +79,11 @@ class DomainGeneralisation(Experiment):
                 raise UserError(f"--compare names {name} twice; name each once")
 
     def variants(self, config: Config, shared: Source) -> dict[str, dict[str, Config]]:
-        """The method of the settings, and each of `config.compare` with its defaults, not grown."""
+        """The method of the settings, and each of `config.compare` with its defaults, not grown.
+
+        Raises:
+            UserError: one that cannot learn from the batches of the data.
+        """
         own = config.method.part.name
         found = {own: replace(config, resume=True)}
         for name in config.compare:
@@ -90,6 +95,7 @@ class DomainGeneralisation(Experiment):
                     name=f"{config.name}-{name}" if config.name else None,
                     resume=True,
                 )
+        check_batches(found, own, len(shared.data.domains))
         return {"": found}
 
     def label(self, config: Config, shared: Source) -> str:

@@ -66,6 +66,8 @@ def test_the_targets_expert_does_not_teach_and_the_query_is_not_adapted_on() -> 
     torch.testing.assert_close(loss, torch.stack(list(parts.values())).sum())
     with pytest.raises(UserError, match="use --method.experts 3"):
         m.loss(x, LABELS, None, torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(UserError, match="the batch has 1 image of a domain"):
+        m.loss(x, LABELS, None, torch.tensor([0, 0, 0, 1]))
 
 
 @pytest.mark.parametrize("options", [{"experts": 1}, {"step": -1.0}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dg_cases import images, make, scatter
 from dynmoe import registry
 from dynmoe.dg.prototypes import kmeans, style
 from dynmoe.errors import UserError
+from dynmoe.experiments.dg.command import main
 from dynmoe.experiments.dg.experiment import DomainGeneralisation
 from dynmoe.experiments.dg.headroom import gate_figures, oracle
 from dynmoe.lab.experiment import Results
@@ -100,6 +102,27 @@ def test_experts_learn_from_their_own_domain_only() -> None:
     assert gradient is None  # the second expert's head never sees the first's images
     with pytest.raises(UserError, match="use --method.experts 3"):
         method.loss(x, LABELS, None, torch.tensor([0, 1, 2, 0]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method domain-experts", r"experts=3, .* 2 source domains; use --method.experts 2$"),
+        ("--compare domain-experts", r"use --method domain-experts --method.experts 2, not --comp"),
+        ("--compare meta-dmoe", r"use --method meta-dmoe --method.experts 2, not --compare"),
+        ("--method becotta --method.domains 1", r"domains=1, .* use --method.domains 2$"),
+        ("--method meta-dmoe --method.experts 2 --batch-size 1", "needs 2 images of each source"),
+        ("--compare domain-experts --domains.styles plain edges", "use data with 3 domains"),
+        ("--method domain-experts --method.experts 2 --selection held-out-domain",
+         "also trains on 1 source domains, for which method domain-experts"),
+    ],
+)  # fmt: skip
+def test_what_batches_do_not_suit_is_told_before_any_run(
+    flags: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        main(f"--preset smoke --vit.epochs 0 {flags} --runs-dir {tmp_path / 'runs'}".split())
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
 def test_an_oracle_takes_any_expert_that_is_right() -> None:
