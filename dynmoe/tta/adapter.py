@@ -96,6 +96,13 @@ class Adapter(nn.Module, Part, ABC, kind="tta"):
     def prepare(self) -> None:
         """Rebuild the model, make the optimizer of what is trained, set `memory`."""
 
+    def check_side(self, side: int) -> None:
+        """Refuse images whose shorter side has so many pixels; here none.
+
+        Raises:
+            UserError: an option does not suit them.
+        """
+
     @abstractmethod
     def adapt(self, images: Tensor) -> Tensor:
         """Learn from images [B, C, H, W] and give their logits [B, classes]; grad is enabled."""

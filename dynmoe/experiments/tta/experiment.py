@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from cl_benchmarks.shifts.stream import Stream, domains_of
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.costs import print_costs
@@ -113,7 +111,7 @@ class TestTimeAdaptation(Experiment):
         found = {own: _fitted(config, classes)}
         found |= {label: replace(config, method=method) for label, method in methods.items()}
         streams = [shifted(replace(config, streams=(s,)), shared.source) for s in config.streams]
-        _check_methods(found, shared.model, config, streams)  # what cannot work shows now
+        _check_methods(found, shared, config, streams)  # what cannot work shows now
 
         def trial(label: str, one: Config, stream: str) -> Config:
             name = f"{config.name}-{safe(label)}-{safe(stream)}" if config.name else None
@@ -247,17 +245,19 @@ class TestTimeAdaptation(Experiment):
 
 
 def _check_methods(
-    found: dict[str, Config], model: nn.Module, config: Config, streams: list[Stream]
+    found: dict[str, Config], shared: Shared, config: Config, streams: list[Stream]
 ) -> None:
     """Refuse methods that cannot adapt the model; the line names those that can.
 
     Raises:
-        UserError: there is one.
+        UserError: there is one, or one that does not suit the images.
     """
     fit, unfit = [], None
     for label, one in found.items():
         try:
-            _check_batches(make_adapter(one, copy.deepcopy(model)), config, streams)
+            adapter = make_adapter(one, copy.deepcopy(shared.model))
+            adapter.check_side(shared.source.size)
+            _check_batches(adapter, config, streams)
             fit.append(label)
         except UnfitModelError as error:
             unfit = unfit or error

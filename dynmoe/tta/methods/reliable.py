@@ -301,19 +301,18 @@ class Deyo(Adapter, name="deyo", source="Lee et al. 2024 (arXiv 2403.07366)"):
         lr = CONSTANTS[config.setting]["lr"] if config.lr is None else config.lr
         self.use_sgd(affine_parameters(self.model, self.name), lr, config.momentum)
 
-    def adapt(self, images: Tensor) -> Tensor:
-        """One step, if any sample is trusted.
-
-        Raises:
-            UserError: images of fewer pixels along a side than `grid` has patches.
-        """
-        config, constants = self.config, CONSTANTS[self.config.setting]
-        side = min(images.shape[-2:])
-        if config.destroy == "patch" and config.grid > side:
+    def check_side(self, side: int) -> None:
+        """Refuse images with fewer pixels along a side than `grid` has patches."""
+        if self.config.destroy == "patch" and self.config.grid > side:
             raise UserError(
-                f"deyo: grid={config.grid} cuts more patches along a side than the images have "
-                f"pixels; use 1 to {side}"
+                f"deyo: grid={self.config.grid} cuts more patches along a side than the images "
+                f"have pixels; use 1 to {side}"
             )
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """One step, if any sample is trusted."""
+        self.check_side(min(images.shape[-2:]))
+        config, constants = self.config, CONSTANTS[self.config.setting]
         logits = self.model(images)
         h = softmax_entropy(logits)
         likely = (h < margin(config.filter, constants["filter"], logits)).nonzero().flatten()

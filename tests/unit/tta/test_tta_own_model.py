@@ -285,6 +285,7 @@ def test_a_comparison_on_folders_with_a_model_of_ones_own(code: Path, tmp_path: 
             "--model {code}:bare --method moetta --compare noadapt cotta",
             "keep fewer. What fits: --method cotta --compare noadapt",
         ),
+        ("--compare deyo:grid=33", "grid=33 cuts more patches .* pixels; use 1 to 32"),
         ("--model {code}:grid", "must give logits"),
         ("--size 0", "does not tell the size of its images; give --size"),
         ("--mean 1 2", "--mean 1 2: give three numbers"),
