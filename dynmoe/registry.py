@@ -128,8 +128,7 @@ class Part:
             where = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
             cls.Config = dataclass(frozen=True, kw_only=True)(type("Config", (cls.Config,), where))
         other = _PARTS[cls.kind].get(name)
-        same = (cls.__module__, cls.__qualname__)  # the module may be imported again
-        if other is not None and (other.__module__, other.__qualname__) != same:
+        if other is not None and _place(other) != _place(cls):  # its file may be imported again
             both = [f"{c.__module__}.{c.__qualname__}" for c in (other, cls)]
             raise NameTakenError(
                 f"{cls.kind} {name!r} is defined by {both[0]} and again by {both[1]}; rename one"
@@ -137,6 +136,12 @@ class Part:
         cls.name, cls.source = name, source
         cls.Config.part = cls
         _PARTS[cls.kind][name] = cls
+
+
+def _place(part: type[Part]) -> tuple[str, str]:
+    """The file that a class stands in (or its module, in a notebook), and its name there."""
+    file = getattr(sys.modules.get(part.__module__), "__file__", None)
+    return os.path.realpath(file) if file else part.__module__, part.__qualname__
 
 
 def check_methods(part: type[Part]) -> None:
@@ -255,7 +260,8 @@ def _load_entry(entry: EntryPoint) -> None:
 def _import_file(path: Path) -> None:
     """Import a file under a module name made of its own: `my_router.py` as `own_my_router`.
 
-    The name depends on nothing else, so it is the same in every process and on every machine.
+    The name depends on nothing else, so it is the same in every process and on every machine. A
+    file that a script has imported already, or that is the script, is not imported again.
 
     Raises:
         UserError: no such file, no python file, or another file of that name was imported before.
@@ -264,11 +270,11 @@ def _import_file(path: Path) -> None:
         raise UserError("there is no such file")
     if path.suffix != ".py":
         raise UserError("it must be a python file (.py)")
+    if _is_imported(path):
+        return
     name = "own_" + re.sub(r"\W", "_", path.stem)
     there = sys.modules.get(name)
     if there is not None:
-        if Path(str(there.__file__)).samefile(path):
-            return
         raise UserError(f"{there.__file__} has the same name; rename one of them")
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
@@ -280,6 +286,13 @@ def _import_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+
+
+def _is_imported(path: Path) -> bool:
+    """Whether a module of this process comes from the file, whatever its name."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    named = [Path(file) for file in files if file and os.path.basename(file) == path.name]
+    return any(file.resolve() == path.resolve() for file in named)
 
 
 def _one_line(error: Exception) -> str:

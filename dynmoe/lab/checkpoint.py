@@ -11,12 +11,13 @@ import hashlib
 import io
 import pickle
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab.files import remove_leftovers, write_atomic
 
 KEEP = 2
@@ -28,11 +29,18 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     A later step than this one can only be damaged, passed over by `load_latest`: it goes first.
 
     Raises:
+        UserError: the state holds more than tensors and plain values, so it could not be loaded.
         ResourceError: disk full, also after the oldest checkpoint made room; the newest stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    buffer = _packed(state)
+    if not _is_plain(buffer):
+        place, kind = _other(state)
+        raise UserError(
+            f"the run cannot be saved: {place} is a {kind}, which could not be loaded again; a "
+            "part of your own may save numbers, strings, lists, dicts and tensors (a deque as a "
+            "list)"
+        )
     data = buffer.getvalue()
     path = folder / f"step-{step:09d}.pt"
     for later in folder.glob("step-*.pt"):
@@ -101,6 +109,31 @@ def _write(path: Path, data: bytes) -> None:
     write_atomic(path, data)
     if replaced:
         write_atomic(_checksum_file(path), checksum.encode())
+
+
+def _packed(state: Any) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def _is_plain(packed: io.BytesIO) -> bool:
+    return not torch.serialization.get_unsafe_globals_in_checkpoint(packed)
+
+
+def _other(state: Any) -> tuple[str, str]:
+    """Dotted keys and type of the first value that is neither a tensor nor plain."""
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(state, Mapping):
+        inside = state.items()
+    elif isinstance(state, list | tuple):
+        inside = enumerate(state)
+    for key, value in inside:
+        if not _is_plain(_packed(value)):
+            place, kind = _other(value)
+            return f"{key}.{place}".rstrip("."), kind
+    return "", type(state).__name__
 
 
 def _unpacked(path: Path, data: bytes) -> dict[str, Any]:

@@ -342,7 +342,7 @@ class Router(nn.Module, Part, kind="router"):
     def choose(self, scores: Tensor, k: int) -> Tensor:
         """[N, M] bool: the min(k, E) active experts of largest score [N, M] + selection bias."""
         scores = (scores.detach() + self.selection_bias).masked_fill(~self.active, float("-inf"))
-        best = scores.topk(k, dim=1).indices
+        best = scores.topk(min(k, scores.shape[1]), dim=1).indices
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
         return chosen & self.active
 

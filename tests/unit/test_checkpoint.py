@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import checkpoint
 from dynmoe.lab.checkpoint import exists, load_latest, save
 
@@ -45,6 +48,24 @@ def test_saves_loads_and_keeps_two(tmp_path: Path) -> None:
     _save(folder, 8, 9, 10, 10_000_000_000)
     assert _steps(folder) == [10, 10_000_000_000]
     assert len(os.listdir(folder)) == 4  # each with its checksum
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({"growth": {"trigger": {"recent": deque([1])}}}, r"growth\.trigger\.recent is a deque"),
+        ({"parts": [torch.zeros(1), np.float64(2)]}, r"parts\.1 is a float64"),
+        ({"kind": UserError}, r"kind is a type"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(
+    tmp_path: Path, state: dict[str, Any], told: str
+) -> None:
+    """A trigger of one's own that keeps a deque would else cost the run at its resume."""
+    _save(tmp_path, 1)
+    with pytest.raises(UserError, match=told):
+        save(tmp_path, 2, state)
+    assert _steps(tmp_path) == [1]
 
 
 def _truncate(path: Path) -> None:
@@ -191,7 +212,9 @@ class Code:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    path = checkpoint.save(tmp_path / "c", 1, {"state": Code(made)})
+    path = checkpoint.save(tmp_path / "c", 1, {"state": 0})
+    torch.save({"state": Code(made)}, path)
+    path.with_name(f"{path.name}.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     for load in (lambda: checkpoint.load_latest(path.parent), lambda: checkpoint.load(path)):
         with pytest.raises(ResourceError, match="it could run code"):
             load()

@@ -253,6 +253,24 @@ def test_a_file_is_imported_once_whatever_it_is_called(
     assert registry.get("pruning", "mine").__module__ == "own_my_pruning"
 
 
+def test_a_script_may_import_a_file_that_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable stays set in the shell in which the file is then imported as in any script."""
+    (folder / "my_part.py").write_text(PRUNING.format(name="mine-too"))
+    monkeypatch.setenv("DYNMOE_PARTS", "my_part.py")
+    script = "from dynmoe import registry\n"
+    first, then = "from my_part import Mine\n", "got = registry.get('pruning', 'mine-too')\n"
+    for order in (first + then, then + first):
+        (folder / "script.py").write_text(script + order + "assert got.name == Mine.name\n")
+        found = subprocess.run(
+            [sys.executable, "script.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        assert found.stderr == ""
+
+
 def test_a_file_may_ask_for_names_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "first.py").write_text(
         "from dynmoe import registry\n"
