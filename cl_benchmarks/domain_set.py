@@ -101,6 +101,12 @@ class DomainSet:
                 raise ValueError(f"{domain.name}: labels must lie in 0 .. {len(self.classes) - 1}")
 
     @property
+    def files(self) -> list[Path]:
+        """Of all images that are in files, domain by domain."""
+        read = [d.images for d in self.domains if not isinstance(d.images, Tensor)]
+        return [file for images in read for file in images]
+
+    @property
     def names(self) -> list[str]:
         """Names of the domains, in order."""
         return [domain.name for domain in self.domains]

@@ -33,7 +33,7 @@ from cl_benchmarks.settings import Config, check_without_tasks
 from cl_benchmarks.stream import chunk_datasets, make_benchmark
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.lab import torchrun
+from dynmoe.lab import inputs, torchrun
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results, Session
 from dynmoe.lab.export import Exporter
 from dynmoe.lab.report import print_table
@@ -108,6 +108,11 @@ class ContinualLearning(Experiment):
     def load(self, config: Config) -> ImageData:
         """The data set."""
         return config.dataset.build().load(DATA_SEED)
+
+    def inputs(self, config: Config, shared: ImageData) -> dict[str, str]:
+        """The images, where they are files."""
+        folder = getattr(config.dataset, "data_dir", None)
+        return inputs.images(shared.name, folder, shared.files)
 
     def prepare(self, run: Run, config: Config, shared: ImageData) -> StreamSession:
         """Network, optimizer, trainer and stream."""

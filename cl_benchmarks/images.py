@@ -79,6 +79,8 @@ class ImageData:
     in_time_order: bool = False
     """rows as they came. Test rows are then the training rows: a protocol must test on what comes
     after a row, not on what was learnt (`online` does)"""
+    files: tuple[Path, ...] = ()
+    """that the images were read from; () for images that were made, or that are not in files"""
 
     def __post_init__(self) -> None:
         for split, images, labels, domains in (

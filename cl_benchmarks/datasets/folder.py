@@ -110,6 +110,7 @@ class Folder(Dataset, name="folder", source="ours; the layouts are torchvision's
             test_images=images[1],
             test_labels=torch.tensor(test_labels),
             num_classes=len(names),
+            files=(*(train[i] for i in kept), *test),
             **_domain_fields(domains, [train_domains[i] for i in kept], test_domains),
         )
 
@@ -163,6 +164,7 @@ class Core50(Dataset, name="core50", source="Lomonaco and Maltoni 2017 (arXiv 17
             test_images=images[1],
             test_labels=torch.tensor(test_labels),
             num_classes=OBJECTS // fives,
+            files=(*train, *test),
             **_domain_fields(sessions, train_domains, test_domains),
         )
 

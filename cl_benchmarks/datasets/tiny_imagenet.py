@@ -123,6 +123,7 @@ def read_tree(tree: Path, config: TinyImagenet.Config | None = None) -> ImageDat
         train_labels=torch.tensor(train_labels),
         test_images=test_images,
         test_labels=torch.tensor(test_labels),
+        files=(*train, *test),
     )
 
 

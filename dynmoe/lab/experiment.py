@@ -167,6 +167,13 @@ class Experiment(ABC):
             UserError: they cannot be had.
         """
 
+    def inputs(self, config: Any, shared: Any) -> dict[str, str]:
+        """What a run reads from files that the settings only name -> digest of what is in there.
+
+        None by default; see `dynmoe.lab.inputs`.
+        """
+        return {}
+
     @abstractmethod
     def prepare(self, run: Run, config: Any, shared: Any) -> Session:
         """A run that is about to begin, or to go on."""

@@ -30,7 +30,7 @@ import torch
 
 from dynmoe import __version__, registry, seeding
 from dynmoe.errors import Interrupted, UserError
-from dynmoe.lab import checkpoint, processes
+from dynmoe.lab import checkpoint, inputs, processes
 from dynmoe.lab.config import RunConfig, difference, digest, identity, to_dict
 from dynmoe.lab.device import make_deterministic, resolve
 from dynmoe.lab.files import lock, remove_leftovers, write_json
@@ -50,6 +50,7 @@ class Run:
         preset: begins the default run name; see `dynmoe.lab.names`.
         config: the settings.
         label: put into the default run name, e.g. the method and the data set.
+        read: files and data sets that it reads -> digests, see `Experiment.inputs`.
 
     Attributes:
         folder: the run's folder.
@@ -59,12 +60,19 @@ class Run:
         log: the Logger (None when finished).
 
     Raises (on entering):
-        UserError: the folder is in use, holds other settings, or holds an unfinished run and
-            `--resume` was not given; the device is not there.
+        UserError: the folder is in use, holds other settings or a run on other files, or holds an
+            unfinished run and `--resume` was not given; the device is not there.
     """
 
-    def __init__(self, command: str, preset: str, config: RunConfig, label: str = "") -> None:
-        self.config = config
+    def __init__(
+        self,
+        command: str,
+        preset: str,
+        config: RunConfig,
+        label: str = "",
+        read: dict[str, str] | None = None,
+    ) -> None:
+        self.config, self.read = config, read or {}
         place = Path(config.runs_dir) / command
         self.name = config.name or _name(place, preset, label, digest(config))
         self.folder = place / self.name / f"seed-{config.seed}"
@@ -184,8 +192,13 @@ class Run:
         check_settings(self.folder, self.config)
         summary = self.folder / "summary.json"
         if summary.is_file():
+            inputs.check(self.folder, self.read)
             return json.loads(summary.read_text()), None
         saved = self._find_checkpoint()
+        if saved is not None:
+            inputs.check(self.folder, self.read)
+        if self.read:
+            write_json(self.folder / inputs.NAME, self.read)
         write_json(self.folder / "config.json", to_dict(self.config))
         self._write_environment(goes_on=saved is not None)
         return None, saved

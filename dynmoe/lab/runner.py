@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from dynmoe.errors import DynmoeError, Interrupted, Pruned, UserError
-from dynmoe.lab import processes
+from dynmoe.lab import inputs, processes
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
 from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
@@ -59,7 +59,8 @@ def run_one(
     if shared is None:
         shared = processes.in_turn(lambda: experiment.load(config))
     model = None
-    with Run(experiment.command, preset, config, experiment.label(config, shared)) as run:
+    label, read = experiment.label(config, shared), experiment.inputs(config, shared)
+    with Run(experiment.command, preset, config, label, read) as run:
         now = run.summary is None
         if now:
             run.log.bar = bar
@@ -150,7 +151,12 @@ def plan(
 
 
 def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) -> Results:
-    """Those of finished jobs: stream -> variant -> one per seed."""
+    """Those of finished jobs: stream -> variant -> one per seed.
+
+    Raises:
+        UserError: a file that some of them read has changed in between.
+    """
+    inputs.check_alike(j.folder for vs in jobs.values() for js in vs.values() for j in js)
     runs = {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
     folders = {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
     return Results(runs, folders, experiment, chance=chance_of(runs))

@@ -18,6 +18,7 @@ from dynmoe.experiments.dg.selection import selected
 from dynmoe.experiments.dg.settings import Config
 from dynmoe.experiments.dg.source import Source, load_source
 from dynmoe.experiments.dg.trial import Trial
+from dynmoe.lab import inputs
 from dynmoe.lab.cache import Arrays
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
@@ -105,6 +106,12 @@ class DomainGeneralisation(Experiment):
     def load(self, config: Config) -> Source:
         """Domains and backbone."""
         return load_source(config)
+
+    def inputs(self, config: Config, shared: Source) -> dict[str, str]:
+        """Weights and images, where they are files."""
+        folder = getattr(config.domains, "data_dir", None)
+        images = inputs.images(shared.data.name, folder, shared.data.files)
+        return images | inputs.weights(config.weights)
 
     def prepare(self, run: Run, config: Config, shared: Source) -> Trial:
         """The trial of the settings' seed."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cl_benchmarks.shifts.folders import FolderShifts
 from cl_benchmarks.shifts.stream import Stream, domains_of
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.costs import print_costs
@@ -25,6 +26,7 @@ from dynmoe.experiments.tta.gates import METRICS as COLUMNS
 from dynmoe.experiments.tta.session import StreamSession, make_adapter, shifted
 from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source
+from dynmoe.lab import inputs
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
@@ -140,6 +142,14 @@ class TestTimeAdaptation(Experiment):
     def load(self, config: Config) -> Shared:
         """The images and the trained model."""
         return make_source(config)
+
+    def inputs(self, config: Config, shared: Shared) -> dict[str, str]:
+        """Weights, and the clean images of class folders."""
+        found = inputs.weights(config.weights)
+        if isinstance(shared.source, FolderShifts):
+            images = shared.source.images
+            found |= inputs.images(images.name, config.data_dir, images.files)
+        return found
 
     def prepare(self, run: Run, config: Config, shared: Shared) -> StreamSession:
         """The stream, and the method around a copy of the model."""
