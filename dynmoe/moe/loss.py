@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynmoe.moe.bank import ExpertBank
+from dynmoe.moe.passes import StepNotes
 from dynmoe.moe.router import Router, Routing, check_option
 from dynmoe.registry import Part, PartConfig
 
@@ -26,7 +27,7 @@ class LossInput:
     bank: ExpertBank
 
 
-class AuxLoss(nn.Module, Part, kind="loss"):
+class AuxLoss(StepNotes, Part, kind="loss"):
     """Base of all auxiliary losses. A layer owns one module per loss; buffers hold its state.
 
     Attributes:
@@ -51,8 +52,8 @@ class AuxLoss(nn.Module, Part, kind="loss"):
     def finish_step(self, router: Router) -> None:
         """Move what the training passes since the last optimizer step ask for; here nothing.
 
-        Losses with such state note it in `forward`, once per pass (`Passes.learns`), and sum it
-        over all processes here.
+        Losses with such state note it in `forward`, once per pass (`Passes.learns`), in tensors
+        named in `step_notes`, and sum it over all processes here.
         """
 
     @abstractmethod

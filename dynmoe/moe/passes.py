@@ -11,11 +11,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -85,6 +85,37 @@ class Passes:
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
+
+
+class StepNotes(nn.Module):
+    """Base of modules that add up what the training passes of an optimizer step show.
+
+    The sums are plain tensors: with buffers, `DistributedDataParallel` would give every process
+    those of rank 0 before each pass whose gradients it averages. They are copied, pickled and moved
+    with the module, and are not saved in its `state_dict`.
+
+    Attributes:
+        step_notes: names of the attributes that hold them.
+    """
+
+    step_notes: ClassVar[tuple[str, ...]] = ()
+
+    def notes(self) -> list[Tensor]:
+        """The sums as they are now, of any shapes, in the order of `step_notes`."""
+        return [getattr(self, name) for name in self.step_notes]
+
+    def notes_to(self, device: torch.device) -> None:
+        """Take them to the data's device, for wrappers that move parameters and buffers alone."""
+        for name, noted in zip(self.step_notes, self.notes(), strict=True):
+            if noted.device != device:
+                setattr(self, name, noted.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of every module (`to`, `half`, `cuda`, ...), for the sums, too."""
+        super()._apply(fn, recurse)
+        for name, noted in zip(self.step_notes, self.notes(), strict=True):
+            setattr(self, name, fn(noted))
+        return self
 
 
 def several_processes() -> bool:

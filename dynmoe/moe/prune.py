@@ -20,6 +20,7 @@ from dynmoe.moe.experts.bottleneck import BottleneckBank
 from dynmoe.moe.experts.pool import LoRAPool
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import undisturbed
+from dynmoe.moe.passes import StepNotes
 from dynmoe.moe.router import Routing
 
 
@@ -97,7 +98,8 @@ def without_experts(layer: MoELayer, kept: list[int]) -> MoELayer:
     order = torch.tensor([*kept, *others], device=layer.created.device)
     smaller.router.keep_experts(order, len(kept))
     for loss in smaller.losses:
-        for tensor in (*loss.parameters(recurse=False), *loss.buffers(recurse=False)):
+        notes = loss.notes() if isinstance(loss, StepNotes) else []
+        for tensor in (*loss.parameters(recurse=False), *loss.buffers(recurse=False), *notes):
             if tensor.shape[:1] == order.shape:
                 tensor.copy_(tensor[order])
                 tensor[len(kept) :] = 0  # what the removed experts left in sums and counts

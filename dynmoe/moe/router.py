@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.passes import batch_sum, one_batch, sum_over_processes
+from dynmoe.moe.passes import StepNotes, batch_sum, one_batch, sum_over_processes
 from dynmoe.registry import Part, PartConfig
 
 
@@ -164,7 +164,7 @@ def check_option(config: PartConfig, option: str, allowed: bool, what: str) -> N
         raise UserError(f"{part.name} {part.kind}: {option}={value!r} must be {what}")
 
 
-class Router(nn.Module, Part, kind="router"):
+class Router(StepNotes, Part, kind="router"):
     """Base of all routers. Subclasses define `route`, and `reset_parameters` if they hold more.
 
     Parameters and buffers of a router's own with first axis M are rows of experts; what belongs to
@@ -296,8 +296,8 @@ class Router(nn.Module, Part, kind="router"):
     def finish_step(self) -> None:
         """Move what the training passes since the last optimizer step ask for; here nothing.
 
-        Routers with such state note it in `route`, once per pass (`Passes.learns`), and sum it over
-        all processes here.
+        Routers with such state note it in `route`, once per pass (`Passes.learns`), in tensors
+        named in `step_notes`, and sum it over all processes here.
         """
 
     def expert_rows(self) -> list[nn.Parameter]:
@@ -305,8 +305,9 @@ class Router(nn.Module, Part, kind="router"):
         return [p for p in self.parameters(recurse=False) if p.shape[:1] == self.active.shape]
 
     def expert_buffers(self) -> list[Tensor]:
-        """Buffers [M, ...] whose first axis is the experts'; pruning reorders their entries."""
-        return [b for b in self.buffers(recurse=False) if b.shape[:1] == self.active.shape]
+        """Buffers and notes [M, ...], a row per expert; pruning reorders their entries."""
+        held = [*self.buffers(recurse=False), *self.notes()]
+        return [tensor for tensor in held if tensor.shape[:1] == self.active.shape]
 
     @torch.no_grad()
     def keep_experts(self, order: Tensor, count: int) -> None:

@@ -180,15 +180,14 @@ class CountingLoss(AuxLoss):
     """Base of the losses that count picks over the training passes of an optimizer step.
 
     Attributes:
-        counts: buffer [M] int64, picks of each expert since the last optimizer step; not saved.
+        counts: [M] int64, picks of each expert since the last optimizer step; not saved.
     """
 
-    counts: Tensor
+    step_notes = ("counts",)
 
     def __init__(self, config: AuxLoss.Config, max_experts: int) -> None:
         super().__init__(config, max_experts)
-        counts = torch.zeros(max_experts, dtype=torch.long)
-        self.register_buffer("counts", counts, persistent=False)
+        self.counts = torch.zeros(max_experts, dtype=torch.long)
         self._passes, self._seen = Passes(), Passes()
 
     def reset_parameters(self) -> None:
@@ -214,6 +213,7 @@ class GlobalBalanceLoss(
         routing = inputs.routing
         mean = routing.mean(routing.probabilities)
         number = new_pass()
+        self.notes_to(mean.device)
         before, picks = self._seen.recall(number, lambda: self._count(routing))
         if self._passes.learns(number):
             self.counts += picks
@@ -284,6 +284,7 @@ class LossFree(
                 "could steer; take one such as 'topk', or another loss"
             )
         if self.training and self._passes.learns(new_pass()):
+            self.notes_to(chosen.device)
             self.counts += chosen.sum(dim=0)
         return inputs.routing.gates.new_zeros(())
 
@@ -292,6 +293,7 @@ class LossFree(
         """Move the router's biases by the experts chosen in the step's passes."""
         bias, active = router.selection_bias, router.active
         wide = torch.promote_types(bias.dtype, torch.float32)  # half precision: no large counts
+        self.notes_to(bias.device)
         counts = sum_over_processes(self.counts).to(wide)
         experts = active.sum()
         mean = counts.sum() / experts

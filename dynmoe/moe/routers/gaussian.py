@@ -52,8 +52,8 @@ class GaussianRouter(
         current, steps: buffers [D, D] and [], the present phase's, and the steps in it.
         whiten: buffer [D, D], takes x to where the covariance is the identity; refreshed now and
             then.
-        sums, counts, scatter, gated: buffers [M, D], [M], [D, D] and [M], of this step's samples;
-            not saved.
+        sums, counts, scatter, gated: [M, D], [M], [D, D] and [M], of this step's samples; not
+            saved.
     """
 
     learning: Tensor
@@ -64,10 +64,7 @@ class GaussianRouter(
     current: Tensor
     steps: Tensor
     whiten: Tensor
-    sums: Tensor
-    counts: Tensor
-    scatter: Tensor
-    gated: Tensor
+    step_notes = ("sums", "counts", "scatter", "gated")
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -107,9 +104,8 @@ class GaussianRouter(
         self.register_buffer("current", torch.zeros(dim, dim))
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("whiten", torch.eye(dim))
-        noted = {"sums": (most, dim), "counts": (most,), "scatter": (dim, dim), "gated": (most,)}
-        for name, shape in noted.items():
-            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        self.sums, self.scatter = torch.zeros(most, dim), torch.zeros(dim, dim)
+        self.counts, self.gated = torch.zeros(most), torch.zeros(most)
         self._passes = Passes()
 
     def reset_buffers(self) -> None:
@@ -175,6 +171,7 @@ class GaussianRouter(
         if mask is not None:
             own = own & mask.unsqueeze(1)
         own = own.to(x.dtype)
+        self.notes_to(x.device)
         with torch.autocast(x.device.type, enabled=False):
             sums, counts = own.T @ x, own.sum(0)
             all_sums, all_counts = sums, counts
@@ -191,6 +188,7 @@ class GaussianRouter(
     @torch.no_grad()
     def finish_step(self) -> None:
         """Move means and covariance by the samples of the step's passes."""
+        self.notes_to(self.active.device)
         counts = sum_over_processes(self.counts)
         total = counts.sum()
         if total > 0:
@@ -231,6 +229,6 @@ class GaussianRouter(
         self.whiten.copy_(torch.linalg.solve_triangular(lower, eye, upper=False).T)
 
     def _forget(self) -> None:
-        for noted in (self.sums, self.counts, self.scatter, self.gated):
+        for noted in self.notes():
             noted.zero_()
         self._passes.clear()

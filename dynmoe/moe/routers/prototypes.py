@@ -44,8 +44,8 @@ class PrototypeRouter(
     Attributes:
         weight: Parameter [M, D] without gradient, the prototypes ([M, C] for contexts).
         idle: buffer [M] int64, optimizer steps since each active expert had a sample.
-        sums, counts: buffers [M, D] and [M] int64, samples of each prototype in this step.
-        far, far_off: buffers [M, D] and [M], the step's M samples that are farthest from their own
+        sums, counts: [M, D] and [M] int64, samples of each prototype in this step.
+        far, far_off: [M, D] and [M], the step's M samples that are farthest from their own
             prototypes, and their squared distances, 0 where there are fewer. These four are not
             saved.
 
@@ -54,10 +54,7 @@ class PrototypeRouter(
     """
 
     idle: Tensor
-    sums: Tensor
-    counts: Tensor
-    far: Tensor
-    far_off: Tensor
+    step_notes = ("sums", "counts", "far", "far_off")
     k = 1
     steerable = True
 
@@ -88,13 +85,8 @@ class PrototypeRouter(
         self.decay = config.decay
         self.patience = config.patience
         self.register_buffer("idle", torch.zeros(most, dtype=torch.long))
-        for name, noted in {
-            "sums": torch.zeros(most, width),
-            "far": torch.zeros(most, width),
-            "far_off": torch.zeros(most),
-            "counts": torch.zeros(most, dtype=torch.long),
-        }.items():
-            self.register_buffer(name, noted, persistent=False)
+        self.sums, self.far = torch.zeros(most, width), torch.zeros(most, width)
+        self.counts, self.far_off = torch.zeros(most, dtype=torch.long), torch.zeros(most)
         self._passes = Passes()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -140,6 +132,7 @@ class PrototypeRouter(
     @torch.no_grad()
     def _note(self, features: Tensor, squared: Tensor, own: Tensor) -> None:
         """Note features [N, D], their squared distances [N, M] and prototypes [N, M] of a pass."""
+        self.notes_to(features.device)
         with torch.autocast(features.device.type, enabled=False):
             self.sums += own.to(features.dtype).T @ features
         self.counts += own.sum(dim=0)
@@ -155,6 +148,7 @@ class PrototypeRouter(
     @torch.no_grad()
     def finish_step(self) -> None:
         """Move the prototypes by the samples of the step's passes."""
+        self.notes_to(self.active.device)
         counts = sum_over_processes(self.counts)
         means = sum_over_processes(self.sums) / counts.clamp(min=1).unsqueeze(1)
         has = counts > 0
@@ -174,7 +168,7 @@ class PrototypeRouter(
         self._forget()
 
     def _forget(self) -> None:
-        for noted in (self.sums, self.counts, self.far, self.far_off):
+        for noted in self.notes():
             noted.zero_()
         self._passes.clear()
 

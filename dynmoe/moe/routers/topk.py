@@ -281,13 +281,13 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
 
     Attributes:
         strength: buffer, scalar, the present weight of the loss (the paper's lambda).
-        noted: buffer [2] int64, real samples of this optimizer step and the experts that they use;
-            not saved.
+        noted: [2] int64, real samples of this optimizer step and the experts that they use; not
+            saved.
     """
 
     normalised = False
+    step_notes = ("noted",)
     strength: Tensor
-    noted: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PartConfig):
@@ -309,7 +309,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
         self.mean_used, self.alpha = config.k, config.alpha
         self.initial_strength = config.strength
         self.register_buffer("strength", torch.tensor(config.strength))
-        self.register_buffer("noted", torch.zeros(2, dtype=torch.long), persistent=False)
+        self.noted = torch.zeros(2, dtype=torch.long)
         self._passes = Passes()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -341,6 +341,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
     @torch.no_grad()
     def finish_step(self) -> None:
         """Adapt the strength to what the step's passes used."""
+        self.notes_to(self.active.device)
         samples, used = sum_over_processes(self.noted)
         experts = self.active.sum()
         target = (1 - self.mean_used / experts).clamp(min=0.0)
@@ -355,6 +356,7 @@ class ReLURouter(Router, name="relu", source="Wang et al. 2024 (arXiv 2412.14711
 
     @torch.no_grad()
     def _note(self, routing: Routing) -> None:
+        self.notes_to(self.active.device)
         used = routing.picks() > 0
         self.noted[0] += len(used) if routing.mask is None else routing.mask.sum()
         self.noted[1] += used.sum()

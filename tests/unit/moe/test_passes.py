@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer, collect_aux_losses, finish_step, register_step_hook
-from dynmoe.moe.passes import MOST_PASSES
+from dynmoe.moe.passes import MOST_PASSES, StepNotes
 
 DIM = 6
 ROUTERS = registry.names("router")
@@ -226,3 +227,45 @@ def test_a_forgotten_hook_is_told_once():
             layer.collect_losses()
     texts = [str(w.message) for w in caught]
     assert any("register_step_hook(model, optimizer)" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("router", "loss"),
+    [
+        *((router, "none") for router in ROUTERS if router != "oracle"),
+        *(("topk", loss) for loss in LOSSES if loss != "load"),
+    ],
+)
+def test_training_passes_change_no_buffer(router, loss):
+    """Data parallel gives all processes rank 0's before a pass; draws are alike on all of them."""
+    layer = make_layer(router, loss)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer(inputs())
+    changed = [n for n, b in layer.named_buffers() if not torch.equal(b, before[n])]
+    assert [name for name in changed if not name.endswith("noise.drawn")] == []
+
+
+@pytest.mark.parametrize(
+    ("router", "loss"),
+    [("topk", "loss-free"), ("relu", "none"), ("prototypes", "none"), ("gaussian", "none")],
+)
+def test_what_passes_noted_goes_along_with_the_module(router, loss):
+    layer = make_layer(router, loss)
+    layer(inputs())
+    layers = [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    for one in layers:
+        finish_step(one)
+        torch.testing.assert_close(one.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    (holder,) = [m for m in layer.modules() if isinstance(m, StepNotes) and m.step_notes]
+    assert any(noted.dtype in (torch.long, torch.double) for noted in holder.notes())
+    assert all(noted.dtype in (torch.long, torch.half) for noted in holder.half().notes())
+    assert all(noted.is_meta for noted in holder.to("meta").notes())
+
+
+def test_notes_follow_the_data_where_only_parameters_and_buffers_were_moved():
+    layer = make_layer("gaussian")
+    held = [tensor for m in layer.modules() for tensor in (m._parameters, m._buffers)]
+    for tensors in held:
+        tensors.update({n: t if t is None else t.to("meta") for n, t in tensors.items()})
+    layer.router.notes_to(layer.router.active.device)
+    assert all(noted.is_meta for noted in layer.router.notes())

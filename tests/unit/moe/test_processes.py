@@ -97,13 +97,14 @@ def train_on_shares(model: WithLosses, part: slice, size: int) -> dict[str, Tens
 
 
 def _noted(rank: int) -> States:
-    """One step of state alone: no weight moves but by what the passes noted."""
+    """One step of state alone, by two synchronised passes: weights move by what these noted."""
     states: States = {}
     for router, loss in MOVED_BY_DATA:
-        model = make_model(router, loss)
-        model(batch(0)[rank::2])
+        model = DistributedDataParallel(make_model(router, loss), find_unused_parameters=True)
+        for x in batch(0)[rank::2].chunk(2):
+            model(x).backward()
         finish_step(model)
-        states[router, loss] = model.state_dict()
+        states[router, loss] = model.module.state_dict()
     return states
 
 
