@@ -22,8 +22,8 @@ class HeadReset(
 ):
     """At each task start, puts the output layer back to its first weights, or to zero.
 
-    Its optimizer state is cleared as well. First weights are what Lee et al. 2024 (arXiv
-    2406.02596) take, zeros what Dohare et al. 2024 do.
+    Its optimizer state is cleared as well; what is frozen stays. First weights are what Lee et al.
+    2024 (arXiv 2406.02596) take, zeros what Dohare et al. 2024 do.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class HeadReset(
     def act(self) -> None:
         """Reset."""
         for parameter, first in zip(self.parameters, self.first, strict=True):
+            if not parameter.requires_grad:
+                continue
             parameter.copy_(first if self.config.to == "first" else torch.zeros_like(first))
             self.optimizer.state.pop(parameter, None)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Limit
 from dynmoe.interventions.units import Slot, UnitLayer, find_units, renewed, watch
 from dynmoe.moe import UnitBank
@@ -18,9 +20,14 @@ from dynmoe.registry import PartConfig
 class UnitReset(Intervention):
     """Base: hidden units are looked at as training runs them, and re-initialised when due.
 
+    Layers that are frozen, or read by a frozen one, are left alone while they are.
+
     Attributes:
         layers: of hidden units.
         seen: number of a layer -> what `look` gave for it, since the latest `clear()`.
+
+    Raises:
+        UserError: in `attach`, no layer of hidden units is found, or all are left alone.
     """
 
     by_batch = True
@@ -28,9 +35,15 @@ class UnitReset(Intervention):
     def begin(self) -> None:
         """Find the units, and look on as they act."""
         self.layers = find_units(self.model)
+        if all(layer.frozen for layer in self.layers):
+            raise UserError(
+                f"intervention {self.name}: every layer of hidden units is frozen or read by a "
+                "frozen one, so it would do nothing; let one and its reader learn "
+                "(requires_grad_(True)), or leave the intervention out"
+            )
         self.seen: dict[int, Any] = {}
         for number, layer in enumerate(self.layers):
-            watch(layer, number, self._see, self.due)
+            watch(layer, number, self._see, partial(self._looks, layer))
 
     @abstractmethod
     def look(self, activations: Tensor) -> Any:
@@ -45,6 +58,9 @@ class UnitReset(Intervention):
         layer.draw_incoming(index, self.generator)
         layer.silence(index)
         layer.restart_moments(index, self.optimizer)
+
+    def _looks(self, layer: UnitLayer) -> bool:
+        return self.due() and not layer.frozen
 
     def _see(self, number: int, activations: Tensor) -> None:
         self.seen[number] = self.look(activations)
@@ -182,9 +198,9 @@ def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
 
     Args:
         mean: [n] mean activations. Layers without biases are passed over: those in front of batch
-            normalisation, which takes any shift away.
+            normalisation, which takes any shift away. So are frozen biases.
     """
-    if (bias := slot.bias) is None:
+    if (bias := slot.bias) is None or not bias.requires_grad:
         return
     weight = slot.parameter.index_select(slot.axis, slot.entries(index)).movedim(slot.axis, 0)
     weight = weight.flatten(2).sum(dim=2) if weight.dim() > 2 else weight  # [n * repeat, out]

@@ -88,6 +88,13 @@ class UnitLayer:
         """U."""
         return self.incoming[0].parameter.shape[0]
 
+    @property
+    def frozen(self) -> bool:
+        """Whether some of what feeds, normalises or reads the units does not learn."""
+        around = [slot.parameter for slot in (*self.incoming, *self.outgoing)]
+        around += [p for norm in self.norms for p in norm.parameters()]
+        return not all(p.requires_grad for p in around)
+
     @torch.no_grad()
     def activations(self, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """[rows, U] activations in one forward call of `source`: a row per sample and position."""

@@ -241,3 +241,12 @@ def test_head_reset(to: str) -> None:
     loop.run(6)
     assert not torch.equal(head.weight, after["4.weight"])
     assert int(loop.optimizer.state[head.weight]["step"]) == 2
+
+
+def test_a_frozen_head_is_not_reset() -> None:
+    loop = Loop("mlp", "head-reset", every=1, to="zeros")
+    loop.model[5].weight.requires_grad_(False)  # type: ignore[index]
+    before = weights(loop.model)
+    loop.run(2)
+    assert torch.equal(loop.model[5].weight, before["5.weight"])  # type: ignore[index]
+    assert not loop.model[5].bias.any()  # type: ignore[index]

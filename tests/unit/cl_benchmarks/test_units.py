@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from intervention_helpers import NETWORKS, batch, conv, mlp, moe, seeded
+from intervention_helpers import NETWORKS, Loop, batch, conv, make, mlp, moe, seeded, weights
 from torch import Tensor, nn
 
 from cl_benchmarks.networks import build_network
@@ -254,3 +254,37 @@ def test_growth_renews_units_and_is_noticed(budget: Budget) -> None:
         expected = [i >= len(was) or not torch.equal(now[i], was[i]) for i in range(len(now))]
         assert renewed(layer, model, before[0]).tolist() == expected
         assert any(expected) == (name == "3")
+
+
+@pytest.mark.parametrize("name", ["redo", "cbp", "snr"])
+def test_frozen_layers_and_what_they_read_are_left_alone(name: str) -> None:
+    """Of three hidden layers, the first is frozen; the second one feeds a frozen one."""
+
+    def network() -> nn.Module:
+        layers = [nn.Linear(16, 16) for _ in range(4)]
+        layers[0].requires_grad_(False), layers[2].requires_grad_(False)
+        hidden = [m for layer in layers for m in (layer, nn.ReLU())]
+        return nn.Sequential(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), *hidden, nn.Linear(16, 3))
+
+    options = {"redo": {"tau": 0.99, "period": 1}, "snr": {"limit": 1, "period": 1}}
+    loop = Loop(network, name, **options.get(name, {"rate": 0.5, "maturity": 0}))
+    before, lasting = weights(loop.model), loop.intervention.layers[-1]
+    drawn: list[UnitLayer] = []
+    plain = loop.intervention.reset
+    loop.intervention.reset = lambda layer, index: (drawn.append(layer), plain(layer, index))
+    loop.run(3)
+    for parameter_name, parameter in loop.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[parameter_name]), parameter_name
+    assert drawn and {layer.name for layer in drawn} == {lasting.name}
+    loop.model[3].requires_grad_(True)
+    loop.run(6)
+    assert len({layer.name for layer in drawn}) > 1
+
+
+@pytest.mark.parametrize("name", ["redo", "cbp", "snr"])
+def test_a_network_with_frozen_hidden_layers_alone_is_refused(name: str) -> None:
+    model = mlp()
+    model[3].requires_grad_(False)  # type: ignore[index]
+    with pytest.raises(UserError, match=f"{name}: every layer of hidden units is frozen"):
+        make(name).attach(model, torch.optim.SGD(model.parameters()), seeded())
