@@ -39,7 +39,9 @@ class Slot:
     """of the parameter in the module: read it there, since growth may replace it"""
     axis: int
     repeat: int = 1
-    """consecutive entries per unit: the positions of a feature map that was flattened"""
+    """entries per unit: the positions of a feature map, or the tokens, that were flattened"""
+    apart: bool = False
+    """a unit's entries are U apart, as of flattened tokens; else they are consecutive"""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -52,16 +54,21 @@ class Slot:
         return getattr(self.module, self.name.replace("w_", "b_").replace("weight", "bias"), None)
 
     def entries(self, units: Tensor) -> Tensor:
-        """[n * repeat] positions along `axis` of the units [n]."""
+        """[n * repeat] positions along `axis` of the units [n], one unit after the other."""
         if self.repeat == 1:
             return units
         offsets = torch.arange(self.repeat, device=units.device)
+        if self.apart:
+            number = self.parameter.shape[self.axis] // self.repeat
+            return (units.unsqueeze(1) + offsets * number).flatten()
         return (units.unsqueeze(1) * self.repeat + offsets).flatten()
 
     def unit_major(self, values: Tensor) -> Tensor:
         """Values of the parameter's shape as [U, everything else that belongs to a unit]."""
         first = values.movedim(self.axis, 0)
-        return first.reshape(first.shape[0] // self.repeat, -1)
+        if self.apart:
+            first = first.unflatten(0, (self.repeat, -1)).transpose(0, 1)
+        return first.reshape(values.shape[self.axis] // self.repeat, -1)
 
 
 @dataclass(eq=False)
@@ -260,7 +267,8 @@ def _behind(
         before, step = step, next(iter(step.users))
         module = _called(step, modules)
         if isinstance(module, ACTIVATIONS):
-            readers = _readers(step, producer.weight.shape[0], modules)
+            units, tokens = producer.weight.shape[0], isinstance(producer, nn.Linear)
+            readers = _readers(step, units, tokens, modules)
             targets = [other.target for other in graph.nodes]
             if not readers or targets.count(node.target) > 1 or targets.count(before.target) > 1:
                 break
@@ -274,21 +282,27 @@ def _behind(
     return []
 
 
-def _readers(node: fx.Node, units: int, modules: dict[str, nn.Module]) -> list[Slot]:
-    """What reads a node's output; empty where anything but weights does."""
+def _readers(node: fx.Node, units: int, tokens: bool, modules: dict[str, nn.Module]) -> list[Slot]:
+    """What reads a node's output; empty where anything but weights does.
+
+    Units are the last axis, so that those of several tokens alternate in flattened outputs, or
+    (not `tokens`) the axis of a convolution's channels.
+    """
     slots: list[Slot] = []
     for user in node.users:
         module = _called(user, modules)
         if isinstance(module, nn.Linear) and module.in_features % units == 0:
-            slots.append(Slot(module, "weight", 1, module.in_features // units))
+            slots.append(Slot(module, "weight", 1, module.in_features // units, tokens))
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             slots.append(Slot(module, "weight", 1))
         elif isinstance(module, MoELayer) and unit_banks(module):
             inner = [s for b in unit_banks(module) for s in _pool("", module, b).incoming]
             matrices = [s for s in inner if s.parameter.dim() == 2]
-            slots += [Slot(s.module, s.name, 1, s.parameter.shape[1] // units) for s in matrices]
+            slots += [
+                Slot(s.module, s.name, 1, s.parameter.shape[1] // units, tokens) for s in matrices
+            ]
         elif _keeps_units(user, module):
-            if not (behind := _readers(user, units, modules)):
+            if not (behind := _readers(user, units, tokens, modules)):
                 return []
             slots += behind
         else:

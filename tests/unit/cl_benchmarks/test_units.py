@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cl_benchmarks.networks import build_network
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
+from dynmoe.interventions.resetting import move_to_bias
 from dynmoe.interventions.units import UnitLayer, find_units, renewed, watch
 from dynmoe.moe import MoELayer
 from dynmoe.registry import get
@@ -177,6 +178,38 @@ def test_a_flattened_map_gives_a_unit_all_its_positions() -> None:
                                                                                10, 11]  # fmt: skip
     rows = slot.unit_major(slot.parameter)
     assert torch.equal(rows[2], slot.parameter[:, 8:12].T.reshape(-1))
+
+
+@pytest.mark.parametrize("reader", ["linear", "moe"])
+def test_flattened_tokens_give_a_unit_its_place_in_each(reader: str) -> None:
+    """[B, 5, 8] tokens with 6 units each: what is silenced is what a dead unit no longer says."""
+    torch.manual_seed(0)
+    last = nn.Linear(30, 4) if reader == "linear" else MoELayer(30, 4, 8, shared_hidden=4)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), last).double().eval()
+    tokens, index = torch.randn(16, 5, 8, dtype=torch.double), torch.tensor([1, 4])
+    layer = find_units(model)[0]
+    with torch.no_grad():
+        layer.incoming[0].parameter[index] = 0
+        layer.incoming[1].parameter[index] = torch.tensor([0.5, 0.25]).double()
+    alive, before = model[:3](tokens), model(tokens)  # type: ignore[index]
+    slot = layer.outgoing[0]
+    assert torch.equal(
+        alive[:, slot.entries(index)], alive.new([0.5] * 5 + [0.25] * 5).expand(16, 10)
+    )
+    places = torch.arange(30).expand_as(slot.parameter)
+    assert torch.equal(slot.unit_major(places)[4], places[:, 4::6].T.reshape(-1))
+    if reader == "linear":
+        with torch.no_grad():
+            move_to_bias(slot, index, torch.tensor([0.5, 0.25]))
+        layer.silence(index)
+        torch.testing.assert_close(model(tokens), before)
+    with torch.no_grad():
+        for incoming in layer.incoming:
+            incoming.parameter[index] = 0
+    before = model(tokens)
+    layer.silence(index)
+    torch.testing.assert_close(model(tokens), before)
+    assert (slot.parameter == 0).sum() == 10 * len(slot.parameter)
 
 
 class Odd(nn.Module):
