@@ -103,14 +103,8 @@ def _note_activity(
     means: list[Tensor], layer: MoELayer, args: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     """Note the mean |activation| [H] of a layer's units in a call of it."""
-    given = dict(zip(("x", "mask"), args, strict=False)) | named
-    bank, x, mask = layer.bank, given["x"], given.get("mask")
-    mask = layer.routing_context[0] if mask is None else mask
+    bank = layer.bank
     assert isinstance(bank, UnitBank | BottleneckBank)
-    rows = x if bank.per_sample else x.reshape(-1, x.shape[-1])
-    if mask is not None:
-        real = (mask != 0).reshape(-1).to(rows.device)
-        rows = rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
     units = bank.hidden if isinstance(bank, UnitBank) else bank.all_hidden
-    hidden = units(rows).abs()
+    hidden = units(layer.real_rows(*args, **named)).abs()
     means.append(hidden.transpose(0, 1).flatten(1).mean(dim=1))

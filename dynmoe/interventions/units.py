@@ -103,11 +103,14 @@ class UnitLayer:
         return not all(p.requires_grad for p in around)
 
     @torch.no_grad()
-    def activations(self, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """[rows, U] activations in one forward call of `source`: a row per sample and position."""
+    def activations(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        """[rows, U] activations in one forward call of `source`: a row per sample and position.
+
+        What an MoE layer's mask names padding has no row.
+        """
         if self.bank is not None:
-            hidden = self.bank.hidden(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
-            return full_precision(hidden)
+            assert isinstance(self.source, MoELayer)
+            return full_precision(self.bank.hidden(self.source.real_rows(*inputs, **named)))
         assert self.activation is not None
         before = output.detach().movedim(1 if output.dim() == 4 else -1, -1)
         rows = before.flatten(0, -2).clone()  # the activation may work in place
@@ -200,16 +203,20 @@ def watch(
 ) -> torch.utils.hooks.RemovableHandle:
     """Call `seen(number, activations [rows, U])` on every forward pass that training learns from.
 
-    That is in training mode and with gradients: a PPO agent that only acts is not seen. Passes
-    while `wanted()` is false cost nothing.
+    That is in training mode and with gradients: a PPO agent that only acts is not seen, nor is a
+    pass of padding alone. Passes while `wanted()` is false cost nothing.
     """
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(
+        module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
         if module.training and torch.is_grad_enabled() and wanted():
             with torch.no_grad():
-                seen(number, layer.activations(inputs, output))
+                activations = layer.activations(inputs, named, output)
+                if len(activations):
+                    seen(number, activations)
 
-    return layer.source.register_forward_hook(hook)
+    return layer.source.register_forward_hook(hook, with_kwargs=True)
 
 
 class _Tracer(fx.Tracer):

@@ -205,6 +205,18 @@ class MoELayer(nn.Module):
             y = padding.blank(y)
         return self._keep_losses(y) if self.last_losses else y
 
+    def real_rows(self, x: Tensor, mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        """The rows [N, D_in] of a pass without its padding; [N, ...] for banks of whole samples.
+
+        Called with what `forward` was called with, while `routing_inputs` still gives the same.
+        """
+        mask = self.routing_context[0] if mask is None else mask
+        rows = x if self.bank.per_sample else x.reshape(-1, x.shape[-1])
+        if mask is None:
+            return rows
+        real = (mask != 0).reshape(-1).to(rows.device)
+        return rows[real.repeat_interleave(len(rows) // max(len(real), 1))]
+
     def _route(
         self, x: Tensor, mask: Tensor | None, context: Tensor | None, groups: int
     ) -> Routing:

@@ -15,7 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
 from dynmoe.interventions.resetting import move_to_bias
 from dynmoe.interventions.units import UnitLayer, find_units, renewed, watch
-from dynmoe.moe import MoELayer
+from dynmoe.moe import MoELayer, routing_inputs
 from dynmoe.registry import get
 
 
@@ -102,6 +102,49 @@ def test_watching_leaves_acting_and_evaluation_out() -> None:
     handle.remove()
     model(batch(0)[0])
     assert len(seen) == 3
+
+
+class Padded(nn.Module):
+    """Sentences [B, T, 6] with padding, which its MoE layer gets to know in one of three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layer = MoELayer(6, 6, 8, num_experts=2, max_experts=4, shared_hidden=4)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.way == "context":
+            return self.head(self.layer(x))
+        y = self.layer(x, mask=mask) if self.way == "keyword" else self.layer(mask=mask, x=x)
+        return self.head(y)
+
+
+@pytest.mark.parametrize("way", ["keyword", "keywords alone", "context"])
+@pytest.mark.parametrize("name", ["redo", "cbp", "snr"])
+def test_padding_has_no_say_in_which_units_are_reset(name: str, way: str) -> None:
+    """What stands in it may be NaN: the network learns as from the real positions alone."""
+    options = {"redo": {"tau": 0.9, "period": 1}, "snr": {"limit": 1, "period": 1}}
+    ends, real = [], torch.arange(5) < torch.tensor([[3], [5], [0]])
+    for padded in (True, False):
+        torch.manual_seed(0)
+        model = Padded(way).double()
+        model.layer.bank.b_in.data[1] = -9.0  # a unit that never fires
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        intervention = make(name, **options.get(name, {"rate": 0.5, "maturity": 0}))
+        intervention.attach(model, optimizer, seeded())
+        for number in range(4):
+            x = torch.randn(3, 5, 6, generator=seeded(number), dtype=torch.double)
+            x[~real] = float("nan")
+            x, mask = (x, real) if padded else (x[real].unsqueeze(0), torch.ones(1, 8))
+            optimizer.zero_grad()
+            with routing_inputs(model, mask=mask):
+                model(x, mask)[mask.bool()].square().mean().backward()
+            optimizer.step()
+            intervention.step_done()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends)
+    assert ends[0]["layer.bank.b_in"][1] > -1  # it was renewed
 
 
 def test_an_activation_that_works_in_place_is_not_disturbed() -> None:
