@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, Periodic
+from dynmoe.interventions.units import full_precision
 from dynmoe.interventions.weights import Anchor, fresh_draw, linear_outputs, weight_matrices
 from dynmoe.moe.model import moe_layers, undisturbed
 from dynmoe.registry import PartConfig
@@ -232,8 +233,8 @@ def polar(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def exact_polar(matrices: Tensor) -> Tensor:
-    """The orthogonal polar factors of `[..., n, m]`; zero matrices stay zero."""
-    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    """The orthogonal polar factors of `[..., n, m]`, float32 at least; zero matrices stay zero."""
+    left, _, right = torch.linalg.svd(full_precision(matrices), full_matrices=False)
     return left @ right * matrices.any(dim=(-2, -1), keepdim=True)
 
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Limit
-from dynmoe.interventions.units import Slot, UnitLayer, find_units, renewed, watch
+from dynmoe.interventions.units import (
+    Slot,
+    UnitLayer,
+    find_units,
+    full_precision,
+    renewed,
+    watch,
+)
 from dynmoe.moe import UnitBank
 from dynmoe.registry import PartConfig
 
@@ -157,7 +164,8 @@ class CBP(
     def update(self, layer: UnitLayer, record: UnitRecord, mean: Tensor, size: Tensor) -> Tensor:
         """Take a batch's mean activation and mean |activation| [U]; returns units replaced [n]."""
         decay = self.config.decay
-        reach = sum(s.unit_major(s.parameter.detach().abs()).sum(dim=1) for s in layer.outgoing)
+        sizes = ((slot, full_precision(slot.parameter.detach()).abs()) for slot in layer.outgoing)
+        reach = sum(slot.unit_major(weights).sum(dim=1) for slot, weights in sizes)
         record.age += 1
         record.mean.lerp_(mean, 1 - decay)
         record.utility.lerp_(size * reach, 1 - decay)
@@ -184,8 +192,8 @@ class CBP(
             values[index] = 0.0
 
     def new_record(self, layer: UnitLayer) -> UnitRecord:
-        """All zeros."""
-        zeros = torch.zeros(layer.units).to(layer.incoming[0].parameter)
+        """All zeros; in float32 at least, as in bfloat16 an age would stop at 256."""
+        zeros = full_precision(torch.zeros(layer.units).to(layer.incoming[0].parameter))
         return UnitRecord(zeros, zeros.clone(), zeros.clone())
 
     def look(self, activations: Tensor) -> tuple[Tensor, Tensor]:

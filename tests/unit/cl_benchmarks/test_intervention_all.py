@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from intervention_helpers import Loop, assert_equal, batch, make
+from intervention_helpers import Loop, assert_equal, batch, make, mlp
+from torch import Tensor, nn
 
 from dynmoe import registry
 from dynmoe.errors import UserError
@@ -146,3 +147,31 @@ def test_draws_nothing_from_torchs_own_generator(case: str, network: str) -> Non
     for _ in range(10):
         torch.rand(1)
     assert torch.equal(drawn, torch.get_rng_state())
+
+
+class Cast(nn.Flatten):
+    """What comes in, flat and in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+def low_precision() -> nn.Module:
+    return nn.Sequential(Cast(), *mlp()[1:]).bfloat16()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_in_bfloat16_will_do(case: str) -> None:
+    name, options = CASES[case]
+    loop = Loop(low_precision, name, **options).run(6)
+    for parameter in loop.model.parameters():
+        assert parameter.dtype == torch.bfloat16 and parameter.isfinite().all()
+
+
+def test_cbp_counts_ages_that_bfloat16_does_not_hold() -> None:
+    loop = Loop(low_precision, "cbp", rate=0.0)
+    loop.run(1)
+    (record, *_) = loop.intervention.records
+    record.age += 300
+    loop.restore(loop.state()).run(3)
+    assert (record.age == 303).all()
