@@ -54,6 +54,13 @@ class Replay(Intervention, name="replay", source="Avalanche (Lomonaco et al. 202
             ReplayPlugin(self.config.size, batch_size_mem=self.config.batch or None)
         )
 
+    def penalty(self) -> Tensor:
+        """Refused: other loops than Avalanche's call it, and there nothing is replayed."""
+        raise UserError(
+            "intervention replay acts in the loop of python -m dynmoe.cl alone; in a loop of your "
+            "own mix the images of earlier tasks into the batches"
+        )
+
     def without_tasks(self) -> str | None:
         """It keeps labelled images of tasks."""
         return "intervention replay keeps images of earlier tasks; there are none here; use l2-init"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Anchored, Intervention, Limit
 from dynmoe.interventions.units import NORMS, Slot
 from dynmoe.interventions.weights import weight_matrices
@@ -171,6 +172,9 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
     Avalanche's F is the mean over batches of the squared gradient of a batch's mean loss, in
     evaluation mode at the task's end; the paper's strength is half of this one. It is against
     forgetting rather than for plasticity. Weights that growth rewrites in place are held, too.
+
+    Raises:
+        UserError: in `penalty`, which other loops than Avalanche's call.
     """
 
     limits: ClassVar = {"strength": Limit.FINITE}
@@ -187,6 +191,13 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
         from avalanche.training.plugins import EWCPlugin
 
         return ResumableEWC(EWCPlugin(self.config.strength))
+
+    def penalty(self) -> Tensor:
+        """Refused: its plugin adds the penalty."""
+        raise UserError(
+            "intervention ewc acts in Avalanche's loop alone: use python -m dynmoe.cl, or give its "
+            "plugin() to an Avalanche strategy; in a loop of your own take l2-init"
+        )
 
     def without_tasks(self) -> str | None:
         """Its penalty begins with the second task."""

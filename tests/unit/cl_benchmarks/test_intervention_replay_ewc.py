@@ -281,3 +281,13 @@ def test_bad_options_are_refused(name: str, options: dict[str, float]) -> None:
 def test_they_need_tasks(name: str) -> None:
     reason = get("intervention", name).Config().build().without_tasks()
     assert reason and name in reason
+
+
+@pytest.mark.parametrize("name", ["ewc", "replay"])
+def test_a_loop_of_ones_own_is_told_that_they_would_do_nothing(name: str) -> None:
+    model = torch.nn.Linear(4, 2)
+    intervention = get("intervention", name).Config().build()
+    intervention.attach(model, torch.optim.SGD(model.parameters()), torch.Generator())
+    with pytest.raises(UserError, match=f"{name} acts in .*python -m dynmoe.cl") as caught:
+        intervention.penalty()
+    assert "\n" not in str(caught.value)
