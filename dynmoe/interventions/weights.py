@@ -19,9 +19,11 @@ from dynmoe.interventions.units import Slot, unit_banks
 from dynmoe.moe import AuxLoss, ExpertBank, MoELayer, MultiHead, Router, UnitBank, moe_layers
 from dynmoe.moe.draws import Noise
 from dynmoe.moe.experts.bottleneck import BottleneckBank
+from dynmoe.moe.hyper import HyperMoE
+from dynmoe.moe.upcycle import Adapted
 from dynmoe.plasticity.probes import output_layers
 
-CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise)
+CORE = (MoELayer, MultiHead, Router, ExpertBank, AuxLoss, Noise, Adapted, HyperMoE)
 """Modules that a reset would take back to the number of experts that they started with."""
 
 
@@ -101,6 +103,10 @@ def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and not isinstance(module, CORE):
                 reset()
+                drawn |= set(module.parameters(recurse=False))
+        for module in twin.modules():
+            if isinstance(module, HyperMoE):
+                module.reset_hypernetwork()
                 drawn |= set(module.parameters(recurse=False))
     for _, layer in moe_layers(twin):
         experts = torch.arange(layer.max_experts)

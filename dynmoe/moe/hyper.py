@@ -86,6 +86,11 @@ class HyperMoE(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to the start, as `MoELayer.reset_parameters`."""
         self.layer.reset_parameters(generator)
+        self.reset_hypernetwork(generator)
+
+    @torch.no_grad()
+    def reset_hypernetwork(self, generator: torch.Generator | None = None) -> None:
+        """Back to the start with everything but the layer, which may have grown."""
         draw_linear(self.encoder, generator)
         self.up.zero_()
         self._draw(generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from intervention_helpers import NETWORKS, conv, mlp, moe, seeded, weights
@@ -19,6 +21,8 @@ from dynmoe.interventions.weights import (
     weight_matrices,
 )
 from dynmoe.moe import MoELayer
+from dynmoe.moe.hyper import HyperMoE
+from dynmoe.moe.upcycle import adapt_linears
 
 
 def names_of(model: nn.Module, outputs: bool = True) -> set[str]:
@@ -116,3 +120,33 @@ def test_modules_are_replaced_wherever_they_stand() -> None:
     model = nn.Sequential(shared, nn.Sequential(nn.Linear(1, 1), shared))
     replace_module(model, shared, nn.Tanh())
     assert isinstance(model[0], nn.Tanh) and model[1][1] is model[0]
+
+
+def adapted() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    adapt_linears(model, ["0"], lambda i, o: MoELayer(i, o, 4, max_experts=4, bank="lora"))
+    return model
+
+
+def hyper() -> nn.Module:
+    def layer(i: int, o: int) -> MoELayer:
+        return MoELayer(i, o, 8, max_experts=4, router="topk", router_options={"k": 1})
+
+    return nn.Sequential(HyperMoE(8, 8, layer), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("network", [adapted, hyper])
+def test_fresh_values_of_what_stands_around_a_layer_that_grew(
+    network: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = network()
+    first, new = weights(model), fresh_draw(model, seeded())
+    pruning, budget = RandomUnits.Config(), Budget(mode="per-growth")
+    GrowthController(model, budget=budget, pruning=pruning).grow(0)
+    drawn = fresh_draw(model, seeded())
+    assert drawn.keys() == new.keys() == first.keys()
+    for name, value in weights(model).items():
+        assert drawn[name].shape == value.shape
+        if name.startswith("0.") and ".layer." not in name and first[name].any():
+            assert not torch.equal(drawn[name], first[name]), name
