@@ -68,9 +68,11 @@ class ShrinkPerturb(
     """At each task start, shrinks all parameters towards zero and adds some of a new network.
 
     `theta <- shrink * theta + sigma * p`, where p is a new draw of the network's first values (or
-    standard normal). With `towards_init`, `theta <- shrink * theta + (1 - shrink) * theta_0`, as in
-    Lee et al. 2024 (arXiv 2406.02596); their coefficient is 1 - shrink. Optimizer state and
-    running statistics are left alone.
+    standard normal). Bare Parameters of modules without a `reset_parameters`, such as a class
+    token, are left alone with the former, as nobody knows what they are drawn from. With
+    `towards_init`, `theta <- shrink * theta + (1 - shrink) * theta_0`, as in Lee et al. 2024 (arXiv
+    2406.02596); their coefficient is 1 - shrink. Optimizer state and running statistics are left
+    alone.
     """
 
     limits: ClassVar = Periodic.limits | {"shrink": Limit.SHARE, "sigma": Limit.AT_LEAST_0}

@@ -91,8 +91,9 @@ def swap_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -
 def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """New first values of a network's parameters, by name, in their shapes, on their device.
 
-    Torch's layers are drawn by their own `reset_parameters`, MoE layers as at their start.
-    Parameters of other modules are left out.
+    Modules are drawn by their own `reset_parameters`, as torch's layers have, attention as torch
+    does, MoE layers as at their start. Parameters of other modules are left out: nobody knows what
+    they are drawn from.
     """
     twin = copy.deepcopy(model).cpu()
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -104,10 +105,14 @@ def fresh_draw(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor
             if callable(reset) and not isinstance(module, CORE):
                 reset()
                 drawn |= set(module.parameters(recurse=False))
-        for module in twin.modules():
+        for module in twin.modules():  # after their parts, which they draw in their own way
             if isinstance(module, HyperMoE):
                 module.reset_hypernetwork()
-                drawn |= set(module.parameters(recurse=False))
+            elif isinstance(module, nn.MultiheadAttention):
+                module._reset_parameters()
+            else:
+                continue
+            drawn |= set(module.parameters(recurse=False))
     for _, layer in moe_layers(twin):
         experts = torch.arange(layer.max_experts)
         layer.router.draw_rows(experts, generator)

@@ -150,3 +150,22 @@ def test_fresh_values_of_what_stands_around_a_layer_that_grew(
         assert drawn[name].shape == value.shape
         if name.startswith("0.") and ".layer." not in name and first[name].any():
             assert not torch.equal(drawn[name], first[name]), name
+
+
+def test_attention_is_drawn_as_torch_draws_it_and_nothing_else_changes() -> None:
+    """Its input weights are no layer of their own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
+    before = weights(model)
+    drawn = fresh_draw(model, seeded())
+    assert drawn.keys() == before.keys()
+    inputs, bound = drawn["0.self_attn.in_proj_weight"], (6 / (8 + 24)) ** 0.5
+    assert 0.9 * bound < inputs.abs().max() <= bound
+    assert not torch.equal(inputs, before["0.self_attn.in_proj_weight"])
+    for name in ("in_proj_bias", "out_proj.bias"):  # torch sets the latter to 0, too
+        assert not drawn[f"0.self_attn.{name}"].any()
+    torch.manual_seed(int(torch.randint(2**62, (), generator=seeded())))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+    assert torch.equal(drawn["1.weight"], model[1].weight)  # type: ignore[arg-type]
