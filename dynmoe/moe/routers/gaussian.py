@@ -117,6 +117,11 @@ class GaussianRouter(
         self.whiten.zero_().fill_diagonal_(1.0)
         self._forget()
 
+    def expert_buffers(self) -> list[Tensor]:
+        """Without the matrices [D, D], whose D may be M."""
+        matrices = (self.covariance, self.current, self.whiten, self.scatter)
+        return [b for b in super().expert_buffers() if not any(b is one for one in matrices)]
+
     @torch.no_grad()
     def draw_rows(self, index: Tensor, generator: torch.Generator | None) -> None:
         """Re-initialise the rows `index` [n]: they are the newest, and a new phase begins."""

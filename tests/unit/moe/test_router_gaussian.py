@@ -158,3 +158,16 @@ def test_sparse_gates() -> None:
 def test_bad_options(option: str, value: float) -> None:
     with pytest.raises(UserError, match=f"gaussian router: {option}="):
         make_router("gaussian", **{option: value})
+
+
+def test_pruning_leaves_the_covariance_alone_where_there_are_as_many_experts_as_inputs() -> None:
+    router = make_router("gaussian", experts=4, room=DIM)
+    for _ in range(5):
+        learn(router, samples(40) @ torch.linspace(-1, 1, DIM * DIM).double().view(DIM, DIM))
+    x = samples(20)
+    before = router.eval()(x).gates
+    kept = {name: getattr(router, name).clone() for name in ("covariance", "current", "whiten")}
+    order = torch.tensor([2, 0, 3, 1, *range(4, DIM)])
+    router.keep_experts(order, 4)
+    torch.testing.assert_close(router(x).gates, before[:, order])
+    assert all(torch.equal(getattr(router, name), value) for name, value in kept.items())
