@@ -153,6 +153,14 @@ RouterSize = tuple[int, int, int, torch.Generator | None]
 draws the weights."""
 
 
+def most_samples(factor: float, samples: Tensor, experts: Tensor | int) -> Tensor:
+    """`ceil(factor * samples / experts)` in float64, of any shape: what an expert takes at most.
+
+    Products that are whole numbers stay so: 1.1 * 100 / 10 is 11, and 11.000000000000002 in floats.
+    """
+    return (factor * samples.double() / experts - 1e-9).ceil()
+
+
 def check_option(config: PartConfig, option: str, allowed: bool, what: str) -> None:
     """Refuse an option of a router or a loss; `what` says what it must be, for the message.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from dynmoe.errors import UserError
-from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option, most_samples
 from dynmoe.registry import PartConfig
 
 
@@ -151,13 +151,13 @@ def assign(
     known = np.nan_to_num(known)
     known = known / max(np.abs(known).max(), np.finfo(float).tiny)
     each = min(k, experts)
-    even_share = each * samples / experts
-    most = min(int(np.ceil(capacity * even_share - 1e-9)), samples)
+    most = min(int(most_samples(capacity, torch.tensor(each * samples), experts)), samples)
     of_sample = sparse.kron(sparse.eye(samples), np.ones((1, experts)), format="csr")
     of_expert = sparse.kron(np.ones((1, samples)), sparse.eye(experts), format="csr")
     limits, bounds = [of_expert], [np.full(experts, most)]
     if even:
-        limits, bounds = [of_expert, -of_expert], [*bounds, np.full(experts, -int(even_share))]
+        least = each * samples // experts
+        limits, bounds = [of_expert, -of_expert], [*bounds, np.full(experts, -least)]
     found = linprog(
         -known.ravel(), sparse.vstack(limits), np.concatenate(bounds), of_sample,
         np.full(samples, each), bounds=(0, 1), method="highs-ds",

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.moe.draws import draw_entries, every
-from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, Slots, check_option
+from dynmoe.moe.router import (
+    Router,
+    RouterInput,
+    RouterSize,
+    Routing,
+    Slots,
+    check_option,
+    most_samples,
+)
 from dynmoe.registry import PartConfig
 
 
@@ -60,7 +68,7 @@ class ExpertChoiceRouter(
         order = scores.argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)  # [G, T, M]
         tokens = real.unflatten(0, (groups, -1)).sum(dim=1)
-        share = (tokens.double() * self.capacity / self.active.sum()).ceil()  # [G]
+        share = most_samples(self.capacity, tokens, self.active.sum())  # [G]
         return (rank < share.view(-1, 1, 1)).flatten(0, 1)
 
 

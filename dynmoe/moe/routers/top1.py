@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.moe.draws import Noise, draw_linear, draw_normal, seeded_linear
-from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option
+from dynmoe.moe.router import Router, RouterInput, RouterSize, Routing, check_option, most_samples
 from dynmoe.registry import PartConfig
 
 
@@ -67,8 +67,8 @@ class SwitchRouter(
         if mask is None:
             mask = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
         chosen = chosen & mask.unsqueeze(1)
-        capacity = (self.capacity_factor * mask.sum().double() / self.active.sum()).ceil()
-        return chosen & (chosen.long().cumsum(dim=0) <= capacity)
+        most = most_samples(self.capacity_factor, mask.sum(), self.active.sum())
+        return chosen & (chosen.long().cumsum(dim=0) <= most)
 
 
 class TokenRouter(

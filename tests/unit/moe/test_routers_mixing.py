@@ -28,7 +28,7 @@ def naive_choice(
     size = len(x) // groups
     for group in range(groups):
         tokens = [t for t in range(group * size, (group + 1) * size) if real[t]]
-        share = math.ceil(len(tokens) * capacity / experts)
+        share = math.ceil(len(tokens) * capacity / experts - 1e-9)
         for e in range(experts):
             for t in sorted(tokens, key=lambda t, e=e: (-p[t][e], t))[:share]:
                 gates[t, e] = p[t][e]

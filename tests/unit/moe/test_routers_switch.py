@@ -23,7 +23,7 @@ def naive_switch(
 ) -> Tensor:
     """[N, 5] gates, one sample after the other."""
     gates = torch.zeros(len(x), 5, dtype=torch.double)
-    capacity = math.ceil(factor * sum(real) / experts) if factor else len(x)
+    capacity = math.ceil(factor * sum(real) / experts - 1e-9) if factor else len(x)
     taken, weight = [0] * experts, router.weight.detach()
     for n, row in enumerate(x):
         scores = [float(row @ weight[e]) for e in range(experts)]
@@ -160,3 +160,19 @@ def test_cost_aware_refuses_what_it_cannot_do():
         make_router("cost-aware")(samples(3))
     with pytest.raises(UserError, match="cost_weight=-1.0 must be at least 0"):
         make_router("cost-aware", cost_weight=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("switch", {"capacity_factor": 1.1, "jitter": 0}),
+        ("expert-choice", {"capacity": 1.1}),
+        ("maxscore", {"capacity": 1.1, "k": 1}),
+    ],
+)
+def test_a_capacity_that_is_a_whole_number_is_not_rounded_up(name, options):
+    """1.1 * 100 / 10 is 11; in floats it is a little more."""
+    router = make_router(name, 10, room=10, **options)
+    with torch.no_grad():
+        router.weight[0] += 20.0
+    assert router(samples(100).abs()).chosen.sum(dim=0).max() == 11
