@@ -233,7 +233,7 @@ def _check_named_once(
         *((f"the grid's {choice!r}", own) for choice, own in at.items()),
         ("the flags of all runs", shlex.join(flags)),
     ]
-    named = [(place, _settings(shlex.split(own))) for place, own in places]
+    named = [(place, settings_in(shlex.split(own))) for place, own in places]
     of_variants, of_grid = named[: len(chosen)], named[len(chosen) : -1]
     pairs = [
         *itertools.product(of_variants, of_grid),
@@ -247,7 +247,7 @@ def _check_named_once(
             )
 
 
-def _settings(words: Sequence[str]) -> set[str]:
+def settings_in(words: Sequence[str]) -> set[str]:
     """The settings that flags name."""
     return {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
