@@ -93,6 +93,10 @@ class Sweep(Study):  # not registered: it is made of a command line
         """The choices of the grid; the flags of all runs are added to each."""
         return self.at
 
+    def shared_flags(self, own: str, flags: list[str]) -> list[str]:
+        """All of both: the grid may set options of a part that the flags name."""
+        return [*shlex.split(own), *flags]
+
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of the command line."""
         return self.chosen
