@@ -110,9 +110,10 @@ class ContinualLearning(Experiment):
         return config.dataset.build().load(DATA_SEED)
 
     def inputs(self, config: Config, shared: ImageData) -> dict[str, str]:
-        """The images, where they are files."""
+        """Images and tables, where they are files."""
         folder = getattr(config.dataset, "data_dir", None)
-        return inputs.images(shared.name, folder, shared.files)
+        images = inputs.images(shared.name, folder, shared.files)
+        return images | inputs.tables(shared.tables)
 
     def prepare(self, run: Run, config: Config, shared: ImageData) -> StreamSession:
         """Network, optimizer, trainer and stream."""
