@@ -50,6 +50,8 @@ CALIBRATION = ("ece", "adaptive_ece")
 """Metrics of how far confidence and accuracy on a task's test images are apart."""
 OF_OLD = ("old_accuracy", "forgetting")
 """Metrics that some tasks, or all, do not have: of the first nothing can be old."""
+LESS_IS_BETTER = (*CALIBRATION, "forgetting")
+"""Metrics whose worst task is the one with the largest value."""
 MATRIX = "test accuracy before training and after each task (rows) on each task (columns)"
 """Title of an accuracy matrix."""
 NEWEST = "newest experts, now / old"
@@ -156,8 +158,9 @@ class ContinualLearning(Experiment):
             return math.nan
         if at in ("first", "last"):
             return values[0 if at == "first" else -1]
-        found = plasticity_summary(values)
-        return found[{"mean": "mean", "worst": "min", "slope": "slope"}[at]]
+        if at == "worst":
+            return max(values) if metric in LESS_IS_BETTER else min(values)
+        return plasticity_summary(values)[at]
 
     def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
         """On streams in time order, what needs no network; in all runs of a stream it is equal."""
