@@ -163,7 +163,7 @@ def sweep(
         variants: label -> flags, such as `{"dense": "--method dense"}`.
         grid: setting -> values, such as `{"granularity": [1, 2], "router": ["cosine", "topk"]}`.
         flags: of every run.
-        seeds: their number from 0 on, or their range.
+        seeds: their number from 0 on, or their range, without gaps.
         name: of the folder of the results, `runs_dir/sweep/NAME`; None: from what is swept.
         question: what the sweep is to answer; it stands above the results.
         launcher: where runs are carried out; None: one after another.
@@ -178,6 +178,8 @@ def sweep(
     chosen, at = choose(variants or {}, grid or {}, command)
     _check_named_once(chosen, at, flags)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if seeds.step != 1:
+        raise UserError(f"seeds {seeds} have gaps; use a range with step 1")
     launcher = launcher or Local(1)
     words = _words(command, variants or {}, grid or {}, flags)
     name = name or f"{command}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"

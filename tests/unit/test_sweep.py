@@ -148,6 +148,13 @@ def test_a_grid_may_set_options_of_a_part_that_the_flags_name(
     assert len(set(seen.given)) == 4 and set(told) == set(seen.given)
 
 
+def test_seeds_with_gaps_are_refused(tmp_path: Path) -> None:
+    """Results name the first seed and how many there are."""
+    with pytest.raises(UserError, match=r"seeds range\(0, 4, 2\) have gaps; use a range with"):
+        sweep.sweep("cl", seeds=range(0, 4, 2), runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_nothing_to_sweep() -> None:
     with pytest.raises(UserError, match="nothing to sweep; give dg --variants"):
         sweep.choose({}, {}, "dg")
