@@ -223,10 +223,11 @@ def open_study(search: Search, out: Path) -> optuna.Study:
         UserError: they are of another search.
     """
     import optuna
+    from sqlalchemy import URL
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=f"sqlite:///{out / 'search.db'}",
+        storage=URL.create("sqlite", database=str(out / "search.db")).render_as_string(),
         study_name="search",
         direction="minimize" if search.config.minimize else "maximize",
         load_if_exists=True,

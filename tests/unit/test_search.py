@@ -80,6 +80,16 @@ def test_a_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> Non
         trials(tmp_path / "stopped", 8, minimize=True, at="mean")
 
 
+def test_a_name_may_have_signs_that_urls_read_otherwise(tmp_path: Path) -> None:
+    out = tmp_path / "what?x %41#"
+    own = search.Search(search.Config(), FLAGS, {}, Local(1))
+    with writing(out):
+        search.open_study(own, out)
+    assert (out / "search.db").is_file() and [path.name for path in tmp_path.glob("w*")] == [
+        out.name
+    ]
+
+
 def test_a_metric_that_runs_lack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no number for --metric nothing --at last"):
         trials(tmp_path, 1, metric="nothing")
