@@ -196,8 +196,9 @@ def search(config: Config, flags: list[str], launcher: Launcher) -> Results:
         best = run_trials(own, open_study(own, out), out, command)
     module = load(config.command)
     before, common = apart(own.space, flags)
+    found = {"without the search": before, "best trial": best}
     return run_study(
-        Sweep(name, {"without the search": before, "best trial": best}, question=QUESTION),
+        Sweep(name, found, None, QUESTION, config.metric, config.at),
         module.experiment(), module.presets(), common, seeds, launcher, config.runs_dir, out,
         command, retries=config.retries,
     )  # fmt: skip

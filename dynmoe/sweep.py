@@ -29,7 +29,7 @@ begin("sweep", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
-from dynmoe.lab.experiment import Results  # noqa: E402
+from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.forecast import print_forecast  # noqa: E402
 from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
 from dynmoe.lab.runner import plan  # noqa: E402
@@ -75,23 +75,27 @@ class Sweep(Study):  # not registered: it is made of a command line
     Args:
         name: of the folder of the results.
         chosen: variant -> its flags.
-        at: choice of the grid -> its flags; one without a name by default.
+        grid: choice of the grid -> its flags; one without a name by default.
         question: what stands above the results.
+        metric, at: what the verdict is about, and of which part of a run; by default the command's.
     """
 
     def __init__(
         self,
         name: str,
         chosen: dict[str, str],
-        at: dict[str, str] | None = None,
+        grid: dict[str, str] | None = None,
         question: str = Config.question,
+        metric: str = "",
+        at: At | None = None,
     ) -> None:
-        self.name, self.chosen, self.at = name, chosen, at or {"": ""}  # type: ignore[misc]
+        self.name, self.chosen, self.grid = name, chosen, grid or {"": ""}  # type: ignore[misc]
+        self.metric, self.at = metric, at
         self.__doc__ = question
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """The choices of the grid; the flags of all runs are added to each."""
-        return self.at
+        return self.grid
 
     def shared_flags(self, own: str, flags: list[str]) -> list[str]:
         """All of both: the grid may set options of a part that the flags name."""
@@ -104,7 +108,11 @@ class Sweep(Study):  # not registered: it is made of a command line
     def verdict(self, results: Results) -> list[str]:
         """Each against the first, at each choice of the grid."""
         first, *others = self.chosen
-        return [results.says(choice, other, first) for choice in self.at for other in others]
+        return [
+            results.says(choice, other, first, self.metric, self.at)
+            for choice in self.grid
+            for other in others
+        ]
 
 
 def main(argv: list[str]) -> None:

@@ -52,6 +52,15 @@ def test_variants_are_compared_at_each_choice_of_the_grid() -> None:
     first, second = study.verdict(Results(runs, {}, sweep.load("cl").experiment()))
     assert first.startswith("granularity 3: b against a: -60.0 points")
     assert second.startswith("granularity 4: b against a: -50.0 points")
+    assert "(train accuracy, last task;" in first
+
+
+def test_a_verdict_is_about_the_metric_that_was_searched_for() -> None:
+    study = sweep.Sweep("s", {"a": "", "b": ""}, None, "?", "test_accuracy", "mean")
+    runs = {v: [{"tasks": [{"train_accuracy": 0.1, "test_accuracy": x}]} for x in (0.5, level)]
+            for v, level in (("a", 0.5), ("b", 0.7))}  # fmt: skip
+    (said,) = study.verdict(Results({"": runs}, {}, sweep.load("cl").experiment()))
+    assert said.startswith("b against a: +10.0 points") and "(test accuracy, mean over" in said
 
 
 def _finished(accuracy: float) -> dict:
