@@ -244,6 +244,11 @@ class Injected(nn.Module):
                 kept = None if value is None else value.detach().clone()
                 self.register_buffer(f"{kind}_{name}", kept)
 
+    def zero(self) -> None:
+        """Let the outputs be 0, for a loop that begins each task so; the new layer learns on."""
+        for value in (*self.parameters(), *self.buffers()):
+            value.data.zero_()
+
     def forward(self, z: Tensor) -> Tensor:
         """The frozen outputs of z [..., D], plus what the new layer has learnt: [..., outputs]."""
         frozen = F.linear(z, self.frozen_weight, self.frozen_bias)
