@@ -76,6 +76,9 @@ class ReinforcementLearning(Experiment):
         told = envs.has_floors(config.env) and isinstance(intervention, Periodic)
         if reason is not None and not told:  # arrivals on floors stand for task starts
             raise UserError(reason)
+        steps = config.updates * config.epochs * config.minibatches
+        if (reason := intervention.too_late(math.inf, steps)) is not None:
+            raise UserError(f"intervention {intervention.name} would do nothing: {reason}")
         agent: Agent = config.method.build()
         agent.make_block(config, growing_steps(config), config.seed)(
             config.encoder.hidden, config.encoder.hidden, 1

@@ -108,6 +108,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
         if not self.eval_every:
             reasons["eval_steps"] = "nothing is evaluated; set --eval-every"
         reasons["trigger.rows"] = "updates of rl are values as they are, not joined; leave it out"
+        reasons |= {f"intervention.{o}": r for o, r in self.intervention.build().unused().items()}
         if not any(agent.learns for agent in agents):
             reasons |= {n: f"{names} does not learn; use one that does" for n in LEARNING}
         if self.video is None:

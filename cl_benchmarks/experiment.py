@@ -18,9 +18,10 @@ from cl_benchmarks.growth_plugin import GrowthPlugin
 from cl_benchmarks.images import ImageData
 from cl_benchmarks.lock_out import locked_out, tasks_with_lock_out, warn_of_lock_out
 from cl_benchmarks.losses import check_loss
-from cl_benchmarks.method import ZeroHead
+from cl_benchmarks.method import Horizon, ZeroHead
 from cl_benchmarks.preparing import (
     attach_intervention,
+    check_acts,
     check_batches,
     check_shared,
     load_trainer,
@@ -49,6 +50,8 @@ CALIBRATION = ("ece", "adaptive_ece")
 """Metrics of how far confidence and accuracy on a task's test images are apart."""
 OF_OLD = ("old_accuracy", "forgetting")
 """Metrics that some tasks, or all, do not have: of the first nothing can be old."""
+LESS_IS_BETTER = (*CALIBRATION, "forgetting")
+"""Metrics whose worst task is the one with the largest value."""
 MATRIX = "test accuracy before training and after each task (rows) on each task (columns)"
 """Title of an accuracy matrix."""
 NEWEST = "newest experts, now / old"
@@ -98,8 +101,18 @@ class ContinualLearning(Experiment):
             load_trainer()
 
     def variants(self, config: Config, shared: ImageData) -> dict[str, dict[str, Config]]:
-        """The method of the settings, then each of `config.compare`."""
-        return {"": {one.variant: one for one in _all_variants(config)}}
+        """The method of the settings, then each of `config.compare`.
+
+        Raises:
+            UserError: an intervention of one would do nothing in a run of this length.
+        """
+        own, *others = _all_variants(config)
+        if any(one.intervention.part.name != "none" for one in (own, *others)):
+            horizon = _horizon(config, shared)
+            check_acts(own, horizon)
+            for one in others:
+                check_acts(one, horizon, compared=True)
+        return {"": {one.variant: one for one in (own, *others)}}
 
     def label(self, config: Config, shared: ImageData) -> str:
         """Method and data set; it becomes part of a folder's name."""
@@ -110,9 +123,10 @@ class ContinualLearning(Experiment):
         return config.dataset.build().load(DATA_SEED)
 
     def inputs(self, config: Config, shared: ImageData) -> dict[str, str]:
-        """The images, where they are files."""
+        """Images and tables, where they are files."""
         folder = getattr(config.dataset, "data_dir", None)
-        return inputs.images(shared.name, folder, shared.files)
+        images = inputs.images(shared.name, folder, shared.files)
+        return images | inputs.tables(shared.tables)
 
     def prepare(self, run: Run, config: Config, shared: ImageData) -> StreamSession:
         """Network, optimizer, trainer and stream."""
@@ -144,8 +158,9 @@ class ContinualLearning(Experiment):
             return math.nan
         if at in ("first", "last"):
             return values[0 if at == "first" else -1]
-        found = plasticity_summary(values)
-        return found[{"mean": "mean", "worst": "min", "slope": "slope"}[at]]
+        if at == "worst":
+            return max(values) if metric in LESS_IS_BETTER else min(values)
+        return plasticity_summary(values)[at]
 
     def beside(self, results: Results, stream: str) -> dict[str, dict[str, Any]]:
         """On streams in time order, what needs no network; in all runs of a stream it is equal."""
@@ -226,6 +241,7 @@ class StreamSession(Session):
         training = prepare(config, data, outputs, horizon, run.device)
         check_batches(config, training.model, [len(chunk) for chunk in train])
         check_shared(config, training.model)
+        check_acts(config, horizon)
         plugins = config.method.build().plugins(config, training)
         self.growth = next((p for p in plugins if isinstance(p, GrowthPlugin)), None)
         plugins.append(attach_intervention(config, training, self.growth))
@@ -300,6 +316,12 @@ def _check_data(run: Run, known: dict[str, Any] | None, data: ImageData) -> None
             f"{run.folder} holds a run on {known['dataset']}, and now the data set is "
             f"{data.name}; use another --name"
         )
+
+
+def _horizon(config: Config, data: ImageData) -> Horizon:
+    """How long the runs are."""
+    chunks = config.protocol.build().stream(data, config.chunks, config.access, config.seed)
+    return horizon_of(config, [len(chunk.train_index) for chunk in chunks])
 
 
 def _all_variants(config: Config) -> list[Config]:

@@ -81,6 +81,8 @@ class ImageData:
     after a row, not on what was learnt (`online` does)"""
     files: tuple[Path, ...] = ()
     """that the images were read from; () for images that were made, or that are not in files"""
+    tables: tuple[Path, ...] = ()
+    """text files that rows and labels were read from"""
 
     def __post_init__(self) -> None:
         for split, images, labels, domains in (

@@ -12,7 +12,7 @@ import dynmoe.interventions as for_any_network
 from cl_benchmarks.stream import Position, crop_flip
 from dynmoe import seeding
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention
+from dynmoe.interventions.intervention import Intervention, one_task
 from dynmoe.registry import PartConfig
 
 __all__ = ["Replay", "for_any_network"]
@@ -64,6 +64,10 @@ class Replay(Intervention, name="replay", source="Avalanche (Lomonaco et al. 202
     def without_tasks(self) -> str | None:
         """It keeps labelled images of tasks."""
         return "intervention replay keeps images of earlier tasks; there are none here; use l2-init"
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """There must be earlier tasks."""
+        return one_task(tasks)
 
 
 class ResumableReplay:

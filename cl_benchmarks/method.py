@@ -22,6 +22,7 @@ from dynmoe import seeding
 from dynmoe.errors import UserError
 from dynmoe.growth.optimizer_state import mean_moments, neutral_state
 from dynmoe.growth.settings import GROWTH, LAYER, PLAN, GrowthSettings
+from dynmoe.interventions.architecture import Injected
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.interventions.weights import fresh_draw, linear_outputs
 from dynmoe.moe import UnitBank, moe_layers
@@ -294,6 +295,9 @@ class ZeroHead(TaskPlugin):
             for parameter in layer.parameters():
                 parameter.zero_()
                 self.training.optimizer.state.pop(parameter, None)
+        for module in strategy.model.modules():
+            if isinstance(module, Injected):  # what it has frozen is of earlier tasks
+                module.zero()
 
 
 class RenewExperts(DrawingPlugin):

@@ -57,6 +57,25 @@ def check_batches(config: Config, model: nn.Module, sizes: list[int]) -> None:
         )
 
 
+def check_acts(config: Config, horizon: Horizon, compared: bool = False) -> None:
+    """Refuse an intervention that would do nothing within the run.
+
+    Args:
+        config: the run's.
+        horizon: its length.
+        compared: it is one of `--compare`, whose options are the defaults.
+
+    Raises:
+        UserError: names the option.
+    """
+    name = config.intervention.part.name
+    reason = config.intervention.build().too_late(horizon.tasks, horizon.steps)
+    if reason is None:
+        return
+    own = f" (--compare has its defaults; use --intervention {name} itself)" if compared else ""
+    raise UserError(f"intervention {name} would do nothing: {reason}{own}")
+
+
 def check_shared(config: Config, model: nn.Module) -> None:
     """Refuse what several processes that share a run would do otherwise than one.
 

@@ -119,6 +119,7 @@ class Config(RunConfig, GrowthSettings):
             reasons["expert_probes"] = reason
         if reason := self.protocol.build().no_old_tasks():
             reasons["old_samples"] = f"{reason}; use --protocol domains, or class with head full"
+        reasons |= {f"intervention.{o}": r for o, r in self.intervention.build().unused().items()}
         if all(method.name == "fresh" for method in methods):
             reasons["reset_optimizer"] = "--method fresh clears the optimizer at each task anyway"
         return reasons

@@ -6,7 +6,8 @@
 Flags after `--` go to every run. Optuna (TPE) chooses the trials. They are kept in
 runs/search/NAME/search.db: a search that was stopped goes on where it was. Trials have seeds from
 1000 on. The best trial is run again on the seeds of --seeds, beside the settings without the
-search. Only these numbers are reported: the best of many trials looks better than it is.
+search. Only these numbers are reported: the best of many trials looks better than it is. A searched
+setting among the flags is that of the runs without the search.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dynmoe.lab.space import (  # noqa: E402
     read_space,
 )
 from dynmoe.lab.study import SEARCH_SEED, Command, run_study  # noqa: E402
-from dynmoe.sweep import Sweep, read_seeds  # noqa: E402
+from dynmoe.sweep import Sweep, read_seeds, settings_in  # noqa: E402
 
 if TYPE_CHECKING:
     import optuna
@@ -194,11 +195,26 @@ def search(config: Config, flags: list[str], launcher: Launcher) -> Results:
     with writing(out):
         best = run_trials(own, open_study(own, out), out, command)
     module = load(config.command)
+    before, common = apart(own.space, flags)
+    found = {"without the search": before, "best trial": best}
     return run_study(
-        Sweep(name, {"without the search": "", "best trial": best}, question=QUESTION),
-        module.experiment(), module.presets(), flags, seeds, launcher, config.runs_dir, out,
+        Sweep(name, found, None, QUESTION, config.metric, config.at),
+        module.experiment(), module.presets(), common, seeds, launcher, config.runs_dir, out,
         command, retries=config.retries,
     )  # fmt: skip
+
+
+def apart(space: Space, flags: list[str]) -> tuple[str, list[str]]:
+    """Flags of settings that are searched, which the best trial must not have; and all others."""
+    searched = settings_in([f"--{name}" for name in space])
+    before: list[str] = []
+    common: list[str] = []
+    chosen = common
+    for word in flags:
+        if word.startswith("--"):
+            chosen = before if settings_in([word]) & searched else common
+        chosen.append(word)
+    return shlex.join(before), common
 
 
 def open_study(search: Search, out: Path) -> optuna.Study:
@@ -208,10 +224,11 @@ def open_study(search: Search, out: Path) -> optuna.Study:
         UserError: they are of another search.
     """
     import optuna
+    from sqlalchemy import URL
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=f"sqlite:///{out / 'search.db'}",
+        storage=URL.create("sqlite", database=str(out / "search.db")).render_as_string(),
         study_name="search",
         direction="minimize" if search.config.minimize else "maximize",
         load_if_exists=True,

@@ -29,7 +29,7 @@ begin("sweep", __name__)  # before imports that may fail
 import tyro  # noqa: E402
 
 from dynmoe.lab.engines import Where  # noqa: E402
-from dynmoe.lab.experiment import Results  # noqa: E402
+from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.forecast import print_forecast  # noqa: E402
 from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
 from dynmoe.lab.runner import plan  # noqa: E402
@@ -75,23 +75,31 @@ class Sweep(Study):  # not registered: it is made of a command line
     Args:
         name: of the folder of the results.
         chosen: variant -> its flags.
-        at: choice of the grid -> its flags; one without a name by default.
+        grid: choice of the grid -> its flags; one without a name by default.
         question: what stands above the results.
+        metric, at: what the verdict is about, and of which part of a run; by default the command's.
     """
 
     def __init__(
         self,
         name: str,
         chosen: dict[str, str],
-        at: dict[str, str] | None = None,
+        grid: dict[str, str] | None = None,
         question: str = Config.question,
+        metric: str = "",
+        at: At | None = None,
     ) -> None:
-        self.name, self.chosen, self.at = name, chosen, at or {"": ""}  # type: ignore[misc]
+        self.name, self.chosen, self.grid = name, chosen, grid or {"": ""}  # type: ignore[misc]
+        self.metric, self.at = metric, at
         self.__doc__ = question
 
     def streams(self, preset: Preset) -> dict[str, str]:
         """The choices of the grid; the flags of all runs are added to each."""
-        return self.at
+        return self.grid
+
+    def shared_flags(self, own: str, flags: list[str]) -> list[str]:
+        """All of both: the grid may set options of a part that the flags name."""
+        return [*shlex.split(own), *flags]
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Those of the command line."""
@@ -100,7 +108,11 @@ class Sweep(Study):  # not registered: it is made of a command line
     def verdict(self, results: Results) -> list[str]:
         """Each against the first, at each choice of the grid."""
         first, *others = self.chosen
-        return [results.says(choice, other, first) for choice in self.at for other in others]
+        return [
+            results.says(choice, other, first, self.metric, self.at)
+            for choice in self.grid
+            for other in others
+        ]
 
 
 def main(argv: list[str]) -> None:
@@ -159,7 +171,7 @@ def sweep(
         variants: label -> flags, such as `{"dense": "--method dense"}`.
         grid: setting -> values, such as `{"granularity": [1, 2], "router": ["cosine", "topk"]}`.
         flags: of every run.
-        seeds: their number from 0 on, or their range.
+        seeds: their number from 0 on, or their range, without gaps.
         name: of the folder of the results, `runs_dir/sweep/NAME`; None: from what is swept.
         question: what the sweep is to answer; it stands above the results.
         launcher: where runs are carried out; None: one after another.
@@ -174,6 +186,8 @@ def sweep(
     chosen, at = choose(variants or {}, grid or {}, command)
     _check_named_once(chosen, at, flags)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if seeds.step != 1:
+        raise UserError(f"seeds {seeds} have gaps; use a range with step 1")
     launcher = launcher or Local(1)
     words = _words(command, variants or {}, grid or {}, flags)
     name = name or f"{command}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
@@ -233,7 +247,7 @@ def _check_named_once(
         *((f"the grid's {choice!r}", own) for choice, own in at.items()),
         ("the flags of all runs", shlex.join(flags)),
     ]
-    named = [(place, _settings(shlex.split(own))) for place, own in places]
+    named = [(place, settings_in(shlex.split(own))) for place, own in places]
     of_variants, of_grid = named[: len(chosen)], named[len(chosen) : -1]
     pairs = [
         *itertools.product(of_variants, of_grid),
@@ -247,7 +261,7 @@ def _check_named_once(
             )
 
 
-def _settings(words: Sequence[str]) -> set[str]:
+def settings_in(words: Sequence[str]) -> set[str]:
     """The settings that flags name."""
     return {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 

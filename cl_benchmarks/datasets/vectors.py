@@ -101,6 +101,7 @@ class VectorStream(Dataset, name="stream", source="ours"):
             test_labels=numbers,
             num_classes=classes,
             in_time_order=True,
+            tables=tuple(path.expanduser() for path in (c.file, c.labels) if path is not None),
         )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit
+from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, late, one_task
 from dynmoe.interventions.units import UnitLayer, find_units
 from dynmoe.interventions.weights import (
     linear_outputs,
@@ -160,6 +160,8 @@ class Injection(
         step: int = 0
         """the optimizer step after which to inject instead; 0 for at a task start"""
 
+    config: Config
+
     def begin(self) -> None:
         """See that the output layers are linear."""
         self.done = False
@@ -189,6 +191,16 @@ class Injection(
         if self.config.step:
             return None
         return "intervention injection acts at a task start, and there are none here; set its step"
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """There must be learning after it."""
+        if self.config.step:
+            return late("step", self.config.step, steps - 1, "optimizer step but one")
+        return one_task(tasks) or late("task", self.config.task, tasks - 1, "task")
+
+    def unused(self) -> dict[str, str]:
+        """One of the two says when."""
+        return {"task": "--intervention.step counts steps; use one"} if self.config.step else {}
 
     def state(self) -> dict[str, Any]:
         """Whether it has happened."""
@@ -231,6 +243,11 @@ class Injected(nn.Module):
                 value = getattr(layer, name)
                 kept = None if value is None else value.detach().clone()
                 self.register_buffer(f"{kind}_{name}", kept)
+
+    def zero(self) -> None:
+        """Let the outputs be 0, for a loop that begins each task so; the new layer learns on."""
+        for value in (*self.parameters(), *self.buffers()):
+            value.data.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         """The frozen outputs of z [..., D], plus what the new layer has learnt: [..., outputs]."""

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynmoe.errors import UserError
 from dynmoe.growth.pace import Entries, Pace
-from dynmoe.interventions.intervention import Batches, Intervention, Limit
+from dynmoe.interventions.intervention import Batches, Intervention, Limit, late, one_task
 from dynmoe.moe.draws import every
 from dynmoe.registry import PartConfig
 
@@ -73,6 +73,12 @@ class Freeze(Intervention, name="freeze", source="ours; see Kirkpatrick et al. 2
         if self.config.after:
             return None
         return "intervention freeze begins at the second task, and none is told here; set its after"
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """There must be learning after it."""
+        if not self.config.after:
+            return one_task(tasks)
+        return late("after", self.config.after, steps - 1, "optimizer step but one")
 
     def state(self) -> dict[str, Any]:
         """Whether it has begun."""

@@ -163,6 +163,17 @@ class Intervention(Part, ABC, kind="intervention"):
         """Why it cannot work in a loop without tasks, with the way out; None where it can."""
         return None
 
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """Why it would do nothing in a run of so many tasks and optimizer steps; None if it acts.
+
+        With the way out; see `late`.
+        """
+        return None
+
+    def unused(self) -> dict[str, str]:
+        """Option -> why it has no effect with the others, and what to do."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from."""
         own = {"steps": self.steps, "generator": self.generator.get_state()}
@@ -227,6 +238,23 @@ class InterventionPlugin:
         strategy.optimized_param_id = dict(strategy.model.named_parameters())
 
 
+def late(option: str, value: int, last: float, what: str = "optimizer step") -> str | None:
+    """The `too_late` of an option that names a task or a step, where the last one is before it."""
+    if value <= last:
+        return None
+    return (
+        f"its {option} is {value}, and the last {what} of this run is number {last}; use "
+        f"--intervention.{option} {last} or less, or a longer run"
+    )
+
+
+def one_task(tasks: float) -> str | None:
+    """The `too_late` of those that act from the second task on."""
+    return (
+        None if tasks > 1 else "it acts from the second task on, and this run has 1; use --chunks 2"
+    )
+
+
 class NoIntervention(Intervention, name="none", source="ours"):
     """Plain training."""
 
@@ -264,6 +292,11 @@ class Periodic(Intervention, ABC):
         return (
             f"intervention {self.name} acts at task starts, and there are none here; set its every"
         )
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """Its first action has to come."""
+        every: int = self.config.every
+        return late("every", every, steps) if every else one_task(tasks)
 
 
 class Anchored(Intervention):

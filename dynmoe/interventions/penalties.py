@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Anchored, Intervention, Limit
+from dynmoe.interventions.intervention import Anchored, Intervention, Limit, one_task
 from dynmoe.interventions.units import NORMS, Slot
 from dynmoe.interventions.weights import weight_matrices
 from dynmoe.moe import moe_layers
@@ -202,6 +202,10 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
     def without_tasks(self) -> str | None:
         """Its penalty begins with the second task."""
         return "intervention ewc acts at the end of tasks, and there are none here; use l2-init"
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """It holds what earlier tasks learnt."""
+        return one_task(tasks)
 
 
 class ResumableEWC:

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, Periodic
+from dynmoe.interventions.intervention import (
+    Anchored,
+    Batches,
+    Intervention,
+    Limit,
+    Periodic,
+    late,
+    one_task,
+)
 from dynmoe.interventions.units import full_precision
 from dynmoe.interventions.weights import Anchor, fresh_draw, linear_outputs, weight_matrices
 from dynmoe.moe.model import moe_layers, undisturbed
@@ -89,6 +97,11 @@ class ShrinkPerturb(
         """what is added: a new draw of the first values, or standard normal numbers"""
         towards_init: bool = False
         """move towards the network's own first weights instead; sigma and noise do nothing"""
+
+    def unused(self) -> dict[str, str]:
+        """Towards the first weights nothing is drawn."""
+        reason = "--intervention.towards-init draws nothing; leave it out"
+        return dict.fromkeys(("sigma", "noise"), reason) if self.config.towards_init else {}
 
     def begin(self) -> None:
         """Keep the first weights, if they are wanted."""
@@ -170,6 +183,10 @@ class DASH(Intervention, name="dash", source="Shin et al. 2024 (arXiv 2410.23495
         """It needs the next task's data."""
         return "intervention dash looks at the data of the next task, and there are no tasks here"
 
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """There must be a next task."""
+        return one_task(tasks)
+
     def _shrunk(self) -> list[nn.Parameter]:
         """Weights and biases of layers, and of MoE layers' pools."""
         found: list[nn.Parameter] = []
@@ -210,6 +227,11 @@ class FIRE(Periodic, name="fire", source="Han et al. 2026 (arXiv 2602.08040)"):
         super().__init__(config)
         if config.factor not in ("newton-schulz", "svd"):
             raise UserError(f"fire: factor={config.factor} must be newton-schulz or svd")
+
+    def unused(self) -> dict[str, str]:
+        """The exact factor takes no iterations."""
+        exact = self.config.factor == "svd"
+        return {"iterations": "--intervention.factor svd has none; leave it out"} if exact else {}
 
     @torch.no_grad()
     def act(self) -> None:
@@ -266,6 +288,10 @@ class HareTortoise(
         """The tortoise starts where the hare does."""
         self.tortoise = Anchor(self.model)
         self.buffers = {name: b.clone() for name, b in self._averaged().items()}
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """The first restart has to come."""
+        return late("period", self.config.period, steps)
 
     @torch.no_grad()
     def after_step(self) -> None:

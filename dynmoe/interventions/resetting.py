@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.errors import UserError
-from dynmoe.interventions.intervention import Intervention, Limit
+from dynmoe.interventions.intervention import Intervention, Limit, late
 from dynmoe.interventions.units import (
     Slot,
     UnitLayer,
@@ -237,6 +237,10 @@ class ReDo(UnitReset, name="redo", source="Sokar et al. 2023 (arXiv 2302.12902),
         """largest score of a dormant unit; 0 for units that never fire"""
         period: int = 100
         """optimizer steps between two recyclings"""
+
+    def too_late(self, tasks: float, steps: int) -> str | None:
+        """The first recycling has to come."""
+        return late("period", self.config.period, steps)
 
     def after_step(self) -> None:
         """Recycle when it is time."""

@@ -226,6 +226,7 @@ class Collection:
                 parts[key.split(".")[0] not in experiment.about][key] = value
             about.append(parts[0])
             rest.append(parts[1])
+        _add_data_sets(about, [run.summary.get("dataset") for run in runs])
         streams = label_all(about, ["" for _ in runs])
         variants = label_all(rest, [printable(run.summary.get("method", name)) for run in runs])
         found: Runs = {}
@@ -340,6 +341,17 @@ def _check(experiment: Experiment, summary: Any, sessions: Any) -> Details:
     for value in details.cost.values():
         float(value)
     return details
+
+
+def _add_data_sets(about: list[dict[str, Any]], names: list[Any]) -> None:
+    """Tell runs apart whose settings, such as `auto`, agree while their data sets do not."""
+    keys = [json.dumps(one, sort_keys=True) for one in about]
+    found: dict[str, set[str]] = {}
+    for key, name in zip(keys, names, strict=True):
+        found.setdefault(key, set()).add(str(name))
+    for one, key, name in zip(about, keys, names, strict=True):
+        if len(found[key]) > 1:
+            one["data set"] = name
 
 
 def _put_first(runs: Runs, variant: str) -> Runs:

@@ -37,10 +37,17 @@ def images(name: str, folder: Path | None, files: Sequence[Path]) -> dict[str, s
 
 def weights(path: Path | None) -> dict[str, str]:
     """A file of weights, if a setting names one."""
-    if path is None or not path.is_file():
-        return {}
+    return {} if path is None or not path.is_file() else {f"weights {path}": _content(path)}
+
+
+def tables(files: Sequence[Path]) -> dict[str, str]:
+    """Files of rows, by their content: a number may be corrected without a change of size."""
+    return {f"rows of {path}": _content(path) for path in files}
+
+
+def _content(path: Path) -> str:
     with path.open("rb") as file:
-        return {f"weights {path}": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def known(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,12 +154,34 @@ def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) ->
     """Those of finished jobs: stream -> variant -> one per seed.
 
     Raises:
-        UserError: a file that some of them read has changed in between.
+        UserError: a file that some of them read has changed in between, or one setting has found
+            several data sets.
     """
     inputs.check_alike(j.folder for vs in jobs.values() for js in vs.values() for j in js)
     runs = {s: {v: [j.summary() for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
+    for stream, variants in jobs.items():
+        _check_one_data_set((j, run) for v, js in variants.items()
+                            for j, run in zip(js, runs[stream][v], strict=True))  # fmt: skip
     folders = {s: {v: [j.folder for j in js] for v, js in vs.items()} for s, vs in jobs.items()}
     return Results(runs, folders, experiment, chance=chance_of(runs))
+
+
+def _check_one_data_set(runs: Iterable[tuple[Job, dict[str, Any]]]) -> None:
+    """Refuse runs of a stream that had another data set by the same setting, as `auto` finds one.
+
+    Data sets that the user has named, one for each variant, may differ.
+    """
+    seen: dict[str, tuple[Any, Path]] = {}
+    for job, summary in runs:
+        found, own = summary.get("dataset"), getattr(job.config, "dataset", None)
+        if found is None or own is None:
+            continue
+        other, where = seen.setdefault(repr(own), (found, job.folder))
+        if other != found:
+            raise UserError(
+                f"{where} was run on {other} and {job.folder} on {found}, so they cannot be "
+                "compared; choose one for all runs: --dataset NAME"
+            )
 
 
 def chance_of(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, float]:

@@ -86,6 +86,13 @@ class Study(Part, ABC, kind="study"):
         """A variant's flags on one stream; as they are unless defined."""
         return flags
 
+    def shared_flags(self, own: str, flags: list[str]) -> list[str]:
+        """Flags of all runs on a stream: its own, as far as those of the command line leave them.
+
+        A part that the latter name stands in place of the stream's own with its options.
+        """
+        return [*without(shlex.split(own), flags), *flags]
+
     def experiment(self, own: Experiment) -> Experiment:
         """What the command does; with other columns of the tables where a study defines it."""
         return own
@@ -136,8 +143,7 @@ def run_study(
     Args:
         study: the question.
         experiment, presets: the command that it is about.
-        flags: more flags for every run, for instance to shorten it. A part that they name, such as
-            `--dataset fractal`, stands in place of the study's own with its options.
+        flags: more flags for every run, for instance to shorten it; see `Study.shared_flags`.
         seeds: those of each variant.
         launcher: where runs are carried out.
         runs_dir: where run folders are made.
@@ -157,7 +163,7 @@ def run_study(
         argv = [*shlex.split(own), *base]
         return plan(experiment, presets, argv, chosen, runs_dir, label)
 
-    bases = {s: [*without(shlex.split(own), flags), *flags] for s, own in streams.items()}
+    bases = {stream: study.shared_flags(own, flags) for stream, own in streams.items()}
     variants = _variants(study, preset, planned, bases, launcher)
     labels = {stream: f"{stream}, " if stream else "" for stream in variants}
     planned_jobs = {

@@ -105,6 +105,7 @@ def test_reinforcement_learning(case: str, tmp_path: Path, monkeypatch: pytest.M
         ("--intervention injection --intervention.step 3", "needs linear output layers"),
         ("--intervention redo --intervention.tau 2", "redo: tau=2.0"),
         ("--intervention replay", "there are none here"),
+        ("--intervention hare-tortoise", "its period is 500, and the last optimizer step of this"),
         ("--intervention red", "Did you mean 'redo'"),
     ],
 )

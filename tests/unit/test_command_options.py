@@ -113,6 +113,9 @@ WITHOUT_EFFECT = {
         "--budget.units 3", "--new-experts.lr-steps 3", "--new-experts.logit-steps 3",
         "--budget.mode per-growth --pruning utility", "--trigger stage",
         "--method fresh --compare --reset-optimizer",
+        "--intervention injection --intervention.step 5 --intervention.task 1",
+        "--intervention fire --intervention.factor svd --intervention.iterations 5",
+        "--intervention shrink-perturb --intervention.towards-init --intervention.sigma 0.5",
     ],
     "rl": [
         *(f"--method dense {moe}" for moe in MOE),
@@ -120,6 +123,7 @@ WITHOUT_EFFECT = {
         "--method wide --router topk",
         "--method moe-start --pruning utility --budget.mode constant",
         "--max-steps 5", "--pruning utility",
+        "--intervention injection --intervention.step 5 --intervention.task 1",
         "--evaluate x --preset smoke", "--evaluate x --lr 1", "--evaluate x --name y",
         "--evaluate x --router.temperature 1",
     ],

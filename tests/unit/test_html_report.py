@@ -285,6 +285,16 @@ def test_runs_of_a_study_have_its_names(runs: Path, tmp_path: Path) -> None:
     assert list(moved.runs["class"]) == ["variant 2", "variant 0", "variant 1"]
 
 
+def test_runs_of_one_setting_on_two_data_sets_are_two_streams(tmp_path: Path) -> None:
+    """As `--dataset auto` finds one or the other."""
+    for seed, found in enumerate(("fractal", "tiny", "tiny")):
+        summary = _write(tmp_path, seed, [0.1, 0.2]) / "summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "dataset": found}))
+    [group] = _collect(tmp_path).groups()
+    seeds = {stream: list(own["dense"]) for stream, own in group.runs.items()}
+    assert seeds == {"data set fractal": [0], "data set tiny": [1, 2]}
+
+
 def test_labels_name_what_differs() -> None:
     settings = [
         {"lr": 0.1, "trigger.part": "every"},

@@ -118,6 +118,23 @@ def test_a_changed_image_is_told_at_the_next_run(tmp_path: Path) -> None:
         dynmoe.cl.main(flags)
 
 
+def test_a_corrected_table_is_told_at_the_next_run(tmp_path: Path) -> None:
+    """Of rows in time order, though its size is the same."""
+    rows = [f"{number % 7}.0,{number % 3}.5,{'ab'[number % 2]}" for number in range(40)]
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(rows))
+    flags = (
+        f"--preset online --dataset.file {file} --method dense --device cpu --probe-samples 8 "
+        f"--chunks 2 --name x --seeds 1 --jobs 1 --runs-dir {tmp_path / 'runs'} --allow-unused "
+        "--compare"
+    ).split()
+    dynmoe.cl.main(flags)
+    dynmoe.cl.main(flags)  # finished: read
+    file.write_text("\n".join(["9" + rows[0][1:], *rows[1:]]))
+    with pytest.raises(UserError, match=r"a run on other rows of .*rows\.csv than there are now"):
+        dynmoe.cl.main(flags)
+
+
 def test_what_adaptation_and_generalisation_read(tmp_path: Path) -> None:
     files, weights = _images(tmp_path / "data"), tmp_path / "w.pt"
     weights.write_bytes(b"w")

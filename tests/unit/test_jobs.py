@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from dynmoe import commands, sweep
+from dynmoe import commands, registry, sweep
 from dynmoe.errors import UserError
 from dynmoe.lab.config import identity, to_dict
 from dynmoe.lab.launchers import Failure, Launcher, Local, Outcome, Work
-from dynmoe.lab.runner import Job, make_job, run_jobs, try_jobs
+from dynmoe.lab.runner import Job, make_job, results_of, run_jobs, try_jobs
 
 COMMANDS = ("cl", "rl", "tta", "dg")
 
@@ -64,6 +64,25 @@ def test_settings_that_cannot_be_read_are_no_ones(tmp_path: Path) -> None:
     (job.folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read; delete"):
         run_jobs([job], Local(1), "refused")
+
+
+def test_data_sets_that_auto_found_are_not_averaged(tmp_path: Path) -> None:
+    """Those that are named may differ, and so may those of two streams."""
+
+    def run(data: str, found: str, seed: int) -> Job:
+        part = registry.get("dataset", data).Config()
+        job, config = _job("cl", tmp_path / data, dataset=part, seed=seed)
+        _finish(job, config)
+        (job.folder / "summary.json").write_text(json.dumps({"dataset": found}))
+        return job
+
+    one, other = run("auto", "fractal-hard-32", 0), run("auto", "tiny-imagenet", 1)
+    named = run("digits", "digits", 0)
+    results_of({"a": {"x": [one], "y": [named]}, "b": {"x": [other]}}, one.experiment)
+    told = "seed-0 was run on fractal-hard-32 and .*seed-1 on tiny-imagenet, .*: --dataset NAME"
+    for variants in ({"x": [one, other]}, {"x": [one], "y": [other]}):
+        with pytest.raises(UserError, match=told):
+            results_of({"a": variants}, one.experiment)
 
 
 @dataclass(frozen=True)

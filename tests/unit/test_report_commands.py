@@ -61,6 +61,15 @@ def test_details_of_continual_learning() -> None:
     assert ContinualLearning().details({**summary, "accuracy_matrix": None}).matrices == {}
 
 
+def test_the_worst_task_is_the_one_with_most_of_what_should_be_little() -> None:
+    rows = [{"train_accuracy": x, "forgetting": x, "ece": x} for x in (0.2, 0.6, 0.4)]
+    experiment, summary = ContinualLearning(), {"tasks": rows}
+    assert experiment.value(summary, "train_accuracy", "worst") == 0.2
+    assert experiment.value(summary, "forgetting", "worst") == 0.6
+    assert experiment.value(summary, "ece", "worst") == 0.6
+    assert experiment.value(summary, "forgetting", "mean") == pytest.approx(0.4)
+
+
 def test_details_of_the_other_commands() -> None:
     rl = {"curve": [[10, None], [20, 1.5]], "growth": [], "parameters": 5, "env_steps": 20}
     found = ReinforcementLearning().details(rl)

@@ -80,6 +80,16 @@ def test_a_search_finds_the_best_and_goes_on_where_it_was(tmp_path: Path) -> Non
         trials(tmp_path / "stopped", 8, minimize=True, at="mean")
 
 
+def test_a_name_may_have_signs_that_urls_read_otherwise(tmp_path: Path) -> None:
+    out = tmp_path / "what?x %41#"
+    own = search.Search(search.Config(), FLAGS, {}, Local(1))
+    with writing(out):
+        search.open_study(own, out)
+    assert (out / "search.db").is_file() and [path.name for path in tmp_path.glob("w*")] == [
+        out.name
+    ]
+
+
 def test_a_metric_that_runs_lack(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no number for --metric nothing --at last"):
         trials(tmp_path, 1, metric="nothing")
@@ -111,6 +121,19 @@ def test_a_run_below_the_median_of_earlier_ones_is_stopped(tmp_path: Path) -> No
     assert logged_series(tmp_path, "c") == {}
 
 
+def test_searched_settings_among_the_flags_are_those_without_the_search(tmp_path: Path) -> None:
+    space = read_space(("granularity: 1 2", "batch-size: 8"))
+    flags = ["--batch_size", "16", *FLAGS, "--granularity=4", "--epochs", "3"]
+    before, common = search.apart(space, flags)
+    assert (before, common) == ("--batch_size 16 --granularity=4", [*FLAGS, "--epochs", "3"])
+    own = search.Search(search.Config(runs_dir=tmp_path), flags, space, Local(1))
+    (trial,) = own.plan({"granularity": 2, "batch-size": 8}, "trial")
+    best = ["--granularity", "2", "--batch-size", "8", *common]
+    module = search.load("cl")
+    (job,) = search.plan(module.experiment(), module.presets(), best, [1000], tmp_path, "x")
+    assert job.folder == trial.folder and job.config == trial.config
+
+
 @pytest.mark.slow
 def test_a_search_stops_trials_early_and_reports_on_other_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -118,7 +141,7 @@ def test_a_search_stops_trials_early_and_reports_on_other_seeds(
     argv = ["cl", "--trials", "8", "--jobs", "2", "--seeds", "1", "--name", "s", "--runs-dir",
             str(tmp_path), "--space", "lr: 1e-6 1e-2 log", "granularity: 1 2",
             "--prune", "task/train_accuracy"]  # fmt: skip
-    search.main([*argv, "--", *TINY])
+    search.main([*argv, "--", *TINY, "--lr", "1e-7"])
     folder = tmp_path / "search" / "s"
     trials = json.loads((folder / "search.json").read_text())
     states = [trial["state"] for trial in trials["trials"]]
@@ -127,6 +150,8 @@ def test_a_search_stops_trials_early_and_reports_on_other_seeds(
     best = max(trials["trials"], key=lambda trial: trial["value"] or 0)
     results = json.loads((folder / "results.json").read_text())["streams"][""]
     assert trials["best"] == best["flags"] == results["best trial"]["flags"]
+    assert results["without the search"]["flags"] == "--lr 1e-7"
+    assert results["without the search"]["runs"] != results["best trial"]["runs"]
     seeds = [path.parent.name for path in tmp_path.rglob("summary.json")]
     assert set(seeds) == {"seed-1000", "seed-0"} and seeds.count("seed-0") == 2
     assert "best trial against without the search" in capsys.readouterr().out

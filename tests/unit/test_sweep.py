@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finished_runs import FLAGS, TINY, finish
 
 from dynmoe import sweep
-from dynmoe.errors import UserError
+from dynmoe.errors import DynmoeError, UserError
 from dynmoe.lab.experiment import Results
 from dynmoe.lab.files import writing
+from dynmoe.lab.launchers import Failure, Launcher, Outcome, Work
 from dynmoe.lab.run import remove_if_never_begun
 
 
@@ -47,6 +52,15 @@ def test_variants_are_compared_at_each_choice_of_the_grid() -> None:
     first, second = study.verdict(Results(runs, {}, sweep.load("cl").experiment()))
     assert first.startswith("granularity 3: b against a: -60.0 points")
     assert second.startswith("granularity 4: b against a: -50.0 points")
+    assert "(train accuracy, last task;" in first
+
+
+def test_a_verdict_is_about_the_metric_that_was_searched_for() -> None:
+    study = sweep.Sweep("s", {"a": "", "b": ""}, None, "?", "test_accuracy", "mean")
+    runs = {v: [{"tasks": [{"train_accuracy": 0.1, "test_accuracy": x}]} for x in (0.5, level)]
+            for v, level in (("a", 0.5), ("b", 0.7))}  # fmt: skip
+    (said,) = study.verdict(Results({"": runs}, {}, sweep.load("cl").experiment()))
+    assert said.startswith("b against a: +10.0 points") and "(test accuracy, mean over" in said
 
 
 def _finished(accuracy: float) -> dict:
@@ -110,6 +124,44 @@ def test_the_command_line_that_is_kept_makes_the_sweep_again(
     again = shlex.split(kept[0][0].removeprefix("python -m dynmoe.sweep "))
     sweep.main(again)
     assert kept[0] == kept[1] and kept[0][1:] == ("Does it pay?", range(3, 5))
+
+
+@dataclass(frozen=True)
+class Seeing(Launcher):
+    """Runs nothing: it keeps the folders of what it is given, which all fails."""
+
+    given: list[str] = field(default_factory=list)
+    jobs = 1
+
+    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:  # type: ignore[override]
+        self.given.extend(str(job.folder) for job in items)
+        yield from ((job, Failure("not run", UserError.exit_code)) for job in items)
+
+
+def test_a_grid_may_set_options_of_a_part_that_the_flags_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All choices are run, and a dry run tells of the same runs."""
+    swept: dict[str, Any] = {
+        "variants": {"a": "--method dense", "b": "--method wide"},
+        "grid": {"protocol.images": [40, 80]},
+        "flags": [*FLAGS, "--protocol", "shuffle"],
+        "seeds": 1,
+        "runs_dir": tmp_path,
+    }
+    sweep.sweep("cl", **swept, dry_run=True)
+    told = re.findall(r"seed 0  (\S+)", capsys.readouterr().out)
+    seen = Seeing()
+    with pytest.raises(DynmoeError, match="4 runs failed"):
+        sweep.sweep("cl", **swept, launcher=seen)
+    assert len(set(seen.given)) == 4 and set(told) == set(seen.given)
+
+
+def test_seeds_with_gaps_are_refused(tmp_path: Path) -> None:
+    """Results name the first seed and how many there are."""
+    with pytest.raises(UserError, match=r"seeds range\(0, 4, 2\) have gaps; use a range with"):
+        sweep.sweep("cl", seeds=range(0, 4, 2), runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_nothing_to_sweep() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from intervention_helpers import Loop, assert_equal, batch, make, mlp
+from intervention_helpers import TASK, Loop, assert_equal, batch, make, mlp
 from torch import Tensor, nn
 
+import dynmoe.cl
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget
@@ -116,6 +119,46 @@ def test_bad_options_are_refused_in_one_line(name: str, option: str, value: Any)
         make(name, **{option: value})
     text = str(error.value)
     assert text.startswith(f"{name}: {option}={value}") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "first"),
+    [
+        ("injection", {"task": 2}, 2 * TASK + 1), ("injection", {"step": 5}, 6),
+        ("hare-tortoise", {"period": 5}, 5), ("redo", {"period": 5, "tau": 0.9}, 5),
+        ("head-reset", {}, TASK + 1), ("head-reset", {"every": 5}, 5), ("dash", {}, TASK + 1),
+        ("freeze", {"parts": ("1",)}, TASK + 1), ("freeze", {"parts": ("1",), "after": 5}, 6),
+    ],
+)  # fmt: skip
+def test_one_that_says_it_comes_too_late_does_nothing(
+    name: str, options: dict[str, Any], first: int
+) -> None:
+    """And one step later it does something."""
+    for steps, acts in ((first - 1, False), (first, True)):
+        assert (make(name, **options).too_late(math.ceil(steps / TASK), steps) is None) == acts
+        images, _ = batch(77)
+        own = Loop("mlp", name, **options).run(steps).model(images)
+        plain = Loop("mlp", "none").run(steps).model(images)
+        assert torch.allclose(own, plain, atol=1e-6) != acts
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--compare injection", r"its task is 2, and the last task of this run is number 1; use "
+         r"--intervention.task 1 or less, .*--compare has its defaults; use --intervention inj"),
+        ("--compare --intervention hare-tortoise", r"its period is 500, and the last optimizer "
+         r"step of this run is number 10; use --intervention.period 10 or less"),
+        ("--compare --intervention dash --chunks 1", "this run has 1; use --chunks 2"),
+    ],
+)  # fmt: skip
+def test_one_that_comes_too_late_is_refused_before_any_run(
+    flags: str, message: str, tmp_path: Path
+) -> None:
+    argv = f"--preset smoke --chunks 2 --epochs 1 --method dense {flags} --runs-dir".split()
+    with pytest.raises(UserError, match=message):
+        dynmoe.cl.main([*argv, str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -154,3 +154,24 @@ def test_two_digits_are_told_apart_from_a_head_of_zeros(digits: ImageData, tmp_p
     settings = replace(short(tmp_path, "dense"), chunks=4, epochs=6, lr=0.01)
     summary = run_one(ContinualLearning(), "x", settings, digits).summary
     assert all(row["test_accuracy"] > 0.8 for row in summary["tasks"])
+
+
+def test_the_head_is_zero_at_task_starts_after_an_injection_too(
+    digits: ImageData, tmp_path: Path
+) -> None:
+    settings = short(tmp_path, "dense", chunks=4, intervention=("injection", {"task": 1}))
+    found: list[float] = []
+
+    class Looking:
+        """Behind the other plugins: the largest output as a task starts."""
+
+        def before_training_exp(self, strategy: Any, **_: Any) -> None:
+            x = torch.randn(3, *digits.shape, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                found.append(float(strategy.model.eval()(x).abs().max()))
+
+    with Run("cl", "own", settings, "x") as run:
+        session = StreamSession(run, settings, digits)
+        session.trainer.plugins.append(Looking())
+        session.work()
+    assert found == [0.0] * 4
