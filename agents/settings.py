@@ -51,7 +51,7 @@ class Config(RunConfig, PPOSettings, GrowthSettings):
     BRIEF: ClassVar[tuple[str, ...]] = ("More of PPO, and measurements",)
 
     env: str = "Craftax-Classic-Pixels-v1"
-    """Craftax-Pixels-v1, CartPole-v1, ... (docs/rl.md)"""
+    """such as CartPole-v1; see docs/rl.md"""
     env_args: str = ""
     """options of the environment, such as '{"gravity": 5}' (docs/rl.md)"""
     normalize_observations: bool = False
