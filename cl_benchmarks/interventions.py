@@ -55,7 +55,11 @@ class Replay(Intervention, name="replay", source="Avalanche (Lomonaco et al. 202
         )
 
     def penalty(self) -> Tensor:
-        """Refused: other loops than Avalanche's call it, and there nothing is replayed."""
+        """Refused: where it is called nothing is replayed.
+
+        Raises:
+            UserError: always; Avalanche's loop does not call it.
+        """
         raise UserError(
             "intervention replay acts in the loop of python -m dynmoe.cl alone; in a loop of your "
             "own mix the images of earlier tasks into the batches"

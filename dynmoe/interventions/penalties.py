@@ -172,9 +172,6 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
     Avalanche's F is the mean over batches of the squared gradient of a batch's mean loss, in
     evaluation mode at the task's end; the paper's strength is half of this one. It is against
     forgetting rather than for plasticity. Weights that growth rewrites in place are held, too.
-
-    Raises:
-        UserError: in `penalty`, which other loops than Avalanche's call.
     """
 
     limits: ClassVar = {"strength": Limit.FINITE}
@@ -193,7 +190,11 @@ class EWC(Intervention, name="ewc", source="Kirkpatrick et al. 2017 (arXiv 1612.
         return ResumableEWC(EWCPlugin(self.config.strength))
 
     def penalty(self) -> Tensor:
-        """Refused: its plugin adds the penalty."""
+        """Refused: its plugin adds the penalty.
+
+        Raises:
+            UserError: always; Avalanche's loop does not call it.
+        """
         raise UserError(
             "intervention ewc acts in Avalanche's loop alone: use python -m dynmoe.cl, or give its "
             "plugin() to an Avalanche strategy; in a loop of your own take l2-init"

@@ -32,15 +32,16 @@ class UnitReset(Intervention):
     Attributes:
         layers: of hidden units.
         seen: number of a layer -> what `look` gave for it, since the latest `clear()`.
-
-    Raises:
-        UserError: in `attach`, no layer of hidden units is found, or all are left alone.
     """
 
     by_batch = True
 
     def begin(self) -> None:
-        """Find the units, and look on as they act."""
+        """Find the units, and look on as they act.
+
+        Raises:
+            UserError: no layer of hidden units is found, or all are left alone.
+        """
         self.layers = find_units(self.model)
         if all(layer.frozen for layer in self.layers):
             raise UserError(

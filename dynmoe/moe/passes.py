@@ -101,7 +101,7 @@ class StepNotes(nn.Module):
     step_notes: ClassVar[tuple[str, ...]] = ()
 
     def notes(self) -> list[Tensor]:
-        """The sums as they are now, of any shapes, in the order of `step_notes`."""
+        """The sums as they are now, each of any shape, in the order of `step_notes`."""
         return [getattr(self, name) for name in self.step_notes]
 
     def notes_to(self, device: torch.device) -> None:
