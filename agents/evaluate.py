@@ -165,7 +165,7 @@ def print_evaluation(summary: dict[str, Any], title: str) -> None:
         _add_means(table, summary)
         table.add_section()
         _add_achievements(table, summary["achievements"])
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def print_achievements(rates: dict[str, float], title: str) -> None:
@@ -174,7 +174,7 @@ def print_achievements(rates: dict[str, float], title: str) -> None:
     table.add_column()
     table.add_column(justify="right")
     _add_achievements(table, rates)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _add_achievements(table: Table, rates: dict[str, float]) -> None:

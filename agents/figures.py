@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.statistics import Trace
-from dynmoe.lab.figures import COLORS, looks, write_vectors
+from dynmoe.lab.figures import COLORS, as_written, looks, write_vectors
 from dynmoe.lab.files import write_atomic
 from dynmoe.moe.diagnostics import gate_shares
 
@@ -151,6 +151,7 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Write a figure as a PNG file, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    as_written(figure)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(path, buffer.getvalue())

@@ -50,7 +50,8 @@ class TaskRow:
     test_accuracy: float
     """on its test images: generalisation"""
     online_accuracy: float
-    """mean accuracy of the batches before each update (Kumar et al. 2023, arXiv 2308.11958)"""
+    """mean accuracy of the batches before each update (Kumar et al. 2023, arXiv 2308.11958); in
+    time order that of the rows, the prequential accuracy: a smaller batch counts for less"""
     num_experts: int
     """experts per MoE layer; 1 for a dense network"""
     parameters: int
@@ -123,7 +124,7 @@ class TaskRecorder(Recorder):
         self.granularity = config.granularity
         run.log.use(BOARD)
         self.online_sum: Tensor
-        self.online_batches: int
+        self.online_batches: float  # of whole size, see `batch_done`
         self.loss = torch.zeros(())  # of the latest batch, nats
         self._restart_counts()
 
@@ -134,8 +135,10 @@ class TaskRecorder(Recorder):
 
     def batch_done(self, trainer: StreamTrainer) -> None:
         """Count the batch's accuracy before its update; save when it is time."""
-        self.online_sum = self.online_sum + trainer.accuracy()
-        self.online_batches += 1
+        in_order = self.train[trainer.position.task].in_time_order
+        weight = trainer.batches.whole / trainer.train_mb_size if in_order else 1
+        self.online_sum = self.online_sum + weight * trainer.accuracy()
+        self.online_batches += weight
         self.loss = trainer.loss.detach()
         if self.growth is not None:
             for event in self.growth.controller.events[self.events_logged :]:
@@ -186,7 +189,7 @@ class TaskRecorder(Recorder):
             test_accuracy=tested.accuracy,
             ece=tested.ece,
             adaptive_ece=tested.adaptive_ece,
-            online_accuracy=float(self.online_sum) / max(self.online_batches, 1),
+            online_accuracy=float(self.online_sum) / (self.online_batches or 1),
             num_experts=most_experts(model),
             parameters=sum(p.numel() for p in model.parameters()),
             steps=trainer.clock.train_iterations,

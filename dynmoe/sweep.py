@@ -33,6 +33,7 @@ from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.forecast import print_forecast  # noqa: E402
 from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
 from dynmoe.lab.runner import plan  # noqa: E402
+from dynmoe.lab.space import split_words  # noqa: E402
 from dynmoe.lab.study import Command, Preset, Study, run_study  # noqa: E402
 
 __all__ = ["Config", "Sweep", "main", "sweep"]
@@ -247,7 +248,7 @@ def _check_named_once(
         *((f"the grid's {choice!r}", own) for choice, own in at.items()),
         ("the flags of all runs", shlex.join(flags)),
     ]
-    named = [(place, settings_in(shlex.split(own))) for place, own in places]
+    named = [(place, settings_in(split_words(own, place))) for place, own in places]
     of_variants, of_grid = named[: len(chosen)], named[len(chosen) : -1]
     pairs = [
         *itertools.product(of_variants, of_grid),
@@ -324,7 +325,7 @@ def read_grid(texts: tuple[str, ...]) -> dict[str, list[str]]:
     found = {}
     pairs = _pairs(texts, "setting", '"name: values", such as "granularity: 1 2 4"')
     for key, value in pairs.items():
-        values = shlex.split(value)
+        values = split_words(value, f"--grid {key!r}")
         if not values or len(set(values)) < len(values):
             raise UserError(f"--grid {key!r} needs one or more values, each once; got {value!r}")
         found[key.removeprefix("--")] = values

@@ -69,6 +69,7 @@ def as_image(figure: Figure) -> NDArray[np.uint8]:
     """A figure as uint8 [H, W, 3], as TensorBoard's add_image takes it (dataformats="HWC")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    as_written(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3].copy()
@@ -188,12 +189,28 @@ def finish(figure: Any) -> None:
         figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside right upper")
 
 
+def as_written(figure: Figure) -> None:
+    """Have a figure's texts drawn as they are: dollar signs of a label are no formula.
+
+    The numbers along logarithmic axes are formulas, and stay so.
+    """
+    from matplotlib.text import Text
+
+    axes = [axis for own in figure.axes for axis in (own.xaxis, own.yaxis)]
+    logarithmic = [axis for axis in axes if axis.get_scale() != "linear"]
+    formulas = {text for axis in logarithmic for text in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if text not in formulas:
+            text.set_parse_math(False)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write the figure atomically, with one legend for all panels if curves have labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     finish(figure)
+    as_written(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.frombytes("RGBA", canvas.get_width_height(), canvas.buffer_rgba().tobytes())

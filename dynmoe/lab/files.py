@@ -15,6 +15,9 @@ from typing import IO, Any
 
 from dynmoe.errors import DynmoeError, ResourceError, UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Codes of a disk, or a user's share of it, without room."""
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, flush it to disk, rename it, flush the folder.
@@ -32,7 +35,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise disk_full(path, len(data)) from error
         raise
 
@@ -50,16 +53,21 @@ def as_told(error: OSError) -> DynmoeError | None:
     """What to say of a file that the system would not write or read; None: a fault of ours.
 
     A full disk and one that fails are lacks of means (exit code 4), a folder without the right to
-    write, or mounted for reading only, is the user's to mend (2).
+    write, mounted for reading only, or gone, is the user's to mend (2).
     """
     where = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return ResourceError(f"disk full: {where} could not be written; free some space")
     if error.errno == errno.EIO:
         return ResourceError(f"the disk fails: {where}: {error.strerror}")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return UserError(
             f"{where}: {error.strerror}; mend that, or use another folder (--runs-dir for runs)"
+        )
+    if error.errno == errno.ENOENT:
+        return UserError(
+            f"{where}: {error.strerror}; leave files and folders in their place while they are in "
+            "use, and start it again"
         )
     return None
 
@@ -85,8 +93,17 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report where it is missing, and clear it of such temporary files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the folder of a report where it is missing, and clear it of such temporary files.
+
+    Raises:
+        DynmoeError: it cannot be made, for instance as there is a file in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_told(error) or UserError(
+            f"cannot make {folder}: {error.strerror}; use another folder"
+        ) from None
     remove_leftovers(folder)
 
 

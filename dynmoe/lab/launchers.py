@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -84,7 +86,8 @@ class Local(Launcher):
             while waiting or busy:
                 while waiting and free:
                     item, process = waiting.popleft(), free.pop()
-                    busy[process.submit(work, item)] = item, process
+                    with _interrupts(signal.SIG_BLOCK):  # a process that begins inherits this
+                        busy[process.submit(_interruptible, work, item)] = item, process
                 for future in wait(busy, return_when=FIRST_COMPLETED).done:
                     item, process = busy.pop(future)
                     failure = None
@@ -109,6 +112,22 @@ class Local(Launcher):
 def _process() -> ProcessPoolExecutor:
     """A process that begins with its first item; torch's threads do not survive a fork."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+
+
+@contextmanager
+def _interrupts(how: int) -> Iterator[None]:
+    """Hold back Ctrl-C's signal in this thread (SIG_BLOCK), or let it come (SIG_UNBLOCK)."""
+    before = signal.pthread_sigmask(how, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _interruptible(work: Work, item: Any) -> Failure | None:
+    """Do the work. Only now Ctrl-C is heard: before, it would end imports with a traceback."""
+    with _interrupts(signal.SIG_UNBLOCK):
+        return work(item)
 
 
 def _begin() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dynmoe.lab.board import Board, Everything
 from dynmoe.lab.early_stop import Bar
-from dynmoe.lab.files import disk_full, finite
+from dynmoe.lab.files import FULL, disk_full, finite
 
 EVENTS = "events.out.tfevents."
 """How the names of TensorBoard's files begin; the second at which they were made follows."""
@@ -128,7 +128,8 @@ class Logger:
         """Flush to disk; returns the length of `log.jsonl` in bytes.
 
         Raises:
-            ResourceError: the disk is full, or cannot be written.
+            ResourceError: the disk is full.
+            OSError: it cannot be written for another reason, see `dynmoe.lab.files.as_told`.
         """
         try:
             self._file.flush()
@@ -138,6 +139,8 @@ class Logger:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         except OSError as error:
+            if error.errno not in FULL:
+                raise
             raise disk_full(self.path, 0) from error
         return self._file.tell()
 
@@ -157,6 +160,8 @@ class Logger:
         try:
             self._file.write((json.dumps(finite(line)) + "\n").encode())
         except OSError as error:
+            if error.errno not in FULL:
+                raise
             raise disk_full(self.path, 0) from error
 
 

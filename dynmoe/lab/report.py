@@ -178,7 +178,7 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # a label is shown as it was given
     parts = fit(rows, console.width)
     if len(parts) > 1 and lesser:
         cut = [place for place, heading in enumerate(rows[0]) if heading in lesser]
@@ -206,7 +206,7 @@ def fit(rows: list[list[str]], width: int) -> list[list[list[str]]]:
     """
     if _width(rows) <= width:
         return [rows]
-    rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
+    rows = [[first, *(cell.replace(" [", "\n[") for cell in rest)] for first, *rest in rows]
     rows[0] = [heading.replace(" ", "\n") for heading in rows[0]]
     parts, columns = [], [0]
     for number in range(1, len(rows[0])):

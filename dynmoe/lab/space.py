@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,25 @@ Space = dict[str, "Range | list[str]"]
 """setting -> a range of numbers, or values to choose among"""
 
 
+def split_words(text: str, where: str) -> list[str]:
+    """The words of a text, as a shell reads them.
+
+    Args:
+        text: flags, or values.
+        where: what holds it, for the message.
+
+    Raises:
+        UserError: a quote is left open, or nothing follows the last backslash.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{where} cannot be read: {str(error).lower()} in {text!r}; close each quote, and put "
+            "a backslash before one that stands for itself"
+        ) from None
+
+
 def read_space(texts: tuple[str, ...]) -> Space:
     """The space that is written in these texts.
 
@@ -39,7 +59,8 @@ def read_space(texts: tuple[str, ...]) -> Space:
     space: Space = {}
     for text in texts:
         name, colon, rest = text.partition(":")
-        name, words = name.strip().removeprefix("--"), shlex.split(rest)
+        name = name.strip().removeprefix("--")
+        words = split_words(rest, f"--space {name!r}")
         if not colon or not name or not words:
             raise UserError(f"--space {text!r} must read {FORM}")
         if name in space:
@@ -66,9 +87,9 @@ def _range(text: str, words: list[str]) -> Range:
     except ValueError:
         raise UserError(f"--space {text!r} needs two numbers before {words[-1]!r}") from None
     log = words[-1] == "log"
-    if not low < high or (log and low <= 0):
+    if not low < high or math.isinf(high - low) or (log and low <= 0):
         wanted = "0 < low < high" if log else "low < high"
-        raise UserError(f"--space {text!r} has no such range; use {wanted}")
+        raise UserError(f"--space {text!r} has no such range; use {wanted}, both finite")
     whole = all(word.lstrip("+-").isdigit() for word in words[:-1])
     return Range(low, high, log, whole)
 

@@ -37,7 +37,8 @@ def adapt_routers(
 
     They come by name, in the shapes of the model's own.
 
-    The model stays as it is: `torch.func.functional_call(model, weights, x)` runs it with them.
+    The model stays as it is: `torch.func.functional_call(model, weights, x, tie_weights=False)`
+    runs it with them.
 
     Args:
         model: with MoE layers; in training mode their auxiliary losses are part of the loss.
@@ -152,5 +153,6 @@ def router_weights(model: nn.Module) -> dict[str, Tensor]:
 def _loss(model: nn.Module, weights: dict[str, Tensor], samples: Samples, loss: Loss) -> Tensor:
     """The loss of samples with those router weights, auxiliary losses included."""
     inputs, targets = samples
-    value = loss(functional_call(model, weights, (inputs,)), targets)
+    # Without tie_weights a router that layers share is swapped once, and comes back whole.
+    value = loss(functional_call(model, weights, (inputs,), tie_weights=False), targets)
     return value + sum(collect_aux_losses(model).values())

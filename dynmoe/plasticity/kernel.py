@@ -19,7 +19,8 @@ def entk_matrix(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> Tens
 
     By `torch.func.vmap` over the samples (m = the first `max_samples` inputs), or with a backward
     pass for each: routers that choose experts have data-dependent control flow, which it cannot
-    trace. Keeps m gradients at once: m * P * 4 bytes for P float32 parameters.
+    trace, and different modules may share a parameter. Keeps m gradients at once: m * P * 4 bytes
+    for P float32 parameters.
 
     Raises:
         ValueError: no input, or no parameter that learns.
@@ -30,9 +31,10 @@ def entk_matrix(model: nn.Module, inputs: Tensor, max_samples: int = 64) -> Tens
         raise ValueError("the tangent kernel needs at least one input and one trainable parameter")
     with undisturbed(model):
         try:
-            gradients = _gradients_at_once(model, parameters, inputs[:m])
+            at_once = None if _tied(model) else _gradients_at_once(model, parameters, inputs[:m])
         except RuntimeError:  # control flow by data, or an operation that cannot be batched
-            gradients = _gradients_one_by_one(model, inputs[:m])
+            at_once = None
+        gradients = at_once or _gradients_one_by_one(model, inputs[:m])
     kernel = torch.zeros(m, m, dtype=torch.double, device=inputs.device)
     for gradient in gradients:
         for part in gradient.reshape(m, -1).split(KERNEL_COLUMNS, dim=1):
@@ -47,9 +49,21 @@ def _gradients_at_once(
     """Each sample's gradient of its summed logits, [m, ...] for each parameter, by `vmap`."""
 
     def summed(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return functional_call(model, parameters, (sample.unsqueeze(0),)).sum()
+        # A module at two places is swapped once: torch's tie_weights would put back traced tensors.
+        inputs = (sample.unsqueeze(0),)
+        return functional_call(model, parameters, inputs, tie_weights=False).sum()
 
     return list(vmap(grad(summed), in_dims=(None, 0))(parameters, inputs).values())
+
+
+def _tied(model: nn.Module) -> bool:
+    """Whether different modules share a parameter; one module at several places does not."""
+    places = [
+        id(parameter)
+        for module in model.modules()
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    return len(set(places)) < len(places)
 
 
 def _gradients_one_by_one(model: nn.Module, inputs: Tensor) -> list[Tensor]:

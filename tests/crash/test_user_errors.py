@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,6 +232,24 @@ def test_disk_full(
     assert _run(f"--name whole --runs-dir {tmp_path}") == 0
     whole = tmp_path / "cl" / "whole" / "seed-0"
     assert (folder / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_folder_deleted_while_it_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = checkpoint.save
+
+    def save_and_delete(folder: Path, step: int, state: dict[str, Any]) -> Path:
+        path = save(folder, step, state)
+        shutil.rmtree(folder.parent)
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", save_and_delete)
+    assert _run(f"--name x --runs-dir {tmp_path}") == 2
+    message = error_line(capsys.readouterr().err)
+    assert str(tmp_path / "cl" / "x" / "seed-0") in message and "No such file" in message
+    assert "leave files and folders in their place" in message
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,16 @@ def test_summary_and_log(data: ImageData, tmp_path: Path) -> None:
         assert all(any(tag.startswith(metric) for tag in line) for line in epochs), metric
 
 
+def test_layers_that_share_a_router_train_and_grow_over_tasks(
+    data: ImageData, tmp_path: Path
+) -> None:
+    """The tangent kernel, measured at each task's end, leaves the shared router as it was."""
+    network = get("network", "mlp").Config(width=16, hidden=24, blocks=2, place="all")
+    config = _config(tmp_path, network=network, share_router=True, chunks=2, epochs=1)
+    _, summary = run_method("smoke", config, data)
+    assert [row["num_experts"] for row in summary["tasks"]] == [2, 4]
+
+
 def test_same_seed_same_run(data: ImageData, tmp_path: Path) -> None:
     texts = []
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe.errors import ResourceError
+from dynmoe.errors import ResourceError, UserError
 from dynmoe.lab import files
 from dynmoe.lab.files import make_folder, remove_leftovers, write_atomic, write_json
 
@@ -86,3 +86,10 @@ def test_a_report_s_folder_is_made_and_cleared(tmp_path: Path) -> None:
     (folder / "results.json").write_text("{}")
     make_folder(folder)
     assert os.listdir(folder) == ["results.json"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_where_a_folder_should_be(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cannot make {tmp_path / name}: .*; use another folder"):
+        make_folder(tmp_path / name)

@@ -68,6 +68,21 @@ def test_a_killed_process_costs_its_own_run_alone(tmp_path: Path) -> None:
     assert outcomes(Local(1), tmp_path, "killed") == {"killed": None}
 
 
+def test_an_interrupt_before_the_work_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A process that still imports, here a file of own parts, prints no traceback."""
+    (tmp_path / "parts.py").write_text(
+        "import multiprocessing, os, signal\n"
+        "if multiprocessing.parent_process() is not None:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.setenv("DYNMOE_PARTS", str(tmp_path / "parts.py"))
+    with pytest.raises(KeyboardInterrupt):
+        outcomes(Local(1), tmp_path, "a")
+    assert not (tmp_path / "a").exists() and "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("found_by_others")
 def test_submitit_queues_a_run_again_that_had_to_make_room(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
 def test_one_live_line_on_a_terminal() -> None:
     code = (
         "from dynmoe.lab.progress import ProgressLine\n"
-        "with ProgressLine('dense', 4) as progress:\n"
+        "with ProgressLine('[/moe] dense', 4) as progress:\n"
         "    progress.update(4, experts=6)\n"
     )
     main, terminal = pty.openpty()
@@ -48,5 +48,5 @@ def test_one_live_line_on_a_terminal() -> None:
     os.close(terminal)
     shown = os.read(main, 65536).decode()
     os.close(main)
-    assert "dense" in shown and "4/4" in shown and "experts=6" in shown
+    assert "[/moe] dense" in shown and "4/4" in shown and "experts=6" in shown
     assert "s left" not in shown  # the form for files

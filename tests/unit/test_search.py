@@ -39,6 +39,9 @@ def test_a_space_is_read() -> None:
         (("lr: 2 1 uniform",), "has no such range; use low < high"),
         (("lr: 1 log",), "needs two numbers before 'log'"),
         (("lr: 1 1",), "has a value twice"),
+        (("lr: 1e-3 inf log",), "no such range; use 0 < low < high, both finite"),
+        (("lr: -inf 1 uniform",), "no such range; use low < high, both finite"),
+        (("lr: 1 'x",), "--space 'lr' cannot be read: no closing quotation in"),
         (("lr: 1 2", "lr: 3 4"), "names 'lr' twice"),
     ],
 )

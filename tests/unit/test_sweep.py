@@ -80,6 +80,9 @@ def test_seeds_are_a_number_or_a_range() -> None:
         (["--grid", "granularity"], "setting 'granularity' must read"),
         (["--grid", "granularity:"], "--grid 'granularity' needs one or more values"),
         (["--grid", "granularity: 1 1"], "needs one or more values, each once"),
+        (["--grid", "lr: 1 'x"], "--grid 'lr' cannot be read: no closing quotation in"),
+        (["--variants", "a: --name it's"], "variant 'a' cannot be read: no closing quotation in"),
+        (["--variants", "a: --name \\"], "variant 'a' cannot be read: no escaped character in"),
         (["--retries", "-1"], "--retries -1 is too small"),
     ],
 )

@@ -15,7 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.lab import figures
 from dynmoe.lab.config import run_command
 from dynmoe.lab.experiment import Results
-from dynmoe.lab.figures import looks
+from dynmoe.lab.figures import as_image, looks, new_figure
 from dynmoe.lab.report import fit, print_table, table
 from dynmoe.lab.runner import chance_of
 
@@ -113,6 +113,35 @@ def test_a_study_has_its_figure_as_pdf_and_svg_too(tmp_path: Path) -> None:
         files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert files[0] == files[1] and sorted(files[0]) == ["figure.pdf", "figure.png", "figure.svg"]
     assert files[0]["figure.pdf"].startswith(b"%PDF") and b"dense" in files[0]["figure.svg"]
+
+
+ODD = ("net [dense]", "off [/moe]", r"lr $\eta_$", ":x: $a$ [b]")
+"""Labels with signs that mean something to rich or to matplotlib."""
+
+
+def test_labels_are_printed_and_drawn_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(ODD[1], [["method", ODD[1]], *([label, "1"] for label in ODD)], ODD[1])
+    out = capsys.readouterr().out
+    assert out.count(ODD[1]) == 4 and all(label in out for label in ODD)
+    results = _results(**{label: [[0.9, 0.5]] for label in ODD})
+    wide = table(results, "", difference=True)
+    assert all(label in [row[0] for row in fit(wide, 60)[0]] for label in ODD)
+    token = figures.VECTORS.set(True)
+    ContinualLearning().draw(tmp_path / "figure.png", results, ODD[2])
+    figures.VECTORS.reset(token)
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert all(label in drawn for label in ODD) and drawn.count(ODD[2]) == 2
+
+
+def test_numbers_of_a_logarithmic_axis_stay_formulas() -> None:
+    figure = new_figure("$x$", 3)
+    axes = figure.subplots()
+    axes.set(xscale="log", xlim=(1, 1000), title="$x$")
+    as_image(figure)
+    assert all(text.get_parse_math() for text in axes.get_xticklabels())
+    assert not axes.title.get_parse_math()
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:

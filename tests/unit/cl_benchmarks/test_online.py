@@ -197,6 +197,29 @@ def test_a_run_reports_windows_and_learns(tmp_path: Path) -> None:
     assert all(task["test_accuracy"] > 0.85 for task in tasks[1:])
 
 
+def test_online_accuracy_is_that_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows of 65 rows: each last batch is one row, and counts as one."""
+    from dynmoe.lab.run import Run
+
+    config, right = _config(runs_dir=tmp_path, chunks=2, batch_size=64), []
+    with Run("cl", "own", config, "x") as run:
+        session = StreamSession(run, config, _vectors(137))
+        batch_done = session.recorder.batch_done
+
+        def note(trainer: Any) -> None:
+            right.append((trainer.mb_output.argmax(1) == trainer.mb_y).float())
+            batch_done(trainer)
+
+        monkeypatch.setattr(session.recorder, "batch_done", note)
+        session.work()
+        tasks = session.summary()["tasks"]
+    assert [len(hits) for hits in right] == [64, 1, 64, 1]
+    for task, (first, last) in zip(tasks, (right[:2], right[2:]), strict=True):
+        assert task["online_accuracy"] == pytest.approx(float(torch.cat([first, last]).mean()))
+
+
 def test_chunks_of_images_are_not_in_time_order(data: ImageData) -> None:
     train, _ = chunk_datasets(
         data, registry.get("protocol", "iid").Config().build().split(data, 4, 0)

@@ -13,7 +13,12 @@ import torch
 from cl_benchmarks.datasets.vectors import standardised
 from cl_benchmarks.experiment import ContinualLearning, StreamSession
 from cl_benchmarks.images import ImageData
-from cl_benchmarks.references import nearest_neighbours, no_change, online_references
+from cl_benchmarks.references import (
+    nearest_neighbours,
+    no_change,
+    online_references,
+    rows_known,
+)
 from cl_benchmarks.settings import Config
 from dynmoe import registry
 from dynmoe.cl import presets
@@ -63,7 +68,15 @@ def test_the_last_label_is_that_of_the_batch_before(batch: int) -> None:
     for row in range(60):
         start = row - row % batch
         expected.append(start > 0 and labels[start - 1] == labels[row])
-    assert no_change(y, batch).tolist() == expected
+    assert no_change(y, rows_known([60], batch)).tolist() == expected
+
+
+def test_batches_begin_anew_in_each_window() -> None:
+    """As the network's do."""
+    assert rows_known([5, 3], 2).tolist() == [0, 0, 2, 2, 4, 5, 5, 7]
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    found = online_references(y[:, None].float(), y, [5, 3], 2)
+    assert found["repeat last label"] == pytest.approx([2 / 5, 1])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
@@ -82,7 +95,7 @@ def test_nearest_neighbours_are_the_naive_ones(
         best = max(votes.values(), default=0)
         told = next((int(y[other]) for other in near if votes[int(y[other])] == best), -1)
         expected.append(told == int(y[row]))
-    found = nearest_neighbours(x, y, batch, k=5, window=20)
+    found = nearest_neighbours(x, y, rows_known([60], batch), k=5, window=20)
     assert found.tolist() == expected
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.growth import GrowthController
-from dynmoe.moe import MoELayer
+from dynmoe.moe import MoELayer, share_router
 from dynmoe.moe.meta import adapt_routers, meta_loss, meta_step
 
 LR = 0.3
@@ -87,6 +87,16 @@ def test_adapting_leaves_the_model_and_runs_in_it():
     old = F.mse_loss(model(support[0]), support[1])
     new = F.mse_loss(torch.func.functional_call(model, weights, support[0]), support[1])
     assert float(new) < float(old)
+
+
+def test_a_router_that_layers_share_comes_back_as_it_was():
+    layers = [MoELayer(3, 3, 8, num_experts=2, max_experts=4) for _ in range(2)]
+    model, data = nn.Sequential(*layers, nn.Linear(3, 2)).double(), (samples(), samples())
+    share_router(model)
+    own, before = model[0].router.weight, model[0].router.weight.detach().clone()
+    meta_loss(model, *data, F.mse_loss, lr=LR, steps=2).backward()
+    assert model[1].router.weight is model[0].router.weight is own
+    assert own.equal(before) and bool(own.grad.any())
 
 
 def test_the_outer_loop_learns_to_adapt_and_follows_growth():

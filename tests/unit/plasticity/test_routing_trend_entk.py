@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from dynmoe.errors import NumericError
+from dynmoe.moe import MoELayer, share_router
 from dynmoe.plasticity.kernel import entk_effective_rank, entk_matrix
 from dynmoe.plasticity.tasks import (
     expert_task_information,
@@ -161,6 +162,35 @@ def test_entk_of_linear_models():
     expected = math.exp(torch.distributions.Categorical(p / p.sum()).entropy())
     assert entk_effective_rank(model, low) == pytest.approx(expected, rel=1e-4)
     assert entk_matrix(model, torch.randn(70, 8)).shape == (64, 64)
+
+
+def shared_router():
+    torch.manual_seed(0)
+    layers = [MoELayer(4, 4, 8, num_experts=2, max_experts=4) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    share_router(model)
+    return model
+
+
+def tied_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("make", [shared_router, tied_layers])
+def test_entk_where_layers_share_weights(make):
+    model, x = make(), torch.randn(6, 4)
+    parameters = dict(model.named_parameters())
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(model(row).sum(), model.parameters())])
+        for row in x.split(1)
+    ]
+    jacobian = torch.stack(rows).double()
+    torch.testing.assert_close(entk_matrix(model, x), jacobian @ jacobian.T, rtol=1e-4, atol=1e-5)
+    assert all(parameters[name] is own for name, own in model.named_parameters())
+    model.double()  # a tensor of a trace that is over would refuse
 
 
 def test_entk_refuses_bad_input():
