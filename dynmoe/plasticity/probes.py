@@ -330,7 +330,7 @@ def _expert_probes(
             w_out_grad = None if gradient is None else bank.output_weight(gradient)
         probes[name or "model"] = ExpertProbe(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
-            hidden=bank.hidden(rows),
+            hidden=bank.hidden(rows.to(w_out.dtype)),  # other if the pass had its own autocast
             segment=bank.segment.clone(),
             created=layer.created[:living].clone(),
             weight_in=None if w_in is None else w_in.detach(),
