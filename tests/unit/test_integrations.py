@@ -89,10 +89,9 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             __import__(f"dynmoe.integrations.{module}")
 
 
-@pytest.mark.slow
-def test_lightning(tmp_path: Path) -> None:
+def module() -> Any:
+    """The network as Lightning trains it."""
     lightning = pytest.importorskip("lightning.pytorch")
-    from dynmoe.integrations import lightning as ours
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -108,20 +107,28 @@ def test_lightning(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=LR)
 
-    def fit(module: Any, epochs: int, callbacks: list[Any], path: str | None = None) -> Any:
+    return Module()
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from dynmoe.integrations import lightning as ours
+
+    def fit(model: Any, epochs: int, callbacks: list[Any], path: str | None = None) -> Any:
         log = lightning.loggers.CSVLogger(tmp_path, name="log", version=f"{epochs}-{path is None}")
         trainer = lightning.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=log, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         )  # fmt: skip
-        trainer.fit(module, DataLoader(data(), 6), ckpt_path=path)
+        trainer.fit(model, DataLoader(data(), 6), ckpt_path=path)
         return trainer
 
     def growth() -> Any:
         generator = torch.Generator().manual_seed(3)
         return ours.GrowthCallback(task_epochs={1}, probe=probe(), generator=generator)
 
-    whole, callback = Module(), growth()
+    whole, callback = module(), growth()
     fit(whole, 2, [callback, ours.PlasticityCallback(*probe(), every=4)])
     with open(tmp_path / "log" / "2-True" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -132,16 +139,34 @@ def test_lightning(tmp_path: Path) -> None:
     grown = [(int(r["step"]), float(r["growth/experts"])) for r in rows if r["growth/experts"]]
     assert grown == [(STEPS, 2.0)] and [e.step for e in callback.events] == [STEPS]
 
-    half = Module()  # stopped after an epoch, and resumed in new objects
+    half = module()  # stopped after an epoch, and resumed in new objects
     path = str(tmp_path / "half.ckpt")
     fit(half, 1, [growth()]).save_checkpoint(path)
-    again, resumed = Module(), growth()
+    again, resumed = module(), growth()
     fit(again, 2, [resumed], path)
     assert_equal(again.net, whole.net)
     assert [e.step for e in resumed.events] == [STEPS]
     fit(whole, 1, [callback])  # a later fit is a new task
     assert [e.experts for e in callback.events] == [2, 3]
     assert_equal(whole.net, plain(probe()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_lightning_in_another_precision(precision: Any, tmp_path: Path) -> None:
+    """The fixed batch comes in the precision of the training's batches."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from dynmoe.integrations import lightning as ours
+
+    growth = ours.GrowthCallback(task_epochs={1}, probe=probe())
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision=precision, enable_checkpointing=False,
+        logger=lightning.loggers.CSVLogger(tmp_path), enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[growth, ours.PlasticityCallback(*probe(), every=4)],
+    )  # fmt: skip
+    trainer.fit(module(), DataLoader(data(), 6))
+    assert [e.step for e in growth.events] == [STEPS]
+    assert 0 < growth.events[0].shock["loss_before"] < 3
 
 
 @pytest.mark.slow
