@@ -66,7 +66,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_options(name: str, config: Any) -> None:
-    """The same for the options of one part.
+    """The same for the options of one part; a list may stand for a tuple.
 
     Args:
         name: what the message calls the part.
@@ -76,15 +76,33 @@ def check_options(name: str, config: Any) -> None:
         UserError: names the option and what is allowed.
     """
     for option, value, hint in _values(config, ""):
-        problem = _problem(value, hint)
-        if problem:
-            raise UserError(f"{name}: {option.replace('-', '_')}={value!r} {problem}")
+        given = tuple(value) if isinstance(value, list) else value
+        check_value(f"{name}: {option.replace('-', '_')}", given, hint)
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """The same for one value, such as an argument with a few allowed words.
+
+    Args:
+        name: what the message calls the value.
+        value: what was given.
+        hint: its annotation, such as `Literal["mean", "zero"]`.
+
+    Raises:
+        UserError: names the value and what is allowed.
+    """
+    problem = _problem(value, hint)
+    if problem:
+        raise UserError(f"{name}={value!r} {problem}")
 
 
 @functools.cache
 def hints_of(config: type) -> dict[str, Any]:
-    """Field -> its annotation, with its range."""
-    return typing.get_type_hints(config, include_extras=True)
+    """Field -> its annotation, with its range; nothing where one names what is not to be found."""
+    try:
+        return typing.get_type_hints(config, include_extras=True)
+    except NameError:  # a type that is local to a function
+        return {}
 
 
 def _values(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
@@ -96,7 +114,7 @@ def _values(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
         if dataclasses.is_dataclass(value):
             yield from _values(value, f"{name}.")
         else:
-            yield name, value, hints[field.name]
+            yield name, value, hints.get(field.name)
 
 
 def _problem(value: Any, hint: Any, own: Range | None = None) -> str:

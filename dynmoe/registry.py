@@ -34,6 +34,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from dynmoe.errors import UserError, unknown
+from dynmoe.ranges import check_options
 
 PACKAGES = {
     "router": "dynmoe.moe.routers",
@@ -77,7 +78,8 @@ class PartConfig:
         """Make the part: `part(config, *args, **kwargs)`.
 
         Raises:
-            UserError: the part lacks a method of its kind, or its `__init__` takes other arguments.
+            UserError: the part lacks a method of its kind, its `__init__` takes other arguments, or
+                an option has a value of another type than its annotation, or out of range.
         """
         check_methods(self.part)
         takes = inspect.signature(self.part)
@@ -89,7 +91,10 @@ class PartConfig:
                 f"{self.part.kind} {self.part.name!r}: its __init__ takes {takes} beside self and "
                 f"is given {', '.join(given)}; define an __init__ that takes these"
             ) from None
-        return self.part(self, *args, **kwargs)  # type: ignore[call-arg]
+        made = self.part(self, *args, **kwargs)  # type: ignore[call-arg]
+        if hasattr(self.part, "name"):  # else it is another part's, whose options are checked there
+            check_options(f"{self.part.kind} {self.part.name}", self)  # its own words came first
+        return made
 
 
 class NameTakenError(UserError, TypeError):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from dynmoe.errors import UserError
 from dynmoe.moe.bank import spread_sizes
+from dynmoe.ranges import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.units < 0:
             raise UserError(f"budget: units={self.units} must be at least 0")
+        check_options("budget", self)
         if self.start == "share" and self.units:
             raise UserError(
                 f"budget: units={self.units} contradicts start=share, which gives every expert the "

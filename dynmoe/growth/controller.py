@@ -26,6 +26,7 @@ from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_
 from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook
 from dynmoe.moe.experts.bottleneck import BottleneckBank
+from dynmoe.ranges import check_value
 from dynmoe.registry import PartConfig
 
 
@@ -88,6 +89,9 @@ class GrowthController:
         listeners: called after each growth with the old values of the MoE layers' parameters, by
             their names in the model. If one fails, the growth is taken back; what listeners have
             noted for themselves is theirs to take back.
+
+    Raises:
+        UserError: an option has a value that it cannot have.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class GrowthController:
         copies: Sequence[nn.Module] = (),
         generator: torch.Generator | None = None,
     ) -> None:
+        check_value("moments", moments, Moments)
         self.model = model
         self.optimizer = optimizer
         self.granularity = granularity

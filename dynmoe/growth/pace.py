@@ -20,7 +20,8 @@ class Pace:
     Args:
         optimizer: its hooks stay for good.
         factor: of the step; 0 leaves the entries as they are.
-        entries: which, asked before each step.
+        entries: which, asked before each step. One that is named twice, as the rows of a router
+            that layers share, counts once.
     """
 
     def __init__(self, optimizer: Optimizer, factor: float, entries: Callable[[], Entries]) -> None:
@@ -32,7 +33,8 @@ class Pace:
     @torch.no_grad()
     def _step_comes(self) -> None:
         """Note where the entries stand."""
-        for parameter, axis, index in self.entries():
+        once = {(id(entry[0]), entry[1]): entry for entry in self.entries()}
+        for parameter, axis, index in once.values():
             value = parameter.index_select(axis, index)
             self._before.append((parameter, axis, index, value))
 

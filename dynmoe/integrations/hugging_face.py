@@ -110,10 +110,11 @@ class GrowthCallback(_Callback):
 
     A new task starts with each later `trainer.train()`, also of another trainer that this same
     callback is added to, and at the epochs named. The controller's state is in no checkpoint of
-    the trainer: keep `callback.controller.state_dict()` beside it.
+    the trainer: keep `callback.controller.state_dict()` beside it, and give it to
+    `callback.load_state_dict` before `trainer.train(resume_from_checkpoint=...)`.
 
     Args:
-        task_epochs: epochs, from 0, at whose start a new task begins.
+        task_epochs: epochs, from 0, at whose start a new task begins; of data with a length.
         probe: (inputs, labels) for the shock and for pruning by activations; None: none.
         prefix: of what is logged at a growth: experts, parameters, and the shock.
         options: of `GrowthController`, such as `granularity=2`.
@@ -138,7 +139,7 @@ class GrowthCallback(_Callback):
         self.task_epochs, self.probe = frozenset(task_epochs), probe
         self.prefix, self.options = prefix, options
         self._known: dict[str, Any] | None = None
-        self._starts = False
+        self._resumed, self._starts = False, False
 
     @property
     def events(self) -> list[GrowthEvent]:
@@ -156,18 +157,24 @@ class GrowthCallback(_Callback):
             self.controller.load_state_dict(self._known)
         probe: Any = self.probe and tuple(t.to(args.device) for t in self.probe)
         self._callback = Growth(self.controller, self, probe, self.prefix)
-        self._starts = self._known is not None
+        self._starts = self._known is not None and not self._resumed
+        self._resumed = False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A task may start."""
+        """A task may start; not where a resumed training goes on within an epoch."""
         epoch = round(state.epoch or 0)
-        self._starts |= epoch > 0 and epoch in self.task_epochs
+        at_start = abs((state.epoch or 0) - epoch) < 1e-6
+        self._starts |= at_start and epoch > 0 and epoch in self.task_epochs
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask before a step."""
         self._callback(state.global_step, task_starts=self._starts)
         self._starts = False
         self._send()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take `controller.state_dict()`: the training that follows goes on and starts no task."""
+        self._known, self._resumed = state, True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the state for the next training."""

@@ -38,6 +38,12 @@ class _Loggers:
             logger.log_metrics({tag: scalar_value}, step=global_step)
 
 
+def _ready(trainer: Trainer, module: LightningModule, tensor: Tensor) -> Tensor:
+    """A tensor on the module's device, in the precision in which the trainer gives batches."""
+    ready: Tensor = trainer.precision_plugin.convert_input(tensor.to(module.device))
+    return ready
+
+
 class PlasticityCallback(Callback):
     """Measures the module on a fixed batch every so many optimizer steps, and logs the numbers.
 
@@ -67,12 +73,10 @@ class PlasticityCallback(Callback):
         self._measured = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the batch to the module's device."""
-        device = pl_module.device
-        labels = None if self.labels is None else self.labels.to(device)
-        self._callback = Plasticity(
-            _Loggers(trainer), self.inputs.to(device), labels, **self.options
-        )
+        """Bring the batch to the module's device and precision."""
+        inputs = _ready(trainer, pl_module, self.inputs)
+        labels = None if self.labels is None else _ready(trainer, pl_module, self.labels)
+        self._callback = Plasticity(_Loggers(trainer), inputs, labels, **self.options)
         self._measured = -1
 
     def on_train_batch_start(
@@ -138,7 +142,7 @@ class GrowthCallback(Callback):
         self.controller = GrowthController(pl_module, trainer.optimizers[0], **self.options)
         if self._known is not None:
             self.controller.load_state_dict(self._known)
-        probe: Any = self.probe and tuple(t.to(pl_module.device) for t in self.probe)
+        probe: Any = self.probe and tuple(_ready(trainer, pl_module, t) for t in self.probe)
         self._callback = Growth(self.controller, _Loggers(trainer), probe, self.prefix)
         self._starts, self._asked = self._trained and not self._resumed, -1
         self._trained, self._resumed = True, False

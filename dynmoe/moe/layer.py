@@ -19,6 +19,7 @@ from dynmoe.moe.padding import Padding, sample_means
 from dynmoe.moe.passes import Passes, new_pass, one_batch, positions
 from dynmoe.moe.router import Router, Routing, Slots, hard_routing
 from dynmoe.moe.routers.soft import CosineRouter
+from dynmoe.ranges import check_value
 from dynmoe.registry import PartConfig, make_config
 
 GateScale = Literal["experts", "one"]
@@ -61,7 +62,8 @@ class MoELayer(nn.Module):
 
     Raises:
         UserError: an expert would be left without hidden units, a loss is given twice, a name or an
-            option is unknown, or options come without the name of what they belong to.
+            option is unknown or has a value that it cannot have, or options come without the name
+            of what they belong to.
     """
 
     created: Tensor
@@ -86,6 +88,8 @@ class MoELayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_value("gate_scale", gate_scale, GateScale)
+        check_value("route_per", route_per, RoutePer)
         max_experts = max(num_experts, max_experts or 0)
         bank = _by_name("bank", bank, bank_options) or HiddenPool.Config()
         router = _by_name("router", router, router_options) or CosineRouter.Config()

@@ -26,11 +26,11 @@ def measure(
 ) -> dict[str, float]:
     """Plasticity of a network on one batch: every registered metric that applies to it.
 
-    Units are seen behind modules (`nn.ReLU`) and functions (`F.relu`). Not seen
-    are activations written by hand (`x * (x > 0)`) and those in fused parts (`nn.LSTM`); where none
-    is seen at all, a warning says so and their tags are left out. Activations of four axes count as
-    [N, C, height, width]. The model is left as it was: training flags, buffers, `.grad`, hooks and
-    torch's random state.
+    Units are seen behind modules (`nn.ReLU`) and functions (`F.relu`), not behind activations that
+    are written by hand (`x * (x > 0)`) or are in fused parts (`nn.LSTM`); where none is seen at
+    all, a warning says so and their tags are left out. Activations of four axes count as
+    [N, C, height, width], of three as [N, T, units] or, behind an `nn.Conv1d`, as [N, C, length].
+    The model is left as it was: training flags, buffers, `.grad`, hooks, torch's random state.
 
     The tags that every network has; more are per layer (`dormant/0/<layer>`) and of MoE layers:
         units: hidden units seen, a channel of a convolution being one.

@@ -33,6 +33,10 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OUTPUTS = (nn.Linear, *CONVOLUTIONS, MoELayer)
 """Module types that may give a network's output."""
+SEQUENCES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+"""Module types whose outputs of three axes are [N, C, length]."""
+TOKENS = (nn.Linear, nn.MultiheadAttention, nn.RNNBase, MoELayer)
+"""Module types whose outputs of three axes are [N, T, units]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +70,9 @@ class Probe:
     """
 
     activations: dict[str, Tensor]
-    """module name -> output of that activation function: [N, units], [N, T, units] for tokens or
-    [N, C, height, width]; the k-th call of a shared module is `name#k`, and the hidden units of an
-    MoE layer stand under `<layer>.hidden`"""
+    """module name -> output of that activation function: [N, units], [N, T, units] for tokens,
+    [N, C, height, width], or [N, C, length, 1] behind an `nn.Conv1d`; the k-th call of a shared
+    module is `name#k`, and the hidden units of an MoE layer stand under `<layer>.hidden`"""
     features: Tensor
     """[N, d] what enters the classifier"""
     logits: Tensor
@@ -230,6 +234,7 @@ def _hooked(
     outputs: dict[str, Tensor] = {}
     inputs: dict[nn.Module, Tensor] = {}
     calls: Counter[str] = Counter()
+    sequence: torch.Size | None = None  # of the latest output, if it was [N, C, length]
     inside = _inside_moe(model)
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -237,10 +242,16 @@ def _hooked(
 
     def keep(name: str, output: Tensor) -> None:
         calls[name] += 1
-        outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = output.detach().clone()
+        units = _as_image(output.detach().clone(), sequence)
+        outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = units
 
     def keep_output(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         keep(name, output)
+
+    def note_axes(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal sequence
+        is_sequence = isinstance(module, SEQUENCES) and output.ndim == 3
+        sequence = output.shape if is_sequence else None
 
     handles: list[Any] = []
     functions = FunctionalActivations(keep)
@@ -252,6 +263,8 @@ def _hooked(
             if isinstance(module, ACTIVATIONS) and module not in inside:
                 hook = partial(keep_output, name or "model")
                 handles.append(module.register_forward_hook(hook))
+            if isinstance(module, (*SEQUENCES, *TOKENS)) and module not in inside:
+                handles.append(module.register_forward_hook(note_axes))
             if functional:
                 counted = not is_layer and not isinstance(module, ACTIVATIONS)
                 handles += functions.watch(name, module, counted)
@@ -260,6 +273,20 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_image(units: Tensor, sequence: torch.Size | None) -> Tensor:
+    """Units [N, C, length] as [N, C, length, 1]; all others as they are.
+
+    Args:
+        units: output of an activation.
+        sequence: shape of the layer's output before it if that is [N, C, length], else None. Units
+            that have neither its channels nor its length in place were transposed in between.
+    """
+    if sequence is None or units.ndim != 3:
+        return units
+    kept = units.shape[1] == sequence[1] or units.shape[2] == sequence[2]
+    return units.unsqueeze(-1) if kept else units
 
 
 def _inside_moe(model: nn.Module) -> set[nn.Module]:
@@ -303,7 +330,7 @@ def _expert_probes(
             w_out_grad = None if gradient is None else bank.output_weight(gradient)
         probes[name or "model"] = ExpertProbe(
             gates=routing.real(routing.gates).detach()[:, :living].clone(),
-            hidden=bank.hidden(rows),
+            hidden=bank.hidden(rows.to(w_out.dtype)),  # other if the pass had its own autocast
             segment=bank.segment.clone(),
             created=layer.created[:living].clone(),
             weight_in=None if w_in is None else w_in.detach(),

@@ -89,10 +89,9 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             __import__(f"dynmoe.integrations.{module}")
 
 
-@pytest.mark.slow
-def test_lightning(tmp_path: Path) -> None:
+def module() -> Any:
+    """The network as Lightning trains it."""
     lightning = pytest.importorskip("lightning.pytorch")
-    from dynmoe.integrations import lightning as ours
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -108,20 +107,28 @@ def test_lightning(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=LR)
 
-    def fit(module: Any, epochs: int, callbacks: list[Any], path: str | None = None) -> Any:
+    return Module()
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from dynmoe.integrations import lightning as ours
+
+    def fit(model: Any, epochs: int, callbacks: list[Any], path: str | None = None) -> Any:
         log = lightning.loggers.CSVLogger(tmp_path, name="log", version=f"{epochs}-{path is None}")
         trainer = lightning.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=log, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         )  # fmt: skip
-        trainer.fit(module, DataLoader(data(), 6), ckpt_path=path)
+        trainer.fit(model, DataLoader(data(), 6), ckpt_path=path)
         return trainer
 
     def growth() -> Any:
         generator = torch.Generator().manual_seed(3)
         return ours.GrowthCallback(task_epochs={1}, probe=probe(), generator=generator)
 
-    whole, callback = Module(), growth()
+    whole, callback = module(), growth()
     fit(whole, 2, [callback, ours.PlasticityCallback(*probe(), every=4)])
     with open(tmp_path / "log" / "2-True" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -132,10 +139,10 @@ def test_lightning(tmp_path: Path) -> None:
     grown = [(int(r["step"]), float(r["growth/experts"])) for r in rows if r["growth/experts"]]
     assert grown == [(STEPS, 2.0)] and [e.step for e in callback.events] == [STEPS]
 
-    half = Module()  # stopped after an epoch, and resumed in new objects
+    half = module()  # stopped after an epoch, and resumed in new objects
     path = str(tmp_path / "half.ckpt")
     fit(half, 1, [growth()]).save_checkpoint(path)
-    again, resumed = Module(), growth()
+    again, resumed = module(), growth()
     fit(again, 2, [resumed], path)
     assert_equal(again.net, whole.net)
     assert [e.step for e in resumed.events] == [STEPS]
@@ -145,12 +152,27 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hugging_face(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_lightning_in_another_precision(precision: Any, tmp_path: Path) -> None:
+    """The fixed batch comes in the precision of the training's batches."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from dynmoe.integrations import lightning as ours
+
+    growth = ours.GrowthCallback(task_epochs={1}, probe=probe())
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", precision=precision, enable_checkpointing=False,
+        logger=lightning.loggers.CSVLogger(tmp_path), enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[growth, ours.PlasticityCallback(*probe(), every=4)],
+    )  # fmt: skip
+    trainer.fit(module(), DataLoader(data(), 6))
+    assert [e.step for e in growth.events] == [STEPS]
+    assert 0 < growth.events[0].shock["loss_before"] < 3
+
+
+def hf_trainer(model: Net, path: Path, epochs: int, **options: Any) -> Any:
+    """Hugging Face's Trainer of that model with Adam, without a schedule."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from dynmoe.integrations import hugging_face as ours
-
-    model = net()
 
     def collate(rows: list[Any]) -> dict[str, Tensor]:
         return {"x": torch.stack([r[0] for r in rows]), "labels": torch.stack([r[1] for r in rows])}
@@ -163,17 +185,24 @@ def test_hugging_face(tmp_path: Path) -> None:
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LR)
             return self.optimizer
 
-    def trainer(epochs: int) -> Any:
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=6,
-            lr_scheduler_type="constant", learning_rate=LR, max_grad_norm=0.0, use_cpu=True,
-            save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
-        return Trainer(model, arguments, train_dataset=data())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(path), num_train_epochs=epochs, per_device_train_batch_size=6,
+        lr_scheduler_type="constant", learning_rate=LR, max_grad_norm=0.0, use_cpu=True,
+        report_to=[], disable_tqdm=True, logging_strategy="no",
+        **{"save_strategy": "no"} | options,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=data())
 
+
+@pytest.mark.slow
+def test_hugging_face(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from dynmoe.integrations import hugging_face as ours
+
+    model = net()
     generator = torch.Generator().manual_seed(3)
     callback = ours.GrowthCallback(task_epochs={1}, probe=probe(), generator=generator)
-    one = trainer(2)
+    one = hf_trainer(model, tmp_path, 2)
     callback.add_to(one)
     ours.PlasticityCallback(*probe(), every=4).add_to(one)
     one.train()
@@ -184,8 +213,44 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert list(ranks) == [0, 4, 8] and math.isclose(ranks[0], first, rel_tol=1e-5)
     grown = [(r["step"], r["growth/experts"]) for r in history if "growth/experts" in r]
     assert grown == [(STEPS, 2.0)]
-    other = trainer(1)
+    other = hf_trainer(model, tmp_path, 1)
     callback.add_to(other)
     other.train()  # a later training is a new task
     assert [e.experts for e in callback.events] == [2, 3]
     assert_equal(model, plain(probe()))
+
+
+@pytest.mark.slow
+def test_hugging_face_resumed(tmp_path: Path) -> None:
+    """In the midst of an epoch no task starts; the weights end as those of one training."""
+    pytest.importorskip("transformers")
+    from dynmoe.integrations import hugging_face as ours
+
+    def train(resume: int = 0, state: Any = None, epochs: int = 3) -> tuple[Net, Any]:
+        model = net()
+        callback = ours.GrowthCallback(
+            task_epochs={1, 2}, generator=torch.Generator().manual_seed(3)
+        )
+        if state is not None:
+            callback.load_state_dict(state)
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+        trainer = hf_trainer(model, tmp_path, epochs, **options)
+        callback.add_to(trainer)
+        path = str(tmp_path / f"checkpoint-{resume}") if resume else None
+        trainer.train(resume_from_checkpoint=path)
+        return model, callback
+
+    whole, callback = train()
+    assert [e.step for e in callback.events] == [STEPS, 2 * STEPS]
+    for step in (STEPS - 2, STEPS):  # before the first growth: nothing to hand back
+        again, resumed = train(step)
+        assert [e.step for e in resumed.events] == [STEPS, 2 * STEPS]
+        assert_equal(again, whole)
+    assert [e.step for e in train(2 * STEPS - 2)[1].events] == [2 * STEPS]
+    _, half = train(epochs=2)
+    state = half.controller.state_dict()
+    again, resumed = train(2 * STEPS, state)
+    assert [e.step for e in resumed.events] == [STEPS, 2 * STEPS]
+    assert_equal(again, whole)
+    again, resumed = train(2 * STEPS + 1, callback.controller.state_dict())
+    assert [e.experts for e in resumed.events] == [2, 3]

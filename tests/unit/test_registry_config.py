@@ -348,6 +348,21 @@ def test_the_digest_names_all_seeds_of_a_setting():
     assert len(digest(Settings())) == 8 and int(digest(Settings()), 16) >= 0
 
 
+def test_building_a_part_refuses_what_its_annotations_do():
+    class Local:
+        """A type that annotations cannot name outside this function."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Unresolved(PartConfig):
+        steps: Local
+        part = registry.get("trigger", "task")
+
+    with pytest.raises(UserError, match="trigger gradient: memory=2.5 must be a whole number"):
+        registry.get("trigger", "gradient").Config(memory=2.5).build()
+    registry.get("trigger", "at").Config(steps=[3, 5]).build()  # a list, though it says tuple
+    Unresolved(steps=Local()).build()
+
+
 def test_parts_with_equal_options_have_different_digests():
     pruning, init = (registry.get("pruning", name).Config() for name in ("first", "random"))
     one, other = replace(Settings(), router=pruning), replace(Settings(), router=init)

@@ -107,7 +107,11 @@ class ClockTrigger(Trigger, ABC):
         """Whether a growth falls after step `before` and no later than step `now`."""
 
     def fires(self, signals: Signals) -> bool:
-        """Whether a growth has fallen due since the last ask; task starts do not count as asks."""
+        """Whether a growth has fallen due since the last ask; task starts do not count as asks.
+
+        Where the clock is behind the last ask, a new loop has begun it anew.
+        """
+        self.asked_at = min(self.asked_at, signals.step)
         if signals.task_starts:
             return False
         before, self.asked_at = self.asked_at, signals.step

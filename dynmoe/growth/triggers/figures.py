@@ -49,7 +49,8 @@ class FigureTrigger(RowTrigger, ABC):
     """Base of the triggers that watch one figure, and wait a while after each growth.
 
     The figure is looked at from the start, and all that was learnt of it is forgotten at a growth.
-    What is seen during the wait counts: a call that lasts is answered when the wait is over.
+    What is seen during the wait counts: a call that lasts is answered when the wait is over. Where
+    the clock begins anew, as in a second training with the same trigger, so does the wait.
 
     Attributes:
         figure: which one, as `Signals` names it.
@@ -105,6 +106,7 @@ class FigureTrigger(RowTrigger, ABC):
                 f"trigger {self.name}: there is no {self.figure} here to watch; use another "
                 "--trigger"
             )
+        self.since = min(self.since, signals.step)  # a new loop's clock is behind the old one's
         if signals.task_starts or math.isnan(value) or self.growths == self.limit:
             return False
         if self.joined > 1 and self.figure in STEP_FIGURES:
@@ -182,6 +184,7 @@ class PlateauTrigger(
             raise UserError(
                 "trigger plateau: there is no score here to watch; use another --trigger"
             )
+        self.since = min(self.since, signals.step)
         if math.isnan(signals.score):
             self.since = signals.step
             return False

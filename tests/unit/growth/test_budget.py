@@ -41,6 +41,12 @@ def test_negative_units_are_refused():
         Budget(mode="per-growth", units=-1)
 
 
+@pytest.mark.parametrize(("option", "value"), [("mode", "per_growth"), ("start", "half")])
+def test_misspelt_words_are_refused(option: str, value: str):
+    with pytest.raises(UserError, match=f"budget: {option}='{value}' is neither"):
+        Budget(**{option: value})
+
+
 def test_settings_refuse_a_plan_that_ends_without_units():
     growth = GrowthSettings(granularity=3)
     assert growth.most_experts(steps=100, tasks=5) == 15

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe import registry
+from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController, Signals
 from dynmoe.moe import MoELayer, moe_layers
 from dynmoe.moe.model import undisturbed
@@ -275,3 +276,10 @@ def test_a_controller_draws_on_from_what_was_saved(mine):
     controller = make()
     controller.load_state_dict(state)
     assert controller.generator is None
+
+
+def test_misspelt_words_are_refused():
+    with pytest.raises(UserError, match="moments='0' is neither mean nor zero"):
+        GrowthController(make_model(), moments="0")
+    with pytest.raises(UserError, match="init random: router='none' is neither new nor all"):
+        GrowthController(make_model(), init=part("init", "random", router="none"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_new_experts import is_new, optimizer_of, step
@@ -11,6 +13,7 @@ from torch import nn
 from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
+from dynmoe.growth.new_experts import NewExperts
 from dynmoe.growth.old_experts import OldExperts, older_experts
 from dynmoe.moe import moe_layers
 
@@ -52,6 +55,25 @@ def test_old_experts_take_shorter_steps(kind: str, mode: str, pace: float) -> No
             factor[old] = pace
         moved, full = parameter - before[key], theirs[key] - before[key]
         torch.testing.assert_close(moved, factor * full, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("options", "rows", "pace"),
+    [({"old_experts": OldExperts(lr=0.5)}, slice(0, 2), 0.5),
+     ({"new_experts": NewExperts(lr=3.0)}, slice(2, 4), 3.0)],
+    ids=["old", "new"],
+)  # fmt: skip
+def test_a_shared_routers_rows_have_their_pace_once(
+    options: dict[str, Any], rows: slice, pace: float, layers: int
+) -> None:
+    model = make_network(layers, shared=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    GrowthController(model, optimizer, granularity=2, **options).grow(0)
+    weight = model[0].router.weight
+    before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+    optimizer.step()
+    torch.testing.assert_close((before - weight)[rows], torch.full((2, 5), pace))
 
 
 def test_before_any_growth_all_have_their_usual_pace() -> None:

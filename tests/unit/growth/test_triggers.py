@@ -144,6 +144,31 @@ def test_a_resuming_strategy_does_not_grow_at_the_task_start():
     assert asked == [Signals(step=8, task_starts=True)]
 
 
+# ---------------------------------------------------------------- a clock that begins anew
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("gradient", {"share": 0.99, "memory": 1, "cooldown": 4}, [4, 8]),
+        ("plateau", {"patience": 4, "limit": 9}, [4, 8]),
+        ("every", {"steps": 4}, [4, 8]),
+        ("at", {"steps": (1, 6)}, [1, 6]),
+    ],
+)
+def test_a_second_training_grows_as_the_first_though_its_clock_begins_anew(name, options, expected):
+    one, figures = trigger(name, **options), {"score": 1.0}
+    for training in range(3):
+        fired = []
+        for step in range(11):
+            figures["grad_norm"] = 1 / (1 + step)
+            if step == 0 and training:  # each but the first begins with a task
+                assert not one.fires(Signals(step=0, task_starts=True, **figures))
+            if (step or not training) and one.fires(Signals(step=step, **figures)):
+                fired.append(step)
+        assert fired == expected
+
+
 # ---------------------------------------------------------------- a clock that jumps
 
 jumps = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(

@@ -54,8 +54,14 @@ def test_every_name_is_taken(kind: str):
         ({"router_options": {"k": 2}}, "router_options={'k': 2} needs the router's name"),
         ({"bank": GatedPool.Config(), "bank_options": {"a": 1}}, "needs the bank's name"),
         ({"losses": ["switch", SwitchLoss.Config()]}, "loss switch is given twice"),
+        ({"gate_scale": "expert"}, "gate_scale='expert' is neither experts nor one"),
+        ({"route_per": "samples"}, "route_per='samples' is neither token nor sample"),
+        ({"router": "noisy-topk", "router_options": {"noise": "none"}},
+         "router noisy-topk: noise='none' is neither learned nor fixed"),
+        ({"bank": "pool", "bank_options": {"output_init": "own"}},
+         "bank pool: output_init='own' is neither pool nor expert"),
     ],
-)
+)  # fmt: skip
 def test_what_is_unknown_is_one_error(options: dict[str, Any], match: str):
     with pytest.raises(UserError, match=match):
         make(**options)

@@ -111,6 +111,53 @@ def test_a_cnn_whose_path_depends_on_data():
     assert found["dormant/0/relu"] >= 0.25
 
 
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_the_units_of_convolutions_are_their_channels(dim: int, functional: bool):
+    conv, pool = getattr(nn, f"Conv{dim}d"), getattr(nn, f"AdaptiveAvgPool{dim}d")
+    norm = getattr(nn, f"BatchNorm{dim}d")
+    torch.manual_seed(0)
+    layers = [conv(1, 6, 3), norm(6), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(6, 5)]
+    with torch.no_grad():
+        layers[1].bias[:2] = -100  # two channels are dead
+    x = torch.randn(12, 1, *(9, 4, 3)[:dim])
+    if functional:
+        layers[2] = Relu()
+    values = measure_plasticity(nn.Sequential(*layers), x, LABELS)
+    assert values["units"] == 6 and values["dead_units"] == 2
+    assert values["dormant/0"] == values["inactive_share"] == pytest.approx(2 / 6)
+
+
+class Relu(nn.Module):
+    """As a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class Patches(nn.Module):
+    """A convolution over time, its gate of half the channels, and tokens [N, T, 8] with one MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(1, 8, 3, padding=1), nn.Linear(4, 32)
+        self.down, self.head = nn.Linear(32, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.conv(x).chunk(2, dim=1)
+        tokens = torch.tanh(first * torch.sigmoid(second)).transpose(1, 2)
+        tokens = F.elu(tokens)  # no layer between: only its shape tells
+        return self.head(self.down(F.gelu(self.up(tokens))).mean(dim=1))
+
+
+def test_tokens_behind_a_convolution_over_time_have_their_units_last():
+    values = take_probe(Patches(), torch.randn(12, 1, 9), LABELS, functional=True).activations
+    shapes = {name: tuple(units.shape) for name, units in values.items()}
+    assert shapes == {
+        "sigmoid": (12, 4, 9, 1), "tanh": (12, 4, 9, 1), "elu": (12, 9, 4), "gelu": (12, 9, 32),
+    }  # fmt: skip
+
+
 def test_a_timm_vit():
     timm = pytest.importorskip("timm")
     model = timm.models.vision_transformer.VisionTransformer(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynmoe import registry
 from dynmoe.errors import NumericError
 from dynmoe.moe import MoELayer
 from dynmoe.moe.model import undisturbed
@@ -228,6 +229,27 @@ def test_moe_layer_is_read_from_its_bank_once(moe_case):
     assert expert.weight_in_grad is not None and expert.weight_in_grad.shape == bank.w_in.shape
     assert expert.weight_out_grad is not None and expert.weight_out_grad.shape == bank.w_out.shape
     torch.testing.assert_close(probe.features, layer(entering).detach())
+
+
+@pytest.mark.parametrize("bank", ["pool", "bottleneck"])
+def test_a_forward_pass_with_autocast_of_its_own(bank):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            options = registry.get("bank", bank).Config()
+            self.first, self.moe = nn.Linear(4, 6), MoELayer(6, 6, 24, bank=options)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.head(self.moe(F.relu(self.first(x))))
+
+    model, x = Net(), torch.randn(10, 4)
+    probe = take_probe(model, x, torch.zeros(10).long())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        entering = F.relu(model.first(x))
+    expected = model.moe.bank.hidden(entering.float())
+    torch.testing.assert_close(probe.experts["moe"].hidden, expected.detach())
 
 
 def test_rows_of_experts_to_come_are_left_out(moe_case):
