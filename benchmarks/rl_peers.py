@@ -4,11 +4,11 @@
     python -m benchmarks.rl_peers [--tasks CartPole-v1 Catch] [--seeds 5] [--share 1.0]
 
 Both have the hyperparameters of rl-baselines3-zoo (ppo.yml) for the task, with a constant clip
-range, and the same network: a tanh layer (NatureCNN for images) that actor and critic share, then a
-ReLU layer each; all are orthogonal, the actor's output 100 times smaller. One torch thread; the two
-take turns, seed by seed. Return is the mean over the episodes that ended in the last tenth of
-training, or over the last of each environment where fewer ended; rates are steps per second of
-process time, the whole loop included. `--share` shortens every task.
+range, and the same network: a tanh layer (the convolutions of Mnih et al. 2015 for images) that
+actor and critic share, then a ReLU layer each; all are orthogonal, the actor's output 100 times
+smaller. One torch thread; the two take turns, seed by seed. Return is the mean over the episodes
+that ended in the last tenth of training, or over the last of each environment where fewer ended;
+rates are steps per second of process time, the whole loop included. `--share` shortens every task.
 """
 
 from __future__ import annotations
@@ -164,13 +164,15 @@ def theirs(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
     from stable_baselines3.common.vec_env import VecNormalize
 
     class Shared(BaseFeaturesExtractor):
-        """The layer that actor and critic share."""
+        """The layers that actor and critic share; its own NatureCNN has one linear layer more."""
 
         def __init__(self, space: spaces.Box) -> None:
-            super().__init__(space, WIDTH)
-            self.layers = torch.nn.Sequential(
+            layers = _convolutions(space.shape[0]) if task.image else [
                 torch.nn.Flatten(), torch.nn.Linear(math.prod(space.shape), WIDTH), torch.nn.Tanh()
-            )
+            ]  # fmt: skip
+            features = torch.nn.Sequential(*layers)(torch.zeros(1, *space.shape)).shape[1]
+            super().__init__(space, features)
+            self.layers = torch.nn.Sequential(*layers)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layers(x)
@@ -191,9 +193,8 @@ def theirs(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
     lr = settings.lr
     network: dict[str, Any] = {
         "net_arch": {"pi": [WIDTH], "vf": [WIDTH]}, "activation_fn": torch.nn.ReLU,
+        "features_extractor_class": Shared,
     }  # fmt: skip
-    if not task.image:
-        network["features_extractor_class"] = Shared
     agent = PPO(
         "CnnPolicy" if task.image else "MlpPolicy", env,
         learning_rate=(lambda left: lr * left) if settings.anneal_lr else lr,
@@ -205,6 +206,13 @@ def theirs(name: str, task: Task, settings: PPOSettings, seed: int) -> Ended:
     agent.learn(settings.updates * settings.batch_size, Watch())
     env.close()
     return ended
+
+
+def _convolutions(channels: int) -> list[torch.nn.Module]:
+    """Those of our encoder `nature` (Mnih et al. 2015)."""
+    sizes = ((channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))
+    layers = [[torch.nn.Conv2d(*size), torch.nn.ReLU()] for size in sizes]
+    return [*(part for pair in layers for part in pair), torch.nn.Flatten()]
 
 
 def final(ended: Ended, steps: int, least: int) -> float:
