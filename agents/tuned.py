@@ -31,7 +31,7 @@ def tuned() -> dict[str, Config]:
     car = {"num_envs": 16, "rollout_steps": 16, "minibatches": 4, "epochs": 4,
            "gae_lambda": 0.98, "probe_every": 500}  # fmt: skip
     pendulum = {"num_envs": 4, "rollout_steps": 1024, "minibatches": 64, "epochs": 10, "lr": 1e-3,
-                "gae_lambda": 0.95, "gamma": 0.9, "probe_every": 4}  # fmt: skip
+                "anneal_lr": True, "gae_lambda": 0.95, "gamma": 0.9, "probe_every": 4}  # fmt: skip
     return {
         "cartpole": _config("CartPole-v1", 65_536, cartpole),
         "acrobot": _config("Acrobot-v1", 524_288, ZOO | SCALED | acrobot, tail=True),
