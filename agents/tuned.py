@@ -1,6 +1,6 @@
 """Settings of PPO that are tuned for one environment each: presets of `python -m dynmoe.rl`.
 
-docs/rl.md says how each was found, and what it reaches on seeds that had no part in the choice.
+docs/rl.md says how each was found, and what it reaches by seed.
 """
 
 from __future__ import annotations

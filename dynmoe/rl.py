@@ -30,8 +30,8 @@ DESCRIPTION = """Reinforcement learning: train a PPO agent whose MoE layers grow
 pixels of Craftax. Results and figures go to runs/rl/NAME/seed-N. `--evaluate FOLDER` plays with a
 trained agent.
 
-Cost: laptop (Craftax Classic, 131,072 steps), 4 to 5 minutes on a core; cartpole, minute and smoke,
-under one; craftax (a million steps), an hour; paper (1e9 steps), 130 core days: for a GPU."""
+Cost: laptop (Craftax Classic, 131,072 steps), 4 to 5 minutes on a core; mountaincar and acrobot, 2
+to 3; craftax (a million steps), an hour; paper (1e9 steps), 130 core days; all others, one."""
 
 
 def presets() -> dict[str, Config]:
