@@ -169,4 +169,5 @@ def work(rank: int, size: int, port: int, folder: str) -> None:
     for check in CHECKS:
         check(rank, size)
         open(f"{folder}/{check.__name__}-{rank}", "w").close()
+    dist.barrier()  # gloo aborts a process that leaves while another still needs it
     dist.destroy_process_group()

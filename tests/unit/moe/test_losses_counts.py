@@ -81,6 +81,7 @@ def _process(rank: int, folder: str, batches: list[list[Tensor]]) -> None:
     bias_loss.finish_step(layer.router)
     gradient, bias = layer.router.weight.grad, layer.router.selection_bias
     torch.save((losses, gradient, bias, loss.counts), f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo aborts a process that leaves while another still needs it
     dist.destroy_process_group()
 
 

@@ -119,6 +119,7 @@ def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(rank)  # nothing may hang on it
     torch.save([work(rank) for work in (_in_parallel, _noted, _on_shares)], f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo aborts a process that leaves while another still needs it
     dist.destroy_process_group()
 
 
