@@ -23,7 +23,7 @@ from agents.phases import METRICS, figure
 from agents.ppo import train
 from agents.recorder import UpdateRecorder
 from agents.settings import Config
-from agents.statistics import learning_curve
+from agents.statistics import learning_curve, tenths
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Periodic
@@ -148,6 +148,10 @@ class ReinforcementLearning(Experiment):
         if metric == "of_the_most":
             final, most = summary["final_return"], summary["max_return"]
             return 100 * final / most if final is not None and most else math.nan
+        if metric in ("best_return", "decline"):
+            means = tenths(summary["curve"])
+            best = max(means, default=math.nan)
+            return best if metric == "best_return" or not means else best - means[-1]
         if metric in METRICS:
             return figure(summary, metric) if "shifts" in summary else math.nan
         found = summary[metric]
@@ -237,6 +241,19 @@ class PhasedLearning(ReinforcementLearning):
     )
 
 
+@dataclass(frozen=True)
+class LongLearning(ReinforcementLearning):
+    """The same, with the best tenth of training and the decline from it."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        ("final return", "final_return", "last"),
+        ("best tenth", "best_return", "last"),
+        ("decline from it", "decline", "last"),
+        ("growths", "growths", "last"),
+        ("parameters", "parameters", "last"),
+    )
+
+
 class AgentSession(Session):
     """One agent at all its updates."""
 
@@ -309,8 +326,7 @@ class AgentSession(Session):
     def summary(self) -> dict[str, Any]:
         """The learning curve, and the mean return over its last tenth."""
         config, curve = self.config, self.recorder.curve
-        known = [value for _, value in curve if value is not None]
-        tail = known[-max(1, math.ceil(len(known) / 10)) :]
+        means = tenths(curve)
         events = self.controller.events if self.controller else []
         more: dict[str, Any] = {}
         if self.env.num_floors > 1:
@@ -329,7 +345,7 @@ class AgentSession(Session):
             "max_return": self.env.max_return,
             "parameters": sum(p.numel() for p in self.policy.parameters()),
             "curve": curve,
-            "final_return": sum(tail) / len(tail) if tail else None,
+            "final_return": means[-1] if means else None,
             "growth": [asdict(event) for event in events],
             **more,
         }

@@ -164,6 +164,16 @@ def learning_curve(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tenths(curve: list[list[float | None]]) -> list[float]:
+    """Mean returns over each tenth of a run's points that begins at one of them; the last is last.
+
+    Points [steps, return] in whose stretch no episode ended are left out; [] if all are.
+    """
+    known = [value for _, value in curve if value is not None]
+    size = max(1, math.ceil(len(known) / 10))
+    return [sum(known[i : i + size]) / size for i in range(len(known) - size + 1 if known else 0)]
+
+
 @dataclass(frozen=True)
 class Trace:
     """One episode, step by step."""

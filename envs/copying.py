@@ -1,8 +1,8 @@
 """The state of gymnasium's environments as plain values, where it is made of such.
 
 Most environments in python are: numbers, arrays, containers of them and random generators, in the
-environment, its wrappers and the vector around them. Where anything else is found, such as the
-world of a physics engine, there is no state to be had.
+environment, its wrappers and the vector around them. So are MuJoCo's (`envs.mujoco_state`). Where
+anything else is found, such as Box2D's world, there is no state to be had.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers.utils import RunningMeanStd
 
 from dynmoe.errors import UserError
+from envs.mujoco_state import is_simulation, restore_simulation, simulation_state
 
 FIXED = (
     EnvSpec, type, np.dtype, partial,
@@ -28,7 +29,7 @@ FIXED = (
 )  # fmt: skip
 """What an environment is made with, and does not change."""
 NAMES = ("metadata", "_saved_kwargs", "_cached_spec", "env_fns", "spec", "env", "autoreset_mode",
-         "_autoreset_mode")  # fmt: skip
+         "_autoreset_mode", "mujoco_renderer")  # fmt: skip
 """Attributes of that kind whatever they hold; `env` is looked at by itself."""
 PLAIN = (type(None), bool, int, float, str, bytes)
 DICTS = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
@@ -62,7 +63,9 @@ def restore(envs: VectorEnv, state: list[dict[str, Any]]) -> None:
         for name, value in values.items():
             now = vars(layer).get(name)
             restored = _unpacked(value)
-            if isinstance(now, spaces.Space):
+            if value[0] == "simulation":
+                restore_simulation(now, restored)
+            elif isinstance(now, spaces.Space):
                 _reseed(now, restored)
             elif isinstance(now, RunningMeanStd):
                 vars(now).update(vars(restored))  # wrappers may share it
@@ -123,6 +126,8 @@ def _attribute(value: Any, name: str) -> list[Any]:
         return ["tuple", [_packed(value._np_random, name), *inner]]
     if isinstance(value, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return _packed(value._np_random, name)
+    if is_simulation(value):
+        return ["simulation", simulation_state(value)]
     try:
         return _packed(value, name)
     except NotPlainError:

@@ -39,8 +39,7 @@ class SlipperyAnt(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Ant-v5 whose sliding friction is another every so many steps.
 
     All parts get the friction, the ground and the ant: MuJoCo takes the larger of two parts that
-    touch. The new friction holds from the first episode that begins after the change is due. The
-    steps are counted from the making: a run that is resumed begins with the first friction again.
+    touch. The new friction holds from the first episode that begins after the change is due.
 
     Args:
         every: steps of this environment from one change to the next; N environments side by side

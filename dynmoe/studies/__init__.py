@@ -34,6 +34,7 @@ from dynmoe.studies.shifts import Baselines as Baselines
 from dynmoe.studies.shifts import BlurredBoundaries as BlurredBoundaries
 from dynmoe.studies.shifts import RouterUncertainty as RouterUncertainty
 from dynmoe.studies.shifts import UnknownShifts as UnknownShifts
+from dynmoe.studies.slippery import RLSlippery as RLSlippery
 from dynmoe.studies.tta import TTABalance as TTABalance
 from dynmoe.studies.tta import TTABatchSize as TTABatchSize
 from dynmoe.studies.tta import TTAExperts as TTAExperts
