@@ -23,8 +23,8 @@ def is_simulation(value: Any) -> bool:
 def simulation_state(value: Any) -> dict[str, Tensor]:
     """What a model or its data hold, by name.
 
-    Of the data MuJoCo's own state, from which it goes on, and all arrays: environments also read
-    what the latest step computed.
+    Tensors of the arrays' shapes. Of the data also MuJoCo's own state [D], from which it goes on:
+    environments read what the latest step computed, too.
     """
     state = {name: torch.from_numpy(np.array(array)) for name, array in _arrays(value)}
     if type(value).__name__ == "MjModel":
@@ -34,7 +34,10 @@ def simulation_state(value: Any) -> dict[str, Tensor]:
 
 
 def restore_simulation(value: Any, state: dict[str, Tensor]) -> None:
-    """Bring a model, or its data, to a `simulation_state`. The model has to come first."""
+    """Bring a model, or its data, to a `simulation_state` (tensors of the arrays' shapes).
+
+    The model has to come first.
+    """
     import mujoco
 
     if type(value).__name__ == "MjData":

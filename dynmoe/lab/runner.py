@@ -21,6 +21,7 @@ from dynmoe.lab import inputs, processes
 from dynmoe.lab.config import RunConfig, difference, digest, identity, parse
 from dynmoe.lab.early_stop import Bar
 from dynmoe.lab.experiment import Experiment, Results
+from dynmoe.lab.files import as_told
 from dynmoe.lab.launchers import Failure, Launcher
 from dynmoe.lab.progress import RunsShown
 from dynmoe.lab.results import flat
@@ -336,8 +337,11 @@ def carry_out(job: Job) -> Failure | None:
             run_one(job.experiment, job.preset, job.config, bar=job.bar)
         except DynmoeError as error:
             return Failure(str(error), error.exit_code)
-        except Exception as error:  # a fault of ours: the others go on
+        except Exception as error:  # the other runs go on
             traceback.print_exc()
+            told = as_told(error) if isinstance(error, OSError) else None
+            if told is not None:
+                return Failure(str(told), told.exit_code)
             what = f"{type(error).__name__}: {error}".split("\n")[0]
             return Failure(f"{what} (see {job.folder / 'output.txt'})", DynmoeError.exit_code)
     return None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dynmoe import commands, registry, sweep
 from dynmoe.errors import UserError
+from dynmoe.lab import runner
 from dynmoe.lab.config import identity, to_dict
 from dynmoe.lab.launchers import Failure, Launcher, Local, Outcome, Work
 from dynmoe.lab.runner import Job, make_job, results_of, run_jobs, try_jobs
@@ -83,6 +86,22 @@ def test_data_sets_that_auto_found_are_not_averaged(tmp_path: Path) -> None:
     for variants in ({"x": [one, other]}, {"x": [one], "y": [other]}):
         with pytest.raises(UserError, match=told):
             results_of({"a": variants}, one.experiment)
+
+
+def test_what_the_disk_refuses_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command itself tells it; faults of ours name the file with their traceback."""
+    job, _ = _job("cl", tmp_path)
+    for error, told, code in (
+        (OSError(errno.ENOSPC, "No space left", "w.pt"), "disk full: w.pt could not be", 4),
+        (OSError(errno.EROFS, "Read-only", "w.pt"), "w.pt: Read-only; mend that", 2),
+        (ZeroDivisionError("division"), f"division (see {job.folder / 'output.txt'})", 1),
+    ):
+        monkeypatch.setattr(runner, "run_one", Mock(side_effect=error))
+        failure = runner.carry_out(job)
+        assert failure is not None and told in failure.message and failure.exit_code == code
+    assert (job.folder / "output.txt").read_text().count("Traceback") == 3
 
 
 @dataclass(frozen=True)
