@@ -40,7 +40,7 @@ class RLSlippery(
 
     def variants(self, preset: Preset) -> dict[str, str]:
         """Plain, kept plastic, and grown by the clock."""
-        every = f"--trigger every --trigger.steps {self.steps[preset] // 4} --trigger.limit 3"
+        every = f"--trigger every --trigger.steps {self.steps[preset] // 4}"
         return {
             PLAIN: "--method dense",
             "l2": "--method dense --intervention l2",
