@@ -52,6 +52,7 @@ class ReinforcementLearning(Experiment):
 
     command = "rl"
     on_processes = True
+    smoke_is_small = False
     least: ClassVar[dict[str, float]] = {
         "probe_every": 1, "probe_samples": 1, "eval_every": 0, "eval_steps": 1,
     }  # fmt: skip

@@ -174,19 +174,26 @@ def generator(seed: int, *stream: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *stream))
 
 
-def check_divides(chunks: int, total: int, what: str) -> None:
+def check_divides(chunks: int, total: int, what: str, least: int = 1, otherwise: str = "") -> None:
     """Refuse a number of chunks that does not divide `total`.
+
+    Args:
+        chunks, total: the numbers.
+        what: is divided.
+        least: of it in a chunk, in the numbers that the error suggests.
+        otherwise: what to do where no number of chunks above 1 is left.
 
     Raises:
         UserError: it does not; names numbers near it that do.
     """
     if chunks >= 1 and total % chunks == 0:
         return
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    divisors = [d for d in range(1, total // least + 1) if total % d == 0]
     near = [d for d in divisors if d < chunks][-2:] + [d for d in divisors if d > chunks][:2]
-    raise UserError(
-        f"{chunks} chunks do not divide {total} {what}; use --chunks {', '.join(map(str, near))}"
-    )
+    use = f"use --chunks {', '.join(map(str, near))}"
+    if otherwise and not any(d > 1 for d in near):
+        use = otherwise
+    raise UserError(f"{chunks} chunks do not divide {total} {what}; {use}")
 
 
 def balanced_parts(labels: Tensor, parts: int, rng: np.random.Generator) -> list[Tensor]:
@@ -233,7 +240,9 @@ class ClassChunks(Protocol, name="class"):
         Raises:
             UserError: `chunks` does not divide the classes, or leaves a shared head one output.
         """
-        check_divides(chunks, data.num_classes, "classes")
+        least = 2 if self.num_outputs(data, data.num_classes) == 1 else 1
+        shuffle = "use --protocol shuffle, which draws other labels in each chunk"
+        check_divides(chunks, data.num_classes, "classes", least, shuffle)
         if self.num_outputs(data, chunks) == 1:
             raise UserError(
                 f"{chunks} chunks of {data.num_classes} classes have one class each, so there is "

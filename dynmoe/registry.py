@@ -185,7 +185,8 @@ def get(kind: str, name: str) -> type[Any]:
     known = names(kind)
     if name in known:
         return _PARTS[kind][name]
-    raise unknown(kind, name, known, f"If it is your own, name its file in {VARIABLE}.")
+    what = {"dg": "method of dg", "tta": "method of tta", "agent": "method of rl"}.get(kind, kind)
+    raise unknown(what, name, known, f"If it is your own, name its file in {VARIABLE}.")
 
 
 def make_config(kind: str, name: str, options: Mapping[str, Any] | None = None) -> PartConfig:

@@ -49,7 +49,7 @@ def domains_of(stream: str) -> tuple[str, ...]:
     names = tuple(stream.split("+"))
     wrong = [name for name in names if name not in DOMAINS]
     if wrong and len(names) == 1:
-        raise unknown("stream", stream, (*STREAMS, *DOMAINS))
+        raise unknown("stream", stream, dict.fromkeys((*STREAMS, *DOMAINS)))
     if wrong:
         raise unknown(f"domain of the stream {stream}:", wrong[0], DOMAINS)
     if len(set(names)) < len(names):

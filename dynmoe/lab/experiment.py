@@ -112,6 +112,7 @@ class Experiment(ABC):
         about: settings that say what a run is about, not how it goes about it: where runs differ
             in one, they are on different streams.
         on_processes: several processes may share a run, see `processes.py`.
+        smoke_is_small: what preset smoke finds says nothing of the methods.
     """
 
     command: ClassVar[str]
@@ -127,6 +128,7 @@ class Experiment(ABC):
     missing: ClassVar[str] = ""
     about: ClassVar[tuple[str, ...]] = ()
     on_processes: ClassVar[bool] = False
+    smoke_is_small: ClassVar[bool] = True
 
     # -- settings
 

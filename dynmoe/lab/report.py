@@ -64,6 +64,8 @@ def run_all(experiment: Experiment, preset: str, config: Any) -> Result:
     run_jobs(flat, Local(config.jobs), experiment.command)
     folder = experiment.report_folder(preset, config, flat[0].folder)
     report(folder, config, shared, results_of(jobs, experiment))
+    if preset == "smoke" and experiment.smoke_is_small:
+        print("smoke shows that everything works; for numbers that say something: --preset minute")
     return Result(folder, tuple(read_run(job.folder) for job in flat), model)
 
 

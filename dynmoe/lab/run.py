@@ -201,6 +201,8 @@ class Run:
             write_json(self.folder / inputs.NAME, self.read)
         write_json(self.folder / "config.json", to_dict(self.config))
         self._write_environment(goes_on=saved is not None)
+        if saved is None and "--resume" in sys.argv:
+            print(f"nothing to resume in {self.folder}: the run begins", file=sys.stderr)
         return None, saved
 
     def _open(self, summary: dict[str, Any] | None, saved: dict[str, Any] | None) -> None:

@@ -250,11 +250,11 @@ def try_jobs(
                         failed.pop(job.folder, None)
                         if failure is not None:
                             failed[job.folder] = failure
+                        if failure is not None and not keep_going:  # told as the error
+                            return [(job, failure)]
                         shown.ended(
                             job.label, None if failure is None else failure.message, len(failed)
                         )
-                        if failure is not None and not keep_going:
-                            return [(job, failure)]
                 again = [job for job in todo if _worth(failed.get(job.folder))]
         finally:
             for job in todo:
@@ -266,9 +266,24 @@ def try_jobs(
 def _launched(
     launcher: Launcher, jobs: list[Job]
 ) -> Generator[tuple[Job, Failure | None], None, None]:
-    """Each job and its outcome, as it ends; SIGTERM stops them meanwhile."""
-    with _stopped_by_sigterm(launcher), closing(launcher.launch(carry_out, jobs)) as ended:
-        yield from ended
+    """Each job and its outcome, as it ends.
+
+    Raises:
+        Interrupted: SIGTERM, which is passed on to the runs, or Ctrl-C, which they have as well.
+    """
+    try:
+        with _stopped_by_sigterm(launcher), closing(launcher.launch(carry_out, jobs)) as ended:
+            yield from ended
+    except KeyboardInterrupt:
+        raise _interrupted(signal.SIGINT) from None
+
+
+def _interrupted(number: int) -> Interrupted:
+    """What a signal that stops several runs is told as."""
+    name = signal.Signals(number).name
+    return Interrupted(
+        f"stopped by {name}; runs under way have saved: start it again to go on", number
+    )
 
 
 def _worth(failure: Failure | None) -> bool:
@@ -318,9 +333,7 @@ def _stopped_by_sigterm(launcher: Launcher) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         launcher.stop()
-        raise Interrupted(
-            "stopped by SIGTERM; runs under way have saved: start it again to go on", number
-        )
+        raise _interrupted(number)
 
     handler = signal.signal(signal.SIGTERM, stop)
     try:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynmoe import registry
 from dynmoe.errors import UserError
 from dynmoe.moe import finish_step
 from dynmoe.registry import Part, PartConfig
 from dynmoe.tta import params
 from dynmoe.tta.entropy import possible_classes, sound
 from dynmoe.tta.options import check_types, make_config
+from dynmoe.tta.params import UnfitModelError
 
 
 class Adapter(nn.Module, Part, ABC, kind="tta"):
@@ -318,9 +320,24 @@ def adapt(model: nn.Module, method: str = "moetta", **options: Any) -> Adapter:
         options: fields of its Config.
 
     Raises:
-        UserError: an unknown method or option, or the method cannot adapt this model.
+        UserError: an unknown method or option, or the method cannot adapt this model. The message
+            names methods that can.
     """
-    return make_config(method, options).build(model)
+    config = make_config(method, options)
+    try:
+        return config.build(model)
+    except UnfitModelError as error:
+        fit = [name for name in registry.names("tta") if _fits(name, model)]
+        raise UnfitModelError(f"{error}. What fits: {', '.join(fit)}") from None
+
+
+def _fits(method: str, model: nn.Module) -> bool:
+    """Whether a method, with its defaults, can adapt a model; tried on a copy."""
+    try:
+        make_config(method, {}).build(copy.deepcopy(model))
+    except UserError:
+        return False
+    return True
 
 
 def _images_of(batch: Any, method: str) -> Tensor:

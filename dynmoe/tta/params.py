@@ -47,7 +47,7 @@ def affine_parameters(
     if not found:
         raise UnfitModelError(
             f"{method} adapts normalisation layers, and the model has none with weights that it "
-            "may train (LayerNorm, BatchNorm or GroupNorm); use method noadapt or another model"
+            "may train (LayerNorm, BatchNorm or GroupNorm); use another method or model"
         )
     return found
 

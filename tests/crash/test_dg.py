@@ -259,9 +259,9 @@ def test_a_name_that_another_setting_has(
 BAD = {
     "--steps 0": "--steps 0 is too small; use 1 or more",
     "--lr nan": "--lr nan is no finite number",
-    "--method moe3": "unknown dg 'moe3'.*Did you mean 'moe2'",
+    "--method moe3": "unknown method of dg 'moe3'.*Did you mean 'moe2'",
     "--compare moa moa": "--compare names moa twice",
-    "--compare mao": "unknown dg 'mao'",
+    "--compare mao": "unknown method of dg 'mao'",
     "--test-domains edge": "unknown domain 'edge'.*Did you mean 'edges'",
     "--model vit_tiny_patch16_224": "needs weights: --weights FILE, or --pretrained",
     "--pretrained": "are for timm's models",

@@ -67,8 +67,7 @@ def _run(flags: str, *more: str) -> int:
         ("--router topk --router.k 0", "topk router: k=0"),
         ("--trigger every --trigger.steps 0", "trigger every: steps=0"),
         ("--method wide --method.factor 0", "factor=0 must be at least 1"),
-        ("--protocol class --chunks 3", "3 chunks do not divide 10 classes; use --chunks 1, 2, 5, "
-         "10"),
+        ("--protocol class --chunks 3", "3 chunks do not divide 10 classes; use --chunks 1, 2, 5"),
         ("--protocol iid --chunks 11", "11 chunks do not divide 1400 training images; use --chunks "
          "8, 10, 14, 20"),
         ("--access cumulative", "use --access limited"),

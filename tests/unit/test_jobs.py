@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 from dynmoe import commands, registry, sweep
-from dynmoe.errors import UserError
+from dynmoe.errors import DynmoeError, Interrupted, UserError
 from dynmoe.lab import runner
 from dynmoe.lab.config import identity, to_dict
 from dynmoe.lab.launchers import Failure, Launcher, Local, Outcome, Work
@@ -116,6 +116,36 @@ class Counting(Launcher):
         self.given.append(len(items))
         failed = Failure("killed", 4) if len(self.given) <= self.failures else None
         yield from ((item, failed) for item in items)
+
+
+@dataclass(frozen=True)
+class Stopped(Launcher):
+    """Ctrl-C comes while it waits."""
+
+    jobs = 1
+
+    def launch(self, work: Work, items: list[Any]) -> Iterator[Outcome]:  # type: ignore[override]
+        raise KeyboardInterrupt
+        yield
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    job, _ = _job("dg", tmp_path)
+    told = "stopped by SIGINT; runs under way have saved: start it again to go on"
+    with pytest.raises(Interrupted, match=told) as caught:
+        run_jobs([job], Stopped(), "waits")
+    assert caught.value.exit_code == 130
+
+
+def test_the_failure_that_ends_a_command_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, _ = _job("cl", tmp_path)
+    with pytest.raises(DynmoeError, match=f"{job.label}: killed"):
+        run_jobs([job], Counting(9), "counted")
+    assert "killed" not in capsys.readouterr().err
+    run_jobs([job], Counting(0), "counted")
+    assert f"counted: {job.label} done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("failures", "launches"), [(0, [1]), (1, [1, 1]), (9, [1, 1, 1])])

@@ -30,10 +30,12 @@ def test_a_report_of_trained_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
         protocol=get("protocol", "shuffle").Config(images=150),
         network=get("network", "mlp").Config(width=16, hidden=24),
     )  # fmt: skip
-    cl.run(small)
-    capsys.readouterr()
+    for preset in ("own", "smoke"):
+        cl.run(replace(small, runs_dir=tmp_path / preset), preset)
+        told = "numbers that say something: --preset minute" in capsys.readouterr().out
+        assert told == (preset == "smoke")
     out = tmp_path / "out"
-    report.main([str(tmp_path / "cl"), "--out", str(out), "--first", "dense", "--title", "T<1>"])
+    report.main([str(tmp_path / "own" / "cl"), "--out", str(out), "--first", "dense", "--title", "T<1>"])
     printed = capsys.readouterr()
     assert printed.err == "" and str(out / "report.html") in printed.out
     page = (out / "report.html").read_text()

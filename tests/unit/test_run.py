@@ -88,6 +88,21 @@ def test_going_on_restores_state_log_and_generators(tmp_path: Path) -> None:
     assert {"command", "started", "commit", "python", "device", "threads"} <= sessions[1].keys()
 
 
+def test_resume_says_where_there_is_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only to a user who asked: runs of sweeps begin or go on by themselves."""
+    with _run(tmp_path, name="sweep", resume=True):
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.argv", ["dynmoe cl", "--resume"])
+    with _run(tmp_path, resume=True) as run:
+        told = f"nothing to resume in {run.folder}: the run begins\n"
+        assert capsys.readouterr().err == told
+        run.checkpoint(1, {})
+    with _run(tmp_path, resume=True):
+        assert capsys.readouterr().err == ""
+
+
 def test_other_versions_than_before_are_told_and_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,7 +216,8 @@ class DomainGeneralisation(Experiment):
         for name, own in runs.items():
             measures = self.entry(results, "", name)["measures"]
             if measures:
-                print(f"{name}: {', '.join(f'{key} {v:.4f}' for key, v in measures.items())}")
+                own_measures = ", ".join(f"{key} {v:.4f}" for key, v in measures.items())
+                print(f"{name}, as docs/dg.md explains: {own_measures}")
             file = folders[name][0] / "figures.npz"
             if file.is_file():
                 with np.load(file, allow_pickle=False) as loaded:

@@ -83,8 +83,15 @@ def test_impossible_chunk_counts_are_refused(name: str, chunks: int, data: Image
 
 
 def test_refusal_names_divisors_nearby(data: ImageData) -> None:
-    with pytest.raises(UserError, match=r"7 chunks do not divide 12 classes; .* 4, 6, 12$"):
+    with pytest.raises(UserError, match=r"7 chunks do not divide 12 classes; .* 4, 6$"):
         _make("class").split(data, 7, 0)
+    full = registry.get("protocol", "class").Config(head="full").build()
+    with pytest.raises(UserError, match=r"7 chunks do not divide 12 classes; .* 4, 6, 12$"):
+        full.split(data, 7, 0)
+    labels = {"train_labels": data.train_labels % 3, "test_labels": data.test_labels % 3}
+    three = replace(data, num_classes=3, **labels)
+    with pytest.raises(UserError, match=r"5 chunks do not divide 3 classes; use --protocol shuf"):
+        _make("class").split(three, 5, 0)
     with pytest.raises(UserError, match=r"7 chunks do not divide 240 training .* 5, 6, 8, 10$"):
         _make("iid").split(data, 7, 0)
 

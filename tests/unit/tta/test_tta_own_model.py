@@ -306,3 +306,10 @@ def test_a_broken_image_is_named(code: Path, tmp_path: Path) -> None:
     (root / "b" / "2.png").write_bytes(b"none")
     with pytest.raises(UserError, match=r"cannot read image .*b/2\.png"):
         main(_flags(root, code, tmp_path / "runs", "--streams clean --limit 4"))
+
+
+def test_a_method_that_does_not_fit_names_those_that_do() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 900, 5))
+    with pytest.raises(UserError, match=r"tent adapts normalisation .*fits: cotta, noadapt$"):
+        adapt(plain, "tent")
+    assert adapt(plain, "cotta")(torch.rand(2, 3, 32, 32)).shape == (2, 5)
