@@ -34,6 +34,8 @@ class DGMethod(nn.Module, Part, kind="dg"):
         watches: `watch` is to be called with the validation loss before each evaluation.
         least_images: of each source domain, in a training batch.
 
+    `least_evaluations` says how many evaluations training needs for the method to do anything.
+
     Raises:
         UserError: the backbone lacks an expected layer.
     """
@@ -70,6 +72,11 @@ class DGMethod(nn.Module, Part, kind="dg"):
     def unfit(config: Any, sources: int) -> str:
         """The option that must be another for so many source domains; "" where all are fit."""
         return ""
+
+    @staticmethod
+    def least_evaluations(config: Any) -> int:
+        """Evaluations in a training, for the method to differ from one without it."""
+        return 1
 
     def outputs(self, images: Tensor, embedding: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [S, B, C] of the S members (1 but for ensembles), and weighted penalties by name.

@@ -35,7 +35,9 @@ def test_a_report_of_trained_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
         told = "numbers that say something: --preset minute" in capsys.readouterr().out
         assert told == (preset == "smoke")
     out = tmp_path / "out"
-    report.main([str(tmp_path / "own" / "cl"), "--out", str(out), "--first", "dense", "--title", "T<1>"])
+    report.main(
+        [str(tmp_path / "own" / "cl"), "--out", str(out), "--first", "dense", "--title", "T<1>"]
+    )
     printed = capsys.readouterr()
     assert printed.err == "" and str(out / "report.html") in printed.out
     page = (out / "report.html").read_text()

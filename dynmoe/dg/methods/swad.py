@@ -95,7 +95,8 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
     """ERM, and the mean of its weights after every step within a valley of the validation loss.
 
     The loss is the cross-entropy on the sources' held-out images, looked at at each evaluation, so
-    that evaluations must be frequent (the authors: every 50 to 100 steps). Evaluations show the
+    that evaluations must be frequent (the authors: every 50 to 100 steps): set `--eval-every`. Of
+    fewer than `patience` there is no valley, and such settings are refused. Evaluations show the
     averaged weights once the valley has started; those at the last one are SWAD's result, whatever
     `--selection` says of it. Training goes on from the plain weights.
     """
@@ -112,6 +113,11 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
         """r, too high is this times the mean loss at the start (1.2 for VLCS)"""
 
     watches = True
+
+    @staticmethod
+    def least_evaluations(config: Config) -> int:
+        """The first average is over those of its start."""
+        return config.patience
 
     def prepare(self, config: Config, generator: torch.Generator | None) -> None:
         """Begin with no average."""
@@ -151,6 +157,14 @@ class SWAD(DGMethod, name="swad", source="Cha et al. 2021 (arXiv 2102.08604), Al
             return super().outputs(images, embedding)
         with swapped(self.trainable(), self.shown):
             return super().outputs(images, embedding)
+
+    def measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """averaged_steps: steps in the mean. 0: the valley never began, and this is plain ERM.
+
+        Images [B, 3, H, W] and labels [B] are not looked at.
+        """
+        found = self.valley.average()
+        return {"averaged_steps": float(found.count) if found else 0.0}
 
     def extra_state(self) -> dict[str, Any]:
         """The valley so far."""

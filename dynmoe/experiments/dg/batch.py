@@ -91,6 +91,16 @@ def check_batches(found: dict[str, Config], own: str, domains: int) -> None:
                 f"method {name} needs {part.least_images} images of each source domain in a batch; "
                 f"use --batch-size {part.least_images} or more (now {config.batch_size})"
             )
+        least, planned = (
+            part.least_evaluations(config.method),
+            -(-config.steps // config.eval_every),
+        )
+        if planned < least:
+            raise UserError(
+                f"method {name} needs {least} evaluations, and --steps {config.steps} with "
+                f"--eval-every {config.eval_every} have {planned}; use "
+                f"--eval-every {max(1, config.steps // (4 * least))} or another method"
+            )
         if option := part.unfit(config.method, domains - 1):
             flags = f"--method.{option} {domains - 1}"
             way = flags if name == own else f"--method {name} {flags}, not --compare {name}"

@@ -82,6 +82,8 @@ def test_swad_shows_the_mean_weights_and_trains_on_from_the_plain_ones() -> None
     torch.testing.assert_close(shown, reference.eval()(x))
     assert not torch.allclose(shown, plain)
     torch.testing.assert_close(method.trainable()[0], passed[-1][0])  # training is not disturbed
+    assert method.measures(x, LABELS) == {"averaged_steps": 4.0}
+    assert make("swad").measures(x, LABELS) == {"averaged_steps": 0.0}
     again: Any = make("swad", patience=1)
     again.load_extra_state(kept)
     assert again.valley.segments[0].count == 2
