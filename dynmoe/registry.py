@@ -58,6 +58,8 @@ PACKAGES = {
 }
 """Kind of part -> the module or package that imports all parts of it, a line each."""
 
+CALLED = {"dg": "method of dg", "tta": "method of tta", "agent": "method of rl"}
+"""Kinds that users know by another name."""
 GROUP = "dynmoe.parts"
 """Entry-point group of packages with parts."""
 VARIABLE = "DYNMOE_PARTS"
@@ -185,8 +187,7 @@ def get(kind: str, name: str) -> type[Any]:
     known = names(kind)
     if name in known:
         return _PARTS[kind][name]
-    what = {"dg": "method of dg", "tta": "method of tta", "agent": "method of rl"}.get(kind, kind)
-    raise unknown(what, name, known, f"If it is your own, name its file in {VARIABLE}.")
+    raise unknown(CALLED.get(kind, kind), name, known, f"If it is your own, name its file in {VARIABLE}.")
 
 
 def make_config(kind: str, name: str, options: Mapping[str, Any] | None = None) -> PartConfig:

@@ -149,7 +149,8 @@ def test_unknown_choices(command: str, capsys: pytest.CaptureFixture[str]) -> No
     module = load(command)
     for field, kind in slots(next(iter(module.presets().values()))).items():
         err = failed(module.main, [f"--{field.replace('_', '-')}", "xyzzy"], capsys)
-        assert err.startswith(f"error: unknown {kind} 'xyzzy'; known: ") and err.count("\n") == 1
+        what = registry.CALLED.get(kind, kind)
+        assert err.startswith(f"error: unknown {what} 'xyzzy'; known: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -70,8 +70,9 @@ def test_what_is_written_and_printed(
     monkeypatch.setenv("COLUMNS", "160")  # so that tables have one line a row
     report(tmp_path / "report", Config(), SOURCE, results(tmp_path))
     out = capsys.readouterr().out
-    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "95 % t", "moe2: kl 0.7000"):
+    for text in ("70.0", "-10.0 [-10.0, -10.0]", "900", "3 trial(s)", "95 % t"):
         assert text in out
+    assert "moe2, as docs/dg.md explains: kl 0.7000" in out
     assert "moe2: 70 of 1,000 parameters are trained" in out
     assert out.count("erm: ") == 1  # it has no figures of its own
     kept = json.loads((tmp_path / "report" / "results.json").read_text())["streams"][""]
