@@ -187,7 +187,8 @@ def get(kind: str, name: str) -> type[Any]:
     known = names(kind)
     if name in known:
         return _PARTS[kind][name]
-    raise unknown(CALLED.get(kind, kind), name, known, f"If it is your own, name its file in {VARIABLE}.")
+    own = f"If it is your own, name its file in {VARIABLE}."
+    raise unknown(CALLED.get(kind, kind), name, known, own)
 
 
 def make_config(kind: str, name: str, options: Mapping[str, Any] | None = None) -> PartConfig:
