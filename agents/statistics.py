@@ -165,7 +165,7 @@ def learning_curve(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tenths(curve: list[list[float | None]]) -> list[float]:
-    """Mean returns over each tenth of a run's points that begins at one of them; the last is last.
+    """Mean returns over each tenth of a run's points that begins at one of them, in their order.
 
     Points [steps, return] in whose stretch no episode ended are left out; [] if all are.
     """

@@ -269,6 +269,7 @@ BAD = {
     "--domains pacs": "pacs not found",
     "--domains pacs --method.experts 0": "pacs not found",
     "--method swad --steps 8 --eval-every 4": "swad needs 3 evaluations, and .* have 2; .*every 1",
+    "--method swad --steps 2 --eval-every 1": "have 2; use --steps 3 or more",
     "--method erm --granularity 1": "erm has no experts that can grow; use --method moe2",
     "--granularity 1 --trigger.steps 2": "2 growths of 1 end with 7 experts.*max-experts 7",
     "--lr 1e30": "loss of moe2 is .* use a smaller --lr",

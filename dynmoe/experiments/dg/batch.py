@@ -6,6 +6,7 @@ others: what is a mean over images is the mean of theirs.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,15 +92,14 @@ def check_batches(found: dict[str, Config], own: str, domains: int) -> None:
                 f"method {name} needs {part.least_images} images of each source domain in a batch; "
                 f"use --batch-size {part.least_images} or more (now {config.batch_size})"
             )
-        least, planned = (
-            part.least_evaluations(config.method),
-            -(-config.steps // config.eval_every),
-        )
+        least = part.least_evaluations(config.method)
+        planned = math.ceil(config.steps / config.eval_every)
         if planned < least:
+            often = f"--eval-every {max(1, config.steps // (4 * least))}"
+            way = often if config.steps >= least else f"--steps {least} or more"
             raise UserError(
                 f"method {name} needs {least} evaluations, and --steps {config.steps} with "
-                f"--eval-every {config.eval_every} have {planned}; use "
-                f"--eval-every {max(1, config.steps // (4 * least))} or another method"
+                f"--eval-every {config.eval_every} have {planned}; use {way} or another method"
             )
         if option := part.unfit(config.method, domains - 1):
             flags = f"--method.{option} {domains - 1}"
