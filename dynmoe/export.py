@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from dynmoe.commands import begin
 from dynmoe.commands import load as load_command
 from dynmoe.errors import UserError, unknown
-from dynmoe.lab.config import from_dict, identity, run_command
+from dynmoe.lab.config import from_dict, identity, read_options, run_command
 
 begin("export", __name__)  # before imports that may fail
 
@@ -45,9 +45,9 @@ RUN_COMMANDS = ("cl", "rl", "tta", "dg")
 class Config:
     """Settings of an export."""
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None
+    run: Annotated[str, tyro.conf.Positional] = ""
     """folder of a run, such as runs/cl/NAME/seed-0; a checkpoint in it; or, of rl, its `best`"""
-    out: Annotated[Path | None, tyro.conf.Positional] = None
+    out: Annotated[str, tyro.conf.Positional] = ""
     """folder for the files; it must be new or hold an earlier export"""
     part: str = ""
     """of dg: the domain that was left out; none: the first one"""
@@ -155,11 +155,8 @@ def main(argv: list[str]) -> None:
             or sent.
         ResourceError: the hub cannot be reached; the files are written.
     """
-    config = tyro.cli(
-        Config, args=argv, prog="python -m dynmoe.export", description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
-    if config.run is None or config.out is None:
+    config = read_options(Config, argv, "python -m dynmoe.export", __doc__)
+    if not config.run or not config.out:
         raise UserError(
             "name the run's folder and a folder for the files, such as: dynmoe export "
             "runs/cl/NAME/seed-0 my-network"
@@ -168,12 +165,13 @@ def main(argv: list[str]) -> None:
         hub.check_push(config.push)
     elif config.public:
         raise UserError("--public has no effect without --push OWNER/NAME; leave it out")
-    export(config.run, config.out, config.part, config.license, config.push)
-    print(f"exported: {config.out}; load it with dynmoe.export.load({str(config.out)!r})")
+    out = Path(config.out)
+    export(Path(config.run), out, config.part, config.license, config.push)
+    print(f"exported: {out}; load it with dynmoe.export.load({str(out)!r})")
     if config.license == UNKNOWN:
         print("note: no licence is named; use --license NAME before you share it", file=sys.stderr)
     if config.push:
-        address = hub.push(config.out, config.push, config.public)
+        address = hub.push(out, config.push, config.public)
         print(f"sent: {address}; load it with dynmoe.export.load_from_hub({config.push!r})")
 
 

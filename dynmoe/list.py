@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from dynmoe import registry
 from dynmoe.commands import begin
 from dynmoe.errors import unknown
-from dynmoe.lab.config import run_command
+from dynmoe.lab.config import read_options, run_command
 
 begin("list", __name__)  # before imports that may fail
 
@@ -54,10 +54,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: there is no such kind.
     """
-    config = tyro.cli(
-        Config, args=argv, prog="python -m dynmoe.list", description=DESCRIPTION,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    config = read_options(Config, argv, "python -m dynmoe.list", DESCRIPTION)
     if config.kind and config.kind not in registry.PACKAGES:
         raise unknown("kind", config.kind, registry.PACKAGES)
     kinds = [config.kind] if config.kind else list(registry.PACKAGES)

@@ -18,7 +18,7 @@ from typing import Annotated
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import placed, run_command
+from dynmoe.lab.config import placed, read_options, run_command
 
 begin("report", __name__)  # before imports that may fail
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: no folders are named, or none holds a finished run.
     """
-    config = tyro.cli(Config, args=argv, prog="python -m dynmoe.report", description=__doc__)
+    config = read_options(Config, argv, "python -m dynmoe.report", __doc__)
     if not config.runs:
         raise UserError("name the folders of runs, such as: dynmoe report runs/cl/laptop-*")
     commands = {name: partial(_command, name) for name in RUN_COMMANDS}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import DynmoeError, NumericError, Pruned, UserError
-from dynmoe.lab.config import check_name, run_command
+from dynmoe.lab.config import OF_RUNS, check_name, read_options, run_command
 from dynmoe.ranges import check_settings
 
 begin("search", __name__)  # before imports that may fail
@@ -156,10 +156,7 @@ def main(argv: list[str]) -> None:
         UserError: a setting is out of range.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(
-        Config, args=argv[:cut], prog="python -m dynmoe.search", description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    config = read_options(Config, argv[:cut], "python -m dynmoe.search", __doc__, more=OF_RUNS)
     check_settings(config)
     check_name(config.name)
     for setting, least in {"trials": 1, "search_seeds": 1}.items():

@@ -18,7 +18,7 @@ from typing import Annotated
 from dynmoe import registry
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import run_command
+from dynmoe.lab.config import OF_RUNS, read_options, run_command
 from dynmoe.ranges import check_settings
 
 begin("study", __name__)  # before imports that may fail
@@ -61,10 +61,7 @@ def main(argv: list[str]) -> None:
         UserError: a setting is out of range, or there is no such study.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(
-        Config, args=argv[:cut], prog="python -m dynmoe.study", description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    config = read_options(Config, argv[:cut], "python -m dynmoe.study", __doc__, more=OF_RUNS)
     if config.redraw:
         for file in config.redraw:
             print(f"figure: {draw_again(file)}")

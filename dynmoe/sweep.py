@@ -21,7 +21,7 @@ from typing import Annotated
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import check_name, run_command
+from dynmoe.lab.config import OF_RUNS, check_name, read_options, run_command
 from dynmoe.ranges import check_settings
 
 begin("sweep", __name__)  # before imports that may fail
@@ -123,10 +123,7 @@ def main(argv: list[str]) -> None:
         UserError: there are no variants, or a setting is out of range.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    config = tyro.cli(
-        Config, args=argv[:cut], prog="python -m dynmoe.sweep", description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )  # fmt: skip
+    config = read_options(Config, argv[:cut], "python -m dynmoe.sweep", __doc__, more=OF_RUNS)
     check_settings(config)
     check_name(config.name)
     launcher = config.make(config.runs_dir)

@@ -8,6 +8,7 @@ options. A preset is a ready instance of the dataclass, chosen by `--preset`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import sys
 import traceback
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -28,6 +30,8 @@ from dynmoe.registry import PartConfig
 
 C = TypeVar("C")
 
+OF_RUNS = "; options of the runs follow a lone --"
+"""What commands that start runs add where a word is no option of theirs."""
 RENAMED = {"cut": "pruning", "newborn": "new_experts", "strategy": "intervention"}
 """Settings as earlier versions called them -> their names now."""
 RENAMED_PARTS = {("pruning", "redraw"): "reinit"}
@@ -86,12 +90,12 @@ def slots(config: Any) -> dict[str, str]:
 def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -> tuple[str, C]:
     """Read a command line. The first preset is the default one.
 
-    Returns the preset's name and the settings. tyro prints its own message and exits with 2 for an
-    unknown flag or a value of the wrong type; `--help` prints and exits with 0.
+    Returns the preset's name and the settings. tyro prints its own message and exits with 2 for a
+    value of the wrong type; `--help` prints and exits with 0.
 
     Raises:
-        UserError: unknown preset or part name, one that has been renamed, an option of a part that
-            is not chosen, a value out of range, or an option that has no effect.
+        UserError: unknown preset, option or part name, one that has been renamed, an option of a
+            part that is not chosen, a value out of range, or an option that has no effect.
     """
     args = list(argv)
     preset = _pop(args, "preset") or next(iter(presets))
@@ -113,17 +117,58 @@ def parse(presets: dict[str, C], argv: list[str], prog: str, description: str) -
         print(help_text(config, list(presets), preset, prog, description, full))
         sys.exit(0)
     _refuse_others_options(config, args)
-    import tyro
-
-    parsed = tyro.cli(
-        type(config), default=config, args=args, prog=prog, description=description,
-        config=(tyro.conf.AvoidSubcommands,),
-    )  # fmt: skip
+    parsed = read_options(type(config), args, prog, description, config)
     check_settings(parsed)
     check_name(parsed.name)  # type: ignore[attr-defined]
     if not parsed.allow_unused:  # type: ignore[attr-defined]
         refuse_unused(parsed, argv)
     return preset, parsed
+
+
+def read_options(
+    of: type[C], args: list[str], prog: str, description: str | None, default: C | None = None,
+    more: str = "",
+) -> C:  # fmt: skip
+    """The settings of class `of` that a command line gives, read by tyro.
+
+    Args:
+        default: settings to begin with, whose parts are chosen already.
+        more: what to add where a word is no option.
+
+    Raises:
+        UserError: a word is no option; the nearest one is suggested.
+    """
+    import tyro
+
+    way = tyro.conf.FlagCreatePairsOff if default is None else tyro.conf.AvoidSubcommands
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    parsed, rest = tyro.cli(
+        of, args=args, prog=prog, description=description, config=(way,),
+        return_unknown_args=True, **given,
+    )  # fmt: skip
+    if rest:
+        raise UserError(_no_option(rest, default or of) + more)
+    return parsed
+
+
+def _no_option(rest: list[str], config: Any) -> str:
+    """What to say of words of a command line that are no options of these settings."""
+    wrong = [word.split("=")[0].replace("_", "-") for word in rest if word.startswith("-")]
+    if not wrong:
+        return f"unexpected {rest[0]!r}; options begin with --, and --help lists them"
+    near = difflib.get_close_matches(wrong[0], ["--preset", *_flags(config)], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown option {wrong[0]}; {hint}--help lists all options"
+
+
+def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+    """All options of a settings class or instance, those of its parts as --PART.OPTION."""
+    for field in dataclasses.fields(config):
+        name = field.name.replace("_", "-")
+        value = getattr(config, field.name, None)
+        yield from (f"{prefix}{name}", f"{prefix}no-{name}")[: 1 + isinstance(value, bool)]
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, f"{prefix}{name}.")
 
 
 def check_name(name: str | None) -> None:
@@ -146,7 +191,7 @@ def _refuse_others_options(config: Any, args: list[str]) -> None:
     """Refuse options of parts that are not chosen, such as --domains.data-dir of embedded domains.
 
     Raises:
-        UserError: tells which parts have it; of an option that no part has tyro tells.
+        UserError: tells which parts have it; `read_options` tells of an option that no part has.
     """
     for field, kind in slots(config).items():
         own = getattr(config, field).part

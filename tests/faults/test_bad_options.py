@@ -27,6 +27,7 @@ from dynmoe.lab.config import check_name, parse, refuse_unused, run_command, slo
 from dynmoe.ranges import MOST, Range, Signed, check_options, check_settings
 
 COMMANDS = ("cl", "rl", "tta", "dg")
+STARTERS = ("sweep", "search", "study")
 WHOLE: list[Any] = ["many", None, True, 1.5, -1, 10**13]
 NUMBERS: list[Any] = ["fast", None, False, math.nan, math.inf, -math.inf, 1e39, -0.5]
 """What no whole number, and no number, may be."""
@@ -154,7 +155,7 @@ def test_unknown_choices(command: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("words", ["--seed many", "--threads 1.5", "--resume maybe", "--sed 3"])
+@pytest.mark.parametrize("words", ["--seed many", "--threads 1.5", "--resume maybe"])
 def test_wrong_types_end_in_tyros_own_box(
     command: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +163,42 @@ def test_wrong_types_end_in_tyros_own_box(
     err = failed(module.main, [*argv, "--runs-dir", str(tmp_path / "runs")], capsys)
     assert argv[0] in err or argv[1] in err
     assert not (tmp_path / "runs").exists()
+
+
+MISSPELT = [
+    ("cl", "--granularty 2", "--granularity"),
+    ("cl", "--prest minute", "--preset"),
+    ("rl", "--no-aneal-lr", "--no-anneal-lr"),
+    ("cl", "-epochs 3", "--epochs"),
+    ("rl", "--trigger every --trigger.step 5", "--trigger.steps"),
+    ("tta", "--metod=tent", "--method"),
+    ("dg", "--eval_evry 20", "--eval-every"),
+    ("sweep", "cl --variant x", "--variants"),
+    ("sweep", "cl --batch-size 8", None),
+    ("search", "cl --trails 3", "--trials"),
+    ("study", "granularity --job 3", "--jobs"),
+    ("report", "--oot x", "--out"),
+    ("export", "--quantise", None),
+    ("list", "--markdwn", "--markdown"),
+]
+
+
+@pytest.mark.parametrize(("command", "words", "nearest"), MISSPELT)
+def test_misspelt_options(
+    command: str, words: str, nearest: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = failed(load(command).main, words.split(), capsys)
+    wrong = next(w for w in words.split()[::-1] if w.startswith("-"))
+    wrong = wrong.split("=")[0].replace("_", "-")
+    hint = f"did you mean {nearest}? " if nearest else ""
+    more = "; options of the runs follow a lone --" if command in STARTERS else ""
+    assert err == f"error: unknown option {wrong}; {hint}--help lists all options{more}\n"
+
+
+@pytest.mark.parametrize("words", ["granularity 2", "--seed 3 4"])
+def test_words_that_are_no_options(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = failed(load("cl").main, words.split(), capsys)
+    assert err.startswith("error: unexpected '") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
