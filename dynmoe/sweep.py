@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -260,8 +261,9 @@ def _check_named_once(
 
 
 def settings_in(words: Sequence[str]) -> set[str]:
-    """The settings that flags name."""
-    return {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    """The settings that flags name; `--no-x` names `--x`."""
+    flags = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    return {re.sub(r"^(--|.*\.)no-", r"\1", flag) for flag in flags}
 
 
 def _told(name: str, question: str, seeds: range, words: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Anchored, Batches, Intervention, Limit, late, one_task
-from dynmoe.interventions.units import UnitLayer, find_units
+from dynmoe.interventions.units import UnitLayer, find_units, refuse_frozen
 from dynmoe.interventions.weights import (
     linear_outputs,
     replace_module,
@@ -27,22 +27,26 @@ class LayerNormIntervention(
     """Puts layer normalisation (Ba et al. 2016) before the activations of hidden layers.
 
     Linear layers get LayerNorm, convolutions GroupNorm with one group. Layers that are normalised
-    already stay as they are, and so does what is inside an MoE layer.
+    already, frozen, or read by a frozen one stay as they are, and so does what is inside an MoE
+    layer.
     """
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
         """Insert the normalisation; it draws nothing."""
+        refuse_frozen(find_units(model), self.name)
         insert_norms(model)
 
 
 def insert_norms(model: nn.Module) -> None:
-    """Normalise before the activation of every hidden layer that is not normalised yet, in place.
+    """Normalise before the activation of every hidden layer that learns and is not normalised yet.
+
+    The model is changed in place.
 
     Raises:
         UserError: no hidden layer is found.
     """
     for layer in find_units(model):
-        if layer.bank is not None or layer.norms:
+        if layer.bank is not None or layer.norms or layer.frozen:
             continue
         weight = layer.incoming[0].parameter
         convolution = weight.dim() == 4
@@ -55,7 +59,7 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
 
     The layer before each ReLU, and any normalisation between, keeps the first half of its outputs,
     so what reads the activations does not change and the network gets no more parameters. What is
-    inside an MoE layer stays as it is.
+    inside an MoE layer, frozen, or read by a frozen layer stays as it is.
     """
 
     def transform(self, model: nn.Module, generator: torch.Generator) -> None:
@@ -63,6 +67,8 @@ class CReLU(Intervention, name="crelu", source="Abbas et al. 2023 (arXiv 2303.07
         layers = [u for u in find_units(model) if isinstance(u.activation, nn.ReLU)]
         if not layers:
             raise UserError("intervention crelu: the network has no ReLU behind a layer of its own")
+        refuse_frozen(layers, self.name)
+        layers = [layer for layer in layers if not layer.frozen]
         for layer in layers:
             if layer.units % 2:
                 raise UserError(

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Limit, late
 from dynmoe.interventions.units import (
     Slot,
     UnitLayer,
     find_units,
     full_precision,
+    refuse_frozen,
     renewed,
     watch,
 )
@@ -43,12 +43,7 @@ class UnitReset(Intervention):
             UserError: no layer of hidden units is found, or all are left alone.
         """
         self.layers = find_units(self.model)
-        if all(layer.frozen for layer in self.layers):
-            raise UserError(
-                f"intervention {self.name}: every layer of hidden units is frozen or read by a "
-                "frozen one, so it would do nothing; let one and its reader learn "
-                "(requires_grad_(True)), or leave the intervention out"
-            )
+        refuse_frozen(self.layers, self.name)
         self.seen: dict[int, Any] = {}
         for number, layer in enumerate(self.layers):
             watch(layer, number, self._see, partial(self._looks, layer))

@@ -234,6 +234,20 @@ def unit_banks(layer: MoELayer) -> list[UnitBank]:
     return [bank for bank in banks if isinstance(bank, UnitBank) and not bank.per_sample]
 
 
+def refuse_frozen(layers: list[UnitLayer], intervention: str) -> None:
+    """Refuse an intervention on hidden units of which none can change.
+
+    Raises:
+        UserError: all layers are frozen, or read by a frozen one.
+    """
+    if all(layer.frozen for layer in layers):
+        raise UserError(
+            f"intervention {intervention}: every layer of hidden units is frozen or read by a "
+            "frozen one, so it would do nothing; let one and its reader learn "
+            "(requires_grad_(True)), or leave the intervention out"
+        )
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """A tensor of any shape, in float32 if it has fewer bits: means over many rows need them."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -102,6 +102,8 @@ def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path
          "--batch-size is in the grid's 'batch-size 8' and in the flags of all runs"),
         (["--grid", "lr: 1 2", "--", "--lr", "3"],
          "--lr is in variant 'lr 1' and in the flags of all runs"),
+        (["--variants", "a: --no-y", "b: --x.y", "--", "--x.no-y"],
+         "--x.y is in variant 'b' and in the flags of all runs"),
     ],
 )  # fmt: skip
 def test_a_setting_named_in_two_places(flags: list[str], message: str, tmp_path: Path) -> None:

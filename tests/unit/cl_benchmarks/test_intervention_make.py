@@ -80,6 +80,29 @@ def test_crelu_refuses_what_it_cannot_halve() -> None:
         make("crelu").transform(smooth, seeded())
 
 
+@pytest.mark.parametrize("name", ["crelu", "layernorm", "nap"])
+def test_frozen_layers_and_what_they_read_are_not_rebuilt(name: str) -> None:
+    """Of three hidden layers, the first is frozen, and what reads the second one."""
+    layers = [nn.Linear(8, 8) for _ in range(4)]
+    layers[0].requires_grad_(False), layers[2].requires_grad_(False)
+    hidden = [m for layer in layers for m in (layer, nn.ReLU())]
+    model = nn.Sequential(*hidden, nn.Linear(8, 2))
+    make(name).transform(model, seeded())
+    rebuilt = [isinstance(model[2 * i], nn.Sequential) for i in range(4)]
+    assert rebuilt == [False, False, False, True]
+    assert all(
+        isinstance(model[2 * i], nn.Linear) and len(model[2 * i].weight) == 8 for i in (0, 2)
+    )
+
+
+@pytest.mark.parametrize("name", ["crelu", "layernorm"])
+def test_frozen_networks_are_refused(name: str) -> None:
+    model = mlp()
+    model[3].requires_grad_(False)  # type: ignore[index]
+    with pytest.raises(UserError, match=f"{name}: every layer of hidden units is frozen"):
+        make(name).transform(model, seeded())
+
+
 # ---------------------------------------------------------------- LayerNorm
 
 
