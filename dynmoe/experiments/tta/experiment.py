@@ -32,6 +32,7 @@ from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
 from dynmoe.lab.run import Run
 from dynmoe.lab.statistics import confidence_interval, three
+from dynmoe.registry import PartConfig
 from dynmoe.tta.adapter import Adapter
 from dynmoe.tta.options import FEW, for_classes, for_stream
 from dynmoe.tta.params import UnfitModelError
@@ -264,10 +265,15 @@ def _check_methods(
     """
     fit, unfit = [], None
     for label, one in found.items():
+        methods: list[PartConfig] = []  # on most streams one has the same options
+        for stream in config.streams:
+            if (method := for_stream(one.method, stream)) not in methods:
+                methods.append(method)
         try:
-            adapter = make_adapter(one, copy.deepcopy(shared.model))
-            adapter.check_side(shared.source.size)
-            _check_batches(adapter, config, streams)
+            for method in methods:
+                adapter = make_adapter(replace(one, method=method), copy.deepcopy(shared.model))
+                adapter.check_side(shared.source.size)
+                _check_batches(adapter, config, streams)
             fit.append(label)
         except UnfitModelError as error:
             unfit = unfit or error

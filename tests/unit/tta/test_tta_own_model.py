@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,16 @@ from cl_benchmarks.shifts.domain import Corrupted, Files, Memory, Resized, read_
 from cl_benchmarks.weights import read_weights
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.classes import class_names, match
+from dynmoe.experiments.tta.experiment import _check_methods
 from dynmoe.experiments.tta.frozen import FrozenFront, offer, with_front
 from dynmoe.experiments.tta.models import count_outputs, trained_model
+from dynmoe.experiments.tta.session import shifted
 from dynmoe.experiments.tta.settings import Config
+from dynmoe.experiments.tta.source_model import make_source
 from dynmoe.lab import cache
+from dynmoe.lab.config import parse
 from dynmoe.tta import adapt
-from dynmoe.tta.__main__ import main
+from dynmoe.tta.__main__ import main, presets
 
 CODE = """
 import torch
@@ -274,6 +279,19 @@ def test_a_comparison_on_folders_with_a_model_of_ones_own(code: Path, tmp_path: 
             x = (read_image(path, 32, 32)[None].float() / 255 - 0.5) / 0.2
             right += int(net(x).argmax()) == output
     assert found["noadapt"]["accuracy"] == right / 12
+
+
+def test_options_are_checked_for_every_stream(code: Path, tmp_path: Path) -> None:
+    """MoETTA has 9 experts on most streams and 11 on potpourri."""
+    extra = '--method moetta --method.max-experts 10 --model-options {"classes":3}'
+    argv = _flags(_folder(tmp_path / "data"), code, tmp_path / "runs", extra)
+    config = parse(presets(), argv, "", "")[1]
+    shared = make_source(config)
+    stream = shifted(config, shared.source)
+    _check_methods({"moetta": config}, shared, config, [stream])
+    both = replace(config, streams=("classical", "potpourri"))
+    with pytest.raises(UserError, match="num_experts=11 must be at least 1, max_experts=10 no few"):
+        _check_methods({"moetta": config}, shared, both, [stream, stream])
 
 
 @pytest.mark.parametrize(
