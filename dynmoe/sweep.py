@@ -310,9 +310,13 @@ def read_variants(texts: tuple[str, ...]) -> dict[str, str]:
     """Label -> flags.
 
     Raises:
-        UserError: a variant that cannot be read or is named twice.
+        UserError: a variant that cannot be read or shown, or is named twice.
     """
-    return _pairs(texts, "variant", '"label: flags", such as "g2: --granularity 2"')
+    found = _pairs(texts, "variant", '"label: flags", such as "g2: --granularity 2"')
+    for label in found:
+        if label.startswith("_"):
+            raise UserError(f"variant {label!r}: legends leave out what begins with _; rename it")
+    return found
 
 
 def read_grid(texts: tuple[str, ...]) -> dict[str, list[str]]:

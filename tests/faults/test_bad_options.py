@@ -226,6 +226,7 @@ OTHERS = [
     ("sweep", "cl --jobs 0", "--jobs 0 is too small"),
     ("sweep", "cl --name ../out", "--name '../out' must name a folder below --runs-dir"),
     ("sweep", "cl --variants g2", "variant 'g2' must read"),
+    ("sweep", "cl --variants _g2:", "variant '_g2': legends leave out what begins with _"),
     ("sweep", "cl --grid lr", "setting 'lr' must read"),
     ("sweep", "cl --grid lr:", "needs one or more values"),
     ("sweep", "tta", "nothing to sweep"),
