@@ -22,7 +22,14 @@ from dynmoe.growth.optimizer_state import Moments, forget_flat_state
 from dynmoe.growth.probe import MeasureShock, Probe, classification_shock, observe
 from dynmoe.growth.pruning import PruningCriterion, ReinitUnits
 from dynmoe.growth.reshaping import Moved, plan_reshaping
-from dynmoe.growth.surgery import Restart, Undo, check_room, grow_layer, rolled_back
+from dynmoe.growth.surgery import (
+    Restart,
+    Undo,
+    check_held,
+    check_room,
+    grow_layer,
+    rolled_back,
+)
 from dynmoe.growth.triggers.clock import Signals, TaskTrigger, Trigger
 from dynmoe.moe import MoELayer, UnitBank, moe_layers, register_step_hook
 from dynmoe.moe.experts.bottleneck import BottleneckBank
@@ -68,8 +75,10 @@ class GrowthController:
     Args:
         model: a model with at least one MoELayer.
         optimizer: its state is carried over; None outside training. Any of torch.optim. Its steps
-            move what moves once per step (see `dynmoe.moe.finish_step`).
-        granularity: experts added per growth (the paper's g).
+            move what moves once per step (see `dynmoe.moe.finish_step`). What the MoE layers learn
+            has to be in this one: another one would lose Parameters that a budget per-growth
+            replaces, and keep old moments of fresh entries otherwise.
+        granularity: experts added per growth (the paper's g), at least 1.
         trigger: Config of a registered trigger; default: at tasks.
         pruning: Config of a pruning criterion; default: reinit.
         init: Config of an initialisation; default: random.
@@ -112,6 +121,8 @@ class GrowthController:
         generator: torch.Generator | None = None,
     ) -> None:
         check_value("moments", moments, Moments)
+        if granularity < 1:
+            raise UserError(f"growth: granularity={granularity} is too small; use 1 or more")
         self.model = model
         self.optimizer = optimizer
         self.granularity = granularity
@@ -171,8 +182,9 @@ class GrowthController:
 
         Raises:
             UserError: a layer cannot hold more experts, an expert would have no units, a model in
-                `copies` is not one of this model, parameters are sharded, or the growth failed on
-                another process; nothing has been touched.
+                `copies` is not one of this model or averages its buffers, parameters are sharded,
+                tied or not in the optimizer, or the growth failed on another process; nothing has
+                been touched.
         """
         layers = dict(moe_layers(self.model))
         copies = [[layer for _, layer in moe_layers(model)] for model in self.copies]
@@ -211,8 +223,15 @@ class GrowthController:
     def _check(self, layers: dict[str, MoELayer], copies: list[list[MoELayer]]) -> None:
         """Refuse what cannot grow, before anything is touched."""
         distributed.check_not_sharded(self.model)
+        check_held(self.model, self.optimizer if self.budget.mode == "per-growth" else None)
         for layer in layers.values():
             check_room(layer, layer.num_experts + self.granularity)
+        for model in self.copies:
+            if getattr(model, "use_buffers", False):
+                raise UserError(
+                    "growth: a model in copies= averages its buffers, and those of MoE layers say "
+                    "which expert owns a unit, which has no mean; make it with use_buffers=False"
+                )
         for theirs in copies:
             if [_partition(layer) for layer in theirs] != [_partition(x) for x in layers.values()]:
                 raise UserError(

@@ -33,6 +33,7 @@ class Pace:
     @torch.no_grad()
     def _step_comes(self) -> None:
         """Note where the entries stand."""
+        self._before = []  # of a step that failed
         once = {(id(entry[0]), entry[1]): entry for entry in self.entries()}
         for parameter, axis, index in once.values():
             value = parameter.index_select(axis, index)

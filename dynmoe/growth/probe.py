@@ -34,7 +34,8 @@ def classification_shock(before: Any, after: Any, labels: Tensor | None) -> dict
     old, new = find_logits(before), find_logits(after)
     if old is None or new is None or old.shape != new.shape:
         return {}
-    shock = {"output_change": float((new - old).norm() / old.norm())}
+    change = (new - old).norm()
+    shock = {"output_change": float(change / old.norm()) if change > 0 else 0.0}
     if labels is not None and labels.shape == old.shape[:-1] and not labels.is_floating_point():
         labels = labels.flatten()
         for when, outputs in (("before", old), ("after", new)):

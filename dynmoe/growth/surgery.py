@@ -9,6 +9,7 @@ succeeded, so that one that fails leaves no trace.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from dynmoe.growth.optimizer_state import (
     replace_parameter,
 )
 from dynmoe.growth.reshaping import Moved, reshape
-from dynmoe.moe import ExpertBank, MoELayer, Router, UnitBank
+from dynmoe.moe import ExpertBank, MoELayer, Router, UnitBank, moe_layers
 from dynmoe.moe.draws import as_runs, set_entries, take_entries
 from dynmoe.moe.experts.bottleneck import BottleneckBank
 
@@ -96,6 +97,38 @@ def grow_layer(
     if not bool(layer.router.active[new].any()):  # else a layer that shares the router was first
         restarts += _place_routes(layer.router, plan, new, generator, means)
     return [*restarts, *_place_experts(layer.bank, plan, new, generator, means)]
+
+
+def check_held(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Refuse parameters of MoE layers that a growth would put out of training, or untie.
+
+    Raises:
+        UserError: one that learns is not in the optimizer (None: not looked at), or one stands in
+            two modules.
+    """
+    places = Counter(
+        id(p) for m in model.modules() for p in m.parameters(recurse=False) if p is not None
+    )
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    for layer_name, layer in moe_layers(model):
+        bank = layer.bank
+        units = bank.unit_axes() if isinstance(bank, UnitBank) else []
+        replaced = {id(getattr(bank, name)) for name, _ in units} - held
+        for own, parameter in layer.named_parameters():
+            name = f"{layer_name}.{own}" if layer_name else own
+            if places[id(parameter)] > 1:
+                raise UserError(
+                    f"growth: {name} is a parameter of two modules, and each would grow its own; "
+                    "let one module stand in both places"
+                )
+            if optimizer is not None and parameter.requires_grad and id(parameter) in replaced:
+                raise UserError(
+                    f"growth: {name} learns, is not in the controller's optimizer, and is replaced "
+                    "by a growth of budget per-growth, so that no optimizer would move it any "
+                    "more; give the controller an optimizer that holds all of the MoE layers, or "
+                    "freeze it (requires_grad_(False))"
+                )
 
 
 def check_room(layer: MoELayer, experts: int) -> None:

@@ -147,11 +147,13 @@ class GrowthCallback(_Callback):
         return self.controller.events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the controller of this training's optimizer; the state goes on."""
+        """Make the controller of this training's optimizer, if it is new; the state goes on."""
         self._begin()
         wrapped = kwargs["optimizer"]
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate's holds torch's
-        self.controller = GrowthController(kwargs["model"], optimizer, **self.options)
+        known = getattr(self, "controller", None)
+        if known is None or known.optimizer is not optimizer:  # hooks stay with an optimizer
+            self.controller = GrowthController(kwargs["model"], optimizer, **self.options)
         check_measured(self.controller, frozenset({"grad_norm"}))
         if self._known is not None:
             self.controller.load_state_dict(self._known)

@@ -113,8 +113,8 @@ class NaP(Anchored, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800), Sec
     """Normalises before activations, and keeps every weight matrix at its first norm.
 
     Layers are normalised as by `layernorm`. After optimizer steps each weight matrix is scaled back
-    to the Frobenius norm that it began with (after a growth: that its units began with). Biases and
-    the normalisation's scales learn freely.
+    to the Frobenius norm that it began with (after a growth: that its units began with). Biases,
+    the normalisation's scales and matrices that begin with zeros learn freely.
     """
 
     limits: ClassVar = {"every": Limit.AT_LEAST_1}
@@ -140,8 +140,9 @@ class NaP(Anchored, name="nap", source="Lyle et al. 2024 (arXiv 2407.01800), Sec
             return
         first = dict(self.pairs())
         for slot in weight_matrices(self.model):
-            weight = slot.parameter
-            weight.mul_(first[weight].norm() / weight.norm().clamp_min(1e-12))
+            weight, norm = slot.parameter, first[slot.parameter].norm()
+            scale = norm / weight.norm().clamp_min(1e-12)
+            weight.mul_(torch.where(norm > 0, scale, 1.0))
 
 
 class Injection(

@@ -288,6 +288,7 @@ class HareTortoise(
         """The tortoise starts where the hare does."""
         self.tortoise = Anchor(self.model)
         self.buffers = {name: b.clone() for name, b in self._averaged().items()}
+        self._widen()
 
     def too_late(self, tasks: float, steps: int) -> str | None:
         """The first restart has to come."""
@@ -301,7 +302,7 @@ class HareTortoise(
         buffers = self._averaged()
         for slow, fast in ((first, dict(self.model.named_parameters())), (self.buffers, buffers)):
             for name, value in fast.items():
-                slow[name] = slow[name].lerp(value, weight)
+                slow[name] = slow[name].lerp(value.to(slow[name]), weight)
                 if back:
                     value.copy_(slow[name])
 
@@ -322,8 +323,17 @@ class HareTortoise(
         """Put the tortoise back."""
         self.tortoise.load(state["weights"])
         now = self._averaged()
-        self.buffers = {name: state["buffers"][name].clone().to(b) for name, b in now.items()}
+        self.buffers = {
+            name: state["buffers"][name].clone().to(b.device) for name, b in now.items()
+        }
+        self._widen()
 
     def grown(self, before: dict[str, Tensor]) -> None:
         """What is new starts its average again."""
         self.tortoise.grown(before)
+        self._widen()
+
+    def _widen(self) -> None:
+        """Averages in float32 at least: bfloat16 would round their small steps away."""
+        for averages in (self.tortoise.first, self.buffers):
+            averages.update({name: full_precision(value) for name, value in averages.items()})

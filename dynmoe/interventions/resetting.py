@@ -31,7 +31,8 @@ class UnitReset(Intervention):
 
     Attributes:
         layers: of hidden units.
-        seen: number of a layer -> what `look` gave for it, since the latest `clear()`.
+        seen: number of a layer -> what `look` gave for it since the latest `clear()`, together for
+            all passes of a step (gradient accumulation, or a layer that is called twice).
     """
 
     by_batch = True
@@ -45,12 +46,17 @@ class UnitReset(Intervention):
         self.layers = find_units(self.model)
         refuse_frozen(self.layers, self.name)
         self.seen: dict[int, Any] = {}
+        self._passes: dict[int, int] = {}
         for number, layer in enumerate(self.layers):
             watch(layer, number, self._see, partial(self._looks, layer))
 
     @abstractmethod
     def look(self, activations: Tensor) -> Any:
         """What to keep of a pass's activations [rows, U]."""
+
+    def join(self, before: Any, now: Any, share: float) -> Any:
+        """What several passes show together: their mean, in which `now` has this share."""
+        return before.lerp(now, share)
 
     def due(self) -> bool:
         """Whether to look at the step that comes."""
@@ -66,7 +72,10 @@ class UnitReset(Intervention):
         return self.due() and not layer.frozen
 
     def _see(self, number: int, activations: Tensor) -> None:
-        self.seen[number] = self.look(activations)
+        look = self.look(activations)
+        more = number in self.seen
+        passes = self._passes[number] = 1 + more * self._passes.get(number, 1)
+        self.seen[number] = self.join(self.seen[number], look, 1 / passes) if more else look
 
 
 class RecordedReset(UnitReset):
@@ -195,6 +204,10 @@ class CBP(
     def look(self, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Mean activation and mean |activation| [U]."""
         return activations.mean(dim=0), activations.abs().mean(dim=0)
+
+    def join(self, before: Any, now: Any, share: float) -> tuple[Tensor, ...]:
+        """Both means."""
+        return tuple(a.lerp(b, share) for a, b in zip(before, now, strict=True))
 
 
 def move_to_bias(slot: Slot, index: Tensor, mean: Tensor) -> None:
@@ -357,6 +370,10 @@ class SNR(
     def look(self, activations: Tensor) -> Tensor:
         """[U] bool: units that fired."""
         return (activations > 0).any(dim=0)
+
+    def join(self, before: Tensor, now: Tensor, share: float) -> Tensor:
+        """Units that fired in any pass."""
+        return before | now
 
 
 def bin_edges(limit: int) -> Tensor:

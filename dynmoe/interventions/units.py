@@ -176,7 +176,7 @@ def find_units(model: nn.Module) -> list[UnitLayer]:
         module = _called(node, modules)
         if isinstance(module, Producer):
             found += _behind(node, module, modules, graph)
-        elif isinstance(module, MoELayer):
+        elif isinstance(module, MoELayer) and not any(layer.source is module for layer in found):
             found += [_pool(str(node.target), module, bank) for bank in unit_banks(module)]
     others = {
         m.bank.name for m in modules.values() if isinstance(m, MoELayer) and not unit_banks(m)

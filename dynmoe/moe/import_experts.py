@@ -176,8 +176,12 @@ def mix_models(models: Sequence[nn.Module], match: str, **options: object) -> nn
             value.copy_(torch.stack([state[key].double() for state in states]).mean(dim=0))
     for name in names:
         mlps = [model.get_submodule(name) for model in models]
-        parent, _, own = name.rpartition(".")
-        setattr(mixed.get_submodule(parent), own, experts_from_mlps(mlps, **options))  # type: ignore[arg-type]
+        layer = experts_from_mlps(mlps, **options)  # type: ignore[arg-type]
+        mean = mixed.get_submodule(name)
+        for parent in list(mixed.modules()):
+            for own, child in list(parent._modules.items()):  # also of a module with several names
+                if child is mean:
+                    setattr(parent, own, layer)
     return mixed
 
 

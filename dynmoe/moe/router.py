@@ -218,6 +218,17 @@ class Router(StepNotes, Part, kind="router"):
         self.register_buffer("selection_bias", torch.zeros(max_experts))
         self.draw_rows(every(self.weight), generator)
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """As nn.Module; a cast to fewer bits than float32 leaves the selection bias as it is.
+
+        It moves by steps that bfloat16 rounds away.
+        """
+        before = self.selection_bias
+        super()._apply(*args, **options)
+        if self.selection_bias.dtype in (torch.bfloat16, torch.float16):
+            self.selection_bias = before.float().to(self.selection_bias.device)
+        return self
+
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, also what earlier versions saved: they called `active` alive."""
         if f"{prefix}alive" in state:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynmoe.errors import NumericError
 from dynmoe.moe.diagnostics import entropy, expert_use, gate_shares
 from dynmoe.plasticity.metric import Metric
 from dynmoe.plasticity.probes import ExpertProbe, Probe
@@ -175,10 +176,17 @@ def singular_values(h: Tensor) -> Tensor:
 
 
 def gram_eigenvalues(h: Tensor) -> Tensor:
-    """Squared singular values of h [N, d], descending, [min(N, d)] float64 on the CPU."""
+    """Squared singular values of h [N, d], descending, [min(N, d)] float64 on the CPU.
+
+    Raises:
+        NumericError: h holds a value that is not finite.
+    """
     h = h.double()
     gram = h.T @ h if h.shape[0] >= h.shape[1] else h @ h.T
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).cpu()
+    try:
+        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).cpu()
+    except torch.linalg.LinAlgError as error:  # without a look at h first, which would wait for it
+        raise NumericError("the rank of features that are not finite is not defined") from error
 
 
 def srank99(sigma: Tensor) -> float:

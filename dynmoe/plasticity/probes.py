@@ -298,7 +298,7 @@ def _inside_moe(model: nn.Module) -> set[nn.Module]:
 def _gradients(loss: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Gradients by name, without touching `.grad`; parameters that get none are left out."""
     learning = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not learning:
+    if not learning or not loss.requires_grad:
         return {}
     found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
     return {n: g.detach() for n, g in zip(learning, found, strict=True) if g is not None}

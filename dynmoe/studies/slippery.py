@@ -14,11 +14,11 @@ PLAIN = "dense"
 class RLSlippery(
     Study, name="rl-slippery", source="Dohare et al. 2024 (Nature 632, 768-774), Figure 3"
 ):
-    """Does PPO decline where friction changes, and do L2, continual backprop or growth keep it?
+    """Does PPO decline where friction changes, and do L2 or continual backprop keep it learning?
 
     SlipperyAnt-v0, plain PPO: a constant learning rate, no limit on gradients, ten passes over each
-    rollout. `grown` gets one more expert after each quarter of the time. The decline is the best
-    mean return over a tenth of training less that of the last tenth.
+    rollout. The decline is the best mean return over a tenth of training less that of the last
+    tenth.
     """
 
     command: ClassVar[Command] = "rl"
@@ -39,13 +39,11 @@ class RLSlippery(
         }
 
     def variants(self, preset: Preset) -> dict[str, str]:
-        """Plain, kept plastic, and grown by the clock."""
-        every = f"--trigger every --trigger.steps {self.steps[preset] // 4}"
+        """Plain, and kept plastic."""
         return {
             PLAIN: "--method dense",
             "l2": "--method dense --intervention l2",
             "cbp": "--method dense --intervention cbp --intervention.maturity 10000",
-            "grown": f"--method dynamicmoe {every}",
         }
 
     def experiment(self, own: Experiment) -> Experiment:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dynmoe import GrowthController, MoELayer, measure_plasticity
 from dynmoe.errors import UserError
-from dynmoe.growth import GrowthCallback
+from dynmoe.growth import GrowthCallback, OldExperts
 
 STEPS = 5  # of an epoch
 LR = 0.01
@@ -254,3 +254,21 @@ def test_hugging_face_resumed(tmp_path: Path) -> None:
     assert_equal(again, whole)
     again, resumed = train(2 * STEPS + 1, callback.controller.state_dict())
     assert [e.experts for e in resumed.events] == [2, 3]
+
+
+@pytest.mark.slow
+def test_hugging_face_trained_again(tmp_path: Path) -> None:
+    """The paces of old and new experts do not multiply with each training of one trainer."""
+    pytest.importorskip("transformers")
+    from dynmoe.integrations import hugging_face as ours
+
+    callback = ours.GrowthCallback(old_experts=OldExperts(lr=0.5))
+    trainer = hf_trainer(net(), tmp_path, 1)
+    callback.add_to(trainer)
+    hooks, controllers = [], []
+    for _ in range(3):
+        trainer.train()
+        hooks.append(len(callback.controller.optimizer._optimizer_step_post_hooks))  # type: ignore[union-attr]
+        controllers.append(callback.controller)
+    assert len(set(hooks)) == 1 and controllers[0] is controllers[2]
+    assert [e.experts for e in callback.events] == [2, 3]  # a task starts with each later training

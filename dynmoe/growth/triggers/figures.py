@@ -107,7 +107,7 @@ class FigureTrigger(RowTrigger, ABC):
                 "--trigger"
             )
         self.since = min(self.since, signals.step)  # a new loop's clock is behind the old one's
-        if signals.task_starts or math.isnan(value) or self.growths == self.limit:
+        if signals.task_starts or not math.isfinite(value) or self.growths == self.limit:
             return False
         if self.joined > 1 and self.figure in STEP_FIGURES:
             total, count = self.part[0] + value, self.part[1] + 1
@@ -185,7 +185,7 @@ class PlateauTrigger(
                 "trigger plateau: there is no score here to watch; use another --trigger"
             )
         self.since = min(self.since, signals.step)
-        if math.isnan(signals.score):
+        if not math.isfinite(signals.score):
             self.since = signals.step
             return False
         if self.best == -math.inf or signals.score > self.best + self.gain * abs(self.best):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +289,19 @@ class LoRAPool(MatrixPool, name="lora", source="Hu et al. 2021 (arXiv 2106.09685
         scale = self.alpha / ranks
         self.w_out.mul_(self.scale / scale)
         self.scale = scale
+
+    def get_extra_state(self) -> Tensor:
+        """`scale`, which growth leaves as it is, for the state of the module."""
+        return torch.tensor(self.scale, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take on the scale of a saved state."""
+        self.scale = float(state)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, also what earlier versions saved: without the scale, which stays then."""
+        state.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state, prefix, *args)
 
     def scaled(self, gates: Tensor) -> Tensor:
         """Gates [N, M] times `scale`."""

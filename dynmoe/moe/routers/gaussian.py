@@ -100,9 +100,9 @@ class GaussianRouter(
         self.register_buffer("seen", torch.zeros(most))
         self.register_buffer("share", torch.zeros(most))
         self.register_buffer("covariance", torch.zeros(dim, dim))
-        self.register_buffer("phases", torch.zeros(()))
+        self.register_buffer("phases", torch.zeros((), dtype=torch.long))
         self.register_buffer("current", torch.zeros(dim, dim))
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("whiten", torch.eye(dim))
         self.sums, self.scatter = torch.zeros(most, dim), torch.zeros(dim, dim)
         self.counts, self.gated = torch.zeros(most), torch.zeros(most)
@@ -204,7 +204,8 @@ class GaussianRouter(
             self.weight.add_((pace * (means - self.weight)).to(self.weight.dtype))
             gates = sum_over_processes(self.gated) / total
             self.share.copy_(self.decay * self._weights() + (1 - self.decay) * gates)
-            weight = (1 - self.decay) / (1 - self.decay ** (self.steps + 1))  # 1, 1/2, 1/3, ...
+            steps = (self.steps + 1).to(counts.dtype)
+            weight = (1 - self.decay) / (1 - self.decay**steps)  # 1, 1/2, 1/3, ...
             self.current += weight * (sum_over_processes(self.scatter) / total - self.current)
             if self.steps % REFRESH == 0:
                 self._factorise()

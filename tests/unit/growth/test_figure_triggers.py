@@ -40,6 +40,15 @@ def noisy(levels: list[tuple[int, float]], spread: float, seed: int = 0) -> list
     return [level + rng.uniform(-spread, spread) for count, level in levels for _ in range(count)]
 
 
+@pytest.mark.parametrize("name", ["gradient", "drift"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_passed_over(name: str, value: float) -> None:
+    """As gradients overflow in the first steps of float16."""
+    change = noisy([(200, 1.0), (200, 0.1 if name == "gradient" else 5.0)], 0.05)
+    plain = asked(trigger(name, cooldown=1), change)
+    assert plain and asked(trigger(name, cooldown=1), [value, *change]) == [s + 1 for s in plain]
+
+
 # ---------------------------------------------------------------- formulas, restated
 
 

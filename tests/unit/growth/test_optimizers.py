@@ -38,7 +38,8 @@ def make_model() -> nn.Sequential:
 def make_optimizer(name: str, model: nn.Module, options: dict | None = None) -> Optimizer:
     parameters = list(model.parameters())
     if name == "Muon":  # takes matrices only
-        parameters = [p for p in parameters if p.dim() == 2]
+        [p.requires_grad_(p.dim() == 2) for p in parameters]
+        parameters = [p for p in parameters if p.requires_grad]
     given = OPTIONS.get(name, {"lr": 1e-2}) if options is None else options
     return getattr(torch.optim, name)(parameters, **given)
 

@@ -9,7 +9,7 @@ import torch
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.moe import MoELayer, collect_aux_losses
+from dynmoe.moe import MoELayer, collect_aux_losses, finish_step
 
 ROUTERS, BANKS = registry.names("router"), registry.names("bank")
 LOSSES = registry.names("loss")
@@ -89,3 +89,27 @@ def test_autocast_leaves_the_routing_as_it_is(router):
     assert y.dtype == torch.bfloat16
     assert torch.equal(routings[0].logits, routings[1].logits)
     assert torch.equal(routings[0].gates, routings[1].gates)
+
+
+def test_counts_of_the_gaussian_router_go_on_in_bfloat16():
+    """A count of steps in bfloat16 would stop at 256."""
+    router = registry.get("router", "gaussian").Config().build(4, 2, 2, None).bfloat16()
+    router.steps.fill_(256)
+    router(torch.randn(8, 4, dtype=torch.bfloat16))
+    router.finish_step()
+    assert router.steps == 257
+
+
+def test_the_selection_bias_keeps_its_precision():
+    """Steps of 1e-3 around 0.5 are below the rounding of bfloat16."""
+    layer = MoELayer(4, 4, 8, num_experts=4, router="topk", losses=["loss-free"]).train()
+    bias = layer.router.selection_bias
+    bias.copy_(torch.tensor([0.5, -0.5, 0.5, -0.5]))
+    layer.to(torch.bfloat16)
+    assert layer.router.selection_bias.dtype == torch.float32
+    for _ in range(30):
+        layer(torch.randn(32, 4, dtype=torch.bfloat16))
+        finish_step(layer)
+    moved = layer.router.selection_bias - torch.tensor([0.5, -0.5, 0.5, -0.5])
+    assert moved.abs().max() > 0.02
+    assert layer.double().router.selection_bias.dtype == torch.float64

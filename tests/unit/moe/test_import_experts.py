@@ -76,6 +76,15 @@ def test_models_are_mixed():
     assert mixed.blocks[0].mlp.router.weight.grad.any()
 
 
+def test_an_mlp_in_two_places_becomes_one_layer():
+    models = []
+    for _ in range(2):
+        one = mlp()
+        models.append(nn.ModuleDict({"a": nn.Sequential(one), "b": nn.Sequential(one)}))
+    mixed = mix_models(models, r"^a\.0$")
+    assert isinstance(mixed["a"][0], MoELayer) and mixed["b"][0] is mixed["a"][0]
+
+
 def test_batch_norms_keep_a_whole_count():
     models = [nn.Sequential(mlp(), nn.BatchNorm1d(4).double()) for _ in range(2)]
     models[0](samples(9))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynmoe import registry
 from dynmoe.errors import UserError
-from dynmoe.growth import GrowthController
+from dynmoe.growth import Budget, GrowthController
 from dynmoe.moe import MoELayer, UnitBank, finish_step
 from dynmoe.moe.losses.balance import GlobalBalanceLoss
 from dynmoe.moe.prune import without_experts
@@ -166,3 +166,20 @@ def test_what_cannot_be_kept_is_refused(kept):
     layer = used_layer(router_config("topk"))
     with pytest.raises(UserError, match="must name one or more of the experts 0 to 3"):
         without_experts(layer, kept)
+
+
+def test_low_rank_experts_load_into_a_pool_of_another_size():
+    """With the scale of their start, which growth leaves as it is; older states had none."""
+    torch.manual_seed(0)
+    grown = MoELayer(6, 6, 8, num_experts=2, max_experts=4, bank="lora")
+    GrowthController(grown, budget=Budget(mode="per-growth")).grow(0)
+    torch.nn.init.normal_(grown.bank.w_out)
+    x, state = torch.randn(5, 6), grown.state_dict()
+    for hidden in (8, 12, 20):
+        other = MoELayer(6, 6, hidden, num_experts=2, max_experts=4, bank="lora")
+        other.load_state_dict(state)
+        torch.testing.assert_close(other(x), grown(x))
+    old = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    same = MoELayer(6, 6, 8, num_experts=2, max_experts=4, bank="lora")
+    same.load_state_dict(old)
+    torch.testing.assert_close(same(x), grown(x))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynmoe.errors import UserError
+from dynmoe.errors import NumericError, UserError
 from dynmoe.moe import MoELayer
 from dynmoe.plasticity import PlasticityCallback, measure_all, measure_plasticity, take_probe
 
@@ -265,3 +265,18 @@ def test_the_callback_writes_what_tensorboard_shows(tmp_path: Path):
         one(model, 0)
     with pytest.raises(UserError, match="every 0"):
         PlasticityCallback(writer, x, every=0)
+
+
+def test_features_that_are_not_finite_are_told_without_labels() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.randn(8, 3)
+    inputs[0, 0] = torch.nan
+    with pytest.raises(NumericError):
+        measure_plasticity(model, inputs)
+
+
+def test_a_frozen_network_with_a_parameter_that_nothing_uses() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
+    model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
+    found = measure_plasticity(model, torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    assert "rank/effective_rank" in found
