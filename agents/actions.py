@@ -189,7 +189,7 @@ class DiagonalGaussian(ActionDistribution):
     ) -> tuple[Tensor, Tensor]:
         """Uniform where a coordinate has both bounds, else standard normal."""
         mean = torch.zeros_like(parameters[:, : self.outputs])
-        bounded = self.low.isfinite() & self.high.isfinite()
+        bounded = (self.high - self.low).isfinite()  # also not where the width overflows
         low, width = self.low.where(bounded, 0.0), (self.high - self.low).where(bounded, 1.0)
         flat = low + width * torch.empty_like(mean).uniform_(generator=generator)
         normal = torch.empty_like(mean).normal_(generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Evaluator:
         self.run, self.config, self.policy = run, config, policy
         self.trained_in, self.state = trained_in, state
         self.scores: list[list[float | None]] = []
+        self._told = False
 
     def update_done(self, update: int) -> None:
         """Play if it is time, or training is over."""
@@ -77,6 +79,14 @@ class Evaluator:
         known = {f"evaluation/{n}": found[n] for n in LOGGED if found[n] is not None}
         self.run.log.scalars(steps, known)
         self.scores.append([steps, found["return_mean"]])
+        if unfinished and not self._told and processes.rank() == 0:
+            self._told = True
+            print(
+                f"note: {unfinished} of {env.num_envs} episodes of the evaluation at step {steps} "
+                f"were not over after --eval-steps {config.eval_steps}, and its mean return and "
+                "`best` are of the others alone; use more steps",
+                file=sys.stderr,
+            )
         if self.best == self.scores[-1]:
             state = {"step": update, "state": self.state()}  # of all processes
             if processes.rank() == 0:

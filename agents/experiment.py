@@ -24,6 +24,7 @@ from agents.ppo import train
 from agents.recorder import UpdateRecorder
 from agents.settings import Config
 from agents.statistics import learning_curve, tenths
+from agents.video import check_video_name
 from dynmoe import registry, seeding
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention, Periodic
@@ -72,6 +73,8 @@ class ReinforcementLearning(Experiment):
         super().check(config)
         config.check()
         _check_video(config)
+        if not config.encoder.place:
+            raise UserError("--encoder.place names no block; use trunk, actor or critic")
         intervention: Intervention = config.intervention.build()
         reason = intervention.without_tasks()
         told = envs.has_floors(config.env) and isinstance(intervention, Periodic)
@@ -379,7 +382,8 @@ def _check_video(config: Config) -> None:
     """Refuse a video that could not be written when the run is over.
 
     Raises:
-        UserError: its name holds folders, or the package for videos is missing.
+        UserError: its name holds folders or is none of a video, or the package for videos is
+            missing.
     """
     if config.video is None:
         return
@@ -388,5 +392,6 @@ def _check_video(config: Config) -> None:
             f"--video {config.video}: each run writes it into its own folder; give a name alone, "
             "such as episode.mp4"
         )
+    check_video_name(config.video)
     if importlib.util.find_spec("av") is None:
         raise UserError("--video needs the package av; install it with: pip install av")

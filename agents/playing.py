@@ -15,7 +15,7 @@ from agents.figures import router_figure, shown_steps, write_figure
 from agents.making import make_env, make_policy
 from agents.settings import Config
 from agents.statistics import Trace
-from agents.video import as_pixels, write_video
+from agents.video import as_pixels, check_video_name, write_video
 from dynmoe.errors import UserError
 from dynmoe.interventions.intervention import Intervention
 from dynmoe.lab import checkpoint
@@ -38,6 +38,7 @@ def run_evaluation(config: Config) -> None:
     keep_freed_memory()
     env, policy = _restored(trained, state, resolve(config.device))
     if config.video is not None:
+        check_video_name(config.video)
         check_pictures(env, trained)
     filming = config.video is not None or (env.pictured and env.num_floors > 1)
     drawing = env.filmed() if filming else env

@@ -85,13 +85,15 @@ class PPOSettings:
         """
         least = {"num_envs": 1, "rollout_steps": 1, "epochs": 1, "minibatches": 1, "lr": 0,
                  "gamma": 0, "gae_lambda": 0, "clip": 0, "entropy": 0, "value_weight": 0,
-                 "max_grad_norm": 0, "adam_eps": 0}  # fmt: skip
+                 "max_grad_norm": 0}  # fmt: skip
         for name, smallest in least.items():
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if not value >= smallest:  # also refuses nan
                 raise UserError(f"{flag} {value} is too small; use {smallest} or more")
             if name in ("gamma", "gae_lambda") and value > 1:
                 raise UserError(f"{flag} {value} is too large; use 1 or less")
+        if not self.adam_eps > 0:  # 0 / 0 for weights that have had no gradient
+            raise UserError(f"--adam-eps {self.adam_eps} is too small; use a number above 0")
         if self.batch_size % self.minibatches:
             raise UserError(
                 f"--num-envs {self.num_envs} x --rollout-steps {self.rollout_steps} = "

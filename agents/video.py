@@ -36,6 +36,16 @@ QUALITY = {"crf": "18", "preset": "veryfast"}
 """Of x264: hardly to be told from the frames; encoding takes most of the time."""
 
 
+def check_video_name(path: Path) -> None:
+    """Refuse names of other files: a video would overwrite them.
+
+    Raises:
+        UserError: it does not end in .mp4.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"--video {path}: the video is an mp4; use a name such as episode.mp4")
+
+
 def write_video(
     path: Path, env: TorchVectorEnv, trace: Trace, fps: int = 15, scale: int | None = None
 ) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from dynmoe.commands import TOP, place_of
 from dynmoe.doctor_data import data_checks
+from dynmoe.errors import UserError
 from dynmoe.lab.config import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,8 @@ class Requirement:
 def main(argv: list[str]) -> None:
     """Print what each check finds; exit code 1 if there is a problem."""
     parser = argparse.ArgumentParser(
-        prog="python -m dynmoe.doctor", description=(__doc__ or "").split("\n\n", 1)[1],
+        prog="python -m dynmoe.doctor", allow_abbrev=False,
+        description=(__doc__ or "").split("\n\n", 1)[1],
     )  # fmt: skip
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
                         help="where data sets are looked for (data)")  # fmt: skip
@@ -90,7 +92,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--imports", action="store_true",
                         help="import every optional package, too: 15 s or more")  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        raise UserError(f"unknown option {rest[0]}; --help lists all options")
     findings = []
     for finding in examine(options.data_dir, options.runs_dir, options.imports):
         findings.append(finding)

@@ -18,6 +18,7 @@ from dynmoe import registry
 from dynmoe.commands import begin
 from dynmoe.errors import unknown
 from dynmoe.lab.config import read_options, run_command
+from dynmoe.lab.markdown import cell
 
 begin("list", __name__)  # before imports that may fail
 
@@ -102,7 +103,7 @@ def catalogue(kinds: Iterable[str]) -> str:
             if _comes_with_dynmoe(part):
                 chosen = "; ".join(f"`{option}`" for option in options(part.Config))
                 cells = [f"`{name}`", registry.summary(kind, name), part.source, chosen]
-                lines.append(f"| {' | '.join(map(_cell, cells))} |")
+                lines.append(f"| {' | '.join(map(cell, cells))} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -142,13 +143,6 @@ def _folder(kind: str) -> str:
 
 def _comes_with_dynmoe(part: type[registry.Part]) -> bool:
     return part.__module__.split(".")[0] in ("dynmoe", "cl_benchmarks", "agents")
-
-
-def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table; what stands between backticks is code."""
-    pieces = text.replace("|", r"\|").split("`")
-    pieces[::2] = [prose.replace("<", "&lt;").replace("*", r"\*") for prose in pieces[::2]]
-    return "`".join(pieces)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.files import write_json, writing  # noqa: E402
 from dynmoe.lab.launchers import Launcher  # noqa: E402
 from dynmoe.lab.report import print_table  # noqa: E402
-from dynmoe.lab.runner import Job, plan, try_jobs  # noqa: E402
+from dynmoe.lab.runner import Job, plan, settings_in, try_jobs  # noqa: E402
 from dynmoe.lab.space import (  # noqa: E402
     Space,
     distributions,
@@ -43,7 +43,7 @@ from dynmoe.lab.space import (  # noqa: E402
     read_space,
 )
 from dynmoe.lab.study import SEARCH_SEED, Command, run_study  # noqa: E402
-from dynmoe.sweep import Sweep, read_seeds, settings_in  # noqa: E402
+from dynmoe.sweep import Sweep, read_seeds  # noqa: E402
 
 if TYPE_CHECKING:
     import optuna

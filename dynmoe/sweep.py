@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from dynmoe.lab.engines import Where  # noqa: E402
 from dynmoe.lab.experiment import At, Results  # noqa: E402
 from dynmoe.lab.forecast import print_forecast  # noqa: E402
 from dynmoe.lab.launchers import Launcher, Local  # noqa: E402
-from dynmoe.lab.runner import plan  # noqa: E402
+from dynmoe.lab.runner import plan, settings_in  # noqa: E402
 from dynmoe.lab.space import split_words  # noqa: E402
 from dynmoe.lab.study import Command, Preset, Study, run_study  # noqa: E402
 
@@ -258,12 +257,6 @@ def _check_named_once(
                 f"{twice[0]} is in {place} and in {other}, so one of them would have no effect; "
                 "name it in one place"
             )
-
-
-def settings_in(words: Sequence[str]) -> set[str]:
-    """The settings that flags name; `--no-x` names `--x`."""
-    flags = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
-    return {re.sub(r"^(--|.*\.)no-", r"\1", flag) for flag in flags}
 
 
 def _told(name: str, question: str, seeds: range, words: str) -> str:

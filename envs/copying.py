@@ -41,6 +41,37 @@ class NotPlainError(Exception):
     """An attribute cannot be copied; the message says which."""
 
 
+class _Seen:
+    """Objects that may change, by number: one that stands in two places is packed once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self._held: list[Any] = []  # so that no id is given again
+        self._open: set[int] = set()
+
+    def pack(self, value: Any, name: str) -> list[Any]:
+        """An object and its number, or its number alone.
+
+        Raises:
+            NotPlainError: it is none of the kinds, or holds itself.
+        """
+        number = self._numbers.get(id(value))
+        if number in self._open:
+            raise NotPlainError(name)
+        if number is not None:
+            return ["same", number]
+        number = self._numbers[id(value)] = len(self._held)
+        self._held.append(value)
+        self._open.add(number)
+        try:
+            return ["object", [number, _packed(value, name, self)]]
+        except NotPlainError:
+            self._numbers = {i: n for i, n in self._numbers.items() if n < number}
+            raise
+        finally:
+            self._open.discard(number)
+
+
 def state_of(envs: VectorEnv, others: Iterable[Any] = ()) -> list[dict[str, Any]] | None:
     """What all environments and wrappers hold, for `restore`; None if some of it is not plain.
 
@@ -48,7 +79,8 @@ def state_of(envs: VectorEnv, others: Iterable[Any] = ()) -> list[dict[str, Any]
     """
     known = {id(other) for other in others}
     try:
-        return [_attributes(layer, known) for layer in _layers(envs)]
+        seen = _Seen()
+        return [_attributes(layer, known, seen) for layer in _layers(envs)]
     except NotPlainError:
         return None
 
@@ -59,10 +91,11 @@ def restore(envs: VectorEnv, state: list[dict[str, Any]]) -> None:
     Raises:
         UserError: a dictionary of the environment's own kind is not there before the first step.
     """
+    made: dict[int, Any] = {}
     for layer, values in zip(_layers(envs), state, strict=True):
         for name, value in values.items():
             now = vars(layer).get(name)
-            restored = _unpacked(value)
+            restored = _unpacked(value, made)
             if value[0] == "simulation":
                 restore_simulation(now, restored)
             elif isinstance(now, spaces.Space):
@@ -104,7 +137,7 @@ def _layers(envs: VectorEnv) -> list[Any]:
     return found
 
 
-def _attributes(layer: Any, others: set[int]) -> dict[str, Any]:
+def _attributes(layer: Any, others: set[int], seen: _Seen) -> dict[str, Any]:
     """The attributes that may change, packed, but for objects with these ids."""
     values = {name: value for name, value in vars(layer).items() if name not in NAMES}
     if isinstance(layer, SyncVectorEnv):
@@ -112,28 +145,30 @@ def _attributes(layer: Any, others: set[int]) -> dict[str, Any]:
     if isinstance(layer, VectorWrapper):
         values.pop("wrapper", None)  # how it clips or scales
     changing = {n: v for n, v in values.items() if not isinstance(v, FIXED)}
-    return {n: _attribute(v, n) for n, v in changing.items() if id(v) not in others}
+    return {n: _attribute(v, n, seen) for n, v in changing.items() if id(v) not in others}
 
 
-def _attribute(value: Any, name: str) -> list[Any]:
+def _attribute(value: Any, name: str, seen: _Seen) -> list[Any]:
     """An attribute, packed: also kinds that are restored into what is there then.
 
     Raises:
         NotPlainError: it is none of the kinds.
     """
     if isinstance(value, spaces.Dict | spaces.Tuple):
-        inner = [_attribute(part, name) for part in _parts(value)]
-        return ["tuple", [_packed(value._np_random, name), *inner]]
+        inner = [_attribute(part, name, seen) for part in _parts(value)]
+        return ["tuple", [_packed(value._np_random, name, seen), *inner]]
     if isinstance(value, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        return _packed(value._np_random, name)
+        return _packed(value._np_random, name, seen)
     if is_simulation(value):
         return ["simulation", simulation_state(value)]
+    if isinstance(value, np.ndarray):  # written to in its place
+        return _packed(value, name, seen)
     try:
-        return _packed(value, name)
+        return _inner(value, name, seen)
     except NotPlainError:
         if not isinstance(value, dict) or type(value) is dict or getattr(value, "__dict__", None):
             raise
-        return ["own dict", _packed(dict(value), name)[1]]
+        return ["own dict", _packed(dict(value), name, seen)[1]]
 
 
 def _parts(space: spaces.Dict | spaces.Tuple) -> list[spaces.Space]:
@@ -150,7 +185,14 @@ def _reseed(space: spaces.Space, generators: Any) -> None:
     space._np_random = generators
 
 
-def _packed(value: Any, name: str) -> list[Any]:
+def _inner(value: Any, name: str, seen: _Seen) -> list[Any]:
+    """As `_packed`, for what is restored as a new object."""
+    if isinstance(value, list | dict | deque | np.ndarray | np.random.Generator):
+        return seen.pack(value, name)
+    return _packed(value, name, seen)
+
+
+def _packed(value: Any, name: str, seen: _Seen) -> list[Any]:
     """A value as [kind, plain values and tensors].
 
     Raises:
@@ -159,7 +201,10 @@ def _packed(value: Any, name: str) -> list[Any]:
     if type(value) in PLAIN:
         return ["value", value]
     if isinstance(value, np.random.Generator):
-        return ["generator", _packed(value.bit_generator.state, name)]
+        bits = value.bit_generator
+        if type(bits) is not getattr(np.random, type(bits).__name__, None):
+            raise NotPlainError(name)
+        return ["generator", _packed(bits.state, name, seen)]
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         kind = "array" if isinstance(value, np.ndarray) else "number"
         return [kind, torch.from_numpy(np.array(value))]
@@ -167,9 +212,9 @@ def _packed(value: Any, name: str) -> list[Any]:
         kind = "texts" if isinstance(value, np.ndarray) else "text"
         return [kind, [value.dtype.str, value.tolist()]]
     if type(value) is RunningMeanStd:
-        return ["statistics", {n: _packed(part, name) for n, part in vars(value).items()}]
+        return ["statistics", {n: _packed(part, name, seen) for n, part in vars(value).items()}]
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-        parts = {key: _packed(part, name) for key, part in value.items()}
+        parts = {key: _inner(part, name, seen) for key, part in value.items()}
         kind = type(value).__name__
         if DICTS.get(kind) is type(value):
             return [kind, parts]
@@ -178,18 +223,24 @@ def _packed(value: Any, name: str) -> list[Any]:
             if made:
                 return ["defaultdict", [made[0], parts]]
     if type(value) is deque:  # the frames of a stack
-        return ["deque", [value.maxlen, _packed(list(value), name)]]
+        return ["deque", [value.maxlen, _packed(list(value), name, seen)]]
     if type(value) in (list, tuple):
-        return [type(value).__name__, [_packed(part, name) for part in value]]
+        return [type(value).__name__, [_inner(part, name, seen) for part in value]]
     raise NotPlainError(name)
 
 
-def _unpacked(packed: list[Any]) -> Any:
-    """The value again."""
+def _unpacked(packed: list[Any], made: dict[int, Any]) -> Any:
+    """The value again; `made` holds the objects that have been made, by number."""
     kind, held = packed
+    if kind == "same":
+        return made[held]
+    if kind == "object":
+        made[held[0]] = _unpacked(held[1], made)
+        return made[held[0]]
     if kind == "generator":
-        generator = np.random.default_rng()
-        generator.bit_generator.state = _unpacked(held)
+        state = _unpacked(held, made)
+        generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+        generator.bit_generator.state = state
         return generator
     if kind in ("array", "number"):
         array = held.numpy().copy()
@@ -199,15 +250,15 @@ def _unpacked(packed: list[Any]) -> Any:
         return array if kind == "texts" else array[()]
     if kind == "statistics":
         statistics = RunningMeanStd()
-        vars(statistics).update({name: _unpacked(part) for name, part in held.items()})
+        vars(statistics).update({name: _unpacked(part, made) for name, part in held.items()})
         return statistics
     if kind == "defaultdict":
-        return defaultdict(FACTORIES[held[0]], _unpacked(["dict", held[1]]))
+        return defaultdict(FACTORIES[held[0]], _unpacked(["dict", held[1]], made))
     if kind in DICTS or kind == "own dict":
-        return DICTS.get(kind, dict)({key: _unpacked(part) for key, part in held.items()})
+        return DICTS.get(kind, dict)({key: _unpacked(part, made) for key, part in held.items()})
     if kind == "deque":
-        return deque(_unpacked(held[1]), held[0])
+        return deque(_unpacked(held[1], made), held[0])
     if kind in ("list", "tuple"):
-        parts = [_unpacked(part) for part in held]
+        parts = [_unpacked(part, made) for part in held]
         return parts if kind == "list" else tuple(parts)
     return held

@@ -86,7 +86,7 @@ class Folder(Dataset, name="folder", source="ours; the layouts are torchvision's
             test, test_labels = _of_classes(test_root, names)
             train_domains, test_domains = [0] * len(train), [0] * len(test)
         else:
-            train_root = root / "train" if (root / "train").is_dir() else root
+            train_root = root / "train" if _is_split(root / "train") else root
             files, labels, numbers, names, domains = _read(train_root)
             groups = list(zip(numbers, labels, strict=True))
             first, last = held_out(files, groups, c.test_share or TEST_SHARE)
@@ -212,9 +212,14 @@ def _domain_fields(names: tuple[str, ...], train: list[int], test: list[int]) ->
     }
 
 
+def _is_split(folder: Path) -> bool:
+    """Whether it holds the training images of all classes; a class may be called `train`, too."""
+    return folder.is_dir() and (bool(class_folders(folder)) or not class_files(folder))
+
+
 def _test_folder(root: Path) -> Path | None:
     """The folder of test images beside `train`, if there is one."""
-    if not (root / "train").is_dir():
+    if not _is_split(root / "train"):
         return None
     return next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
 

@@ -77,6 +77,8 @@ class VectorStream(Dataset, name="stream", source="ours"):
             labels = [(number, fields.pop(column)) for number, fields in rows]
             if header:
                 header.pop(column)
+            else:
+                _refuse_names(c.file, labels)
             label_file = c.file
         else:
             labels, label_file = (
@@ -136,18 +138,12 @@ def read_table(path: Path, label_column: str | None = None) -> tuple[list[str], 
         UserError: the file cannot be read, is empty, has an empty line or rows of other lengths.
     """
     lines = _text_lines(path)
-    first = lines[0]
-    separator = next((s for s in (",", ";", "\t") if s in first), None)
+    separator = _separator(lines)
     rows: Rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise UserError(f"{path} line {number} is empty; fill or remove it")
-        if separator is None:
-            fields = line.split()
-        elif '"' in line:
-            fields = [f.strip() for f in next(csv.reader([line], delimiter=separator))]
-        else:
-            fields = [f.strip() for f in line.split(separator)]
+        fields = _fields(line, separator)
         if rows and len(fields) != len(rows[0][1]):
             raise UserError(
                 f"{path} line {number} has {len(fields)} fields, and line 1 has "
@@ -164,6 +160,22 @@ def read_table(path: Path, label_column: str | None = None) -> tuple[list[str], 
     if not rows:
         raise UserError(f"{path} has no rows below its first line")
     return list(names), rows
+
+
+def _separator(lines: list[str]) -> str | None:
+    """What stands between fields: of what is in line 1, what gives line 2 as many; None: spaces."""
+    found = [s for s in (",", ";", "\t") if s in lines[0]]
+    counts = {s: {len(_fields(line, s)) for line in lines[:2]} for s in found}
+    alike = [s for s in found if len(counts[s]) == 1 and counts[s] != {1}]
+    return next(iter([*alike, *found]), None)
+
+
+def _fields(line: str, separator: str | None) -> list[str]:
+    """The fields of a line, without spaces around them."""
+    if separator is None:
+        return line.split()
+    parts = next(csv.reader([line], delimiter=separator)) if '"' in line else line.split(separator)
+    return [part.strip() for part in parts]
 
 
 def _text_lines(path: Path) -> list[str]:
@@ -245,6 +257,21 @@ def _class_numbers(path: Path, labels: list[tuple[int, str]]) -> tuple[Tensor, i
         raise UserError(f"{path} has 1 label, {labels[0][1]!r}, in all rows; it takes two classes")
     place = {label: number for number, label in enumerate(known)}
     return torch.tensor([place[label] for label in own]), len(known)
+
+
+def _refuse_names(path: Path, labels: list[tuple[int, str]]) -> None:
+    """Refuse a first line of names that look like numbers: its label is of another kind.
+
+    Raises:
+        UserError: it is text and all others are numbers, or the reverse.
+    """
+    first, *others = [_number(label) is None for _, label in labels]
+    if len(others) > 1 and set(others) == {not first}:
+        kinds = ("a number", "text")
+        raise UserError(
+            f"{path} line 1: the label {labels[0][1]!r} is {kinds[first]}, and all others are "
+            f"{kinds[not first]}; if these are the columns' names, remove the line"
+        )
 
 
 def _number(field: str) -> float | None:

@@ -163,6 +163,8 @@ def read_tree(
             f"{name} has {classes} classes, but {root / found[0]} has {len(names)} folders; "
             "unpack the data set again"
         )
+    if len(names) < 2:
+        raise UserError(f"{root} has 1 class, {names[0]}; two or more are needed")
     drop = {root / path for path in left_out}
     read = tuple(_domain(root / domain, names, drop) for domain in found)
     return DomainSet(name, read, tuple(names))

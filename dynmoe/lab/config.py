@@ -147,16 +147,25 @@ def read_options(
         return_unknown_args=True, **given,
     )  # fmt: skip
     if rest:
-        raise UserError(_no_option(rest, default or of) + more)
+        raise UserError(_no_option(rest, of, default) + more)
     return parsed
 
 
-def _no_option(rest: list[str], config: Any) -> str:
+def _no_option(rest: list[str], of: type, default: Any) -> str:
     """What to say of words of a command line that are no options of these settings."""
+    from tyro.conf import Positional
+
     wrong = [word.split("=")[0].replace("_", "-") for word in rest if word.startswith("-")]
     if not wrong:
         return f"unexpected {rest[0]!r}; options begin with --, and --help lists them"
-    near = difflib.get_close_matches(wrong[0], ["--preset", *_flags(config)], n=1)
+    hints = typing.get_type_hints(of, include_extras=True)
+    bare = {name for name, h in hints.items() if Positional in getattr(h, "__metadata__", ())}
+    if wrong[0].removeprefix("--") in bare:
+        return f"{wrong[0]} is given without its name: its value alone, in its place (see --help)"
+    known = ["--preset", *_flags(default or of)]
+    if wrong[0] in known:
+        return f"{wrong[0]} stands behind a lone --, where no option is read; leave the -- out"
+    near = difflib.get_close_matches(wrong[0], [k for k in known if k[2:] not in bare], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown option {wrong[0]}; {hint}--help lists all options"
 
@@ -166,9 +175,12 @@ def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
     for field in dataclasses.fields(config):
         name = field.name.replace("_", "-")
         value = getattr(config, field.name, None)
-        yield from (f"{prefix}{name}", f"{prefix}no-{name}")[: 1 + isinstance(value, bool)]
+        if not dataclasses.is_dataclass(value) or "kind" in field.metadata:
+            yield f"{prefix}{name}"
         if dataclasses.is_dataclass(value):
             yield from _flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool) and not isinstance(config, type):
+            yield f"{prefix}no-{name}"
 
 
 def check_name(name: str | None) -> None:

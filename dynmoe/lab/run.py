@@ -216,8 +216,8 @@ class Run:
         seeding.seed_global(self.config.seed)
         self._log = self._logger(saved)
         if saved is not None:
-            seeding.load_global_state(saved["random"])
-            self.restored = saved["state"]
+            self._random, self.restored = saved["random"], saved["state"]
+            self.restore_generators()
         if processes.rank() == 0:
             self._mirrors = start_mirrors(
                 self.config.mirror, self.folder, f"{self.name}/seed-{self.config.seed}",
@@ -226,6 +226,10 @@ class Run:
         processes.forget_signals()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def restore_generators(self) -> None:
+        """Global generators as the checkpoint has them."""
+        seeding.load_global_state(self._random)
 
     def _logger(self, saved: dict[str, Any] | None) -> Logger:
         """The log, cut back to what a checkpoint knows of; rank 0's alone writes."""

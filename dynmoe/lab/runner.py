@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import traceback
@@ -26,6 +27,9 @@ from dynmoe.lab.launchers import Failure, Launcher
 from dynmoe.lab.progress import RunsShown
 from dynmoe.lab.results import flat
 from dynmoe.lab.run import Run, check_settings, remove_if_never_begun
+
+OWN = {"--seed", "--seeds", "--jobs", "--name", "--runs-dir", "--resume", "--compare"}
+"""Settings that sweeps, searches and studies give to the runs that they compare."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def run_one(
                 with session.recorder.progress:
                     if run.restored is not None:
                         session.restore(run.restored)
+                        run.restore_generators()  # making and restoring a session may draw
                     session.work()
                 summary = session.summary()
                 if (chance := experiment.chance(config, shared)) is not None:
@@ -139,6 +144,11 @@ def plan(
     Raises:
         UserError: flags that do not fit.
     """
+    if set_here := sorted(settings_in(argv) & OWN):
+        raise UserError(
+            f"{set_here[0]} cannot differ between the runs that are compared, and would have no "
+            "effect; the command that compares them sets it, by options before a lone --"
+        )
     # Flags for all variants may have no effect in some, such as the dense reference.
     argv = [*argv, "--allow-unused"]
     preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
@@ -149,6 +159,12 @@ def plan(
     own = {"name": name, "runs_dir": runs_dir, "resume": True}
     found = [replace(config, seed=seed, **own) for seed in seeds]
     return [make_job(experiment, preset, one, label, None) for one in found]
+
+
+def settings_in(words: Iterable[str]) -> set[str]:
+    """The settings that flags name; `--no-x` names `--x`."""
+    flags = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    return {re.sub(r"^(--|.*\.)no-", r"\1", flag) for flag in flags}
 
 
 def results_of(jobs: dict[str, dict[str, list[Job]]], experiment: Experiment) -> Results:

@@ -19,8 +19,9 @@ from dynmoe.lab.experiment import Experiment, Results
 from dynmoe.lab.figures import VECTORS, told_chance
 from dynmoe.lab.files import write_atomic, write_json, writing
 from dynmoe.lab.launchers import Launcher
+from dynmoe.lab.markdown import cell
 from dynmoe.lab.report import beside, caption, entry, print_table, table
-from dynmoe.lab.runner import Job, plan, results_of, run_jobs
+from dynmoe.lab.runner import Job, plan, results_of, run_jobs, settings_in
 from dynmoe.lab.statistics import Family
 from dynmoe.registry import Part
 
@@ -197,11 +198,11 @@ def _chosen(study: Study, preset: Preset, only: tuple[str, ...]) -> dict[str, st
 
 def without(own: list[str], flags: list[str]) -> list[str]:
     """A study's flags without the parts, and their options, that other flags name."""
-    named = {flag for flag in flags if flag.startswith("--") and "." not in flag}
+    named = {name for name in settings_in(flags) if "." not in name}
     kept, keep = [], True
     for word in own:
         if word.startswith("--"):
-            keep = word.split(".")[0] not in named
+            keep = not settings_in([word.split(".")[0]]) & named
         if keep:
             kept.append(word)
     return kept
@@ -321,7 +322,8 @@ def _report(
         ends += [""] * (len(rows) + 1 - len(ends))  # of what stands beside the runs
         rows.insert(1, ["---"] * len(rows[0]))
         lines += [f"## {stream}", ""] if stream else []
-        lines += [f"| {' | '.join([*r, end])} |" for r, end in zip(rows, ends, strict=True)] + [""]
+        rows = [[cell(text) for text in [*r, end]] for r, end in zip(rows, ends, strict=True)]
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     lines += ["## Verdict", "", *(f"- {sentence}" for sentence in verdict), ""]
     lines += [f"![{study.name}](figure.png)", ""]
     write_atomic(out / "study.md", "\n".join(lines).encode())

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 from crash_helpers import assert_same, error_line, exit_code, last_checkpoint, stop_at
 
@@ -95,6 +98,39 @@ def test_stopped_after_updates(
     assert grown == (expected | {"dense": 0, "random": 0}).get(case, 1)
 
 
+class Global(gymnasium.Env):
+    """Draws what it shows from numpy's global generator."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+    time = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        return np.random.normal(size=2).astype(np.float32).clip(-9, 9), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        seen = np.random.normal(size=2).astype(np.float32).clip(-9, 9)
+        return seen, float(seen[0]), self.time == 20, False, {}
+
+
+def test_an_environment_that_draws_from_the_global_generator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making and resetting environments anew does not move it."""
+    gymnasium.register("Global-v0", Global)
+    extra = "--env Global-v0 --encoder mlp --method dense"
+    assert _exit_code(_argv(tmp_path / "whole", extra)) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, UpdateRecorder, "update_done", 3)
+        codes = [_exit_code([*_argv(tmp_path / "stopped", extra), "--resume"]) for _ in range(4)]
+    assert codes[0] != 0 and codes[-1] == 0
+    del gymnasium.registry["Global-v0"]
+    _assert_same_run(_folder(tmp_path / "whole"), _folder(tmp_path / "stopped"))
+
+
 @pytest.mark.slow
 def test_sigterm_to_a_real_process(tmp_path: Path) -> None:
     """It saves, exits with 143 and prints the command that goes on."""
@@ -153,6 +189,9 @@ def _wait_for(runs: Path, updates: int, process: subprocess.Popen) -> None:
         ("--minibatches 7", "do not divide into --minibatches 7"),
         ("--total-steps 10", "less than one rollout"),
         ("--num-envs 0", "--num-envs 0 is too small"),
+        ("--adam-eps 0", "--adam-eps 0.0 is too small; use a number above 0"),
+        ("--encoder.place", "--encoder.place names no block; use trunk, actor or critic"),
+        ("--video summary.json", "--video summary.json: the video is an mp4"),
         ("--lr nan", "--lr nan is no finite number"),
         ("--trigger every --trigger.steps 5000", "never fires in"),
         ("--trigger task", "never fires"),

@@ -24,6 +24,7 @@ from dynmoe import registry
 from dynmoe.commands import load
 from dynmoe.errors import UserError
 from dynmoe.lab.config import check_name, parse, refuse_unused, run_command, slots
+from dynmoe.lab.study import without
 from dynmoe.ranges import MOST, Range, Signed, check_options, check_settings
 
 COMMANDS = ("cl", "rl", "tta", "dg")
@@ -180,6 +181,8 @@ MISSPELT = [
     ("report", "--oot x", "--out"),
     ("export", "--quantise", None),
     ("list", "--markdwn", "--markdown"),
+    ("sweep", "cl --no-dry-run", "--dry-run"),
+    ("cl", "--budget constant", "--budget.mode"),
 ]
 
 
@@ -193,6 +196,28 @@ def test_misspelt_options(
     hint = f"did you mean {nearest}? " if nearest else ""
     more = "; options of the runs follow a lone --" if command in STARTERS else ""
     assert err == f"error: unknown option {wrong}; {hint}--help lists all options{more}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        ("export", "runs/x --out y", "--out is given without its name"),
+        ("report", "--runs runs/cl", "--runs is given without its name"),
+        ("cl", "--preset smoke -- --seed 3", "--seed stands behind a lone --"),
+    ],
+)
+def test_options_in_the_wrong_place(
+    command: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    err = failed(load(command).main, words.split(), capsys)
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1, err
+
+
+def test_a_study_s_own_part_is_replaced_however_the_flag_is_written() -> None:
+    own = ["--protocol", "blurred", "--protocol.width", "3", "--no-anneal-lr", "--lr", "1"]
+    for flags in (["--protocol", "class"], ["--protocol=class"]):
+        assert without(own, flags) == ["--no-anneal-lr", "--lr", "1"]
+    assert without(own, ["--anneal_lr"]) == [*own[:4], *own[5:]]
 
 
 @pytest.mark.parametrize("words", ["granularity 2", "--seed 3 4"])

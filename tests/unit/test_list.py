@@ -15,6 +15,7 @@ import pytest
 from dynmoe import list as parts
 from dynmoe import registry
 from dynmoe.errors import UserError
+from dynmoe.lab.markdown import cell
 from dynmoe.registry import PartConfig
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_an_unknown_kind_is_one_line_and_exit_code_2() -> None:
 
 
 def test_cells_keep_their_signs_in_prose_and_in_code() -> None:
-    assert parts._cell("a * b < |c|, `a * b < |c|` *") == (r"a \* b &lt; \|c\|, `a * b < \|c\|` \*")
+    assert cell("a * b < |c|, `a * b < |c|` *") == (r"a \* b &lt; \|c\|, `a * b < \|c\|` \*")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,10 @@ def test_seeds_are_a_number_or_a_range() -> None:
         (["--variants", "a: --name it's"], "variant 'a' cannot be read: no closing quotation in"),
         (["--variants", "a: --name \\"], "variant 'a' cannot be read: no escaped character in"),
         (["--retries", "-1"], "--retries -1 is too small"),
+        (["--variants", "a: --seed 1", "b: --seed 2"], "--seed cannot differ between the runs"),
+        (["--grid", "seeds: 1 2"], "--seeds cannot differ between the runs"),
+        (["--variants", "a:", "--", "--name=x"], "--name cannot differ between the runs"),
+        (["--variants", "a:", "--", "--compare", "cbp"], "--compare cannot differ between"),
     ],
 )
 def test_a_sweep_that_cannot_work(flags: list[str], message: str, tmp_path: Path) -> None:

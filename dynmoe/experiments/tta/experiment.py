@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from dynmoe.experiments.tta.gates import METRICS as COLUMNS
 from dynmoe.experiments.tta.session import StreamSession, make_adapter, shifted
 from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source
-from dynmoe.lab import inputs
+from dynmoe.lab import cache, inputs
 from dynmoe.lab.config import RunConfig
 from dynmoe.lab.experiment import At, Curve, Details, Experiment, Results
 from dynmoe.lab.export import Exporter
@@ -235,8 +235,17 @@ class TestTimeAdaptation(Experiment):
         return f"{shared.source.name}, {config.order} order, severity {config.severity}"
 
     def report_folder(self, preset: str, config: RunConfig, first: Path) -> Path:
-        """One folder for all methods and streams."""
-        return Path(config.runs_dir) / "tta" / (config.name or preset)
+        """One folder for all methods and streams of a command line.
+
+        Methods, streams and paths stand in no preset's name; where they are not the preset's own, a
+        digest of them tells one comparison from another.
+        """
+        from dynmoe.experiments.tta.command import presets
+
+        begins = [base for name, base in presets().items() if preset.split("-")[0] in name]
+        same = _compared_in(config) in map(_compared_in, begins)
+        name = preset if same else f"{preset}-{cache.digest(_compared_in(config))[:8]}"
+        return Path(config.runs_dir) / "tta" / (config.name or name)
 
     def report_more(self, folder: Path, config: Config, shared: Shared, results: Results) -> None:
         """Domains, experts, routings, gates, costs."""
@@ -293,6 +302,16 @@ def _check_batches(adapter: Adapter, config: Config, streams: list[Stream]) -> N
                 f"images, and a batch of the stream {name} has 1; use another --batch-size (now "
                 f"{config.batch_size}) or --limit, or a model without BatchNorm"
             )
+
+
+def _compared_in(config: Any) -> dict[str, Any]:
+    """What tells comparisons apart beside the settings that a folder's name begins with."""
+    paths = {n: str(v) for n, v in vars(config).items() if isinstance(v, Path) and n != "runs_dir"}
+    method = {"method": config.method.part.name, **asdict(config.method)}
+    return {"data": config.data, "streams": config.streams, "compare": config.compare} | {
+        "method": method,
+        "paths": paths,
+    }
 
 
 def _fitted(config: Config, classes: int) -> Config:

@@ -142,3 +142,10 @@ def test_other_spaces_are_refused(space: spaces.Space) -> None:
     with pytest.raises(UserError, match="only Discrete, MultiDiscrete, MultiBinary and Box") as e:
         distribution_over(space)
     assert str(space) in str(e.value)
+
+
+def test_random_actions_where_the_width_of_the_bounds_overflows() -> None:
+    most = float(np.finfo(np.float32).max)
+    distribution = distribution_over(spaces.Box(-most, most, (2,), np.float32))
+    actions, log_p = distribution.uniform(torch.zeros(5, distribution.outputs), torch.Generator())
+    assert actions.isfinite().all() and log_p.isfinite().all()

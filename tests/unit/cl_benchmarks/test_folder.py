@@ -58,6 +58,12 @@ def test_the_choice_of_test_images_follows_their_names_only(tmp_path: Path) -> N
     assert int(first.test_images.max()) > 0 and len(first.test_labels) == 8
 
 
+def test_a_class_called_train(tmp_path: Path) -> None:
+    root = _classes(tmp_path / "cars", {"car": 4, "test": 4, "train": 4})
+    data = _load(data_dir=root, size=8)
+    assert data.num_classes == 3 and _fits(data.train_images, data.train_labels)
+
+
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_train_and_test_folders(name: str, tmp_path: Path) -> None:
     _classes(tmp_path / "train", {"a": 3, "b": 2})

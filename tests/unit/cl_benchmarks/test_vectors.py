@@ -68,6 +68,11 @@ def test_the_label_column_may_be_named(column: str, labels: list[int], tmp_path:
     assert data.train_labels.tolist() == labels and data.shape == (2, 1, 1)
 
 
+def test_commas_within_names_separate_nothing(tmp_path: Path) -> None:
+    data = _load(tmp_path, '"x, 1"\t"y"\t"label"\n1\t2\ta\n3\t4\tb\n')
+    assert data.shape == (2, 1, 1) and data.num_classes == 2
+
+
 BAD = {
     "empty file": ("", None, r"own\.data is empty"),
     "only names": ("x,y\n", None, r"own\.data has no rows below its first line"),
@@ -89,6 +94,8 @@ BAD = {
     "many labels": ("1,2\n3,4\n", "a\nb\na\n", r"own\.labels has 3 labels and .* 2 rows"),
     "label gap": ("1,2\n3,4\n5,6\n", "a\n\nb\n", r"own\.labels line 2: the label is missing"),
     "two labels": ("1,2\n3,4\n", "a\nb c\n", r"labels line 2 has more than one label: 'b c'"),
+    "years for names": ("2020,2021\n1,a\n2,b\n", None, r"line 1: the label '2021' is a number"),
+    "a name for the label": ("7,label\n1,0\n2,1\n", None, r"line 1: the label 'label' is text"),
     "no labels": ("1,2\n3,4\n", "", r"own\.labels is empty"),
 }
 

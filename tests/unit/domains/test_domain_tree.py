@@ -143,6 +143,9 @@ def test_any_tree_by_the_name_folder(tmp_path: Path) -> None:
     make_tree(tmp_path / "mine", ["y", "x"], ["b", "a"])
     data = load("folder", tmp_path / "mine")
     assert (data.name, data.names, data.classes) == ("mine", ["x", "y"], ("a", "b"))
+    make_tree(tmp_path / "one", ["y", "x"], ["a"])
+    with pytest.raises(UserError, match="one has 1 class, a; two or more are needed"):
+        load("folder", tmp_path / "one")
     make_tree(tmp_path / "alone", ["y"], ["b", "a"])
     with pytest.raises(UserError, match=r"has 1 domain folder\(s\); it takes two"):
         load("folder", tmp_path / "alone")

@@ -71,10 +71,36 @@ class Nested(Visits):
         return (self.observation_space.sample(), *super().step(action)[1:])
 
 
+class Aliases(gymnasium.Env):
+    """Moves a hero that is one of its units, by a second name of its generator, or by another."""
+
+    observation_space = spaces.Box(-9, 9, (4,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, bits: str = "PCG64") -> None:
+        self.bits = bits
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time, self.units = 0, [{"at": np.zeros(2)}, {"at": np.ones(2)}]
+        self.hero, self.place = self.units[0], self.units[0]["at"]
+        made = np.random.Generator(getattr(np.random, self.bits)(0 if seed is None else seed))
+        self.rng = self.np_random if self.bits == "PCG64" else made
+        return self._seen(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        self.hero["at"] += 0.1 * (action - 1) + 0.01 * self.rng.normal()
+        return self._seen(), float(self.np_random.normal()), self.time == 30, False, {}
+
+    def _seen(self) -> Any:
+        return np.concatenate([unit["at"] for unit in self.units]).astype(np.float32)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
     made: dict[str, Any] = {
-        "Visits-v0": Visits, "Nested-v0": Nested,
+        "Visits-v0": Visits, "Nested-v0": Nested, "Aliases-v0": Aliases,
         "Scaled-v0": lambda: NormalizeReward(NormalizeObservation(Visits())),
     }  # fmt: skip
     for name, entry in made.items():
@@ -111,6 +137,21 @@ def test_spaces_of_spaces_and_wrappers_of_the_user(name: str, scaled: bool, tmp_
 @pytest.mark.parametrize("kind", DICTS)
 def test_dictionaries_stay_of_their_kind(kind: str, tmp_path: Path) -> None:
     check_resumes(lambda: GymEnv("Visits-v0", 2, env_args={"kind": kind}), tmp_path / "state")
+
+
+@pytest.mark.parametrize("bits", ["PCG64", "Philox", "MT19937", "SFC64"])
+def test_an_object_with_two_names_stays_one(bits: str, tmp_path: Path) -> None:
+    check_resumes(lambda: GymEnv("Aliases-v0", 2, env_args={"bits": bits}), tmp_path / "state")
+
+
+def test_a_list_that_holds_itself_is_not_plain() -> None:
+    env = GymEnv("Visits-v0", 2)
+    env.reset()
+    assert env.resumable
+    ring: list[Any] = []
+    ring.append(ring)
+    env.envs.envs[0].unwrapped.ring = ring  # type: ignore[attr-defined]
+    assert not env.resumable
 
 
 def test_shared_statistics_are_saved_once() -> None:

@@ -18,7 +18,7 @@ from cl_benchmarks.shifts.domain import Corrupted, Files, Memory, Resized, read_
 from cl_benchmarks.weights import read_weights
 from dynmoe.errors import UserError
 from dynmoe.experiments.tta.classes import class_names, match
-from dynmoe.experiments.tta.experiment import _check_methods
+from dynmoe.experiments.tta.experiment import TestTimeAdaptation, _check_methods
 from dynmoe.experiments.tta.frozen import FrozenFront, offer, with_front
 from dynmoe.experiments.tta.models import count_outputs, trained_model
 from dynmoe.experiments.tta.session import shifted
@@ -26,6 +26,7 @@ from dynmoe.experiments.tta.settings import Config
 from dynmoe.experiments.tta.source_model import make_source
 from dynmoe.lab import cache
 from dynmoe.lab.config import parse
+from dynmoe.lab.names import preset_and_changes
 from dynmoe.tta import adapt
 from dynmoe.tta.__main__ import main, presets
 
@@ -279,6 +280,25 @@ def test_a_comparison_on_folders_with_a_model_of_ones_own(code: Path, tmp_path: 
             x = (read_image(path, 32, 32)[None].float() / 255 - 0.5) / 0.2
             right += int(net(x).argmax()) == output
     assert found["noadapt"]["accuracy"] == right / 12
+
+
+def test_each_comparison_has_its_folder() -> None:
+    """What stands in no preset's name tells folders apart; a preset's own comparison has its."""
+    whole, runs = TestTimeAdaptation(), Path("here")
+
+    def folder(flags: str) -> Path:
+        preset, config = parse(presets(), [*flags.split(), "--runs-dir", "here"], "", "")
+        named = preset_and_changes(preset, presets()[preset], config)
+        return whole.report_folder(named, config, Path())
+
+    assert folder("") == runs / "tta" / "laptop" == folder("--seeds 2")
+    assert folder("--preset tiny-imagenet") == runs / "tta" / "tiny-imagenet"
+    assert folder("--streams clean --name x") == runs / "tta" / "x"
+    others = ["--streams clean", "--streams classical", "--compare sar", "--method tent",
+              "--data folder --data-dir a", "--data folder --data-dir b"]  # fmt: skip
+    found = {folder(f"--preset smoke --limit 4 {flags}") for flags in ("", *others)}
+    assert len(found) == len(others) + 1
+    assert all(path.name.startswith("smoke-limit-4") or "limit=4" in path.name for path in found)
 
 
 def test_options_are_checked_for_every_stream(code: Path, tmp_path: Path) -> None:
