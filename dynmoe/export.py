@@ -24,7 +24,8 @@ from typing import Annotated, Any
 from dynmoe.commands import begin
 from dynmoe.commands import load as load_command
 from dynmoe.errors import UserError, unknown
-from dynmoe.lab.config import from_dict, identity, read_options, run_command
+from dynmoe.lab.config import from_dict, identity, run_command
+from dynmoe.lab.options import read_options
 
 begin("export", __name__)  # before imports that may fail
 

@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from dynmoe import registry
 from dynmoe.commands import begin
 from dynmoe.errors import unknown
-from dynmoe.lab.config import read_options, run_command
+from dynmoe.lab.config import run_command
 from dynmoe.lab.markdown import cell
+from dynmoe.lab.options import read_options
 
 begin("list", __name__)  # before imports that may fail
 

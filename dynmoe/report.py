@@ -18,7 +18,8 @@ from typing import Annotated
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import placed, read_options, run_command
+from dynmoe.lab.config import placed, run_command
+from dynmoe.lab.options import read_options
 
 begin("report", __name__)  # before imports that may fail
 

@@ -18,7 +18,8 @@ from typing import Annotated
 from dynmoe import registry
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import OF_RUNS, read_options, run_command
+from dynmoe.lab.config import run_command
+from dynmoe.lab.options import OF_RUNS, read_options
 from dynmoe.ranges import check_settings
 
 begin("study", __name__)  # before imports that may fail

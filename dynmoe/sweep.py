@@ -21,7 +21,8 @@ from typing import Annotated
 
 from dynmoe.commands import begin, load
 from dynmoe.errors import UserError
-from dynmoe.lab.config import OF_RUNS, check_name, read_options, run_command
+from dynmoe.lab.config import check_name, run_command
+from dynmoe.lab.options import OF_RUNS, read_options
 from dynmoe.ranges import check_settings
 
 begin("sweep", __name__)  # before imports that may fail

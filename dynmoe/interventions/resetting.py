@@ -55,7 +55,10 @@ class UnitReset(Intervention):
         """What to keep of a pass's activations [rows, U]."""
 
     def join(self, before: Any, now: Any, share: float) -> Any:
-        """What several passes show together: their mean, in which `now` has this share."""
+        """What several passes show together, by default their mean, in which `now` has this share.
+
+        `before` and `now` are what `look` gives, such as [U].
+        """
         return before.lerp(now, share)
 
     def due(self) -> bool:
@@ -206,7 +209,7 @@ class CBP(
         return activations.mean(dim=0), activations.abs().mean(dim=0)
 
     def join(self, before: Any, now: Any, share: float) -> tuple[Tensor, ...]:
-        """Both means."""
+        """Both means [U]."""
         return tuple(a.lerp(b, share) for a, b in zip(before, now, strict=True))
 
 
@@ -372,7 +375,7 @@ class SNR(
         return (activations > 0).any(dim=0)
 
     def join(self, before: Tensor, now: Tensor, share: float) -> Tensor:
-        """Units that fired in any pass."""
+        """[U] bool: units that fired in any pass."""
         return before | now
 
 

@@ -17,7 +17,7 @@ from dynmoe.moe.bank import UnitBank
 from dynmoe.moe.diagnostics import FunctionChange, gate_shares, output_change
 from dynmoe.moe.downcycle import route
 from dynmoe.moe.experts.bottleneck import BottleneckBank
-from dynmoe.moe.experts.pool import LoRAPool
+from dynmoe.moe.experts.low_rank import LoRAPool
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.model import undisturbed
 from dynmoe.moe.passes import StepNotes

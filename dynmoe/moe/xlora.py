@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.errors import UserError
-from dynmoe.moe.experts.pool import LoRAPool
+from dynmoe.moe.experts.low_rank import LoRAPool
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.routers.soft import ScalingRouter
 from dynmoe.moe.upcycle import Adapted, adapt_linears

@@ -1,13 +1,14 @@
 """`python -m dynmoe.tta`: methods of test-time adaptation on streams of shifted images.
 
-The presets; the work is in `experiment.py`.
+The presets are in `presets.py`, the work is in `experiment.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dynmoe.experiments.tta.presets import presets
+from dynmoe.experiments.tta.settings import Config
 from dynmoe.lab.config import parse
 from dynmoe.lab.names import preset_and_changes
 from dynmoe.lab.results import Result
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from dynmoe.lab.experiment import Experiment
 
 __all__ = ["Config", "experiment", "main", "presets", "run"]
-
-
-from cl_benchmarks.shifts.embedded import EmbeddedConfig
-from dynmoe.experiments.tta.settings import STEM_VIT, Config, SmallVit
 
 DESCRIPTION = """Test-time adaptation: a trained model sees corrupted and otherwise shifted images
 and goes on learning from them without labels. Every method runs on every stream with every seed;
@@ -30,33 +27,6 @@ laptop: embedded fractals and a small vision transformer, which is trained once 
 and cached; minute: five methods on one of its streams, one seed; smoke: seconds, shows that all
 works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
 FILE); tiny-imagenet: a stem-vit (--train-source, or --weights FILE)."""
-
-
-def presets() -> dict[str, Config]:
-    """Ready settings by name; the first is the default."""
-    laptop = Config(threads=1, seeds=5, lr_scale=LAPTOP_LR, batch_size=32)
-    smoke = replace(
-        laptop,
-        streams=("potpourri+",),
-        seeds=1,
-        jobs=1,
-        batch_size=16,
-        embedded=EmbeddedConfig(classes=4, size=16, train_per_class=20, test_per_class=4),
-        vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
-    )
-    minute = replace(
-        laptop, streams=("classical",), seeds=1, jobs=2, compare=("noadapt", "tent", "sar", "deyo")
-    )
-    imagenet = Config(data="imagenet", window=100, jobs=1)
-    tiny = Config(
-        data="tiny-imagenet", model=STEM_VIT, streams=("classical+",), window=25, threads=1
-    )
-    ready = {"laptop": laptop, "minute": minute, "smoke": smoke, "imagenet": imagenet}
-    return ready | {"tiny-imagenet": tiny}
-
-
-LAPTOP_LR = 10.0
-"""Multiplies the published learning rates, which are meant for streams a hundred times as long."""
 
 
 def experiment() -> Experiment:

@@ -23,6 +23,7 @@ from dynmoe.experiments.tta.figures import (
 )
 from dynmoe.experiments.tta.gates import LEAST, gate_value, report_gates
 from dynmoe.experiments.tta.gates import METRICS as COLUMNS
+from dynmoe.experiments.tta.presets import presets
 from dynmoe.experiments.tta.session import StreamSession, make_adapter, shifted
 from dynmoe.experiments.tta.settings import Config, check_streams, parse_variant
 from dynmoe.experiments.tta.source_model import Shared, make_source
@@ -240,9 +241,7 @@ class TestTimeAdaptation(Experiment):
         Methods, streams and paths stand in no preset's name; where they are not the preset's own, a
         digest of them tells one comparison from another.
         """
-        from dynmoe.experiments.tta.command import presets
-
-        begins = [base for name, base in presets().items() if preset.split("-")[0] in name]
+        begins = [base for name, base in presets().items() if name.startswith(preset.split("-")[0])]
         same = _compared_in(config) in map(_compared_in, begins)
         name = preset if same else f"{preset}-{cache.digest(_compared_in(config))[:8]}"
         return Path(config.runs_dir) / "tta" / (config.name or name)

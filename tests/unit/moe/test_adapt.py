@@ -12,7 +12,7 @@ from torch import nn
 from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
 from dynmoe.moe import MoELayer, moe_layers
-from dynmoe.moe.experts.pool import LoRAPool
+from dynmoe.moe.experts.low_rank import LoRAPool
 from dynmoe.moe.upcycle import Adapted, adapt_linears
 
 

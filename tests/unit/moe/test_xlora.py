@@ -12,7 +12,7 @@ from dynmoe.errors import UserError
 from dynmoe.growth import Budget, GrowthController
 from dynmoe.growth.initialisation import RandomInit
 from dynmoe.moe import MoELayer
-from dynmoe.moe.experts.pool import LoRAPool
+from dynmoe.moe.experts.low_rank import LoRAPool
 from dynmoe.moe.upcycle import adapt_linears
 from dynmoe.moe.xlora import adapter_of, mix_adapters, set_adapter
 
