@@ -28,7 +28,7 @@ from dynmoe.lab.progress import RunsShown
 from dynmoe.lab.results import flat
 from dynmoe.lab.run import Run, check_settings, remove_if_never_begun
 
-OWN = {"--seed", "--seeds", "--jobs", "--name", "--runs-dir", "--resume", "--compare"}
+OWN = {"--seed", "--seeds", "--jobs", "--name", "--runs-dir", "--resume"}
 """Settings that sweeps, searches and studies give to the runs that they compare."""
 
 
@@ -144,14 +144,15 @@ def plan(
     Raises:
         UserError: flags that do not fit.
     """
-    if set_here := sorted(settings_in(argv) & OWN):
+    # Flags for all variants may have no effect in some, such as the dense reference.
+    named, argv = settings_in(argv), [*argv, "--allow-unused"]
+    preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
+    compared = {"--compare"} if config.compare else set()  # without names it changes nothing
+    if wrong := sorted(named & (OWN | compared)):
         raise UserError(
-            f"{set_here[0]} cannot differ between the runs that are compared, and would have no "
+            f"{wrong[0]} cannot differ between the runs that are compared, and would have no "
             "effect; the command that compares them sets it, by options before a lone --"
         )
-    # Flags for all variants may have no effect in some, such as the dense reference.
-    argv = [*argv, "--allow-unused"]
-    preset, config = parse(presets, argv, f"python -m dynmoe.{experiment.command}", "")
     config = replace(config, compare=())  # a preset's own comparisons are none of the study's
     experiment.check(config)
     config = experiment.settle(config)

@@ -134,7 +134,8 @@ def test_what_cannot_be_selected_so(
 
 def test_a_search_chooses_settings_as_the_run_selects(tmp_path: Path) -> None:
     config = search.Config(command="dg", space=("lr: 1e-3 1e-2",), runs_dir=tmp_path)
-    own = search.Search(config, SMALL.split(), read_space(config.space), Local(1))
+    flags = SMALL.replace("--name x ", "").split()
+    own = search.Search(config, flags, read_space(config.space), Local(1))
     assert own.about.startswith("dg --space 'lr: 1e-3 1e-2' --metric selection_accuracy --")
     (job,) = own.plan({"lr": "1e-3"}, "")
     job.folder.mkdir(parents=True)

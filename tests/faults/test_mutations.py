@@ -95,7 +95,7 @@ MUTATIONS = {
         RUN, "if not self.config.resume:", "if False:", OF_RUNS
     ),
     "random numbers go on where they were": Mutation(
-        RUN, "            seeding.load_global_state(saved[\"random\"])\n", "", OF_RUNS
+        RUN, "        seeding.load_global_state(self._random)\n", "        pass\n", OF_RUNS
     ),
     "a signal saves and stops": Mutation(
         RUN, "return self._signal is not None or passed", "return passed", OF_RUNS

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dynmoe import GrowthController, MoELayer, measure_plasticity
 from dynmoe.errors import UserError
-from dynmoe.growth import GrowthCallback, OldExperts
+from dynmoe.growth import GrowthCallback
+from dynmoe.growth.old_experts import OldExperts
 
 STEPS = 5  # of an epoch
 LR = 0.01

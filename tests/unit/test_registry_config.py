@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,22 +224,26 @@ def test_naming_the_presets_own_part_keeps_the_presets_options():
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "message"),
     [
-        ["--router.sharpness", "3"],  # an option of no router
-        ["--epochs", "many"],
-        ["--epoch", "3"],
-        ["--budget.mode", "free"],
-        ["stray"],
+        (["--router.sharpness", "3"], "unknown option --router.sharpness"),  # of no router
+        (["--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
+        (["stray"], "unexpected 'stray'"),
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_wrong_options_exit_with_2(argv, capsys):
+def test_words_that_are_no_options(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(*argv)
+
+
+@pytest.mark.parametrize("argv", [["--epochs", "many"], ["--budget.mode", "free"]], ids=" ".join)
+def test_wrong_values_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         read(*argv)
     assert caught.value.code == 2
     output = capsys.readouterr()
-    assert argv[-2 if len(argv) > 1 else 0].lstrip("-") in output.out + output.err
+    assert argv[0].lstrip("-") in output.out + output.err
 
 
 @pytest.mark.parametrize(

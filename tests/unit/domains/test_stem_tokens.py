@@ -62,7 +62,7 @@ def test_what_the_command_loads(tmp_path: Path) -> None:
 
     weights = tmp_path / "w.safetensors"
     save_file(StemViT(5, width=12, depth=1, heads=6).state_dict(), weights)
-    root = make_tree(tmp_path / "set", ["one", "two"], ["x"], 2)
+    root = make_tree(tmp_path / "set", ["one", "two"], ["x", "y"], 2)
     config: Any = replace(
         presets()["laptop"], model="stem-vit", weights=weights,
         domains=Folder.Config(data_dir=root, note="resized"),

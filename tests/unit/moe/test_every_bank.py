@@ -175,7 +175,7 @@ def test_the_generator_alone_decides_the_weights(name):
     first, again, other = state(1), state(1), state(2)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     for key, value in first.items():
-        if value.is_floating_point() and value.any():
+        if value.is_floating_point() and value.any() and not key.endswith("_extra_state"):
             assert not torch.equal(value, other[key]), key
 
 
