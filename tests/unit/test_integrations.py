@@ -269,6 +269,8 @@ def test_hugging_face_trained_again(tmp_path: Path) -> None:
     hooks, controllers = [], []
     for _ in range(3):
         trainer.train()
+        kept = trainer.optimizer.optimizer  # as where one is given by `optimizers=`
+        trainer.create_optimizer = lambda *_, kept=kept: setattr(trainer, "optimizer", kept)
         hooks.append(len(callback.controller.optimizer._optimizer_step_post_hooks))  # type: ignore[union-attr]
         controllers.append(callback.controller)
     assert len(set(hooks)) == 1 and controllers[0] is controllers[2]
