@@ -24,7 +24,12 @@ def presets() -> dict[str, Config]:
         vit=SmallVit(width=16, depth=2, heads=2, epochs=2, batch_size=16),
     )
     minute = replace(
-        laptop, streams=("classical",), seeds=1, jobs=2, compare=("noadapt", "tent", "sar", "deyo")
+        laptop,
+        streams=("classical",),
+        seeds=1,
+        jobs=2,
+        compare=("noadapt", "tent", "sar", "deyo"),
+        embedded=EmbeddedConfig(classes=12, test_per_class=20),  # a source model in half the time
     )
     imagenet = Config(data="imagenet", window=100, jobs=1)
     tiny = Config(
