@@ -24,8 +24,8 @@ finished runs are read, and stopped runs go on where they were. Runs, results.js
 figure go to runs/tta; `tensorboard --logdir runs` shows the runs.
 
 laptop: embedded fractals and a small vision transformer, which is trained once (about a minute)
-and cached; minute: five methods on one of its streams, one seed; smoke: seconds, shows that all
-works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
+and cached; minute: five methods on one of its streams, 12 classes, one seed; smoke: seconds, shows
+that all works; imagenet: real sets (--data-dir DIR) and a timm model (--pretrained, or --weights
 FILE); tiny-imagenet: a stem-vit (--train-source, or --weights FILE)."""
 
 
