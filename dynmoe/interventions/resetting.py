@@ -76,9 +76,11 @@ class UnitReset(Intervention):
 
     def _see(self, number: int, activations: Tensor) -> None:
         look = self.look(activations)
-        more = number in self.seen
-        passes = self._passes[number] = 1 + more * self._passes.get(number, 1)
-        self.seen[number] = self.join(self.seen[number], look, 1 / passes) if more else look
+        if number not in self.seen:
+            self.seen[number], self._passes[number] = look, 1
+            return
+        self._passes[number] += 1
+        self.seen[number] = self.join(self.seen[number], look, 1 / self._passes[number])
 
 
 class RecordedReset(UnitReset):
